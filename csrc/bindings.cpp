@@ -1,0 +1,253 @@
+// The border between Python and the kernels: checks sizes and codes once, releases the GIL, calls the kernel
+// of the chosen instruction set. Every array is flat; tensors arrive as their bytes (uint8).
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels.hpp"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace {
+
+using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using OutBytes = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using OutFloats = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using OutDoubles = nb::ndarray<double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using OutInts = nb::ndarray<int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+void require(bool ok, const char* what) {
+    if (!ok) throw std::invalid_argument(what);
+}
+
+int item_size(int code) {
+    switch (static_cast<ota::DType>(code)) {
+        case ota::DType::f32: return 4;
+        case ota::DType::bf16:
+        case ota::DType::f16: return 2;
+        case ota::DType::f64: return 8;
+        case ota::DType::f8_e4m3:
+        case ota::DType::f8_e5m2: return 1;
+    }
+    throw std::invalid_argument("unknown element type code");
+}
+
+ota::Operand operand(const Bytes& data, int code, int64_t n) {
+    require(static_cast<int64_t>(data.size()) == n * item_size(code), "an input has not n elements");
+    return {data.data(), static_cast<ota::DType>(code)};
+}
+
+// () uniform; (bytes, code) full; (rows, columns, n_columns, rank, start) rank-1 and low rank. low_rank tells
+// the last two apart: its values are clamped at 0.
+ota::Curvature curvature(const nb::tuple& spec, int64_t n) {
+    ota::Curvature c;
+    if (spec.size() == 0) return c;
+    if (spec.size() == 2) {
+        c.kind = ota::CurvatureKind::full;
+        c.values = operand(nb::cast<Bytes>(spec[0]), nb::cast<int>(spec[1]), n);
+        return c;
+    }
+    require(spec.size() == 6, "a curvature has 0, 2 or 6 parts");
+    const auto rows = nb::cast<Floats>(spec[0]), columns = nb::cast<Floats>(spec[1]);
+    c.n_columns = nb::cast<int64_t>(spec[2]);
+    c.rank = nb::cast<int64_t>(spec[3]);
+    c.start = nb::cast<int64_t>(spec[4]);
+    c.kind = nb::cast<bool>(spec[5]) ? ota::CurvatureKind::low_rank : ota::CurvatureKind::rank1;
+    require(c.n_columns > 0 && c.rank > 0 && c.start >= 0, "factors of no columns or no rank");
+    require(static_cast<int64_t>(columns.size()) == c.rank * c.n_columns, "column factors of the wrong size");
+    require(static_cast<int64_t>(rows.size()) / c.rank * c.n_columns >= c.start + n,
+            "row factors that end before the tile");
+    c.rows = rows.data();
+    c.columns = columns.data();
+    return c;
+}
+
+// (bytes, code, curvature, threshold, score_scale, weight_scale, edit_scale, trim)
+ota::Expert expert(const nb::tuple& spec, int64_t n) {
+    require(spec.size() == 8, "an expert has 8 parts");
+    ota::Expert e;
+    e.weights = operand(nb::cast<Bytes>(spec[0]), nb::cast<int>(spec[1]), n);
+    e.curvature = curvature(nb::cast<nb::tuple>(spec[2]), n);
+    e.threshold = static_cast<float>(nb::cast<double>(spec[3]));
+    e.score_scale = static_cast<float>(nb::cast<double>(spec[4]));
+    e.weight_scale = nb::cast<double>(spec[5]);
+    e.edit_scale = nb::cast<double>(spec[6]);
+    e.trim = static_cast<float>(nb::cast<double>(spec[7]));
+    return e;
+}
+
+// (power, epsilon, lambda, denominator, curvature_weights, masked, mask_weights, elect_signs,
+//  fallback_to_base, repair_nonfinite)
+ota::Formula formula(const nb::tuple& spec) {
+    require(spec.size() == 10, "a formula has 10 parts");
+    ota::Formula f;
+    f.power = nb::cast<double>(spec[0]);
+    f.epsilon = nb::cast<double>(spec[1]);
+    f.lambda = nb::cast<double>(spec[2]);
+    f.denominator = nb::cast<double>(spec[3]);
+    f.curvature_weights = nb::cast<bool>(spec[4]);
+    f.masked = nb::cast<bool>(spec[5]);
+    f.mask_weights = nb::cast<bool>(spec[6]);
+    f.elect_signs = nb::cast<bool>(spec[7]);
+    f.fallback_to_base = nb::cast<bool>(spec[8]);
+    f.repair_nonfinite = nb::cast<bool>(spec[9]);
+    return f;
+}
+
+const ota::Kernels& kernels(const std::string& isa) {
+#if defined(OTA_X86_64)
+    if (isa == "v4") return ota::v4::kernels;
+    if (isa == "v3") return ota::v3::kernels;
+#endif
+    require(isa == "base", "unknown instruction set");
+    return ota::base::kernels;
+}
+
+// Instruction sets this machine runs, widest first.
+std::vector<std::string> instruction_sets() {
+    std::vector<std::string> names;
+#if defined(OTA_X86_64)
+    __builtin_cpu_init();
+    const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") &&
+                    __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                    __builtin_cpu_supports("avx512cd");
+    if (v4) names.emplace_back("v4");
+    if (v3) names.emplace_back("v3");
+#endif
+    names.emplace_back("base");
+    return names;
+}
+
+using Count = std::pair<int64_t, int64_t>;  // how many, first index in the tile or -1
+
+Count pair(const ota::NonFinite& bad) { return {bad.count, bad.first}; }
+
+nb::tuple merge(const std::optional<Bytes>& base, int base_code, const nb::list& experts,
+                const nb::tuple& formula_spec, OutBytes out, int out_code, const std::string& isa) {
+    require(out_code >= 0 && out_code <= 3, "a merged tensor is float32, bfloat16, float16 or float64");
+    ota::MergeArgs args;
+    args.n = static_cast<int64_t>(out.size()) / item_size(out_code);
+    require(static_cast<int64_t>(out.size()) == args.n * item_size(out_code), "the output is cut short");
+    args.n_experts = static_cast<int>(experts.size());
+    require(args.n_experts >= 1 && args.n_experts <= ota::kMaxExperts, "1 to 64 experts can be merged");
+    args.has_base = base.has_value();
+    if (base) args.base = operand(*base, base_code, args.n);
+    for (int t = 0; t < args.n_experts; ++t) args.experts[t] = expert(nb::cast<nb::tuple>(experts[t]), args.n);
+    args.formula = formula(formula_spec);
+    args.out = out.data();
+    args.out_dtype = static_cast<ota::DType>(out_code);
+
+    const ota::Kernels& table = kernels(isa);
+    ota::MergeStats stats;
+    {
+        nb::gil_scoped_release release;
+        table.merge(args, stats);
+    }
+    std::vector<int64_t> kept(stats.kept, stats.kept + args.n_experts);
+    std::vector<Count> weights, curvatures;
+    for (int t = 0; t < args.n_experts; ++t) {
+        weights.push_back(pair(stats.weights[t]));
+        curvatures.push_back(pair(stats.curvature[t]));
+    }
+    return nb::make_tuple(kept, stats.unkept, stats.overflow, stats.repaired, pair(stats.base), weights,
+                          curvatures);
+}
+
+ota::SurveyArgs survey_args(const std::optional<Bytes>& base, int base_code, const nb::tuple& expert_spec,
+                            int64_t n) {
+    ota::SurveyArgs args;
+    args.n = n;
+    args.has_base = base.has_value();
+    if (base) args.base = operand(*base, base_code, n);
+    args.expert = expert(expert_spec, n);
+    return args;
+}
+
+std::vector<Count> counts_of(const ota::SurveyStats& stats) {
+    return {pair(stats.base), pair(stats.weights), pair(stats.curvature)};
+}
+
+std::vector<Count> histogram(const std::optional<Bytes>& base, int base_code, const nb::tuple& expert_spec,
+                             int64_t n, bool of_edits, int64_t prefix, OutInts counts, OutInts lows,
+                             const std::string& isa) {
+    require(counts.size() == ota::kBins && lows.size() == ota::kBins, "a histogram has 65536 bins");
+    ota::SurveyArgs args = survey_args(base, base_code, expert_spec, n);
+    args.score = of_edits ? ota::Score::edit : ota::Score::saliency;
+    const ota::Kernels& table = kernels(isa);
+    ota::SurveyStats stats;
+    {
+        nb::gil_scoped_release release;
+        table.histogram(args, prefix, counts.data(), lows.data(), stats);
+    }
+    return counts_of(stats);
+}
+
+using PerElement = void (*ota::Kernels::*)(const ota::SurveyArgs&, float*, ota::SurveyStats&);
+
+template <PerElement Kernel>
+std::vector<Count> per_element(const std::optional<Bytes>& base, int base_code, const nb::tuple& expert_spec,
+                               OutFloats out, const std::string& isa) {
+    const ota::SurveyArgs args = survey_args(base, base_code, expert_spec, static_cast<int64_t>(out.size()));
+    const ota::Kernels& table = kernels(isa);
+    ota::SurveyStats stats;
+    {
+        nb::gil_scoped_release release;
+        (table.*Kernel)(args, out.data(), stats);
+    }
+    return counts_of(stats);
+}
+
+nb::tuple power_sum(const nb::tuple& curvature_spec, int64_t n, double power, const std::string& isa) {
+    const ota::Curvature c = curvature(curvature_spec, n);
+    const ota::Kernels& table = kernels(isa);
+    ota::NonFinite bad;
+    double sum = 0;
+    {
+        nb::gil_scoped_release release;
+        sum = table.power_sum(c, n, power, bad);
+    }
+    return nb::make_tuple(sum, pair(bad));
+}
+
+Count row_column_sums(const Bytes& values, int code, OutDoubles row_sums, OutDoubles column_sums,
+                      const std::string& isa) {
+    const auto rows = static_cast<int64_t>(row_sums.size()), columns = static_cast<int64_t>(column_sums.size());
+    const ota::Operand v = operand(values, code, rows * columns);
+    const ota::Kernels& table = kernels(isa);
+    ota::NonFinite bad;
+    {
+        nb::gil_scoped_release release;
+        table.row_column_sums(v, rows, columns, row_sums.data(), column_sums.data(), bad);
+    }
+    return pair(bad);
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+    m.doc() = "CPU kernels. Use ota_kernels.backends.native; these entry points take raw tiles.";
+    m.def("instruction_sets", &instruction_sets);
+    m.def("merge", &merge, "base"_a.none(), "base_code"_a, "experts"_a, "formula"_a, "out"_a, "out_code"_a,
+          "isa"_a);
+    m.def("histogram", &histogram, "base"_a.none(), "base_code"_a, "expert"_a, "n"_a, "of_edits"_a,
+          "prefix"_a, "counts"_a, "lows"_a, "isa"_a);
+    m.def("edits", &per_element<&ota::Kernels::edits>, "base"_a.none(), "base_code"_a, "expert"_a, "out"_a,
+          "isa"_a);
+    m.def("scores", &per_element<&ota::Kernels::scores>, "base"_a.none(), "base_code"_a, "expert"_a, "out"_a,
+          "isa"_a);
+    m.def("power_sum", &power_sum, "curvature"_a, "n"_a, "power"_a, "isa"_a);
+    m.def("row_column_sums", &row_column_sums, "values"_a, "code"_a, "row_sums"_a, "column_sums"_a, "isa"_a);
+}

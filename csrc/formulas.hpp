@@ -1,0 +1,254 @@
+// The formulas of the merge, one function each (README, "How it works"; arXiv 2509.11167), and the element
+// types. Compiled once per instruction set inside namespace ota::OTA_ISA, so that no inline function of a
+// wider instruction set can be linked into a narrower one. Contraction to FMA is off (CMakeLists.txt):
+// masks must come out the same everywhere.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "kernels.hpp"
+
+namespace ota {
+namespace OTA_ISA {
+
+// Elements per block: numerator, denominator, base, weight and curvature rows of one block stay in the
+// first-level cache (5 x 2 KiB).
+constexpr int kBlock = 512;
+
+template <typename To, typename From>
+inline To bit_cast(From value) {
+    static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
+    To out;
+    std::memcpy(&out, &value, sizeof(out));
+    return out;
+}
+
+// s = (h k) (2^16 d)^2 with k = 2^32 (or 2^64 and no d without a base): float32 never underflows where the
+// true saliency is above 1e-57, and powers of two keep the order exact.
+inline float saliency(float h, float d, float k) {
+    const float scaled = d * 65536.0f;
+    return (h * k) * (scaled * scaled);
+}
+
+// P = a h^p + epsilon, or P = a where the weights ignore curvature (Power::none).
+enum class Power { none, half, one, general };
+
+template <Power P, typename Acc>
+inline Acc weight(Acc h, Acc a, Acc p, Acc epsilon) {
+    if (P == Power::none) return a;
+    if (P == Power::half) return std::sqrt(h) * a + epsilon;
+    if (P == Power::one) return h * a + epsilon;
+    return std::pow(h, p) * a + epsilon;
+}
+
+// Small floats to float32: E exponent bits of the given bias, M mantissa bits below them.
+template <int M, int Bias>
+inline uint32_t widen_small_float(uint32_t magnitude, uint32_t exponent_mask) {
+    uint32_t bits = magnitude << (23 - M);
+    const uint32_t exponent = bits & exponent_mask;
+    bits += static_cast<uint32_t>(127 - Bias) << 23;
+    const uint32_t one_up = bits + (1u << 23);
+    const float subnormal = bit_cast<float>(one_up) - bit_cast<float>(static_cast<uint32_t>(128 - Bias) << 23);
+    return exponent == 0 ? bit_cast<uint32_t>(subnormal) : bits;
+}
+
+inline float from_bf16(uint16_t v) { return bit_cast<float>(static_cast<uint32_t>(v) << 16); }
+
+inline float from_f16(uint16_t v) {
+    const uint32_t magnitude = v & 0x7fffu;
+    uint32_t bits = widen_small_float<10, 15>(magnitude, 0x0f800000u);
+    bits = magnitude >= 0x7c00u ? (magnitude << 13) | 0x7f800000u : bits;
+    return bit_cast<float>(bits | (static_cast<uint32_t>(v & 0x8000u) << 16));
+}
+
+inline float from_e4m3(uint8_t v) {
+    const uint32_t magnitude = v & 0x7fu;
+    uint32_t bits = widen_small_float<3, 7>(magnitude, 0x07800000u);
+    bits = magnitude == 0x7fu ? 0x7fc00000u : bits;
+    return bit_cast<float>(bits | (static_cast<uint32_t>(v & 0x80u) << 24));
+}
+
+inline float from_e5m2(uint8_t v) { return from_f16(static_cast<uint16_t>(v << 8)); }
+
+// Round to nearest, ties to even; a NaN stays a NaN.
+inline uint16_t to_bf16(float v) {
+    const uint32_t bits = bit_cast<uint32_t>(v);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40u : rounded);
+}
+
+inline uint16_t to_f16(float v) {
+    const uint32_t bits = bit_cast<uint32_t>(v);
+    const uint32_t magnitude = bits & 0x7fffffffu;
+    const uint32_t sign = (bits >> 16) & 0x8000u;
+    const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    const float shifted = bit_cast<float>(magnitude) + 0.5f;  // lines the subnormal up at bit 0
+    const uint32_t subnormal = bit_cast<uint32_t>(shifted) - 0x3f000000u;
+    uint32_t out = magnitude < (113u << 23) ? subnormal : normal;
+    out = magnitude >= 0x477ff000u ? 0x7c00u : out;  // 65520 and above
+    out = magnitude > 0x7f800000u ? 0x7e00u : out;
+    return static_cast<uint16_t>(out | sign);
+}
+
+// n elements of type T at `src`, in place where the address allows it (a file may put a tensor anywhere), else
+// copied to `room`: vectorised loops want aligned element types.
+template <typename T>
+inline const T* elements(const uint8_t* src, int n, T* room) {
+    if (reinterpret_cast<uintptr_t>(src) % alignof(T) == 0) return reinterpret_cast<const T*>(src);
+    std::memcpy(room, src, sizeof(T) * static_cast<size_t>(n));
+    return room;
+}
+
+inline int item_size(DType dtype) {
+    switch (dtype) {
+        case DType::f64: return 8;
+        case DType::f32: return 4;
+        case DType::bf16:
+        case DType::f16: return 2;
+        default: return 1;
+    }
+}
+
+// Fetches the block after the one at `offset` into the second-level cache: a tile is a dozen streams, each
+// read for one block at a time, too short for the hardware's own prefetcher.
+inline void prefetch_next(const Operand& x, int64_t offset, int64_t total) {
+    const int64_t size = item_size(x.dtype), next = offset + kBlock;
+    const int64_t end = next + kBlock < total ? next + kBlock : total;
+    for (int64_t byte = next * size; byte < end * size; byte += 64) __builtin_prefetch(x.data + byte, 0, 2);
+}
+
+inline void decode_f16(const uint16_t* src, int n, float* dst) {
+    int i = 0;
+#if defined(__F16C__)
+    for (; i + 8 <= n; i += 8)
+        _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i))));
+#endif
+    for (; i < n; ++i) dst[i] = from_f16(src[i]);
+}
+
+// Elements [offset, offset + n) as float32: in place where they are float32 already, else through `room`
+// (kBlock elements).
+inline const float* load(const Operand& x, int64_t offset, int n, float* room) {
+    uint16_t halves[kBlock];
+    double doubles[kBlock];
+    switch (x.dtype) {
+        case DType::f32:
+            return elements(x.data + 4 * offset, n, room);
+        case DType::bf16: {
+            const uint16_t* src = elements(x.data + 2 * offset, n, halves);
+            for (int i = 0; i < n; ++i) room[i] = from_bf16(src[i]);
+            break;
+        }
+        case DType::f16:
+            decode_f16(elements(x.data + 2 * offset, n, halves), n, room);
+            break;
+        case DType::f64: {
+            const double* src = elements(x.data + 8 * offset, n, doubles);
+            for (int i = 0; i < n; ++i) room[i] = static_cast<float>(src[i]);
+            break;
+        }
+        case DType::f8_e4m3:
+            for (int i = 0; i < n; ++i) room[i] = from_e4m3(x.data[offset + i]);
+            break;
+        case DType::f8_e5m2:
+            for (int i = 0; i < n; ++i) room[i] = from_e5m2(x.data[offset + i]);
+            break;
+    }
+    return room;
+}
+
+// Curvature of elements [offset, offset + n) of the tile.
+inline const float* load(const Curvature& c, int64_t offset, int n, float* room) {
+    if (c.kind == CurvatureKind::full) return load(c.values, offset, n, room);
+    if (c.kind == CurvatureKind::uniform) {
+        for (int i = 0; i < n; ++i) room[i] = 1.0f;
+        return room;
+    }
+    int64_t row = (c.start + offset) / c.n_columns, column = (c.start + offset) % c.n_columns;
+    for (int done = 0; done < n; ++row, column = 0) {
+        const int64_t left = c.n_columns - column;
+        const int run = left < n - done ? static_cast<int>(left) : n - done;
+        float* h = room + done;
+        if (c.kind == CurvatureKind::rank1) {
+            const float scale = c.rows[row];
+            for (int i = 0; i < run; ++i) h[i] = scale * c.columns[column + i];
+        } else {
+            for (int i = 0; i < run; ++i) h[i] = 0.0f;
+            for (int64_t r = 0; r < c.rank; ++r) {
+                const float scale = c.rows[row * c.rank + r];
+                const float* right = c.columns + r * c.n_columns + column;
+                for (int i = 0; i < run; ++i) h[i] += scale * right[i];
+            }
+            for (int i = 0; i < run; ++i) h[i] = h[i] > 0.0f ? h[i] : 0.0f;
+        }
+        done += run;
+    }
+    return room;
+}
+
+// Elements [offset, offset + n) of `out`, rounded to its type. `out` is aligned to its element size.
+inline void store(DType dtype, uint8_t* out, int64_t offset, int n, const float* values) {
+    auto* dst = reinterpret_cast<uint16_t*>(out) + offset;
+    int i = 0;
+    if (dtype == DType::bf16) {
+        for (; i < n; ++i) dst[i] = to_bf16(values[i]);
+        return;
+    }
+#if defined(__F16C__)
+    for (; i + 8 <= n; i += 8)
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(dst + i),
+                         _mm256_cvtps_ph(_mm256_loadu_ps(values + i), _MM_FROUND_TO_NEAREST_INT));
+#endif
+    for (; i < n; ++i) dst[i] = to_f16(values[i]);
+}
+
+inline void store(DType dtype, uint8_t* out, int64_t offset, int n, const double* values) {
+    if (dtype == DType::f64) {
+        std::memcpy(out + 8 * offset, values, sizeof(double) * static_cast<size_t>(n));
+        return;
+    }
+    float* dst = reinterpret_cast<float*>(out) + offset;
+    for (int i = 0; i < n; ++i) dst[i] = static_cast<float>(values[i]);
+}
+
+// The largest finite value of an output type, for counting overflow.
+inline double largest(DType dtype) {
+    switch (dtype) {
+        case DType::f16: return 65519.996;  // the next float32 below 65520, which rounds to infinity
+        case DType::bf16: return 3.3961776292304957e38;  // below 0x1.ffp127, which rounds to infinity
+        case DType::f64: return 1.7976931348623157e308;
+        default: return 3.4028235677973362e38;
+    }
+}
+
+inline bool is_finite(float v) { return (bit_cast<uint32_t>(v) & 0x7fffffffu) < 0x7f800000u; }
+inline bool is_curvature(float v) { return v >= 0.0f && is_finite(v); }
+
+// True where some weight of the block is not finite: one integer maximum per element.
+inline bool any_nonfinite(const float* v, int n) {
+    uint32_t top = 0;
+    for (int i = 0; i < n; ++i) {
+        const uint32_t magnitude = bit_cast<uint32_t>(v[i]) & 0x7fffffffu;
+        top = magnitude > top ? magnitude : top;
+    }
+    return top >= 0x7f800000u;
+}
+
+// True where some curvature may be negative or not finite (-0.0 too: the caller looks again).
+inline bool any_bad_curvature(const float* h, int n) {
+    uint32_t top = 0;
+    for (int i = 0; i < n; ++i) {
+        const uint32_t bits = bit_cast<uint32_t>(h[i]);
+        top = bits > top ? bits : top;
+    }
+    return top >= 0x7f800000u;
+}
+
+}  // namespace OTA_ISA
+}  // namespace ota

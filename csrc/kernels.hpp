@@ -1,0 +1,114 @@
+// What the bindings hand to the kernels, and the table of entry points that each instruction set fills.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace ota {
+
+constexpr int kMaxExperts = 64;
+constexpr int kBins = 1 << 16;
+
+// Codes shared with ota_kernels/dtypes.py.
+enum class DType : int { f32 = 0, bf16 = 1, f16 = 2, f64 = 3, f8_e4m3 = 4, f8_e5m2 = 5 };
+
+struct Operand {
+    const uint8_t* data = nullptr;  // element 0 of the tile; may be unaligned
+    DType dtype = DType::f32;
+};
+
+enum class CurvatureKind : int { uniform = 0, full = 1, rank1 = 2, low_rank = 3 };
+
+// full: values. rank1: h = rows[i] * columns[j]. low_rank: h = max(0, sum_r rows[i, r] * columns[r, j]).
+struct Curvature {
+    CurvatureKind kind = CurvatureKind::uniform;
+    Operand values;
+    const float* rows = nullptr;
+    const float* columns = nullptr;
+    int64_t n_columns = 0;
+    int64_t rank = 1;
+    int64_t start = 0;  // flat index of the tile's first element in its matrix
+};
+
+struct Expert {
+    Operand weights;
+    Curvature curvature;
+    float threshold = 0;     // of the scaled saliency; NaN keeps nothing
+    float score_scale = 1;   // k in s = (h k) (2^16 d)^2
+    double weight_scale = 1; // a in P = a h^p + eps, or P = a
+    double edit_scale = 1;   // rescale factor of the masked edit
+    float trim = 0;          // least |d| that survives TIES trimming
+};
+
+struct Formula {
+    double power = 0.5;
+    double epsilon = 0;
+    double lambda = 1;
+    double denominator = 0;  // 0: the sum of the P_t; else this number
+    bool curvature_weights = true;
+    bool masked = true;      // false: every threshold keeps everything, scores are not computed
+    bool mask_weights = true;
+    bool elect_signs = false;
+    bool fallback_to_base = true;
+    bool repair_nonfinite = false;  // write the base value where an input is not finite
+};
+
+struct NonFinite {
+    int64_t count = 0;
+    int64_t first = -1;  // index within the tile
+    void add(int64_t index) {
+        if (first < 0) first = index;
+        ++count;
+    }
+};
+
+struct MergeStats {
+    int64_t kept[kMaxExperts] = {};
+    int64_t unkept = 0;    // elements kept by nobody
+    int64_t overflow = 0;  // finite results beyond the output type's range
+    int64_t repaired = 0;  // elements set to the base value
+    NonFinite base, weights[kMaxExperts], curvature[kMaxExperts];
+};
+
+struct MergeArgs {
+    int64_t n = 0;
+    int n_experts = 0;
+    bool has_base = false;
+    Operand base;
+    Expert experts[kMaxExperts];
+    Formula formula;
+    uint8_t* out = nullptr;
+    DType out_dtype = DType::f32;
+};
+
+enum class Score : int { saliency = 0, edit = 1 };
+
+struct SurveyArgs {
+    int64_t n = 0;
+    bool has_base = false;
+    Operand base;
+    Expert expert;
+    Score score = Score::saliency;  // edit: |d| where the saliency reaches the threshold, else excluded
+};
+
+struct SurveyStats {
+    NonFinite base, weights, curvature;
+};
+
+struct Kernels {
+    void (*merge)(const MergeArgs&, MergeStats&);
+    // prefix < 0: counts[bits >> 16] and the sum of bits & 0xffff of each bin; prefix >= 0: counts of the
+    // low halves of the scores whose high half is prefix (lows unused).
+    void (*histogram)(const SurveyArgs&, int64_t prefix, int64_t* counts, int64_t* lows, SurveyStats&);
+    void (*edits)(const SurveyArgs&, float* out, SurveyStats&);
+    void (*scores)(const SurveyArgs&, float* out, SurveyStats&);
+    double (*power_sum)(const Curvature&, int64_t n, double power, NonFinite&);
+    void (*row_column_sums)(const Operand&, int64_t rows, int64_t columns, double* row_sums,
+                            double* column_sums, NonFinite&);
+};
+
+namespace base { extern const Kernels kernels; }
+namespace v3 { extern const Kernels kernels; }
+namespace v4 { extern const Kernels kernels; }
+
+}  // namespace ota

@@ -1,0 +1,135 @@
+// One tile in, statistics out: score histograms, masked edits, sums of powers, row and column sums.
+// Sums run in a fixed order (kLanes partial sums, folded pairwise), the same for every instruction set.
+
+#include "formulas.hpp"
+
+namespace ota {
+namespace OTA_ISA {
+
+void merge(const MergeArgs&, MergeStats&);
+
+namespace {
+
+constexpr int kLanes = 8;
+
+double fold(const double* lanes) {
+    return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
+}
+
+// Calls step(offset, n, d, scores) for each block; unusable elements score 0 and are counted. d is the task
+// vector (w itself without a base), zeroed where the element is not usable.
+template <typename Step>
+void for_scores(const SurveyArgs& args, SurveyStats& stats, Step step) {
+    float base_room[kBlock], weight_room[kBlock], curvature_room[kBlock], d[kBlock], s[kBlock];
+    const float k = args.expert.score_scale;
+    for (int64_t offset = 0; offset < args.n; offset += kBlock) {
+        const int n = static_cast<int>(args.n - offset < kBlock ? args.n - offset : kBlock);
+        const float* w = load(args.expert.weights, offset, n, weight_room);
+        const float* h = load(args.expert.curvature, offset, n, curvature_room);
+        bool bad = any_nonfinite(w, n) || any_bad_curvature(h, n);
+        if (args.has_base) {
+            const float* base = load(args.base, offset, n, base_room);
+            bad |= any_nonfinite(base, n);
+            for (int i = 0; i < n; ++i) {
+                d[i] = w[i] - base[i];
+                s[i] = saliency(h[i], d[i], k);
+            }
+            if (bad)
+                for (int i = 0; i < n; ++i)
+                    if (!is_finite(base[i])) stats.base.add(offset + i), d[i] = s[i] = 0.0f;
+        } else {
+            for (int i = 0; i < n; ++i) {
+                d[i] = w[i];
+                s[i] = h[i] * k;
+            }
+        }
+        if (bad)
+            for (int i = 0; i < n; ++i) {
+                if (!is_finite(w[i])) stats.weights.add(offset + i), d[i] = s[i] = 0.0f;
+                if (!is_curvature(h[i])) stats.curvature.add(offset + i), d[i] = s[i] = 0.0f;
+            }
+        step(offset, n, d, s);
+    }
+}
+
+void edits(const SurveyArgs& args, float* out, SurveyStats& stats) {
+    const float threshold = args.expert.threshold;
+    for_scores(args, stats, [&](int64_t offset, int n, const float* d, const float* s) {
+        for (int i = 0; i < n; ++i) out[offset + i] = s[i] >= threshold ? d[i] : 0.0f;
+    });
+}
+
+void scores(const SurveyArgs& args, float* out, SurveyStats& stats) {
+    for_scores(args, stats, [&](int64_t offset, int n, const float*, const float* s) {
+        for (int i = 0; i < n; ++i) out[offset + i] = s[i];
+    });
+}
+
+void histogram(const SurveyArgs& args, int64_t prefix, int64_t* counts, int64_t* lows, SurveyStats& stats) {
+    const float threshold = args.expert.threshold;
+    const bool of_edits = args.score == Score::edit;
+    for_scores(args, stats, [&](int64_t, int n, const float* d, const float* s) {
+        uint32_t bits[kBlock];
+        for (int i = 0; i < n; ++i) {
+            const float edit = s[i] >= threshold ? d[i] : 0.0f;
+            bits[i] = bit_cast<uint32_t>(of_edits ? edit : s[i]) & 0x7fffffffu;
+        }
+        if (prefix < 0) {
+            for (int i = 0; i < n; ++i) {
+                ++counts[bits[i] >> 16];
+                lows[bits[i] >> 16] += bits[i] & 0xffffu;
+            }
+        } else {
+            for (int i = 0; i < n; ++i)
+                if (bits[i] >> 16 == static_cast<uint32_t>(prefix)) ++counts[bits[i] & 0xffffu];
+        }
+    });
+}
+
+double power_sum(const Curvature& curvature, int64_t total, double p, NonFinite& bad) {
+    float room[kBlock];
+    double lanes[kLanes] = {};
+    for (int64_t offset = 0; offset < total; offset += kBlock) {
+        const int n = static_cast<int>(total - offset < kBlock ? total - offset : kBlock);
+        const float* h = load(curvature, offset, n, room);
+        if (any_bad_curvature(h, n))
+            for (int i = 0; i < n; ++i)
+                if (!is_curvature(h[i])) bad.add(offset + i);
+        double x[kBlock] = {};
+        for (int i = 0; i < n; ++i) {
+            const double v = is_curvature(h[i]) ? static_cast<double>(h[i]) : 0.0;
+            x[i] = p == 0.5 ? std::sqrt(v) : p == 1.0 ? v : std::pow(v, p);
+        }
+        for (int i = 0; i < n; i += kLanes)
+            for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += x[i + lane];
+    }
+    return fold(lanes);
+}
+
+void row_column_sums(const Operand& v, int64_t rows, int64_t columns, double* row_sums, double* column_sums,
+                     NonFinite& bad) {
+    float room[kBlock];
+    for (int64_t row = 0; row < rows; ++row) {
+        double lanes[kLanes] = {};
+        for (int64_t column = 0; column < columns; column += kBlock) {
+            const int n = static_cast<int>(columns - column < kBlock ? columns - column : kBlock);
+            const float* h = load(v, row * columns + column, n, room);
+            if (any_bad_curvature(h, n))
+                for (int i = 0; i < n; ++i)
+                    if (!is_curvature(h[i])) bad.add(row * columns + column + i);
+            double x[kBlock] = {};
+            for (int i = 0; i < n; ++i) x[i] = is_curvature(h[i]) ? static_cast<double>(h[i]) : 0.0;
+            for (int i = 0; i < n; ++i) column_sums[column + i] += x[i];
+            for (int i = 0; i < n; i += kLanes)
+                for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += x[i + lane];
+        }
+        row_sums[row] = fold(lanes);
+    }
+}
+
+}  // namespace
+
+const Kernels kernels = {merge, histogram, edits, scores, power_sum, row_column_sums};
+
+}  // namespace OTA_ISA
+}  // namespace ota

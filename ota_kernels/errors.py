@@ -1,0 +1,39 @@
+"""Every exception a user can meet. The command line prints `error: {exception}` and exits with `exit_code`."""
+
+from __future__ import annotations
+
+
+class OtaError(Exception):
+    """Base of all errors of this package; its text is one line that says what to do."""
+
+    exit_code = 1
+
+
+class RecipeError(OtaError, ValueError):
+    """The recipe, an option or an argument is wrong: unknown key, wrong type, value out of range."""
+
+    exit_code = 2
+
+
+class InputError(OtaError, ValueError):
+    """A model or curvature file is missing, malformed, inconsistent with the others, or not finite."""
+
+    exit_code = 2
+
+
+class OutputError(OtaError):
+    """The output folder cannot be used: it exists, lies inside an input, or the disk has no room."""
+
+    exit_code = 2
+
+
+class BackendError(OtaError):
+    """A backend that was asked for cannot run; the text says why."""
+
+    exit_code = 2
+
+
+class RunError(OtaError):
+    """The merge failed while running; the work folder is kept, so that `--resume` can go on."""
+
+    exit_code = 1

@@ -1,0 +1,1 @@
+"""Files in and out; nothing here imports torch or triton before a torch file is opened."""

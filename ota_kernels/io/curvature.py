@@ -1,0 +1,275 @@
+"""Curvature files: the second moments of one expert, named as its parameters or `<parameter>.exp_avg_sq`."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import zipfile
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..dtypes import BY_NAME, DType
+from ..errors import InputError
+from ..tensors import Buffer
+from .header import quoted
+from .reader import FILE_SUFFIX, INDEX_SUFFIX, Checkpoint, MappedMemory, fingerprint
+
+_MOMENT = "exp_avg_sq"
+_DTYPES = ("float32", "bfloat16", "float16")
+_TORCH_SUFFIXES = (".pt", ".pth", ".bin")
+
+
+class CurvatureFile(ABC):
+    """The second moments of one expert, mapped; every method takes the name of a parameter.
+
+    label: what errors call it ("models[2]: preconditioner_path"); path: the file or folder.
+    """
+
+    def __init__(self, label: str, path: Path):
+        self.label = label
+        self.path = path
+
+    @staticmethod
+    def open(path: Path, label: str) -> CurvatureFile:
+        """Open safetensors (a file, an index, a folder) or a torch optimizer file (.pt, .pth, .bin).
+
+        A torch file must be `{"state": {parameter name: {"exp_avg_sq": tensor}}}` and is read with
+        `weights_only=True`. Raises InputError for anything else; no moments are read.
+        """
+        if os.path.isdir(path) or path.name.endswith((FILE_SUFFIX, INDEX_SUFFIX)):
+            return _SafetensorsCurvature(label, path)
+        if path.suffix not in _TORCH_SUFFIXES:
+            accepted = ", ".join((FILE_SUFFIX, INDEX_SUFFIX, *_TORCH_SUFFIXES))
+            raise InputError(f"{label}: {path}: not a folder, and not one of {accepted}")
+        return _TorchCurvature(label, path)
+
+    def find(self, name: str) -> str | None:
+        """The key that holds the curvature of parameter `name`, or None."""
+        return next((key for key in (f"{name}.{_MOMENT}", name) if self._has(key)), None)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the curvature of `name`. Raises InputError if there is none."""
+        return self._shape(self._key(name))
+
+    def dtype(self, name: str) -> DType:
+        """float32, bfloat16 or float16. Raises InputError for any other type."""
+        key = self._key(name)
+        dtype_name = self._dtype_name(key)
+        if dtype_name not in _DTYPES:
+            raise InputError(
+                f"{self.label}: {self.path}: tensor {quoted(key)} is {dtype_name}; "
+                f"curvature must be {', '.join(_DTYPES)}"
+            )
+        return BY_NAME[dtype_name]
+
+    def buffer(self, name: str) -> Buffer:
+        """A zero-copy view of the curvature of `name`; errors as in `dtype`."""
+        return Buffer(self._bytes(self._key(name)), self.dtype(name), str(self.path))
+
+    def bias_correction(self, name: str) -> float:
+        """1 - beta2^step, which Adam divides the second moments of `name` by.
+
+        Raises InputError where the file does not say step and beta2, or says an impossible one.
+        """
+        step, beta2 = self._step_and_beta2(self._key(name))
+        if not (math.isfinite(step) and step > 0 and 0 < beta2 < 1):
+            raise InputError(
+                f"{self.label}: {self.path}: bias_correction needs step > 0 and 0 < beta2 < 1, "
+                f"not step {step} and beta2 {beta2}"
+            )
+        return 1.0 - beta2**step
+
+    @property
+    @abstractmethod
+    def total_bytes(self) -> int:
+        """Bytes of curvature data."""
+
+    @abstractmethod
+    def fingerprint(self) -> list[list[str | int]]:
+        """[name, bytes, mtime in ns] of each file, to tell whether an input has changed."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of all maps; buffers that are still held keep theirs."""
+
+    @abstractmethod
+    def _has(self, key: str) -> bool: ...
+
+    @abstractmethod
+    def _shape(self, key: str) -> tuple[int, ...]: ...
+
+    @abstractmethod
+    def _dtype_name(self, key: str) -> str: ...
+
+    @abstractmethod
+    def _bytes(self, key: str) -> np.ndarray: ...
+
+    @abstractmethod
+    def _step_and_beta2(self, key: str) -> tuple[float, float]: ...
+
+    def _key(self, name: str) -> str:
+        key = self.find(name)
+        if key is None:
+            raise InputError(
+                f"{self.label}: {self.path}: no curvature for tensor {quoted(name)} "
+                f"(looked for that name and {quoted(f'{name}.{_MOMENT}')})"
+            )
+        return key
+
+    def _number(self, value: Any, what: str) -> float:
+        try:
+            return float(value)
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+            fault = "is missing" if value is None else f"is not a number: {quoted(value)}"
+            raise InputError(f"{self.label}: {self.path}: bias_correction: {what} {fault}") from error
+
+
+class _SafetensorsCurvature(CurvatureFile):
+    """step and beta2 come from the file's `__metadata__`."""
+
+    def __init__(self, label: str, path: Path):
+        super().__init__(label, path)
+        self._checkpoint = Checkpoint.open(path, label)
+
+    @property
+    def total_bytes(self) -> int:
+        return self._checkpoint.total_bytes
+
+    def fingerprint(self) -> list[list[str | int]]:
+        return self._checkpoint.fingerprint()
+
+    def close(self) -> None:
+        self._checkpoint.close()
+
+    def _has(self, key: str) -> bool:
+        return key in self._checkpoint.tensors
+
+    def _shape(self, key: str) -> tuple[int, ...]:
+        return self._checkpoint.tensors[key].shape
+
+    def _dtype_name(self, key: str) -> str:
+        return self._checkpoint.tensors[key].dtype.name
+
+    def _bytes(self, key: str) -> np.ndarray:
+        return self._checkpoint.buffer(key).data
+
+    def _step_and_beta2(self, key: str) -> tuple[float, float]:
+        metadata = self._checkpoint.metadata_of(key)
+        return (
+            self._number(metadata.get("step"), 'metadata "step"'),
+            self._number(metadata.get("beta2"), 'metadata "beta2"'),
+        )
+
+
+class _TorchCurvature(CurvatureFile):
+    """step comes from the parameter's own state, beta2 from the betas that all param_groups share."""
+
+    def __init__(self, label: str, path: Path):
+        super().__init__(label, path)
+        content = self._load()
+        self._states = self._check_states(content)
+        self._groups = content.get("param_groups")
+        self._moments = {name: state[_MOMENT] for name, state in self._states.items() if _MOMENT in state}
+        if not self._moments:
+            raise InputError(f"{label}: {path}: its optimizer state holds no {_MOMENT}")
+        for name, moment in self._moments.items():
+            self._check_plain(name, moment)
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(moment.nbytes for moment in self._moments.values())
+
+    def fingerprint(self) -> list[list[str | int]]:
+        return fingerprint([self.path], self.path.parent)
+
+    def close(self) -> None:
+        self._moments, self._states = {}, {}
+
+    def _load(self) -> dict[Any, Any]:
+        import torch
+
+        if not os.path.isfile(self.path):
+            raise InputError(f"{self.label}: {self.path}: no such file")
+        try:
+            _check_archive(self.path)
+            content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:
+            # A hostile pickle or archive can fail anywhere inside torch or zipfile, with any exception.
+            raise InputError(f"{self.label}: {self.path}: {_load_failure(error)}") from error
+        if not isinstance(content, dict) or not isinstance(content.get("state"), dict):
+            raise InputError(
+                f"{self.label}: {self.path}: not an optimizer file, "
+                f'which is {{"state": {{parameter name: {{"{_MOMENT}": tensor}}}}}}'
+            )
+        return content
+
+    def _check_states(self, content: dict[Any, Any]) -> dict[str, dict[Any, Any]]:
+        for name, state in content["state"].items():
+            if not isinstance(name, str):
+                raise InputError(
+                    f"{self.label}: {self.path}: its state is keyed by {quoted(name)}, "
+                    "not by parameter names: save {name: state[p] for name, p in model.named_parameters()}"
+                )
+            if not isinstance(state, dict):
+                raise InputError(f"{self.label}: {self.path}: state[{quoted(name)}] is not a dict")
+        return content["state"]
+
+    def _check_plain(self, name: str, moment: Any) -> None:
+        """Only a dense tensor in one piece of the file can be viewed without a copy."""
+        import torch
+
+        plain = (
+            type(moment) is torch.Tensor and moment.layout is torch.strided and moment.device.type == "cpu"
+        )
+        if not plain or moment.is_quantized or not moment.is_contiguous():
+            raise InputError(
+                f"{self.label}: {self.path}: {_MOMENT} of {quoted(name)} is not a plain contiguous tensor"
+            )
+
+    def _has(self, key: str) -> bool:
+        return key in self._moments
+
+    def _shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self._moments[key].shape)
+
+    def _dtype_name(self, key: str) -> str:
+        return str(self._moments[key].dtype).removeprefix("torch.")
+
+    def _bytes(self, key: str) -> np.ndarray:
+        moment = self._moments[key]
+        return np.asarray(MappedMemory(moment, moment.data_ptr(), moment.nbytes))
+
+    def _step_and_beta2(self, key: str) -> tuple[float, float]:
+        step = self._number(self._states[key].get("step"), f"step of {quoted(key)}")
+        return step, self._beta2()
+
+    def _beta2(self) -> float:
+        try:
+            betas = [group["betas"][1] for group in self._groups]
+        except (TypeError, KeyError, IndexError):
+            betas = []
+        values = {self._number(beta2, "betas[1] of param_groups") for beta2 in betas or [None]}
+        if len(values) > 1:
+            raise InputError(f"{self.label}: {self.path}: bias_correction: param_groups differ in beta2")
+        return values.pop()
+
+
+def _check_archive(path: Path) -> None:
+    """BadZipFile unless all entries are stored: torch may map compressed bytes and call them moments."""
+    with zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise zipfile.BadZipFile
+
+
+def _load_failure(error: Exception) -> str:
+    text = str(error)
+    refused = re.search(r"(?:unsupported GLOBAL|Unsupported global: GLOBAL) (\S+)", text)
+    if refused:
+        return f"would run code to load ({refused[1]}): save plain tensors, or use safetensors"
+    if isinstance(error, zipfile.BadZipFile):
+        return "not a complete, uncompressed torch file: torch.save it again, or use safetensors"
+    return f"torch cannot load it: {' '.join(text.split())[:200]}"

@@ -1,0 +1,253 @@
+"""safetensors headers: read as hostile input, written with every byte range known before the first byte.
+
+A file is `<u64 little-endian n> <n bytes of JSON> <tensor data>`; the JSON maps each tensor's name to dtype,
+shape and [begin, end) within the data, and `__metadata__` to strings.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import reprlib
+import struct
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ..dtypes import BY_TAG, DType
+from ..errors import InputError
+
+PREFIX_BYTES = 8
+# The cap of the safetensors library: a longer header is a lie or an attack, never a model.
+MAX_HEADER_BYTES = 100_000_000
+# Tensor data starts on a cache line; the format asks for 8 bytes.
+DATA_ALIGNMENT = 64
+_METADATA_KEY = "__metadata__"
+_ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
+# Sizes beyond a signed 64-bit integer overflow in the kernels and in every other reader.
+_MAX_SIZE = 2**63 - 1
+# What errors quote of a hostile value: bounded in length and depth.
+_REPR = reprlib.Repr()
+_REPR.maxstring, _REPR.maxlist, _REPR.maxlevel = 200, 16, 3
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where one tensor lies. begin, end: absolute byte offsets in its file."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def numel(self) -> int:
+        """Elements; 1 for a 0-d tensor."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensor data."""
+        return self.end - self.begin
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A checked header: its tensors, in file order, fill [data_start, file_size) without gap or overlap."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+    data_start: int
+    file_size: int
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of the safetensors file `path`; no tensor data is read.
+
+    Raises InputError, naming file, tensor and fact, for anything that is not a complete safetensors file.
+    """
+    try:
+        # Opening a pipe would wait for its writer.
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise InputError(f"{path}: not a regular file")
+        with path.open("rb") as stream:
+            return _read_header_from(stream, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def parse_header(text: bytes, file_size: int, path: Path) -> Header:
+    """Check the JSON part of a header against the size of its file, in bytes.
+
+    Raises InputError, naming `path`, tensor and fact, on any contradiction.
+    """
+    # The format demands "{" first, so leading blanks and byte-order marks are not skipped.
+    if not text.startswith(b"{"):
+        raise InputError(f"{path}: the header is not a JSON object: not a safetensors file, or a damaged one")
+    entries = parse_json_object(text, f"{path}: the header")
+    metadata = _check_metadata(entries.pop(_METADATA_KEY, {}), path)
+    data_start = PREFIX_BYTES + len(text)
+    tensors = [_parse_entry(name, entry, data_start, path) for name, entry in entries.items()]
+    tensors.sort(key=lambda info: (info.begin, info.end))
+    _check_layout(tensors, data_start, file_size, path)
+    return Header({info.name: info for info in tensors}, metadata, data_start, file_size)
+
+
+def build_header(
+    tensors: Iterable[tuple[str, DType, tuple[int, ...]]], metadata: dict[str, str]
+) -> tuple[bytes, list[tuple[int, int]]]:
+    """Lay tensors (name, dtype, shape) out one after another, in the order given.
+
+    Returns the whole header, padded with spaces to a multiple of DATA_ALIGNMENT bytes, and the absolute
+    byte range [begin, end) of each tensor. Raises ValueError if a name occurs twice or is reserved.
+    """
+    entries: dict[str, Any] = {_METADATA_KEY: metadata} if metadata else {}
+    ranges = []
+    end = 0
+    for name, dtype, shape in tensors:
+        if name in entries or name == _METADATA_KEY:
+            raise ValueError(f"tensor name {name!r} is taken")
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": dtype.tag, "shape": list(shape), "data_offsets": [begin, end]}
+        ranges.append((begin, end))
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-(PREFIX_BYTES + len(text)) % DATA_ALIGNMENT)
+    data_start = PREFIX_BYTES + len(text)
+    header = struct.pack("<Q", len(text)) + text
+    return header, [(data_start + begin, data_start + end) for begin, end in ranges]
+
+
+def parse_json_object(text: bytes, where: str) -> dict[str, Any]:
+    """The JSON object in `text`; InputError, naming `where`, for anything else, duplicate keys included."""
+    try:
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_pairs)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where} is not UTF-8 (byte {error.start})") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{where} is not a JSON object")
+    return value
+
+
+def quoted(value: object) -> str:
+    """`repr` on one line, shortened where a hostile value would fill the screen or the stack."""
+    return _REPR.repr(value).replace("\n", " ")
+
+
+def _read_header_from(stream: BinaryIO, path: Path) -> Header:
+    file_size = os.fstat(stream.fileno()).st_size
+    prefix = stream.read(PREFIX_BYTES)
+    if len(prefix) < PREFIX_BYTES:
+        raise InputError(f"{path}: {file_size} bytes are too few for a safetensors file; fetch it again")
+    (length,) = struct.unpack("<Q", prefix)
+    if length > MAX_HEADER_BYTES:
+        raise InputError(
+            f"{path}: header length {length} is over the limit of {MAX_HEADER_BYTES} bytes: "
+            "not a safetensors file, or a damaged one"
+        )
+    if PREFIX_BYTES + length > file_size:
+        raise InputError(
+            f"{path}: header length {length} is longer than the file ({file_size} bytes): "
+            "it is truncated or damaged; fetch it again"
+        )
+    return parse_header(stream.read(length), file_size, path)
+
+
+def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"duplicate key {quoted(twice)}")
+    return result
+
+
+def _check_metadata(metadata: Any, path: Path) -> dict[str, str]:
+    if not isinstance(metadata, dict):
+        raise InputError(f"{path}: {_METADATA_KEY} must map strings to strings, not {quoted(metadata)}")
+    for key, value in metadata.items():
+        if not isinstance(value, str):
+            raise InputError(f"{path}: {_METADATA_KEY}[{quoted(key)}] must be a string, not {quoted(value)}")
+        _check_encodable(key, path)
+        _check_encodable(value, path)
+    return metadata
+
+
+def _check_encodable(text: str, path: Path) -> None:
+    """JSON can spell half a surrogate pair, which is no character and could not be written again."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"{path}: {quoted(text)} in the header is not valid Unicode") from error
+
+
+def _parse_entry(name: str, entry: Any, data_start: int, path: Path) -> TensorInfo:
+    _check_encodable(name, path)
+    where = f"{path}: tensor {quoted(name)}"
+    if not isinstance(entry, dict) or entry.keys() != _ENTRY_KEYS:
+        raise InputError(f"{where}: needs exactly dtype, shape and data_offsets, not {quoted(entry)}")
+    dtype = _parse_dtype(entry["dtype"], where)
+    shape, numel = _parse_shape(entry["shape"], where)
+    begin, end = _parse_offsets(entry["data_offsets"], where)
+    expected = numel * dtype.itemsize
+    if end - begin != expected:
+        raise InputError(
+            f"{where}: {dtype.tag} of shape {quoted(list(shape))} takes {expected} bytes, "
+            f"but its offsets hold {end - begin}"
+        )
+    return TensorInfo(name, dtype, shape, data_start + begin, data_start + end)
+
+
+def _parse_dtype(tag: Any, where: str) -> DType:
+    dtype = BY_TAG.get(tag) if isinstance(tag, str) else None
+    if dtype is None:
+        raise InputError(f"{where}: unknown dtype {quoted(tag)}; known: {', '.join(BY_TAG)}")
+    return dtype
+
+
+def _parse_shape(shape: Any, where: str) -> tuple[tuple[int, ...], int]:
+    """The shape and its number of elements, refused as soon as the running product passes 64 bits."""
+    if not isinstance(shape, list) or not all(_is_size(size) for size in shape):
+        raise InputError(f"{where}: shape {quoted(shape)} is not a list of integers from 0 to 2^63 - 1")
+    numel = 1
+    for size in shape:
+        numel *= size
+        if numel > _MAX_SIZE:
+            raise InputError(f"{where}: shape {quoted(shape)} overflows 64 bits")
+    return tuple(shape), numel
+
+
+def _parse_offsets(offsets: Any, where: str) -> tuple[int, int]:
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(offset) for offset in offsets):
+        raise InputError(f"{where}: data_offsets {quoted(offsets)} is not two integers from 0 to 2^63 - 1")
+    begin, end = offsets
+    if begin > end:
+        raise InputError(f"{where}: data_offsets end before they begin: {quoted(offsets)}")
+    return begin, end
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= _MAX_SIZE
+
+
+def _check_layout(tensors: list[TensorInfo], data_start: int, file_size: int, path: Path) -> None:
+    """The ranges, sorted, must follow one another from the start of the data to the end of the file."""
+    position = data_start
+    for info in tensors:
+        where = f"{path}: tensor {quoted(info.name)}"
+        if info.begin < position:
+            raise InputError(f"{where}: overlaps the tensor before it by {position - info.begin} bytes")
+        if info.begin > position:
+            raise InputError(f"{where}: a gap of {info.begin - position} bytes lies before it")
+        if info.end > file_size:
+            raise InputError(
+                f"{where}: ends {info.end - file_size} bytes beyond the end of the file: "
+                f"it is truncated ({tensors[-1].end - file_size} bytes are missing); fetch it again"
+            )
+        position = info.end
+    if position < file_size:
+        raise InputError(f"{path}: {file_size - position} bytes follow the last tensor")

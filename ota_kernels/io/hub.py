@@ -1,0 +1,78 @@
+"""What a recipe names: a local path, or a model or file on the Hugging Face hub (the `hub` extra)."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path, PurePosixPath
+from types import ModuleType
+
+from ..errors import InputError
+
+_REPOSITORY = r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w.-]+))?"
+_MODEL = re.compile(_REPOSITORY)
+_FILE = re.compile(_REPOSITORY + "[:/](?P<file>[^:@]+)")
+_MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "tokenizer*"]
+# Copies of the same weights in the formats of other tools, each as large as the model.
+_NOT_MODEL_FILES = ["*/*.safetensors", "consolidated*.safetensors"]
+
+
+def resolve_model(text: str) -> Path:
+    """The local folder or file `text`, or the cached snapshot of the hub model `org/name[@revision]`.
+
+    Raises InputError if it is neither, or cannot be fetched.
+    """
+    path = os.path.expanduser(text)
+    if os.path.exists(path):
+        return Path(path)
+    match = _MODEL.fullmatch(text)
+    if match is None:
+        raise InputError(f"{text!r} is not a local folder, and not a hub id (org/name or org/name@revision)")
+    hub = _import_hub(text, "folder")
+    try:
+        return Path(
+            hub.snapshot_download(
+                match["repo"],
+                revision=match["revision"],
+                allow_patterns=_MODEL_FILES,
+                ignore_patterns=_NOT_MODEL_FILES,
+            )
+        )
+    except Exception as error:  # the hub fails in the manner of many libraries: requests, OS, its own
+        raise _not_fetched(text, "folder", error) from error
+
+
+def resolve_file(text: str) -> Path:
+    """The local file or folder `text`, or the cached copy of a hub file.
+
+    Hub files are `org/name/path/in/repo.safetensors` or `org/name:path`, with `@revision` after the name;
+    `org/name` alone is the whole model. Raises InputError if it is none of these, or cannot be fetched.
+    """
+    path = os.path.expanduser(text)
+    if os.path.exists(path):
+        return Path(path)
+    if _MODEL.fullmatch(text):
+        return resolve_model(text)
+    match = _FILE.fullmatch(text)
+    if match is None or ".." in PurePosixPath(match["file"]).parts:
+        raise InputError(f"{text!r} is not a local file, and not a hub file (org/name/path or org/name:path)")
+    hub = _import_hub(text, "file")
+    try:
+        return Path(hub.hf_hub_download(match["repo"], match["file"], revision=match["revision"]))
+    except Exception as error:  # as above
+        raise _not_fetched(text, "file", error) from error
+
+
+def _import_hub(text: str, kind: str) -> ModuleType:
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise InputError(
+            f"{text!r} is not a local {kind}; to fetch it from the hub: pip install 'ota-kernels[hub]'"
+        ) from error
+    return huggingface_hub
+
+
+def _not_fetched(text: str, kind: str, error: Exception) -> InputError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return InputError(f"{text!r} is not a local {kind}, and the hub does not give it: {reason[:300]}")

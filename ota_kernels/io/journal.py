@@ -1,0 +1,81 @@
+"""The journal of a merge: which ranges are on the disk, so that a killed merge resumes.
+
+One JSON object a line, appended: the fingerprint of the job first, then model-wide decisions, then finished
+units. A unit is recorded only after its data is synced. A line that was cut by a kill is ignored.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from ..errors import OutputError
+
+NAME = "journal.jsonl"
+
+
+class Journal:
+    """Appends records in the background: `sync` runs before each batch, so that records never run ahead of
+    the data."""
+
+    def __init__(self, folder: Path, sync: Callable[[], None]) -> None:
+        self._fd = os.open(folder / NAME, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._sync = sync
+        self._queue: queue.Queue = queue.Queue()
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._drain, name="ota-journal", daemon=True)
+        self._thread.start()
+
+    def append(self, record: dict) -> None:
+        """Record something whose data has been handed to the writer. Raises what an earlier write raised."""
+        if self._failure is not None:
+            raise self._failure
+        self._queue.put(record)
+
+    def _drain(self) -> None:
+        while True:
+            batch = [self._queue.get()]
+            while not self._queue.empty():
+                batch.append(self._queue.get())
+            records = [record for record in batch if record is not None]
+            try:
+                self._sync()
+                lines = "".join(json.dumps(record, separators=(",", ":")) + "\n" for record in records)
+                os.write(self._fd, lines.encode())
+                os.fdatasync(self._fd)
+            except BaseException as error:
+                self._failure = error
+                return
+            if len(records) < len(batch):
+                return
+
+    def close(self) -> None:
+        """Wait until everything appended is on the disk. Raises what a write raised."""
+        if self._fd < 0:
+            return
+        self._queue.put(None)
+        self._thread.join()
+        os.close(self._fd)
+        self._fd = -1
+        if self._failure is not None:
+            raise self._failure
+
+
+def read(folder: Path) -> list[dict]:
+    """The records of a folder's journal, without a last line that was cut; repairs the file by dropping it."""
+    path = folder / NAME
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        os.truncate(path, len(whole))
+    try:
+        return [json.loads(line) for line in whole.splitlines()]
+    except ValueError as error:
+        raise OutputError(f"{path}: not a journal ({error}); start again with --overwrite") from error

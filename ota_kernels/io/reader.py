@@ -1,0 +1,324 @@
+"""Model files: zero-copy views over mapped safetensors files, single or sharded.
+
+Opening a checkpoint reads headers only; a file is mapped when the first of its tensors is asked for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import mmap
+import os
+import resource
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from ..errors import InputError
+from ..tensors import Buffer
+from .header import Header, TensorInfo, parse_json_object, quoted, read_header
+
+FILE_SUFFIX = ".safetensors"
+INDEX_SUFFIX = ".safetensors.index.json"
+# What transformers writes, and so what wins where a folder holds other safetensors files besides.
+_MODEL_FILE = "model" + FILE_SUFFIX
+_MODEL_INDEX = "model" + INDEX_SUFFIX
+_FOREIGN_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz"}
+_OUTPUT_HEAD = "lm_head.weight"
+# The values of MADV_WILLNEED and MADV_DONTNEED on Linux.
+_ADVICE = {"willneed": 3, "dontneed": 4}
+
+
+class MappedMemory:
+    """Bytes of a file map that `owner` keeps alive; `numpy.asarray` views them read-only as uint8[nbytes]."""
+
+    def __init__(self, owner: object, address: int, nbytes: int):
+        self.owner = owner
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (address, True),
+            "shape": (nbytes,),
+            "typestr": "|u1",
+        }
+
+
+class MappedFile:
+    """One safetensors file, mapped read-only; a context manager.
+
+    header: the file's header where it was read before. The map lives until `close` and until the last buffer
+    cut from it is gone. Raises InputError if the file is unreadable or malformed, or has changed its size
+    since `header` was read.
+    """
+
+    def __init__(self, path: Path, header: Header | None = None):
+        self.path = path
+        self.header = header or read_header(path)
+        self._bytes: np.ndarray | None = _map(path, self.header.file_size)
+
+    def buffer(self, name: str) -> Buffer:
+        """A zero-copy view of tensor `name`. Raises KeyError for a name that the file lacks."""
+        if self._bytes is None:
+            raise ValueError(f"{self.path} is closed")
+        info = self.header.tensors[name]
+        return Buffer(self._bytes[info.begin : info.end], info.dtype, str(self.path))
+
+    def close(self) -> None:
+        """Let go of the map; buffers that are still held keep it."""
+        self._bytes = None
+
+    def __enter__(self) -> MappedFile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class Checkpoint:
+    """A model as its safetensors files hold it; safe to use from several threads.
+
+    label: what errors call it ("base_model", "models[2]"); root: the folder it lies in; files: its shards;
+    tensors: name -> TensorInfo over all shards, in file order.
+    """
+
+    def __init__(self, label: str, root: Path, headers: dict[Path, Header]):
+        self.label = label
+        self.root = root
+        self.files = list(headers)
+        self.tensors: dict[str, TensorInfo] = {}
+        self._headers = headers
+        self._paths: dict[str, Path] = {}
+        self._maps: dict[Path, MappedFile] = {}
+        self._lock = threading.Lock()
+        for path, header in headers.items():
+            self._add_shard(path, header)
+
+    @classmethod
+    def open(cls, path: Path, label: str) -> Checkpoint:
+        """Open a folder, one .safetensors file or one .safetensors.index.json; reads headers only.
+
+        In a folder, model.safetensors wins, then an index, then all .safetensors files together.
+        Raises InputError for whatever is missing, malformed or contradictory.
+        """
+        files = _entry_files(path, label)
+        if not files[0].name.endswith(INDEX_SUFFIX):
+            return cls(label, files[0].parent, {file: read_header(file) for file in files})
+        (index,) = files
+        weight_map = _read_weight_map(index)
+        headers = {file: read_header(file) for file in dict.fromkeys(weight_map.values())}
+        _check_weight_map(weight_map, headers, index)
+        return cls(label, index.parent, headers)
+
+    def buffer(self, name: str) -> Buffer:
+        """A zero-copy view of tensor `name`; maps its shard first where that has not been done.
+
+        Raises KeyError for a name that the checkpoint lacks, InputError if the shard cannot be mapped.
+        """
+        path = self._paths[name]
+        with self._lock:
+            if path not in self._maps:
+                self._maps[path] = MappedFile(path, self._headers[path])
+            return self._maps[path].buffer(name)
+
+    def path_of(self, name: str) -> Path:
+        """The file that holds tensor `name`."""
+        return self._paths[name]
+
+    def metadata_of(self, name: str) -> dict[str, str]:
+        """The `__metadata__` of the file that holds tensor `name`."""
+        return self._headers[self._paths[name]].metadata
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of tensor data over all shards."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    @functools.cached_property
+    def config(self) -> dict[str, Any] | None:
+        """config.json beside the weights, or None. Raises InputError if it is not a JSON object."""
+        path = self.root / "config.json"
+        return _read_json_object(path) if os.path.exists(path) else None
+
+    @property
+    def tied_embeddings(self) -> bool:
+        """Whether the output head shares the input embedding.
+
+        As config.json says; where it does not say (tied is the default of transformers, and defaults are left
+        out), whether no lm_head.weight is stored. False without a config.json.
+        """
+        if self.config is None:
+            return False
+        for section in (self.config, self.config.get("text_config")):
+            if isinstance(section, dict) and isinstance(section.get("tie_word_embeddings"), bool):
+                return section["tie_word_embeddings"]
+        return not any(name.endswith(_OUTPUT_HEAD) for name in self.tensors)
+
+    def fingerprint(self) -> list[list[str | int]]:
+        """[name relative to root, bytes, mtime in ns] of each file, to tell whether an input has changed."""
+        return fingerprint(self.files, self.root)
+
+    def close(self) -> None:
+        """Let go of all maps; a later `buffer` maps again."""
+        with self._lock:
+            for mapped in self._maps.values():
+                mapped.close()
+            self._maps.clear()
+
+    def _add_shard(self, path: Path, header: Header) -> None:
+        for name, info in header.tensors.items():
+            if name in self._paths:
+                raise InputError(
+                    f"{self.label}: tensor {quoted(name)} is in two files, "
+                    f"{self._paths[name]} and {path.name}: remove one, or name the file that is meant"
+                )
+            self._paths[name] = path
+            self.tensors[name] = info
+
+
+def fingerprint(files: Iterable[Path], root: Path) -> list[list[str | int]]:
+    """[name relative to root, bytes, mtime in ns] of each file. Raises InputError if one is gone."""
+    result: list[list[str | int]] = []
+    for path in files:
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+        result.append([path.relative_to(root).as_posix(), status.st_size, status.st_mtime_ns])
+    return result
+
+
+def advise(array: np.ndarray, advice: str) -> None:
+    """Tell the kernel that the file pages under `array` are wanted soon ("willneed") or no more ("dontneed").
+
+    array: contiguous; whole pages are meant, so neighbours on the same page are included: dropped pages come
+    back from the file when they are touched. Does nothing for memory that is no file map, where "dontneed"
+    would destroy the contents, and on systems other than Linux.
+    """
+    madvise = _madvise()
+    if madvise is None or array.nbytes == 0 or not _lies_in_file_map(array):
+        return
+    address = array.ctypes.data
+    start = address - address % mmap.PAGESIZE
+    madvise(start, address + array.nbytes - start, _ADVICE[advice])
+
+
+def _lies_in_file_map(array: np.ndarray) -> bool:
+    owner: object = array
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    if isinstance(owner, memoryview):
+        owner = owner.obj
+    return isinstance(owner, (mmap.mmap, MappedMemory))
+
+
+@functools.cache
+def _madvise() -> Callable[[int, int, int], int] | None:
+    if sys.platform != "linux":
+        return None
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return function
+
+
+def _map(path: Path, expected_size: int) -> np.ndarray:
+    """The bytes of `path`, mapped read-only as uint8[expected_size]; its descriptor is closed again."""
+    _lift_descriptor_limit()
+    # Python < 3.13 keeps a duplicate of the descriptor as long as the map lives.
+    untracked = {"trackfd": False} if sys.version_info >= (3, 13) else {}
+    try:
+        with path.open("rb") as stream:
+            size = stream.seek(0, 2)
+            if size != expected_size:
+                raise InputError(f"{path}: changed while in use: {size} bytes now, {expected_size} before")
+            return np.frombuffer(
+                mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ, **untracked), np.uint8
+            )
+    except OSError as error:
+        raise InputError(f"{path}: cannot be mapped: {error.strerror}") from error
+
+
+@functools.cache
+def _lift_descriptor_limit() -> None:
+    """Allow one descriptor per map: five experts of 400 B parameters have more shards than the usual 1024."""
+    if sys.version_info < (3, 13):
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with suppress(OSError, ValueError):  # macOS refuses its own hard limit; the soft one then stays
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _entry_files(path: Path, label: str) -> list[Path]:
+    """The index alone, or the safetensors files, that `path` stands for; at least one."""
+    # os.path, unlike Path, also answers for names that are too long or that may not be looked up.
+    if os.path.isdir(path):
+        return _folder_files(path, label)
+    if not os.path.exists(path):
+        raise InputError(f"{label}: {path}: no such file or folder")
+    if not path.name.endswith((FILE_SUFFIX, INDEX_SUFFIX)):
+        raise InputError(f"{label}: {path}: not a {FILE_SUFFIX} file; convert it to safetensors")
+    return [path]
+
+
+def _folder_files(folder: Path, label: str) -> list[Path]:
+    try:
+        # Hidden files are the leavings of file managers and of unfinished downloads.
+        files = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+    except OSError as error:
+        raise InputError(f"{label}: {folder}: cannot be read: {error.strerror}") from error
+    shards = [p for p in files if p.name.endswith(FILE_SUFFIX)]
+    indexes = [p for p in files if p.name.endswith(INDEX_SUFFIX)]
+    for preferred in (_MODEL_FILE, _MODEL_INDEX):
+        if folder / preferred in files:
+            return [folder / preferred]
+    if len(indexes) > 1:
+        names = ", ".join(p.name for p in indexes)
+        raise InputError(f"{label}: {folder}: several indexes ({names}): name the one that is meant")
+    if not indexes and not shards:
+        raise InputError(f"{label}: {folder}: holds no {FILE_SUFFIX} file{_foreign_advice(files)}")
+    return indexes or shards
+
+
+def _foreign_advice(files: list[Path]) -> str:
+    foreign = [p.name for p in files if p.suffix in _FOREIGN_SUFFIXES]
+    return f", only {', '.join(foreign[:3])}: convert it to safetensors" if foreign else ""
+
+
+def _read_weight_map(index: Path) -> dict[str, Path]:
+    """Tensor name -> shard, as the index says; every shard exists, at a path inside the folder."""
+    weight_map = _read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index}: has no weight_map (tensor name -> file name)")
+    shards = {name: _shard_path(index, name, shard) for name, shard in weight_map.items()}
+    for path in dict.fromkeys(shards.values()):
+        if not os.path.isfile(path):
+            raise InputError(
+                f"{index}: names shard {quoted(str(path.name))}, which is missing from the folder"
+            )
+    return shards
+
+
+def _shard_path(index: Path, name: str, shard: Any) -> Path:
+    """The path that is written must stay inside; a link may lead out, as it does in the cache of the hub."""
+    if not isinstance(shard, str):
+        raise InputError(f"{index}: weight_map[{quoted(name)}] is not a file name: {quoted(shard)}")
+    written = PurePosixPath(shard)
+    if written.is_absolute() or ".." in written.parts or "\\" in shard or not written.name:
+        raise InputError(f"{index}: shard path {quoted(shard)} leaves the folder of the index")
+    return index.parent / written
+
+
+def _check_weight_map(weight_map: dict[str, Path], headers: dict[Path, Header], index: Path) -> None:
+    for name, path in weight_map.items():
+        if name not in headers[path].tensors:
+            raise InputError(f"{index}: says that {path.name} holds tensor {quoted(name)}, but it does not")
+
+
+def _read_json_object(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    return parse_json_object(text, str(path))

@@ -1,0 +1,140 @@
+"""Output shards: every file is sized and its header written before the first tile; tiles land in any order,
+from any thread."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..dtypes import DType
+from ..errors import RunError
+from .assets import write_file
+from .header import build_header
+
+INDEX_NAME = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """One tensor of the output. begin, end: absolute byte offsets in its shard."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: DType
+    shard: int
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file: its name, its header's bytes, and its whole size in bytes."""
+
+    name: str
+    header: bytes
+    size: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The exact bytes of the output's tensors, known before any is written."""
+
+    tensors: tuple[OutputTensor, ...]
+    shards: tuple[Shard, ...]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(shard.size for shard in self.shards)
+
+
+def layout(tensors: Sequence[tuple[str, DType, tuple[int, ...]]], shard_size: int) -> Layout:
+    """Cut tensors, in order, into shards of at most `shard_size` bytes of data (one tensor at least each).
+
+    Within a shard, wider types come first, so that every tensor is aligned to its element size.
+    """
+    groups: list[list[int]] = [[]]
+    filled = 0
+    sizes = [int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for _, dtype, shape in tensors]
+    for i, size in enumerate(sizes):
+        if groups[-1] and filled + size > shard_size:
+            groups.append([])
+            filled = 0
+        groups[-1].append(i)
+        filled += size
+    placed: dict[int, OutputTensor] = {}
+    shards = []
+    for number, group in enumerate(groups):
+        ordered = sorted(group, key=lambda i: -tensors[i][1].itemsize)
+        header, ranges = build_header([tensors[i] for i in ordered], {"format": "pt"})
+        for i, (begin, end) in zip(ordered, ranges, strict=True):
+            name, dtype, shape = tensors[i]
+            placed[i] = OutputTensor(name, tuple(shape), dtype, number, begin, end)
+        single = len(groups) == 1
+        name = "model.safetensors" if single else f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors"
+        shards.append(Shard(name, header, ranges[-1][1] if ranges else len(header)))
+    return Layout(tuple(placed[i] for i in range(len(tensors))), tuple(shards))
+
+
+class ShardWriter:
+    """The shards of a layout in a folder, open for writing at any offset."""
+
+    def __init__(self, folder: Path, plan: Layout) -> None:
+        self._layout = plan
+        self._fds: list[int] = []
+        self._lock = threading.Lock()
+        self._unsynced: set[int] = set()
+        try:
+            for number, shard in enumerate(plan.shards):
+                self._fds.append(os.open(folder / shard.name, os.O_RDWR | os.O_CREAT, 0o644))
+                if shard.size:
+                    os.posix_fallocate(self._fds[-1], 0, shard.size)
+                os.ftruncate(self._fds[-1], shard.size)
+                self._write(number, 0, shard.header)
+        except OSError as error:
+            self.close()
+            raise RunError(f"cannot write to {folder}: {error.strerror}") from error
+
+    def _write(self, shard: int, offset: int, data) -> None:
+        view = memoryview(data)
+        while view:
+            written = os.pwrite(self._fds[shard], view, offset)
+            view, offset = view[written:], offset + written
+        with self._lock:
+            self._unsynced.add(shard)
+
+    def write(self, tensor: OutputTensor, start: int, data: np.ndarray) -> None:
+        """Write elements from flat index `start` of a tensor; data: uint8, the elements' bytes."""
+        try:
+            self._write(tensor.shard, tensor.begin + start * tensor.dtype.itemsize, data)
+        except OSError as error:
+            name = self._layout.shards[tensor.shard].name
+            raise RunError(f"cannot write {name}: {error.strerror}; free some room and --resume") from error
+
+    def sync(self) -> None:
+        """Wait until everything written so far is on the disk."""
+        with self._lock:
+            shards, self._unsynced = self._unsynced, set()
+        for shard in sorted(shards):
+            os.fdatasync(self._fds[shard])
+
+    def write_index(self, folder: Path) -> None:
+        """The index of a sharded output; nothing for a single file."""
+        if len(self._layout.shards) == 1:
+            return
+        tensors = self._layout.tensors
+        index = {
+            "metadata": {"total_size": sum(t.end - t.begin for t in tensors)},
+            "weight_map": {t.name: self._layout.shards[t.shard].name for t in tensors},
+        }
+        write_file(folder / INDEX_NAME, (json.dumps(index, indent=2) + "\n").encode())
+
+    def close(self) -> None:
+        for fd in self._fds:
+            os.close(fd)
+        self._fds = []

@@ -1,0 +1,57 @@
+"""Operator norms of edits, for `rescale` (DESIGN section 2).
+
+Embeddings and outputs: l1 -> RMS, the largest RMS of the vector that one input coordinate selects. Other
+matrices: RMS -> RMS, sqrt(d_in / d_out) times the spectral norm. Everything else: RMS.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from .roles import EMBEDDING, MATRIX, OUTPUT
+
+_POWER_ITERATIONS = 20
+_ROWS = 1024
+
+
+def edit_norm(edits: np.ndarray, shape: tuple[int, ...], role: str, approximate: bool) -> float:
+    """The norm of one tensor's edits, float32[n] in row-major order of `shape`. Holds, for matrices, the
+    float64 Gram matrix of the smaller side, or with `approximate` only vectors."""
+    if edits.size == 0:
+        return 0.0
+    if role == MATRIX:
+        d_out, d_in = shape
+        matrix = edits.reshape(shape)
+        spectral = _power_iteration(matrix) if approximate else _spectral_norm(matrix)
+        return math.sqrt(d_in / d_out) * spectral
+    if role in (EMBEDDING, OUTPUT):
+        # A token selects a row of the embedding; a hidden unit feeds a column of the output matrix.
+        squares = np.square(edits.reshape(shape), dtype=np.float64)
+        return math.sqrt(squares.mean(axis=1 if role == EMBEDDING else 0).max())
+    return math.sqrt(np.square(edits, dtype=np.float64).mean())
+
+
+def _spectral_norm(matrix: np.ndarray) -> float:
+    """The largest singular value, from the float64 Gram matrix of the smaller side."""
+    tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
+    gram = np.zeros((tall.shape[1], tall.shape[1]))
+    for row in range(0, tall.shape[0], _ROWS):
+        part = tall[row : row + _ROWS].astype(np.float64)
+        gram += part.T @ part
+    return math.sqrt(max(np.linalg.eigvalsh(gram)[-1], 0.0))
+
+
+def _power_iteration(matrix: np.ndarray) -> float:
+    """A lower bound of the largest singular value, close after a few steps from the longest row."""
+    v = matrix[int(np.argmax(np.einsum("ij,ij->i", matrix, matrix)))].astype(np.float32)
+    norm = 0.0
+    for _ in range(_POWER_ITERATIONS):
+        length = np.linalg.norm(v)
+        if length == 0:
+            return 0.0
+        u = matrix @ (v / length)
+        norm = float(np.linalg.norm(u))
+        v = matrix.T @ u
+    return norm

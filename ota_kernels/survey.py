@@ -1,0 +1,381 @@
+"""Survey and decide: from a recipe and tensors to the numbers that each tensor's merge needs.
+
+Model-wide decisions (thresholds over the whole model, mean weights) are made once, before the merge. All
+others are made tensor by tensor, right before a tensor's first tile, so that nothing grows with the model.
+Work is cut into fixed chunks: sums do not depend on tiles, threads or memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import NoReturn
+
+import numpy as np
+
+from . import decide
+from .backends.stats import NonFinite
+from .errors import InputError
+from .factors import CHUNK, Map, low_rank, rank1
+from .formula import ExpertTerms, Formula, Terms, saliency_of_score, scale_weights, score_of_saliency, score_scale
+from .norms import edit_norm
+from .recipe import Recipe
+from .roles import EMBEDDING, role_of
+from .tensors import Full, TensorInputs, Uniform
+from .tiling import units
+
+_BINS = 1 << 16
+_FACTOR_CACHE_BYTES = 64 << 20
+
+
+def formula_of(recipe: Recipe, has_base: bool) -> Formula:
+    """The kernel formula of a recipe's method and variant."""
+    p = recipe.parameters
+    models = [m.parameters for m in recipe.models]
+    if recipe.merge_method == "linear":
+        total = sum(m.weight for m in models) if p.normalize else 1.0
+        return Formula(denominator=total, curvature_weights=False, masked=False)
+    variant = p.masked_task_vector_merge_method
+    rules = [decide.selection_of(m) for m in models]
+    return Formula(
+        power=p.power,
+        lambda_=p.lambda_,
+        denominator=None if variant == "precond" else float(len(models)),
+        curvature_weights=variant == "precond",
+        masked=any(r.surveyed or (r.rule == "threshold" and r.value > 0) for r in rules),
+        mask_weights=p.mask_weights,
+        elect_signs=variant == "ties",
+        fallback_to_base=p.fallback_to_base,
+        repair_nonfinite=has_base and p.on_nonfinite == "base",
+    )
+
+
+@dataclass(frozen=True)
+class ModelDecisions:
+    """What is decided once for the whole model, per expert: the score threshold (None where it is decided
+    elsewhere) and the mean weight that `normalise: model` divides by."""
+
+    thresholds: tuple[float | None, ...]
+    mean_weights: tuple[float | None, ...]
+
+
+class Survey:
+    """Decides for one recipe over a list of tensors. `passes` counts model-wide reads of the inputs."""
+
+    def __init__(self, recipe: Recipe, tensors: Sequence[TensorInputs], backend: ModuleType) -> None:
+        self.recipe = recipe
+        self.tensors = tensors
+        self.backend = backend
+        has_base = any(t.base is not None for t in tensors)
+        self.formula = formula_of(recipe, has_base)
+        self.models = [m.parameters for m in recipe.models]
+        self.selections = [decide.selection_of(m) for m in self.models]
+        self.model_scope = recipe.parameters.density_scope == "model"
+        # Curvature 1 is not comparable with second moments: where only some tensors have it, they take no part
+        # in model-wide thresholds and keep all their edits.
+        self.all_uniform = all(isinstance(c, Uniform) for t in tensors for c in t.curvatures)
+        self._factors: dict[tuple[str, int], object] = {}
+        self._factor_bytes = 0
+
+    @property
+    def passes(self) -> int:
+        """Model-wide reads of the inputs before the merge."""
+        if self._surveyed_experts():
+            return 2
+        return 1 if self._wants_model_mean() else 0
+
+    def _surveyed_experts(self) -> list[int]:
+        return [t for t, s in enumerate(self.selections) if s.surveyed] if self.model_scope else []
+
+    def _wants_model_mean(self) -> bool:
+        return self.formula.curvature_weights and self.recipe.parameters.normalise == "model"
+
+    def _takes_part(self, tensor: TensorInputs) -> bool:
+        return self.all_uniform or not any(isinstance(c, Uniform) for c in tensor.curvatures)
+
+    def decide_model(self, run: Map) -> ModelDecisions:
+        """One or two passes over all tensors, or none where nothing is model-wide."""
+        experts = self._surveyed_experts()
+        thresholds: list[float | None] = [None] * len(self.models)
+        digits: dict[int, decide.Digit] = {}
+        if experts:
+            histograms = self._model_histograms(experts, dict.fromkeys(experts, -1), run)
+            for t in experts:
+                answer = decide.first_digit(self.selections[t], *histograms[t])
+                if isinstance(answer, decide.Digit):
+                    digits[t] = answer
+                else:
+                    thresholds[t] = answer
+        if digits:
+            prefixes = {t: digit.prefix for t, digit in digits.items()}
+            histograms = self._model_histograms(list(digits), prefixes, run)
+            for t, digit in digits.items():
+                thresholds[t] = decide.second_digit(self.selections[t], digit, histograms[t][0])
+        return ModelDecisions(tuple(thresholds), tuple(self._model_means(run)))
+
+    def _units(self, wanted: Callable[[TensorInputs], bool], run: Map) -> Iterator[list[tuple]]:
+        """Units of prepared tiles: (tile, flat index of its first element)."""
+        prepared: dict[int, TensorInputs] = {}
+
+        def ranges() -> Iterator[tuple[int, int, int]]:
+            for index, tensor in enumerate(self.tensors):
+                if wanted(tensor):
+                    prepared[index] = self.prepare(tensor, run)
+                    yield index, 0, tensor.numel
+
+        for unit in units(ranges(), CHUNK):
+            yield [(prepared[i].slice(start, stop), start) for i, start, stop in unit]
+
+    def _model_histograms(
+        self, experts: list[int], prefixes: dict[int, int], run: Map
+    ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        def of_unit(unit: list[tuple]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+            return {t: self._histogram(unit, t, ExpertTerms(), False, prefixes[t]) for t in experts}
+
+        totals = {t: (np.zeros(_BINS, np.int64), np.zeros(_BINS, np.int64)) for t in experts}
+        for result in run(of_unit, self._units(self._takes_part, run)):
+            for t, (counts, lows) in result.items():
+                totals[t][0][:] += counts
+                totals[t][1][:] += lows
+        return totals
+
+    def _histogram(
+        self, unit: list[tuple], t: int, terms: ExpertTerms, of_edits: bool, prefix: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        counts, lows = np.zeros(_BINS, np.int64), np.zeros(_BINS, np.int64)
+        for tile, start in unit:
+            scored = replace(terms, score_scale=_score_scale(tile, t))
+            bad = self.backend.histogram(tile, t, scored, of_edits, prefix, counts, lows)
+            self.check(tile, start, bad)
+        return counts, lows
+
+    def _model_means(self, run: Map) -> list[float | None]:
+        if not self._wants_model_mean():
+            return [None] * len(self.models)
+
+        def of_unit(unit: list[tuple]) -> list[list[float]]:
+            return [[self._power_sum(tile, start, t) for tile, start in unit] for t in range(len(self.models))]
+
+        totals, elements = [0.0] * len(self.models), sum(t.numel for t in self.tensors)
+        for result in run(of_unit, self._units(lambda _: True, run)):
+            for t, sums in enumerate(result):
+                for x in sums:
+                    totals[t] += x
+        return [total / max(elements, 1) for total in totals]
+
+    def _power_sum(self, tile: TensorInputs, start: int, t: int) -> float:
+        """Sum of the weights g h^p, bias correction divided out."""
+        total, bad = self.backend.power_sum(tile, t, self.formula.power)
+        self.check(tile, start, bad)
+        return total * self._gain(tile, t)
+
+    def _gain(self, tile: TensorInputs, t: int) -> float:
+        return self.models[t].scaling_factor * _bias(tile, t) ** -self.formula.power
+
+    def prepare(self, tensor: TensorInputs, run: Map) -> TensorInputs:
+        """The tensor with low-rank curvature where the recipe asks for it (matrices only; rank r not for
+        embeddings)."""
+        if len(tensor.shape) != 2 or tensor.numel == 0:
+            return tensor
+        changed = tuple(self._factor(tensor, t, c, run) for t, c in enumerate(tensor.curvatures))
+        return replace(tensor, curvatures=changed)
+
+    def _factor(self, tensor: TensorInputs, t: int, curvature, run: Map):
+        rank = self.models[t].rank
+        by_sums = self.models[t].rank1_approx
+        if not isinstance(curvature, Full) or not (by_sums or rank):
+            return curvature
+        if not by_sums and role_of(tensor.name, tensor.shape) == EMBEDDING:
+            return curvature
+        key = (tensor.name, t)
+        if key in self._factors:
+            return self._factors[key]
+        self._check_curvature(tensor, t, run)
+        factors = (
+            rank1(curvature, tensor.shape, run) if by_sums else low_rank(curvature, tensor.shape, rank, run)
+        )
+        size = sum(a.nbytes for a in ((factors.rows, factors.columns) if by_sums else (factors.left, factors.right)))
+        if self._factor_bytes + size <= _FACTOR_CACHE_BYTES:
+            self._factors[key] = factors
+            self._factor_bytes += size
+        return factors
+
+    def _check_curvature(self, tensor: TensorInputs, t: int, run: Map) -> None:
+        def of_chunk(start: int) -> None:
+            tile = tensor.slice(start, min(start + CHUNK, tensor.numel))
+            self.check(tile, start, self.backend.power_sum(tile, t, 1.0)[1])
+
+        for _ in run(of_chunk, range(0, tensor.numel, CHUNK)):
+            pass
+
+    def terms(self, tensor: TensorInputs, model: ModelDecisions, run: Map) -> Terms:
+        """The kernel's numbers for one prepared tensor."""
+        experts = []
+        for t, selection in enumerate(self.selections):
+            e = ExpertTerms(score_scale=_score_scale(tensor, t))
+            experts.append(replace(e, threshold=self._threshold(tensor, t, e, selection, model, run)))
+        p = self.recipe.parameters
+        if p.rescale:
+            experts = [replace(e, edit_scale=self._edit_scale(tensor, t, e, run)) for t, e in enumerate(experts)]
+        if self.formula.elect_signs and p.ties_density < 1:
+            experts = [replace(e, trim=self._trim(tensor, t, e, run)) for t, e in enumerate(experts)]
+        weights, epsilon = self._weights(tensor, model, run), p.epsilon
+        if self.formula.denominator is None:
+            weights, epsilon = scale_weights(weights, epsilon)
+        experts = [replace(e, weight_scale=w) for e, w in zip(experts, weights, strict=True)]
+        return Terms(self.formula, epsilon, tuple(experts))
+
+    def _threshold(
+        self,
+        tensor: TensorInputs,
+        t: int,
+        terms: ExpertTerms,
+        selection: decide.Selection,
+        model: ModelDecisions,
+        run: Map,
+    ) -> float:
+        if selection.rule == "all" or not self.formula.masked:
+            return decide.KEEP_ALL
+        if selection.rule == "threshold":
+            return score_of_saliency(selection.value)
+        if self.model_scope:
+            return model.thresholds[t] if self._takes_part(tensor) else decide.KEEP_ALL
+        return self._select(tensor, t, terms, selection, False, run)
+
+    def _select(
+        self,
+        tensor: TensorInputs,
+        t: int,
+        terms: ExpertTerms,
+        selection: decide.Selection,
+        of_edits: bool,
+        run: Map,
+    ) -> float:
+        """The exact threshold over one tensor: directly where it is small, else by two histogram passes."""
+        if tensor.numel == 0:
+            return decide.KEEP_NOTHING
+        if tensor.numel <= CHUNK:
+            read = self.backend.edits if of_edits else self.backend.scores
+            values, bad = read(tensor, t, terms)
+            self.check(tensor, 0, bad)
+            return decide.threshold_of_scores(selection, np.abs(values))
+
+        def histogram(prefix: int) -> tuple[np.ndarray, np.ndarray]:
+            starts = range(0, tensor.numel, CHUNK)
+            tiles = ([(tensor.slice(s, min(s + CHUNK, tensor.numel)), s)] for s in starts)
+            counts, lows = np.zeros(_BINS, np.int64), np.zeros(_BINS, np.int64)
+            for more_counts, more_lows in run(lambda u: self._histogram(u, t, terms, of_edits, prefix), tiles):
+                counts += more_counts
+                lows += more_lows
+            return counts, lows
+
+        answer = decide.first_digit(selection, *histogram(-1))
+        if not isinstance(answer, decide.Digit):
+            return answer
+        return decide.second_digit(selection, answer, histogram(answer.prefix)[0])
+
+    def _trim(self, tensor: TensorInputs, t: int, terms: ExpertTerms, run: Map) -> float:
+        """The least |d| among the ties_density share of the largest masked edits."""
+        density = decide.Selection("density", self.recipe.parameters.ties_density)
+        return self._select(tensor, t, terms, density, True, run)
+
+    def _edits(self, tensor: TensorInputs, t: int, terms: ExpertTerms, run: Map) -> np.ndarray:
+        def of_chunk(start: int) -> np.ndarray:
+            tile = tensor.slice(start, min(start + CHUNK, tensor.numel))
+            values, bad = self.backend.edits(tile, t, terms)
+            self.check(tile, start, bad)
+            return values
+
+        parts = list(run(of_chunk, range(0, tensor.numel, CHUNK)))
+        return np.concatenate(parts) if parts else np.zeros(0, np.float32)
+
+    def _edit_scale(self, tensor: TensorInputs, t: int, terms: ExpertTerms, run: Map) -> float:
+        """norm(d) / norm(m d); 0 where the masked norm is below the relative threshold."""
+        p = self.recipe.parameters
+        role = role_of(tensor.name, tensor.shape)
+
+        def norm(e: ExpertTerms) -> float:
+            return edit_norm(self._edits(tensor, t, e, run), tensor.shape, role, p.approximate_norm)
+
+        whole = norm(replace(terms, threshold=decide.KEEP_ALL))
+        masked = norm(terms)
+        if masked == 0 or masked < p.rescale_relative_threshold * whole:
+            return 0.0
+        return whole / masked
+
+    def _weights(self, tensor: TensorInputs, model: ModelDecisions, run: Map) -> list[float]:
+        if self.recipe.merge_method == "linear":
+            return [m.weight for m in self.models]
+        if not self.formula.curvature_weights:
+            return [1.0] * len(self.models)
+        gains = [self._gain(tensor, t) for t in range(len(self.models))]
+        p = self.recipe.parameters
+        if p.normalise == "none":
+            return gains
+        if p.normalise == "model":
+            means = model.mean_weights
+        else:
+            means = [self._mean_weight(tensor, t, run) for t in range(len(self.models))]
+        return [
+            gain / (mean + p.epsilon) if mean + p.epsilon > 0 else 0.0
+            for gain, mean in zip(gains, means, strict=True)
+        ]
+
+    def _mean_weight(self, tensor: TensorInputs, t: int, run: Map) -> float:
+        def of_chunk(start: int) -> float:
+            return self._power_sum(tensor.slice(start, min(start + CHUNK, tensor.numel)), start, t)
+
+        return sum(run(of_chunk, range(0, tensor.numel, CHUNK))) / max(tensor.numel, 1)
+
+    def check(self, tile: TensorInputs, start: int, nonfinite: Iterable[NonFinite]) -> None:
+        """Raise InputError for the first unusable input, unless `on_nonfinite: base` repairs it."""
+        if not self.formula.repair_nonfinite:
+            for bad in nonfinite:
+                self._fail(tile, start, bad)
+
+    def _fail(self, tile: TensorInputs, start: int, bad: NonFinite) -> NoReturn:
+        tensor = next(t for t in self.tensors if t.name == tile.name)
+        count, first = self._count(tensor, bad)
+        if bad.role == "base":
+            origin = tensor.base.origin
+        elif bad.role == "weights":
+            origin = tensor.experts[bad.expert].origin
+        else:
+            origin = _origin(tensor.curvatures[bad.expert])
+        what = "negative or not finite" if bad.role == "curvature" else "not finite"
+        kind = "curvature" if bad.role == "curvature" else "weight"
+        hint = "; `on_nonfinite: base` would write the base value there" if tensor.base is not None else ""
+        raise InputError(
+            f"{origin}: {tensor.name}: {count} of {tensor.numel} {kind} values are {what}, the first at flat index "
+            f"{first}{hint}"
+        )
+
+    def _count(self, tensor: TensorInputs, bad: NonFinite) -> tuple[int, int]:
+        """How many such values the whole tensor has, and where the first is."""
+        count, first = 0, -1
+        for start in range(0, tensor.numel, CHUNK):
+            tile = tensor.slice(start, min(start + CHUNK, tensor.numel))
+            for found in self.backend.edits(tile, max(bad.expert, 0), ExpertTerms())[1]:
+                if found.role == bad.role:
+                    first = start + found.first if first < 0 else first
+                    count += found.count
+        return count, first
+
+    def saliency_threshold(self, terms: Terms, t: int) -> float | None:
+        """Expert t's threshold as a saliency; None where everything is kept."""
+        score = terms.experts[t].threshold
+        return None if score == decide.KEEP_ALL else saliency_of_score(score)
+
+
+def _origin(curvature) -> str:
+    return curvature.values.origin if isinstance(curvature, Full) else "curvature"
+
+
+def _bias(tensor: TensorInputs, t: int) -> float:
+    curvature = tensor.curvatures[t]
+    return curvature.bias_correction if isinstance(curvature, Full) else 1.0
+
+
+def _score_scale(tensor: TensorInputs, t: int) -> float:
+    return score_scale(tensor.base is not None, _bias(tensor, t))

@@ -1,0 +1,113 @@
+"""What the backends receive: flat views of the inputs of one output tensor, cut into tiles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Union
+
+import numpy as np
+
+from .dtypes import DType
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """A flat, read-only view of one tensor's elements, usually over mapped pages.
+
+    data: uint8[n * dtype.itemsize], possibly unaligned; origin: what an error calls it (a file, or
+    "experts[2]").
+    """
+
+    data: np.ndarray
+    dtype: DType
+    origin: str = ""
+
+    def __len__(self) -> int:
+        return self.data.size // self.dtype.itemsize
+
+    def slice(self, start: int, stop: int) -> Buffer:
+        """Elements [start, stop)."""
+        size = self.dtype.itemsize
+        return Buffer(self.data[start * size : stop * size], self.dtype, self.origin)
+
+
+@dataclass(frozen=True, slots=True)
+class Uniform:
+    """Curvature 1 everywhere: no second moments are used."""
+
+    def slice(self, start: int, stop: int) -> Uniform:
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Full:
+    """One curvature value per element: float32, bfloat16 or float16, to be divided by bias_correction
+    (1 - beta2^step; 1 where the stored values are used as they are)."""
+
+    values: Buffer
+    bias_correction: float = 1.0
+
+    def slice(self, start: int, stop: int) -> Full:
+        return Full(self.values.slice(start, stop), self.bias_correction)
+
+
+@dataclass(frozen=True, slots=True)
+class Rank1:
+    """Curvature rows[i] * columns[j] of a matrix (DESIGN section 2: R_i C_j / sum(R)).
+
+    rows: float32[m] row sums; columns: float32[n] column sums divided by the total; start: flat index of
+    the first element of this slice.
+    """
+
+    rows: np.ndarray
+    columns: np.ndarray
+    start: int = 0
+
+    def slice(self, start: int, stop: int) -> Rank1:
+        return Rank1(self.rows, self.columns, self.start + start)
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """Curvature max(0, left @ right) of a matrix. left: float32[m, r] (C order), right: float32[r, n]."""
+
+    left: np.ndarray
+    right: np.ndarray
+    start: int = 0
+
+    def slice(self, start: int, stop: int) -> LowRank:
+        return LowRank(self.left, self.right, self.start + start)
+
+
+Curvature = Union[Uniform, Full, Rank1, LowRank]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInputs:
+    """All inputs of one output tensor, or of one tile of it.
+
+    base: None where the method has no base; experts and curvatures: one per expert, in recipe order.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    out_dtype: DType
+    base: Buffer | None
+    experts: tuple[Buffer, ...]
+    curvatures: tuple[Curvature, ...]
+
+    @property
+    def numel(self) -> int:
+        """Elements of this view."""
+        return len(self.experts[0])
+
+    def slice(self, start: int, stop: int) -> TensorInputs:
+        """The tile of elements [start, stop); name and shape stay those of the whole tensor."""
+        return TensorInputs(
+            self.name,
+            self.shape,
+            self.out_dtype,
+            None if self.base is None else self.base.slice(start, stop),
+            tuple(e.slice(start, stop) for e in self.experts),
+            tuple(c.slice(start, stop) for c in self.curvatures),
+        )

@@ -1,0 +1,32 @@
+"""Cuts tensors into units of work: a piece of one large tensor, or several small tensors together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+
+class Segment(NamedTuple):
+    """Elements [start, stop) of tensor number `index`."""
+
+    index: int
+    start: int
+    stop: int
+
+
+def units(sizes: Iterable[tuple[int, int, int]], limit: int) -> Iterator[list[Segment]]:
+    """Units of at most `limit` elements, in order, from (index, start, stop) ranges. Consumes lazily: a range
+    is cut only when its first unit is asked for. Empty ranges are kept, so that every tensor is visited."""
+    batch: list[Segment] = []
+    filled = 0
+    for index, start, stop in sizes:
+        if filled and filled + (stop - start) > limit:
+            yield batch
+            batch, filled = [], 0
+        while stop - start > limit:
+            yield [Segment(index, start, start + limit)]
+            start += limit
+        batch.append(Segment(index, start, stop))
+        filled += max(stop - start, 1)
+    if batch:
+        yield batch
