@@ -10,14 +10,23 @@ namespace ota {
 namespace OTA_ISA {
 namespace {
 
+// Aligned to a cache line: split accesses cost half of the speed.
 template <typename Acc>
-struct Block {
+struct alignas(64) Block {
     Acc base[kBlock], numerator[kBlock], denominator[kBlock], result[kBlock];
-    float elected[kBlock];  // sum of the trimmed edits, whose sign TIES elects
-    int32_t kept_by[kBlock];
     float weight_room[kBlock], curvature_room[kBlock];
+    float elected[kBlock];  // sum of the trimmed edits, whose sign TIES elects
+    int32_t kept_by[kBlock];  // only where `counts_keepers`
     double wide_room[kBlock];
 };
+
+// Whether "kept by nobody" must be counted. Elsewhere every kept P_t is at least epsilon > 0, so that the
+// denominator is 0 exactly where the masks keep nothing.
+template <typename Acc>
+bool counts_keepers(const Formula& f) {
+    return f.masked &&
+           (f.denominator != 0 || !f.mask_weights || !f.curvature_weights || !(static_cast<Acc>(f.epsilon) > 0));
+}
 
 // The operands of one expert over one block. wide is set for float64 weights with a float64 result.
 struct View {
@@ -33,7 +42,9 @@ inline float score(float h, float w, float base, float k) {
 }
 
 // numerator += m P (e d), denominator += m P (or P).
-template <Power P, bool HasBase, bool Masked, typename Acc, typename W>
+enum class Mask { none, plain, counted };
+
+template <Power P, bool HasBase, Mask M, typename Acc, typename W>
 int64_t accumulate(const Formula& f, const Expert& expert, int n, const W* __restrict w,
                    const float* __restrict h, Block<Acc>& block) {
     const Acc a = static_cast<Acc>(expert.weight_scale), epsilon = static_cast<Acc>(f.epsilon);
@@ -49,11 +60,11 @@ int64_t accumulate(const Formula& f, const Expert& expert, int n, const W* __res
         const Acc d = static_cast<Acc>(w[i]) - base[i];
         const Acc all = weight<P, Acc>(static_cast<Acc>(h[i]), a, p, epsilon);
         const float s = score<HasBase>(h[i], static_cast<float>(w[i]), static_cast<float>(base[i]), k);
-        const int32_t keep = !Masked || s >= threshold ? 1 : 0;
+        const int32_t keep = M == Mask::none || s >= threshold ? 1 : 0;
         const Acc masked = keep ? all : Acc(0);
-        denominator[i] += weigh_all ? all : masked;
+        denominator[i] += M == Mask::counted && weigh_all ? all : masked;
         numerator[i] += masked * (edit_scale * d);
-        kept_by[i] += keep;
+        if (M == Mask::counted) kept_by[i] += keep;
         kept += keep;
     }
     return kept;
@@ -101,19 +112,21 @@ template <typename Acc, typename W>
 int64_t accumulate(const MergeArgs& args, const Expert& expert, int n, const W* w, const float* h,
                    Block<Acc>& block) {
     const Formula& f = args.formula;
-    const auto run = [&](auto accumulate_power) { return accumulate_power(f, expert, n, w, h, block); };
-    const auto pick = [&](auto with_base, auto without_base, auto with_base_all, auto without_base_all) {
-        if (f.masked) return args.has_base ? run(with_base) : run(without_base);
-        return args.has_base ? run(with_base_all) : run(without_base_all);
+    const auto run = [&](auto with_base, auto without_base) {
+        return args.has_base ? with_base(f, expert, n, w, h, block) : without_base(f, expert, n, w, h, block);
     };
-#define OTA_PICK(P)                                                                             \
-    pick(accumulate<P, true, true, Acc, W>, accumulate<P, false, true, Acc, W>,                 \
-         accumulate<P, true, false, Acc, W>, accumulate<P, false, false, Acc, W>)
+    const bool counted = counts_keepers<Acc>(f);
+#define OTA_PICK_MASK(P, M) run(accumulate<P, true, M, Acc, W>, accumulate<P, false, M, Acc, W>)
+#define OTA_PICK(P)                                            \
+    !f.masked ? OTA_PICK_MASK(P, Mask::none)                   \
+    : counted ? OTA_PICK_MASK(P, Mask::counted)                \
+              : OTA_PICK_MASK(P, Mask::plain)
     if (!f.curvature_weights) return OTA_PICK(Power::none);
     if (f.power == 0.5) return OTA_PICK(Power::half);
     if (f.power == 1.0) return OTA_PICK(Power::one);
     return OTA_PICK(Power::general);
 #undef OTA_PICK
+#undef OTA_PICK_MASK
 }
 
 template <typename Acc, typename W>
@@ -185,32 +198,44 @@ void mean_of_experts(const MergeArgs& args, int64_t offset, int n, Block<Acc>& b
     for (int i = 0; i < n; ++i) mean[i] /= static_cast<Acc>(args.n_experts);
 }
 
-// out = w_0 + lambda numerator / denominator; the base, or the mean of the w_t, where nobody keeps the element
-// or the weights sum to 0.
+// out = w_0 + lambda numerator / denominator, or w_0 where nobody keeps the element or the weights sum to 0.
+// Returns how many elements fell back, and counts in `unkept` those that nobody keeps.
+template <bool Counted, typename Acc>
+int32_t quotient(const Formula& f, int n, Block<Acc>& block, int64_t& unkept) {
+    const Acc lambda = static_cast<Acc>(f.lambda);
+    const int32_t masked = f.masked ? 1 : 0;
+    const Acc* __restrict base = block.base;
+    const Acc* __restrict numerator = block.numerator;
+    const Acc* __restrict denominator = block.denominator;
+    const int32_t* __restrict kept_by = block.kept_by;
+    Acc* __restrict result = block.result;
+    int32_t nobody = 0, fallbacks = 0;
+    for (int i = 0; i < n; ++i) {
+        const int32_t empty = denominator[i] == Acc(0) ? 1 : 0;
+        const int32_t none = Counted ? (kept_by[i] == 0 ? 1 : 0) : empty & masked;
+        const int32_t fallback = none | empty;
+        const Acc merged = base[i] + lambda * (numerator[i] / denominator[i]);
+        result[i] = fallback ? base[i] : merged;
+        nobody += none;
+        fallbacks += fallback;
+    }
+    unkept += nobody;
+    return fallbacks;
+}
+
 template <typename Acc>
 void combine(const MergeArgs& args, int64_t offset, int n, Block<Acc>& block, MergeStats& stats) {
     const Formula& f = args.formula;
-    const Acc lambda = static_cast<Acc>(f.lambda), fixed = static_cast<Acc>(f.denominator);
-    const bool by_weights = f.denominator == 0;
-    const bool to_base = f.fallback_to_base && args.has_base;
-    int32_t unkept = 0, fallbacks = 0;
-    for (int i = 0; i < n; ++i) {
-        const Acc denominator = by_weights ? block.denominator[i] : fixed;
-        const bool none = block.kept_by[i] == 0;
-        const bool fallback = none | (denominator == Acc(0));
-        const Acc merged = block.base[i] + lambda * (block.numerator[i] / denominator);
-        block.result[i] = fallback ? block.base[i] : merged;
-        unkept += none;
-        fallbacks += fallback;
-    }
-    stats.unkept += unkept;
-    if (fallbacks == 0 || to_base) return;
+    const bool counted = counts_keepers<Acc>(f);
+    if (f.denominator != 0)
+        for (int i = 0; i < n; ++i) block.denominator[i] = static_cast<Acc>(f.denominator);
+    const int32_t fallbacks =
+        counted ? quotient<true>(f, n, block, stats.unkept) : quotient<false>(f, n, block, stats.unkept);
+    if (fallbacks == 0 || (f.fallback_to_base && args.has_base)) return;
     Acc mean[kBlock];
     mean_of_experts(args, offset, n, block, mean);
-    for (int i = 0; i < n; ++i) {
-        const Acc denominator = by_weights ? block.denominator[i] : fixed;
-        if (block.kept_by[i] == 0 || denominator == Acc(0)) block.result[i] = mean[i];
-    }
+    for (int i = 0; i < n; ++i)
+        if (block.denominator[i] == Acc(0) || (counted && block.kept_by[i] == 0)) block.result[i] = mean[i];
 }
 
 // `on_nonfinite: base`: the base value wherever some input of the element is not usable, and no mask there.

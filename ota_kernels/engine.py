@@ -18,7 +18,6 @@ import numpy as np
 from .factors import CHUNK
 from .formula import Terms
 from .pool import Pool
-from .recipe import Recipe
 from .survey import ModelDecisions, Survey
 from .tensors import TensorInputs
 from .tiling import Segment, units
@@ -62,7 +61,6 @@ Done = list[tuple[Segment, Tally]]
 
 
 def merge_tensors(
-    recipe: Recipe,
     tensors: Sequence[TensorInputs],
     sink: Sink,
     *,

@@ -6,7 +6,9 @@ import re
 
 EMBEDDING, OUTPUT, MATRIX, VECTOR = "embedding", "output", "matrix", "vector"
 
-_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|embeddings?)\.weight$")
+_EMBEDDING = re.compile(
+    r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|embeddings?)\.weight$"
+)
 _OUTPUT = re.compile(r"(^|\.)(lm_head|embed_out|output|score)\.weight$")
 
 

@@ -7,6 +7,7 @@ Work is cut into fixed chunks: sums do not depend on tiles, threads or memory.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -18,7 +19,15 @@ from . import decide
 from .backends.stats import NonFinite
 from .errors import InputError
 from .factors import CHUNK, Map, low_rank, rank1
-from .formula import ExpertTerms, Formula, Terms, saliency_of_score, scale_weights, score_of_saliency, score_scale
+from .formula import (
+    ExpertTerms,
+    Formula,
+    Terms,
+    saliency_of_score,
+    scale_weights,
+    score_of_saliency,
+    score_scale,
+)
 from .norms import edit_norm
 from .recipe import Recipe
 from .roles import EMBEDDING, role_of
@@ -61,12 +70,19 @@ class ModelDecisions:
 
 
 class Survey:
-    """Decides for one recipe over a list of tensors. `passes` counts model-wide reads of the inputs."""
+    """Decides for one recipe over a list of tensors."""
 
-    def __init__(self, recipe: Recipe, tensors: Sequence[TensorInputs], backend: ModuleType) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        tensors: Sequence[TensorInputs],
+        backend: ModuleType,
+        release: Callable[[TensorInputs], None] = lambda tile: None,
+    ) -> None:
         self.recipe = recipe
         self.tensors = tensors
         self.backend = backend
+        self._release = release  # called with each surveyed tile of a large read: its pages may go
         has_base = any(t.base is not None for t in tensors)
         self.formula = formula_of(recipe, has_base)
         self.models = [m.parameters for m in recipe.models]
@@ -84,6 +100,16 @@ class Survey:
         if self._surveyed_experts():
             return 2
         return 1 if self._wants_model_mean() else 0
+
+    @property
+    def tensor_passes(self) -> int:
+        """Further reads of each tensor right before its merge, at most."""
+        p = self.recipe.parameters
+        passes = 2 if not self.model_scope and any(s.surveyed for s in self.selections) else 0
+        passes += 1 if self.formula.curvature_weights and p.normalise == "global" else 0
+        passes += 2 if p.rescale else 0
+        passes += 2 if self.formula.elect_signs and p.ties_density < 1 else 0
+        return passes + max((2 if m.rank else 1 for m in self.models if m.rank or m.rank1_approx), default=0)
 
     def _surveyed_experts(self) -> list[int]:
         return [t for t, s in enumerate(self.selections) if s.surveyed] if self.model_scope else []
@@ -131,7 +157,10 @@ class Survey:
         self, experts: list[int], prefixes: dict[int, int], run: Map
     ) -> dict[int, tuple[np.ndarray, np.ndarray]]:
         def of_unit(unit: list[tuple]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-            return {t: self._histogram(unit, t, ExpertTerms(), False, prefixes[t]) for t in experts}
+            found = {t: self._histogram(unit, t, ExpertTerms(), False, prefixes[t]) for t in experts}
+            for tile, _ in unit:
+                self._release(tile)
+            return found
 
         totals = {t: (np.zeros(_BINS, np.int64), np.zeros(_BINS, np.int64)) for t in experts}
         for result in run(of_unit, self._units(self._takes_part, run)):
@@ -155,7 +184,12 @@ class Survey:
             return [None] * len(self.models)
 
         def of_unit(unit: list[tuple]) -> list[list[float]]:
-            return [[self._power_sum(tile, start, t) for tile, start in unit] for t in range(len(self.models))]
+            sums = [
+                [self._power_sum(tile, start, t) for tile, start in unit] for t in range(len(self.models))
+            ]
+            for tile, _ in unit:
+                self._release(tile)
+            return sums
 
         totals, elements = [0.0] * len(self.models), sum(t.numel for t in self.tensors)
         for result in run(of_unit, self._units(lambda _: True, run)):
@@ -195,7 +229,9 @@ class Survey:
         factors = (
             rank1(curvature, tensor.shape, run) if by_sums else low_rank(curvature, tensor.shape, rank, run)
         )
-        size = sum(a.nbytes for a in ((factors.rows, factors.columns) if by_sums else (factors.left, factors.right)))
+        size = sum(
+            a.nbytes for a in ((factors.rows, factors.columns) if by_sums else (factors.left, factors.right))
+        )
         if self._factor_bytes + size <= _FACTOR_CACHE_BYTES:
             self._factors[key] = factors
             self._factor_bytes += size
@@ -205,6 +241,7 @@ class Survey:
         def of_chunk(start: int) -> None:
             tile = tensor.slice(start, min(start + CHUNK, tensor.numel))
             self.check(tile, start, self.backend.power_sum(tile, t, 1.0)[1])
+            self._release(tile)
 
         for _ in run(of_chunk, range(0, tensor.numel, CHUNK)):
             pass
@@ -217,7 +254,9 @@ class Survey:
             experts.append(replace(e, threshold=self._threshold(tensor, t, e, selection, model, run)))
         p = self.recipe.parameters
         if p.rescale:
-            experts = [replace(e, edit_scale=self._edit_scale(tensor, t, e, run)) for t, e in enumerate(experts)]
+            experts = [
+                replace(e, edit_scale=self._edit_scale(tensor, t, e, run)) for t, e in enumerate(experts)
+            ]
         if self.formula.elect_signs and p.ties_density < 1:
             experts = [replace(e, trim=self._trim(tensor, t, e, run)) for t, e in enumerate(experts)]
         weights, epsilon = self._weights(tensor, model, run), p.epsilon
@@ -262,10 +301,14 @@ class Survey:
             return decide.threshold_of_scores(selection, np.abs(values))
 
         def histogram(prefix: int) -> tuple[np.ndarray, np.ndarray]:
-            starts = range(0, tensor.numel, CHUNK)
-            tiles = ([(tensor.slice(s, min(s + CHUNK, tensor.numel)), s)] for s in starts)
+            def of_chunk(start: int) -> tuple[np.ndarray, np.ndarray]:
+                tile = tensor.slice(start, min(start + CHUNK, tensor.numel))
+                found = self._histogram([(tile, start)], t, terms, of_edits, prefix)
+                self._release(tile)
+                return found
+
             counts, lows = np.zeros(_BINS, np.int64), np.zeros(_BINS, np.int64)
-            for more_counts, more_lows in run(lambda u: self._histogram(u, t, terms, of_edits, prefix), tiles):
+            for more_counts, more_lows in run(of_chunk, range(0, tensor.numel, CHUNK)):
                 counts += more_counts
                 lows += more_lows
             return counts, lows
@@ -285,6 +328,7 @@ class Survey:
             tile = tensor.slice(start, min(start + CHUNK, tensor.numel))
             values, bad = self.backend.edits(tile, t, terms)
             self.check(tile, start, bad)
+            self._release(tile)
             return values
 
         parts = list(run(of_chunk, range(0, tensor.numel, CHUNK)))
@@ -324,7 +368,10 @@ class Survey:
 
     def _mean_weight(self, tensor: TensorInputs, t: int, run: Map) -> float:
         def of_chunk(start: int) -> float:
-            return self._power_sum(tensor.slice(start, min(start + CHUNK, tensor.numel)), start, t)
+            tile = tensor.slice(start, min(start + CHUNK, tensor.numel))
+            total = self._power_sum(tile, start, t)
+            self._release(tile)
+            return total
 
         return sum(run(of_chunk, range(0, tensor.numel, CHUNK))) / max(tensor.numel, 1)
 
@@ -363,9 +410,9 @@ class Survey:
         return count, first
 
     def saliency_threshold(self, terms: Terms, t: int) -> float | None:
-        """Expert t's threshold as a saliency; None where everything is kept."""
+        """Expert t's threshold as a saliency; None where everything or nothing is kept."""
         score = terms.experts[t].threshold
-        return None if score == decide.KEEP_ALL else saliency_of_score(score)
+        return None if score == decide.KEEP_ALL or math.isnan(score) else saliency_of_score(score)
 
 
 def _origin(curvature) -> str:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import builtins
 import io
+import shlex
 from dataclasses import replace
 from statistics import fmean
 
 import pytest
 import torch
+from click.testing import CliRunner
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from ota_kernels.cli.demo import demo
 from ota_kernels.demo import digits, folders, table
 from ota_kernels.demo.digits import EXPERTS, VIEWS, Mlp, Settings
 from ota_kernels.errors import OutputError, RecipeError
@@ -162,11 +165,14 @@ def test_other_settings_train_again(tmp_path):
 
 def test_an_interrupted_training_is_not_reused(tmp_path, monkeypatch):
     folders.prepare(tmp_path, TINY)
-    longer = replace(TINY, expert_steps=6)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        patch.setattr(digits, "train_expert", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(digits, "train_expert", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            folders.prepare(tmp_path, longer)
+            folders.prepare(tmp_path, replace(TINY, expert_steps=6))
     assert folders.prepare(tmp_path, TINY)
 
 
@@ -188,7 +194,8 @@ def test_the_merges_are_what_their_recipes_say(measured):
     linear = load_file(seed / "linear" / "model.safetensors")
     for name in SHAPES:
         mean = torch.stack([e[name].double() for e in experts]).mean(0)
-        torch.testing.assert_close(linear[name].double(), mean, rtol=2**-23, atol=1e-30)
+        # Five float32 additions of weights below 1; experts differ by about 1e-3.
+        torch.testing.assert_close(linear[name].double(), mean, rtol=0, atol=5 * 5 * 2**-24)
     kept = {row.label: row.kept for row in rows}
     total = sum(tensor.numel() for tensor in linear.values())
     assert kept["base"] is None
@@ -218,6 +225,23 @@ def test_the_printed_table_fits_80_columns():
     assert lines[-1].startswith("OTA+FFG mass 0.9 ")
     assert lines[-1].split()[-2:] == ["12.3", "13.5"]
     assert len(lines) == 2 + len(LABELS)
+
+
+def test_the_command_prints_the_table_and_what_to_try_next(tmp_path, monkeypatch):
+    asked = []
+    rows = [table.Row(label, (0.5,) * len(VIEWS), 1.0) for label in LABELS]
+    monkeypatch.setattr(table, "run", lambda folder, seeds: asked.append((folder, seeds)) or rows)
+    result = CliRunner().invoke(demo, [str(tmp_path / "my out"), "--seeds", "2"])
+    assert result.exit_code == 0, result.output
+    assert asked == [(tmp_path / "my out", 2)]
+    assert all(label in result.output for label in LABELS)
+    command = result.output.splitlines()[-1]
+    assert shlex.split(command) == [
+        "ota-merge",
+        "run",
+        str(tmp_path / "my out" / "seed0" / "ota_ffg_mass.yaml"),
+        str(tmp_path / "my out" / "my_merge"),
+    ]
 
 
 def test_a_missing_scikit_learn_is_one_line_that_says_what_to_install(tmp_path, monkeypatch):

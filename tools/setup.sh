@@ -6,8 +6,10 @@ set -euo pipefail
 extra=${1:?usage: tools/setup.sh EXTRA}
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# The build's inputs. Python sources are not among them: an editable install runs them where they are.
+# The build's inputs. Of Python sources only the names: an editable install runs them where they are, but knows
+# only the modules that were there when it was made.
 fingerprint() {
+    find ota_kernels -name '*.py' | LC_ALL=C sort
     find pyproject.toml CMakeLists.txt tools/constraints.txt tools/setup.sh csrc -type f |
         LC_ALL=C sort | xargs cksum
     pwd

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 
 import click
 
@@ -23,12 +24,13 @@ def demo(folder: Path, seeds: int) -> None:
     from ..demo import table
 
     rows = table.run(folder, seeds)
+    first = folder / "seed0"
     click.echo()
     Console().print(table.render(rows, seeds))
     click.echo(
         "\nkept: share of the experts' edits that is in the model.\n"
         "density 0.2: the most salient 20 % of each expert's edits.\n"
         "mass 0.9: the fewest edits that hold 90 % of an expert's saliency; no share to tune.\n"
-        f"\nBase, experts, recipes and merges: {folder}/seed0 and so on. Try next:\n"
-        f"  ota-merge run {folder}/seed0/ota_ffg_mass.yaml {folder}/my_merge"
+        f"\nBase, experts, recipes and merges: {first} and so on. Try next:\n"
+        f"  ota-merge run {quote(str(first / 'ota_ffg_mass.yaml'))} {quote(str(folder / 'my_merge'))}"
     )

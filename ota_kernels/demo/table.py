@@ -50,7 +50,7 @@ def run(
 
     settings: the training's, whose seed is replaced by 0, 1, ...; say: receives one line per seed.
     Returns one row per model, averaged over the seeds. Raises RecipeError where scikit-learn is missing,
-    OutputError where `folder` cannot be written.
+    OutputError where `folder` cannot be made.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

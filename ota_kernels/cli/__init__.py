@@ -1,0 +1,67 @@
+"""The command line. Commands are imported when they run: `ota-merge --help` starts without numpy or torch."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+import traceback
+
+import click
+
+from ..errors import OtaError
+
+_COMMANDS = {
+    "run": "Merge models as a recipe says.",
+    "plan": "Show what a merge would read, write and hold in memory.",
+    "demo": "Train small experts on digits, merge them, print what came out.",
+}
+INTERRUPTED = 130
+
+
+class _LazyGroup(click.Group):
+    """Subcommands live in modules of their own name."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in _COMMANDS:
+            return None
+        return getattr(importlib.import_module(f"{__name__}.{name}"), name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+
+@click.command(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="ota-kernels", prog_name="ota-merge")
+def cli() -> None:
+    """Merge fine-tuned models at memory speed: OTA with Fast Fisher Grafting, and linear merges."""
+
+
+def main() -> None:
+    """Entry point: exit codes 0, 1 (failed while running), 2 (wrong recipe, option or input), 130."""
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted", err=True)
+        sys.exit(INTERRUPTED)
+    except click.ClickException as error:
+        _fail(error.format_message(), error.exit_code)
+    except OtaError as error:
+        _fail(str(error), error.exit_code)
+    except OSError as error:
+        _fail(f"{error.filename or 'input/output'}: {error.strerror or error}", 1)
+    except MemoryError:
+        _fail("out of memory: lower --threads or --memory-limit", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    if logging.getLogger("ota_kernels").isEnabledFor(logging.INFO):
+        traceback.print_exc()
+    click.echo(f"error: {message}", err=True)
+    sys.exit(code)

@@ -1,0 +1,77 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import click
+
+from ..errors import RecipeError
+
+
+class Size(click.ParamType):
+    """A number of bytes: 5GB, 512MiB, 1000000."""
+
+    name = "size"
+
+    def convert(self, value, param, ctx) -> int:
+        from ..units import parse_size
+
+        try:
+            return parse_size(value)
+        except RecipeError as error:
+            self.fail(str(error), param, ctx)
+
+
+def _set_verbosity(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("ota_kernels").setLevel(logging.INFO)
+
+
+_SHARED = (
+    click.option(
+        "--backend",
+        type=click.Choice(["auto", "reference", "native"]),
+        default="auto",
+        show_default=True,
+        help="What computes: C++ kernels (native), plain torch (reference), or the fastest that runs here.",
+    ),
+    click.option(
+        "--device",
+        type=click.Choice(["auto", "cpu"]),
+        default="auto",
+        show_default=True,
+        help="Where to compute.",
+    ),
+    click.option(
+        "--memory-limit", type=Size(), default="1GiB", show_default=True, help="Resident memory at most."
+    ),
+    click.option("--threads", type=click.IntRange(min=1), help="Worker threads.  [default: every processor]"),
+    click.option(
+        "--shard-size",
+        type=Size(),
+        default="5GB",
+        show_default=True,
+        help="Bytes of one output file at most.",
+    ),
+    click.option(
+        "--seed", type=int, default=0, show_default=True, help="Of methods that draw random numbers."
+    ),
+    click.option(
+        "-v",
+        "--verbose",
+        is_flag=True,
+        expose_value=False,
+        callback=_set_verbosity,
+        help="Say which backend runs; show a traceback with an error.",
+    ),
+)
+
+
+def shared(command: Callable) -> Callable:
+    """Add the options of `job.Options` that both `run` and `plan` take."""
+    for option in reversed(_SHARED):
+        command = option(command)
+    return command

@@ -1,0 +1,113 @@
+"""What the commands print: plans, progress, reports."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ..plan import Plan
+from ..units import format_bytes, format_count, format_seconds
+
+_PLAIN_INTERVAL = 10.0  # seconds between lines where there is no terminal
+
+
+def plan(found: Plan) -> None:
+    """A table of the plan's numbers."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column()
+    table.add_column(justify="right")
+    rows = (
+        ("experts", str(found.experts)),
+        ("tensors", str(found.tensors)),
+        ("parameters", format_count(found.parameters)),
+        ("passes over the inputs", str(found.passes)),
+        ("bytes in", format_bytes(found.bytes_in)),
+        ("bytes out", f"{format_bytes(found.bytes_out)} in {len(found.layout.shards)} file(s)"),
+        ("tiles", f"{found.tiles} of {format_count(found.tile_elements)} elements"),
+        ("backend", f"{found.backend}, {found.threads} thread(s)"),
+        ("peak memory", format_bytes(found.peak_memory)),
+        ("estimated time", f"{format_seconds(found.seconds)} from a warm page cache"),
+    )
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def report(merged: dict, out: str) -> None:
+    """What came out, in a few lines."""
+    seconds = max(sum(merged["seconds"].values()), 1e-3)
+    moved = merged["bytes_read"] + merged["bytes_written"]
+    click.echo(
+        f"merged into {out}: {format_bytes(merged['bytes_written'])} written, "
+        f"{format_bytes(merged['bytes_read'])} read in {format_seconds(seconds)} ({moved / seconds / 1e9:.1f} GB/s)"
+    )
+    for expert in merged["experts"]:
+        threshold = "" if expert["threshold"] is None else f", threshold {expert['threshold']:.4g}"
+        click.echo(f"  {expert['model']}: {expert['density']:.1%} of its edits kept{threshold}")
+    if merged["repaired"]:
+        click.echo(f"  {merged['repaired']} elements set to the base value: an input was not finite")
+
+
+def progress():
+    """A bar on a terminal, plain lines elsewhere; a context manager that is a job.Progress."""
+    return _Bar() if sys.stderr.isatty() else _Lines()
+
+
+class _Bar:
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._task = self._progress.add_task("open", total=None, rate="")
+        self._started = time.perf_counter()
+        self._done = 0
+
+    def __enter__(self) -> _Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def stage(self, name: str, total_bytes: int) -> None:
+        self._started, self._done = time.perf_counter(), 0
+        self._progress.reset(self._task, description=name, total=total_bytes or None, rate="")
+
+    def advance(self, nbytes: int) -> None:
+        self._done += nbytes
+        rate = self._done / max(time.perf_counter() - self._started, 1e-9)
+        self._progress.update(self._task, advance=nbytes, rate=f"{rate / 1e9:.1f} GB/s")
+
+
+class _Lines:
+    """One line a stage, and one every few seconds."""
+
+    def __init__(self) -> None:
+        self._name, self._total, self._done, self._last = "", 0, 0, 0.0
+
+    def __enter__(self) -> _Lines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def stage(self, name: str, total_bytes: int) -> None:
+        self._name, self._total, self._done, self._last = name, total_bytes, 0, time.perf_counter()
+        click.echo(f"{name}: {format_bytes(total_bytes)}" if total_bytes else name, err=True)
+
+    def advance(self, nbytes: int) -> None:
+        self._done += nbytes
+        if time.perf_counter() - self._last >= _PLAIN_INTERVAL:
+            self._last = time.perf_counter()
+            share = self._done / max(self._total, 1)
+            click.echo(f"{self._name}: {share:.0%} of {format_bytes(self._total)}", err=True)

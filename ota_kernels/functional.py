@@ -1,0 +1,295 @@
+"""Merging tensors in memory: torch tensors or numpy arrays in, the same kind out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from . import backends, methods
+from .dtypes import BY_NAME, OUTPUT_NAMES, DType
+from .engine import merge_tensors as run_engine
+from .errors import BackendError, InputError, RecipeError
+from .plan import TILE_ELEMENTS
+from .pool import Pool, default_threads
+from .recipe import Recipe, parse_recipe
+from .survey import Survey
+from .tensors import Buffer, Curvature, Full, TensorInputs, Uniform
+from .tiling import Segment
+
+Tensor = TypeVar("Tensor")  # torch.Tensor or numpy.ndarray
+
+
+def merge_tensors(
+    base: Tensor | None,
+    experts: Sequence[Tensor],
+    curvatures: Sequence[Tensor] | None = None,
+    *,
+    method: str = "ota",
+    name: str = "weight",
+    out_dtype: str | None = None,
+    backend: str = "auto",
+    threads: int | None = None,
+    **parameters: Any,
+) -> Tensor:
+    """Merge one tensor of several models: out = w_0 + lambda sum_t P_t d_t / sum_t P_t (arXiv 2509.11167).
+
+    base: any shape, or None for methods that need none; experts: tensors of the same shape, in recipe order;
+    curvatures: second moments v_t of each expert, same shape, float32, bfloat16 or float16, >= 0 (units of
+    squared gradient), or None for curvature 1 everywhere. name: tells embeddings and output matrices from
+    other matrices where that matters (`rank`, `rescale`). parameters: the recipe's keys (`density`,
+    `precond_threshold`, `power`, `lambda_` for `lambda`, ...); a key of one model may be a list with a value
+    per expert. Densities are over this tensor.
+
+    Returns a new tensor like the first input, in out_dtype (default: the base's, or first expert's, type).
+    Raises RecipeError for a wrong parameter, InputError for tensors that do not fit or are not finite,
+    BackendError for a device that no backend serves.
+    """
+    merged = merge_state_dicts(
+        None if base is None else {name: base},
+        [{name: expert} for expert in experts],
+        None if curvatures is None else [{name: curvature} for curvature in curvatures],
+        method=method,
+        out_dtype=out_dtype,
+        backend=backend,
+        threads=threads,
+        **parameters,
+    )
+    return merged[name]
+
+
+def merge_state_dicts(
+    base: Mapping[str, Tensor] | None,
+    experts: Sequence[Mapping[str, Tensor]],
+    curvatures: Sequence[Mapping[str, Tensor]] | None = None,
+    *,
+    method: str = "ota",
+    out_dtype: str | None = None,
+    backend: str = "auto",
+    threads: int | None = None,
+    **parameters: Any,
+) -> dict[str, Tensor]:
+    """Merge dictionaries of tensors; densities are over all of them (`density_scope: model`) unless told.
+
+    Arguments and errors as for `merge_tensors`; all dictionaries have the same names. Tensors that are not
+    floating point are copied when all models agree. A name without curvature is an error unless
+    `missing_curvature` says otherwise.
+    """
+    recipe = _recipe(base is not None, len(experts), curvatures is not None, method, out_dtype, parameters)
+    if curvatures is not None and len(curvatures) != len(experts):
+        raise InputError(f"{len(experts)} experts but {len(curvatures)} curvatures")
+    has_base = base is not None and methods.get(method).base != "unused"
+    models = {"base": base} if has_base else {}
+    models |= {f"experts[{t}]": expert for t, expert in enumerate(experts)}
+    first_label, first = next(iter(models.items()))
+    for label, model in models.items():
+        if odd := set(first) ^ set(model):
+            raise InputError(
+                f"{label} and {first_label} differ in the tensors they have: {min(odd)!r} is in one only"
+            )
+
+    merged: dict[str, Tensor] = {}
+    tensors = []
+    for tensor_name, like in first.items():
+        buffers = [
+            _buffer(model[tensor_name], f"{label}[{tensor_name!r}]") for label, model in models.items()
+        ]
+        _check_alike(tensor_name, like, models)
+        if not all(b.dtype.is_float for b in buffers):
+            merged[tensor_name] = _agreed(tensor_name, like, buffers)
+            continue
+        kept, found = _curvatures(tensor_name, tuple(like.shape), len(experts), curvatures, recipe)
+        weights = buffers if not kept else [buffers[0]] * len(buffers)
+        out = _output_dtype(recipe, buffers[0])
+        tensors.append(
+            TensorInputs(
+                tensor_name,
+                tuple(like.shape),
+                out,
+                weights[0] if has_base else None,
+                tuple(weights[1:] if has_base else weights),
+                found,
+            )
+        )
+    return (
+        {name: merged[name] for name in first}
+        if not tensors
+        else _merge(first, tensors, merged, recipe, backend, threads)
+    )
+
+
+def _merge(
+    first: Mapping[str, Tensor],
+    tensors: list[TensorInputs],
+    merged: dict[str, Tensor],
+    recipe: Recipe,
+    backend: str,
+    threads: int | None,
+) -> dict[str, Tensor]:
+    chosen = backends.select(backend)
+    survey = Survey(recipe, tensors, chosen)
+    sink = _MemorySink(tensors)
+    with Pool(threads or default_threads()) as pool:
+        decisions = survey.decide_model(pool.run)
+        for _ in run_engine(
+            tensors,
+            sink,
+            backend=chosen,
+            pool=pool,
+            tile_elements=TILE_ELEMENTS,
+            survey=survey,
+            decisions=decisions,
+        ):
+            pass
+    for tensor, data in zip(tensors, sink.outputs, strict=True):
+        merged[tensor.name] = _like(first[tensor.name], data, tensor)
+    return {name: merged[name] for name in first}
+
+
+class _MemorySink:
+    """Tiles are merged straight into the results."""
+
+    def __init__(self, tensors: list[TensorInputs]) -> None:
+        self._sizes = [t.out_dtype.itemsize for t in tensors]
+        self.outputs = [np.empty(t.numel * t.out_dtype.itemsize, np.uint8) for t in tensors]
+
+    def room(self, segment: Segment, nbytes: int) -> np.ndarray:
+        begin = segment.start * self._sizes[segment.index]
+        return self.outputs[segment.index][begin : begin + nbytes]
+
+    def write(self, segment: Segment, merged: np.ndarray) -> None:
+        pass
+
+    def done_with(self, tile: TensorInputs) -> None:
+        pass
+
+
+def _recipe(
+    has_base: bool,
+    n: int,
+    has_curvature: bool,
+    method: str,
+    out_dtype: str | None,
+    parameters: dict[str, Any],
+) -> Recipe:
+    """The recipe of these arguments, checked like a file's."""
+    own_keys = methods.get(method).model_parameters
+    if "lambda_" in parameters:
+        parameters["lambda"] = parameters.pop("lambda_")
+    whole, per_model = {}, [{} for _ in range(n)]
+    for key, value in parameters.items():
+        if key not in own_keys or not isinstance(value, (list, tuple)):
+            whole[key] = value
+            continue
+        if len(value) != n:
+            raise RecipeError(f"`{key}` has {len(value)} values for {n} experts")
+        for own, one in zip(per_model, value, strict=True):
+            own[key] = one
+    if methods.get(method).curvature:
+        if not has_curvature:
+            whole.setdefault("missing_curvature", "uniform")
+        for t, own in enumerate(per_model):
+            own["preconditioner_path"] = f"curvatures[{t}]"
+    models = [{"model": f"experts[{t}]", "parameters": own} for t, own in enumerate(per_model)]
+    data: dict[str, Any] = {
+        "merge_method": method,
+        "models": models,
+        "parameters": whole,
+        "out_dtype": out_dtype,
+    }
+    if has_base:
+        data["base_model"] = "base"
+    return parse_recipe(data)
+
+
+def _curvatures(
+    name: str,
+    shape: tuple[int, ...],
+    n: int,
+    curvatures: Sequence[Mapping[str, Tensor]] | None,
+    recipe: Recipe,
+) -> tuple[bool, tuple[Curvature, ...]]:
+    """(whether the base is kept, one curvature per expert) of one tensor."""
+    uniform = (Uniform(),) * n
+    if curvatures is None or not methods.get(recipe.merge_method).curvature:
+        return False, uniform
+    lacking = [t for t, c in enumerate(curvatures) if name not in c]
+    if lacking:
+        policy = recipe.parameters.missing_curvature
+        if policy == "error":
+            raise InputError(
+                f"curvatures[{lacking[0]}] has no {name!r}; `missing_curvature: uniform` or `base` merges without it"
+            )
+        return policy == "base", uniform
+    found = []
+    for t, c in enumerate(curvatures):
+        origin = f"curvatures[{t}][{name!r}]"
+        buffer = _buffer(c[name], origin)
+        if tuple(c[name].shape) != shape:
+            raise InputError(f"{origin} has shape {list(c[name].shape)}, the tensor {list(shape)}")
+        if buffer.dtype.name not in ("float32", "bfloat16", "float16"):
+            raise InputError(f"{origin} is {buffer.dtype.name}; curvature is float32, bfloat16 or float16")
+        found.append(Full(buffer))
+    return False, tuple(found)
+
+
+def _buffer(tensor: Any, origin: str) -> Buffer:
+    """A flat view of a tensor's bytes (a copy where it is not contiguous)."""
+    if isinstance(tensor, np.ndarray):
+        dtype = BY_NAME.get(tensor.dtype.name)
+        if dtype is not None:
+            return Buffer(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8), dtype, origin)
+        raise InputError(f"{origin}: tensors of type {tensor.dtype} cannot be merged")
+    import torch
+
+    if not isinstance(tensor, torch.Tensor):
+        raise InputError(f"{origin} is a {type(tensor).__name__}, not a torch tensor or numpy array")
+    if tensor.device.type != "cpu":
+        raise BackendError(
+            f"{origin} is on {tensor.device}: no backend serves that device; move it with .cpu()"
+        )
+    dtype = BY_NAME.get(str(tensor.dtype).removeprefix("torch."))
+    if dtype is None:
+        raise InputError(f"{origin}: tensors of type {tensor.dtype} cannot be merged")
+    return Buffer(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy(), dtype, origin)
+
+
+def _check_alike(name: str, like: Any, models: Mapping[str, Mapping[str, Any]]) -> None:
+    for label, model in models.items():
+        if tuple(model[name].shape) != tuple(like.shape):
+            raise InputError(
+                f"{label}[{name!r}] has shape {list(model[name].shape)}, another model {list(like.shape)}"
+            )
+
+
+def _agreed(name: str, like: Tensor, buffers: list[Buffer]) -> Tensor:
+    first = buffers[0]
+    for other in buffers[1:]:
+        if other.dtype != first.dtype or not np.array_equal(other.data, first.data):
+            raise InputError(
+                f"{other.origin} differs from {first.origin}; only floating-point tensors are merged"
+            )
+    return like.copy() if isinstance(like, np.ndarray) else like.clone()
+
+
+def _output_dtype(recipe: Recipe, own: Buffer) -> DType:
+    if recipe.output_dtype is not None:
+        return BY_NAME[recipe.output_dtype]
+    if own.dtype.name not in OUTPUT_NAMES:
+        raise InputError(
+            f"{own.origin} is {own.dtype.name}, which a merge cannot be written in; give out_dtype"
+        )
+    return own.dtype
+
+
+def _like(tensor: Tensor, data: np.ndarray, inputs: TensorInputs) -> Tensor:
+    """Result bytes as the kind of array that `tensor` is."""
+    if isinstance(tensor, np.ndarray):
+        dtype = (
+            tensor.dtype if tensor.dtype.name == inputs.out_dtype.name else np.dtype(inputs.out_dtype.name)
+        )
+        return data.view(dtype).reshape(inputs.shape)
+    import torch
+
+    return torch.from_numpy(data).view(getattr(torch, inputs.out_dtype.name)).reshape(inputs.shape)

@@ -1,0 +1,125 @@
+"""What a merge would read, write and hold in memory, from headers alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+
+from .errors import RecipeError
+from .factors import CHUNK
+from .inputs import COPY, Inputs
+from .io.writer import Layout, layout
+from .survey import Survey
+from .tensors import Full, TensorInputs
+from .units import format_bytes
+
+# Elements of a tile: large enough that a tile costs far more than its Python (2 ms against 0.1), small enough
+# that the tiles in flight stay a few percent of the memory limit.
+TILE_ELEMENTS = 1 << 20
+_SMALLEST_TILE = 1 << 14
+DEFAULT_MEMORY_LIMIT = 1 << 30
+
+# Measured resident sizes of a process that has imported what the backend needs and merged one tile.
+_PROCESS_BYTES = {"native": 100 << 20, "reference": 420 << 20}
+_REFERENCE_TEMPORARIES = 12  # float32 arrays of a tile that the reference holds per expert
+_ASSUMED_BANDWIDTH = 8e9  # bytes per second per thread, for the estimated time from a warm page cache
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The work of a merge.
+
+    passes: times the inputs are read; bytes_in: bytes of all passes; bytes_out: all shards; peak_memory: bytes
+    resident at most; seconds: estimate when the files are in the page cache.
+    """
+
+    layout: Layout
+    backend: str
+    threads: int
+    tile_elements: int
+    tensors: int
+    parameters: int
+    experts: int
+    tiles: int
+    passes: int
+    bytes_in: int
+    bytes_out: int
+    peak_memory: int
+    seconds: float
+
+    def as_dict(self) -> dict:
+        """The plan's numbers, for `--json`."""
+        names = ("backend", "threads", "tile_elements", "tensors", "parameters", "experts", "tiles", "passes")
+        more = ("bytes_in", "bytes_out", "peak_memory", "seconds")
+        shards = [{"name": s.name, "bytes": s.size} for s in self.layout.shards]
+        return {name: getattr(self, name) for name in names + more} | {"shards": shards}
+
+
+def make_plan(
+    inputs: Inputs,
+    tensors: list[TensorInputs],
+    survey: Survey,
+    backend: ModuleType,
+    *,
+    threads: int,
+    memory_limit: int,
+    shard_size: int,
+    tile_elements: int | None = None,
+) -> Plan:
+    """The plan of a merge of open inputs. Raises RecipeError when the memory limit is too small."""
+    per_element = max((_bytes_per_element(t, backend) for t in tensors), default=1)
+    fixed = _PROCESS_BYTES[backend.NAME] + _survey_bytes(tensors, survey, threads, per_element)
+    tile = tile_elements or _fitting_tile(memory_limit - fixed, threads * per_element)
+    if tile < 1:
+        need = fixed + threads * per_element * _SMALLEST_TILE
+        raise RecipeError(
+            f"a memory limit of {format_bytes(memory_limit)} is too small for this merge on {threads} threads: "
+            f"it needs {format_bytes(need)}; raise --memory-limit or lower --threads"
+        )
+    output = layout([(e.name, e.dtype, e.shape) for e in inputs.entries], shard_size)
+    passes = 1 + survey.passes + survey.tensor_passes
+    total = inputs.total_bytes
+    return Plan(
+        layout=output,
+        backend=backend.NAME,
+        threads=threads,
+        tile_elements=tile,
+        tensors=len(inputs.entries),
+        parameters=sum(e.numel for e in inputs.entries if e.action != COPY),
+        experts=len(inputs.experts),
+        tiles=sum(-(-t.numel // tile) for t in tensors),
+        passes=passes,
+        bytes_in=total * passes,
+        bytes_out=output.total_bytes,
+        peak_memory=fixed + threads * per_element * tile,
+        seconds=(total * passes + output.total_bytes) / (_ASSUMED_BANDWIDTH * threads),
+    )
+
+
+def _fitting_tile(room: int, bytes_per_tile_element: int) -> int:
+    """The tile size that fits, at most TILE_ELEMENTS; 0 when none does."""
+    fits = room // bytes_per_tile_element // 4096 * 4096
+    return min(fits, TILE_ELEMENTS) if fits >= _SMALLEST_TILE else 0
+
+
+def _bytes_per_element(tensor: TensorInputs, backend: ModuleType) -> int:
+    buffers = [b for b in (tensor.base, *tensor.experts) if b is not None]
+    buffers += [c.values for c in tensor.curvatures if isinstance(c, Full)]
+    size = sum(b.dtype.itemsize for b in buffers) + tensor.out_dtype.itemsize
+    if backend.NAME == "reference":
+        size += 4 * _REFERENCE_TEMPORARIES * len(tensor.experts)
+    return size
+
+
+def _survey_bytes(tensors: list[TensorInputs], survey: Survey, threads: int, per_element: int) -> int:
+    """What surveys hold beside tiles: histograms, score chunks, the matrices of `rescale` and `rank`."""
+    if not (survey.passes or survey.tensor_passes):
+        return 0
+    experts = len(survey.models)
+    size = 3 * threads * experts * (1 << 20) + threads * CHUNK * (per_element + 16)
+    matrices = [t for t in tensors if len(t.shape) == 2]
+    if survey.recipe.parameters.rescale:
+        size += max((12 * t.numel + 16 * min(t.shape) ** 2 for t in matrices), default=0)
+    if any(m.rank for m in survey.models):
+        size += max((16 * t.numel + 16 * min(t.shape) ** 2 for t in matrices), default=0)
+    return size
