@@ -1,4 +1,4 @@
-"""Every exception a user can meet. The command line prints `error: {exception}` and exits with `exit_code`."""
+"""Every exception a user can meet. The command line prints `error: TEXT` and exits with `exit_code`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Low-rank forms of a curvature matrix, computed once per tensor and shared by every backend, so that masks
-agree: row and column sums (rank 1), truncated SVD (rank r). Float64 sums in an order that depends on the shape
-alone.
+"""Low-rank forms of a curvature matrix: row and column sums (rank 1), truncated SVD (rank r).
+
+Computed once per tensor and shared by every backend, so that masks agree; float64 sums in an order that
+depends on the shape alone.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def as_float32(buffer: Buffer) -> np.ndarray:
 
 def rank1(curvature: Full, shape: tuple[int, ...], run: Map) -> Rank1:
     """R_i C_j / sum(R) of a curvature matrix of `shape` (DESIGN section 2), bias correction divided out."""
-    rows, columns = shape
+    columns = shape[1]
 
     def sums(chunk: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         start, stop = chunk

@@ -219,7 +219,8 @@ def _curvatures(
         policy = recipe.parameters.missing_curvature
         if policy == "error":
             raise InputError(
-                f"curvatures[{lacking[0]}] has no {name!r}; `missing_curvature: uniform` or `base` merges without it"
+                f"curvatures[{lacking[0]}] has no {name!r}; "
+                "`missing_curvature: uniform` or `base` merges without it"
             )
         return policy == "base", uniform
     found = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,9 +23,11 @@ _LISTED = 8  # names an error lists before it says how many more there are
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One output tensor. action: MERGE; COPY where the models must agree (integers, booleans); KEEP_BASE where
-    the base's values are taken (`missing_curvature: base`). sources: the tensor's name in each checkpoint;
-    dtype: of the output."""
+    """One output tensor.
+
+    action: MERGE; COPY where the models must agree (integers, booleans); KEEP_BASE where the base's values
+    are taken (`missing_curvature: base`). sources: the tensor's name in each checkpoint; dtype: the output's.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -97,19 +100,26 @@ class Inputs:
     def experts(self) -> list[Checkpoint]:
         return self.checkpoints[1:] if self.has_base else self.checkpoints
 
+    @functools.cached_property
+    def bytes_per_element(self) -> list[int]:
+        """Input bytes that one element of each entry reads."""
+        return [self._bytes_per_element(entry) for entry in self.entries]
+
+    def _bytes_per_element(self, entry: TensorEntry) -> int:
+        if entry.action == KEEP_BASE:
+            return self.checkpoints[0].tensors[entry.sources[0]].dtype.itemsize
+        pairs = zip(self.checkpoints, entry.sources, strict=True)
+        size = sum(checkpoint.tensors[source].dtype.itemsize for checkpoint, source in pairs)
+        if entry.action == MERGE:
+            names = [self._curvature_name(t, entry) for t in range(len(self.experts))]
+            if None not in names:
+                size += sum(f.dtype(n).itemsize for f, n in zip(self.curvatures, names, strict=True))
+        return size
+
     @property
     def total_bytes(self) -> int:
         """Bytes that one pass over the inputs reads."""
-        total = 0
-        for entry in self.entries:
-            for checkpoint, source in zip(self.checkpoints, entry.sources, strict=True):
-                info = checkpoint.tensors[source]
-                total += info.end - info.begin
-            if entry.action == MERGE:
-                for t, file in enumerate(self.curvatures):
-                    key = self._curvature_name(t, entry)
-                    total += entry.numel * file.dtype(key).itemsize if key else 0
-        return total
+        return sum(e.numel * size for e, size in zip(self.entries, self.bytes_per_element, strict=True))
 
     def fingerprint(self) -> list:
         """Names, sizes and times of all input files."""
@@ -247,7 +257,7 @@ class Inputs:
         return checked
 
     def _check_curvature(self, entry: TensorEntry) -> list[str]:
-        """Labels of the experts that have no curvature for the tensor; InputError for a wrong shape or type."""
+        """Labels of the experts without curvature for the tensor; InputError for a wrong shape or type."""
         lacking = []
         for t, expert in enumerate(self.experts):
             name = self._curvature_name(t, entry)

@@ -1,11 +1,4 @@
-"""The whole job from a recipe to a published folder: plan, work folder, merge, report, publish.
-
-.OUT.ota-merge/        hidden sibling of OUT; what a killed merge leaves, and what --resume continues
-    lock               held while a merge runs
-    journal.jsonl      fingerprint, decisions, finished ranges
-    files/             the output folder, renamed to OUT when everything is on the disk
-    replaced/          the former OUT, for the moment between two renames (--overwrite)
-"""
+"""The whole job from a recipe to a published folder: plan, work folder, merge, report, publish."""
 
 from __future__ import annotations
 
@@ -13,8 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import platform
-import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -23,30 +14,31 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import yaml
 
 from . import __version__, backends, methods
 from .card import model_card
 from .engine import Tally, merge_tensors
-from .errors import InputError, OtaError, OutputError, RecipeError, RunError
-from .inputs import COPY, KEEP_BASE, MERGE, Inputs
+from .errors import InputError, OutputError, RecipeError
+from .inputs import COPY, Inputs
 from .io import journal
 from .io.assets import Asset, plan_assets, recipe_asset, write_assets
 from .io.reader import advise
+from .io.workfolder import WorkFolder
 from .io.writer import ShardWriter
+from .ledger import Ledger
 from .plan import DEFAULT_MEMORY_LIMIT, Plan, make_plan
 from .pool import Pool, default_threads
 from .recipe import Recipe, load_recipe, parse_recipe
-from .survey import ModelDecisions, Survey
+from .report import REPORT_NAME, build_report
+from .survey import Survey
 from .tensors import Full, TensorInputs
 from .tiling import Segment
-from .units import format_bytes, parse_size
+from .units import parse_size
 
 logger = logging.getLogger(__name__)
 
 _COPY_BYTES = 1 << 24
 _SPARE_BYTES = 64 << 20  # room asked for beside the tensors: config, tokenizer, report, journal
-REPORT_NAME = "merge_report.json"
 
 
 class Progress(Protocol):
@@ -154,9 +146,17 @@ class _Merge:
         self.recipe, self.options = recipe, options
         self.backend = backends.select(options.backend)
         self.inputs = Inputs(recipe)
+        try:
+            self._prepare()
+        except BaseException:
+            self.inputs.close()
+            raise
+
+    def _prepare(self) -> None:
+        options = self.options
         self.merged = [i for i, e in enumerate(self.inputs.entries) if e.action != COPY]
         self.tensors = [self.inputs.tensor(self.inputs.entries[i]) for i in self.merged]
-        self.survey = Survey(recipe, self.tensors, self.backend, _release)
+        self.survey = Survey(self.recipe, self.tensors, self.backend, _release)
         self.plan = make_plan(
             self.inputs,
             self.tensors,
@@ -202,7 +202,12 @@ class _Merge:
         if finished is not None:
             return finished
         assets = self.assets()
-        with _WorkFolder(out, self.options, self.plan.bytes_out + _SPARE_BYTES) as work:
+        with WorkFolder(
+            out,
+            self.plan.bytes_out + _SPARE_BYTES,
+            resume=self.options.resume,
+            overwrite=self.options.overwrite,
+        ) as work:
             try:
                 report = self._run_in(work, assets, progress)
             except InputError:
@@ -212,7 +217,7 @@ class _Merge:
         return report
 
     def check_output(self, out: Path) -> dict | None:
-        """Raise OutputError where `out` cannot be used. With --resume, the report of a merge that is complete."""
+        """OutputError where `out` cannot be used. With --resume, the report of a merge that is complete."""
         target = out.resolve()
         for label, folder in self.inputs.model_folders.items():
             source = folder.resolve()
@@ -235,30 +240,29 @@ class _Merge:
         logger.info("%s is complete already", out)
         return report
 
-    def _run_in(self, work: _WorkFolder, assets: list[Asset], progress: Progress) -> dict:
+    def _run_in(self, work: WorkFolder, assets: list[Asset], progress: Progress) -> dict:
         started = time.perf_counter()
-        state = _State(work.journal_records(self.fingerprint()), len(self.inputs.entries))
+        ledger = Ledger(work.journal_records(self.fingerprint()), len(self.inputs.entries))
         writer = ShardWriter(work.files, self.plan.layout)
         log = journal.Journal(work.path, writer.sync)
         seconds = {}
         try:
-            if state.fresh:
+            if ledger.fresh:
                 log.append({"fingerprint": self.fingerprint()})
             with Pool(self.plan.threads) as pool:
-                if state.decisions is None:
+                if ledger.decisions is None:
                     progress.stage("survey", 0)
-                    state.decisions = self.survey.decide_model(pool.run)
-                    log.append({"decisions": asdict(state.decisions)})
+                    ledger.decisions = self.survey.decide_model(pool.run)
+                    log.append({"decisions": asdict(ledger.decisions)})
                 seconds["survey"] = time.perf_counter() - started
+                weights = self.inputs.bytes_per_element
                 progress.stage("merge", self.inputs.total_bytes)
-                progress.advance(state.done_bytes(self.inputs.entries, self._bytes_per_element))
-                for unit in self._units(state, writer, pool):
+                progress.advance(sum(ledger.done_elements(i) * w for i, w in enumerate(weights)))
+                for unit in self._units(ledger, writer, pool):
                     log.append({"unit": [[*segment, asdict(tally)] for segment, tally in unit]})
                     for segment, tally in unit:
-                        state.add(segment, tally)
-                        progress.advance(
-                            (segment.stop - segment.start) * self._bytes_per_element(segment.index)
-                        )
+                        ledger.add(segment, tally)
+                        progress.advance((segment.stop - segment.start) * weights[segment.index])
             seconds["merge"] = time.perf_counter() - started - seconds["survey"]
             progress.stage("sync", 0)
         finally:
@@ -267,17 +271,17 @@ class _Merge:
             finally:
                 writer.close()
         seconds["sync"] = time.perf_counter() - started - seconds["survey"] - seconds["merge"]
-        report = self._report(state, seconds)
+        report = build_report(self.inputs, self.plan, ledger, self.fingerprint(), seconds)
         write_assets(work.files, [*assets, self._card(assets, report), _json_asset(REPORT_NAME, report)])
         writer.write_index(work.files)
         return report
 
-    def _units(self, state: _State, writer: ShardWriter, pool: Pool) -> Iterator:
-        yield from self._copy(state, writer)
+    def _units(self, ledger: Ledger, writer: ShardWriter, pool: Pool) -> Iterator:
+        yield from self._copy(ledger, writer)
         todo = (
             (k, start, stop)
             for k, index in enumerate(self.merged)
-            for start, stop in state.gaps(index, self.inputs.entries[index].numel)
+            for start, stop in ledger.gaps(index, self.inputs.entries[index].numel)
         )
         sink = _FileSink(writer, [self.plan.layout.tensors[i] for i in self.merged])
         for unit in merge_tensors(
@@ -287,15 +291,15 @@ class _Merge:
             pool=pool,
             tile_elements=self.plan.tile_elements,
             survey=self.survey,
-            decisions=state.decisions,
+            decisions=ledger.decisions,
             todo=todo,
         ):
             yield [(Segment(self.merged[k], start, stop), tally) for (k, start, stop), tally in unit]
 
-    def _copy(self, state: _State, writer: ShardWriter) -> Iterator:
+    def _copy(self, ledger: Ledger, writer: ShardWriter) -> Iterator:
         """Tensors that are not floating point: equal in all models, or an error."""
         for index, entry in enumerate(self.inputs.entries):
-            if entry.action != COPY or not state.gaps(index, entry.numel):
+            if entry.action != COPY or not ledger.gaps(index, entry.numel):
                 continue
             first, *others = self.inputs.buffers(entry)
             for buffer in others:
@@ -310,73 +314,11 @@ class _Merge:
                 writer.write(self.plan.layout.tensors[index], begin // size, piece)
             yield [(Segment(index, 0, entry.numel), Tally([]))]
 
-    def _bytes_per_element(self, index: int) -> int:
-        entry = self.inputs.entries[index]
-        size = sum(b.dtype.itemsize for b in self.inputs.buffers(entry))
-        if entry.action == MERGE:
-            tensor = self.inputs.tensor(entry)
-            size += sum(c.values.dtype.itemsize for c in tensor.curvatures if isinstance(c, Full))
-        return size
-
     def _card(self, assets: list[Asset], report: dict) -> Asset:
         has_config = any(a.name == "config.json" for a in assets)
         formula = methods.get(self.recipe.merge_method).formula
         card = model_card(self.recipe.as_dict(), report, __version__, formula=formula, has_config=has_config)
         return Asset("README.md", card.encode())
-
-    def _report(self, state: _State, seconds: dict) -> dict:
-        counted = [(e, state.tallies[i]) for i, e in enumerate(self.inputs.entries) if e.action == MERGE]
-        total = sum(e.numel for e, _ in counted)
-        experts = []
-        for t, model in enumerate(self.recipe.models):
-            kept = sum(tally.kept[t] for _, tally in counted)
-            thresholds = {tally.thresholds[t] for e, tally in counted if e.numel}
-            experts.append(
-                {
-                    "model": model.model,
-                    "threshold": thresholds.pop() if len(thresholds) == 1 else None,
-                    "kept": kept,
-                    "total": total,
-                    "density": kept / total if total else 1.0,
-                }
-            )
-        overflow = sum(tally.overflow for _, tally in counted)
-        if overflow:
-            logger.warning(
-                "%d merged values exceed the range of the output type and became infinite", overflow
-            )
-        return {
-            "fingerprint": self.fingerprint(),
-            "method": self.recipe.merge_method,
-            "experts": experts,
-            "tensors": {
-                e.name: {
-                    "kept": tally.kept,
-                    "unkept": tally.unkept,
-                    "elements": e.numel,
-                    "thresholds": tally.thresholds,
-                }
-                for e, tally in counted
-            },
-            "copied": [e.name for e in self.inputs.entries if e.action in (COPY, KEEP_BASE)],
-            "unkept": sum(tally.unkept for _, tally in counted),
-            "overflow": overflow,
-            "repaired": sum(tally.repaired for _, tally in counted),
-            "bytes_read": self.plan.bytes_in,
-            "bytes_written": self.plan.bytes_out,
-            "passes": self.plan.passes,
-            "seconds": {name: round(value, 3) for name, value in seconds.items()},
-            "backend": self.backend.NAME,
-            "threads": self.plan.threads,
-            "tile_elements": self.plan.tile_elements,
-            "resumed": not state.fresh,
-            "versions": {
-                "ota_kernels": __version__,
-                "python": platform.python_version(),
-                "numpy": np.__version__,
-                "yaml": yaml.__version__,
-            },
-        }
 
 
 def _json_asset(name: str, content: dict) -> Asset:
@@ -411,135 +353,3 @@ class _FileSink:
 
     def done_with(self, tile: TensorInputs) -> None:
         _release(tile)
-
-
-class _State:
-    """What is done: decisions, ranges on the disk and their tallies, from a journal's records."""
-
-    def __init__(self, records: list[dict], tensors: int) -> None:
-        self.fresh = not records
-        self.decisions: ModelDecisions | None = None
-        self.tallies: list[Tally | None] = [None] * tensors
-        self._ranges: dict[int, list[tuple[int, int]]] = {}
-        for record in records:
-            if "decisions" in record:
-                self.decisions = ModelDecisions(**{k: tuple(v) for k, v in record["decisions"].items()})
-            for index, start, stop, tally in record.get("unit", ()):
-                self.add(Segment(index, start, stop), Tally(**tally))
-
-    def add(self, segment: Segment, tally: Tally) -> None:
-        self._ranges.setdefault(segment.index, []).append((segment.start, segment.stop))
-        if self.tallies[segment.index] is None:
-            self.tallies[segment.index] = tally
-        else:
-            self.tallies[segment.index].add(tally)
-
-    def gaps(self, index: int, numel: int) -> list[tuple[int, int]]:
-        """The ranges of a tensor that are not done; an empty tensor has one empty range until it is done."""
-        done = sorted(self._ranges.get(index, ()))
-        if numel == 0:
-            return [] if done else [(0, 0)]
-        gaps, position = [], 0
-        for start, stop in [*done, (numel, numel)]:
-            if position < start:
-                gaps.append((position, start))
-            position = max(position, stop)
-        return gaps
-
-    def done_bytes(self, entries: list, bytes_per_element) -> int:
-        return sum(
-            (stop - start) * bytes_per_element(index)
-            for index, done in self._ranges.items()
-            for start, stop in done
-        )
-
-
-class _WorkFolder:
-    """The hidden sibling of OUT; locked while in use."""
-
-    def __init__(self, out: Path, options: Options, needed_bytes: int) -> None:
-        self.out = out
-        self.path = out.parent / f".{out.name}.ota-merge"
-        self.files = self.path / "files"
-        self._options, self._needed_bytes = options, needed_bytes
-        self._lock = -1
-
-    def __enter__(self) -> _WorkFolder:
-        if self.path.exists() and not (self._options.resume or self._options.overwrite):
-            raise OutputError(
-                f"an unfinished merge into {self.out} is there ({self.path}): --resume goes on, --overwrite starts again"
-            )
-        self._check_room()
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
-            if self._options.overwrite:
-                self._empty()
-            self.files.mkdir(exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"cannot write to {self.path}: {error.strerror}") from error
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._lock >= 0:
-            os.close(self._lock)
-
-    def _check_room(self) -> None:
-        parent = next(p for p in self.path.parents if p.exists())
-        free = shutil.disk_usage(parent).free
-        allocated = sum(f.stat().st_blocks * 512 for f in self.files.glob("*.safetensors"))
-        if free + allocated < self._needed_bytes:
-            raise OutputError(
-                f"the merge needs {format_bytes(self._needed_bytes)} in {parent}, where {format_bytes(free)} "
-                "are free: free some room or name another folder"
-            )
-
-    def _take_lock(self) -> None:
-        import fcntl
-
-        self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputError(
-                f"another merge is writing {self.out}: wait for it, or name another folder"
-            ) from error
-
-    def _empty(self) -> None:
-        for entry in self.path.iterdir():
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            elif entry.name != "lock":
-                entry.unlink()
-
-    def journal_records(self, fingerprint: str) -> list[dict]:
-        """The journal of the merge to resume; empty for a new one. OutputError when it is another merge's."""
-        records = journal.read(self.path)
-        if records and records[0].get("fingerprint") != fingerprint:
-            raise OutputError(
-                f"the unfinished merge in {self.path} had another recipe, inputs or options: --overwrite starts again"
-            )
-        return records
-
-    def remove(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
-
-    def publish(self) -> None:
-        """Rename the finished files to OUT; what was there before is deleted last."""
-        try:
-            if self.out.exists() and any(self.out.iterdir()):
-                os.rename(self.out, self.path / "replaced")
-            os.rename(self.files, self.out)
-            parent = os.open(self.out.parent, os.O_RDONLY)
-            try:
-                os.fsync(parent)
-            finally:
-                os.close(parent)
-        except OSError as error:
-            raise RunError(
-                f"cannot move the result to {self.out}: {error.strerror}; it is in {self.files}"
-            ) from error
-        self.remove()
-
-
-__all__ = ["Options", "OtaError", "Progress", "Silent", "as_recipe", "merge", "plan"]

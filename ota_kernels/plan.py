@@ -29,8 +29,8 @@ _ASSUMED_BANDWIDTH = 8e9  # bytes per second per thread, for the estimated time 
 class Plan:
     """The work of a merge.
 
-    passes: times the inputs are read; bytes_in: bytes of all passes; bytes_out: all shards; peak_memory: bytes
-    resident at most; seconds: estimate when the files are in the page cache.
+    passes: times the inputs are read; bytes_in: bytes of all passes; bytes_out: bytes of all shards;
+    peak_memory: bytes resident at most; seconds: estimate when the files are in the page cache.
     """
 
     layout: Layout
@@ -73,8 +73,8 @@ def make_plan(
     if tile < 1:
         need = fixed + threads * per_element * _SMALLEST_TILE
         raise RecipeError(
-            f"a memory limit of {format_bytes(memory_limit)} is too small for this merge on {threads} threads: "
-            f"it needs {format_bytes(need)}; raise --memory-limit or lower --threads"
+            f"a memory limit of {format_bytes(memory_limit)} is too small for this merge on {threads} "
+            f"threads: it needs {format_bytes(need)}; raise --memory-limit or lower --threads"
         )
     output = layout([(e.name, e.dtype, e.shape) for e in inputs.entries], shard_size)
     passes = 1 + survey.passes + survey.tensor_passes

@@ -1,4 +1,4 @@
-"""Worker threads: ordered results, a bounded number of tasks in flight, and nothing left running on an error."""
+"""Worker threads: ordered results, bounded tasks in flight, and nothing left running after an error."""
 
 from __future__ import annotations
 

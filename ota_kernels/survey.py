@@ -88,8 +88,8 @@ class Survey:
         self.models = [m.parameters for m in recipe.models]
         self.selections = [decide.selection_of(m) for m in self.models]
         self.model_scope = recipe.parameters.density_scope == "model"
-        # Curvature 1 is not comparable with second moments: where only some tensors have it, they take no part
-        # in model-wide thresholds and keep all their edits.
+        # Curvature 1 is not comparable with second moments: where only some tensors have it, they take no
+        # part in model-wide thresholds and keep all their edits.
         self.all_uniform = all(isinstance(c, Uniform) for t in tensors for c in t.curvatures)
         self._factors: dict[tuple[str, int], object] = {}
         self._factor_bytes = 0
@@ -394,8 +394,8 @@ class Survey:
         kind = "curvature" if bad.role == "curvature" else "weight"
         hint = "; `on_nonfinite: base` would write the base value there" if tensor.base is not None else ""
         raise InputError(
-            f"{origin}: {tensor.name}: {count} of {tensor.numel} {kind} values are {what}, the first at flat index "
-            f"{first}{hint}"
+            f"{origin}: {tensor.name}: {count} of {tensor.numel} {kind} values are {what}, "
+            f"the first at flat index {first}{hint}"
         )
 
     def _count(self, tensor: TensorInputs, bad: NonFinite) -> tuple[int, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Union
 
 import numpy as np
 
@@ -79,7 +78,7 @@ class LowRank:
         return LowRank(self.left, self.right, self.start + start)
 
 
-Curvature = Union[Uniform, Full, Rank1, LowRank]
+Curvature = Uniform | Full | Rank1 | LowRank
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,10 +42,9 @@ def report(merged: dict, out: str) -> None:
     """What came out, in a few lines."""
     seconds = max(sum(merged["seconds"].values()), 1e-3)
     moved = merged["bytes_read"] + merged["bytes_written"]
-    click.echo(
-        f"merged into {out}: {format_bytes(merged['bytes_written'])} written, "
-        f"{format_bytes(merged['bytes_read'])} read in {format_seconds(seconds)} ({moved / seconds / 1e9:.1f} GB/s)"
-    )
+    written, read = format_bytes(merged["bytes_written"]), format_bytes(merged["bytes_read"])
+    rate = f"{format_seconds(seconds)}, {moved / seconds / 1e9:.1f} GB/s"
+    click.echo(f"merged into {out}: {read} read and {written} written in {rate}")
     for expert in merged["experts"]:
         threshold = "" if expert["threshold"] is None else f", threshold {expert['threshold']:.4g}"
         click.echo(f"  {expert['model']}: {expert['density']:.1%} of its edits kept{threshold}")

@@ -117,11 +117,17 @@ def _fit(model: Mlp, data: Images, steps: int, rate: float, settings: Settings) 
     """Train in place on batches drawn with replacement; returns the optimizer with its final state."""
     generator = torch.Generator().manual_seed(settings.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, BETA2))
-    for _ in range(steps):
-        batch = data.take(torch.randint(len(data), (settings.batch,), generator=generator))
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(batch.images), batch.labels).backward()
-        optimizer.step()
+    # One thread: for layers this small a second one gains nothing, and waits long where others compute.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(steps):
+            batch = data.take(torch.randint(len(data), (settings.batch,), generator=generator))
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(batch.images), batch.labels).backward()
+            optimizer.step()
+    finally:
+        torch.set_num_threads(threads)
     return optimizer
 
 

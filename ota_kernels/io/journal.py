@@ -66,7 +66,7 @@ class Journal:
 
 
 def read(folder: Path) -> list[dict]:
-    """The records of a folder's journal, without a last line that was cut; repairs the file by dropping it."""
+    """The records of a folder's journal; a last line that was cut is dropped from the file too."""
     path = folder / NAME
     try:
         data = path.read_bytes()

@@ -1,0 +1,112 @@
+"""Where a merge works before it is published.
+
+.OUT.ota-merge/        hidden sibling of OUT; what a killed merge leaves, and what --resume continues
+    lock               held while a merge runs
+    journal.jsonl      fingerprint, decisions, finished ranges
+    files/             the output folder, renamed to OUT when everything is on the disk
+    replaced/          the former OUT, for the moment between two renames (--overwrite)
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from pathlib import Path
+
+from ..errors import OutputError, RunError
+from ..units import format_bytes
+from . import journal
+
+
+class WorkFolder:
+    """The hidden sibling of OUT; a context manager that locks it.
+
+    needed_bytes: room that the output takes, checked before the first byte. Raises OutputError where an
+    unfinished merge is in the way, another one runs, or the disk has no room.
+    """
+
+    def __init__(self, out: Path, needed_bytes: int, *, resume: bool, overwrite: bool) -> None:
+        self.out = out
+        self.path = out.parent / f".{out.name}.ota-merge"
+        self.files = self.path / "files"
+        self._needed_bytes = needed_bytes
+        self._resume, self._overwrite = resume, overwrite
+        self._lock = -1
+
+    def __enter__(self) -> WorkFolder:
+        if self.path.exists() and not (self._resume or self._overwrite):
+            raise OutputError(
+                f"an unfinished merge into {self.out} is there ({self.path}): --resume goes on, "
+                "--overwrite starts again"
+            )
+        self._check_room()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+            if self._overwrite:
+                self._empty()
+            self.files.mkdir(exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot write to {self.path}: {error.strerror}") from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+
+    def _check_room(self) -> None:
+        parent = next(p for p in self.path.parents if p.exists())
+        free = shutil.disk_usage(parent).free
+        allocated = sum(f.stat().st_blocks * 512 for f in self.files.glob("*.safetensors"))
+        if free + allocated < self._needed_bytes:
+            raise OutputError(
+                f"the merge needs {format_bytes(self._needed_bytes)} in {parent}, where {format_bytes(free)} "
+                "are free: free some room or name another folder"
+            )
+
+    def _take_lock(self) -> None:
+        self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(
+                f"another merge is writing {self.out}: wait for it, or name another folder"
+            ) from error
+
+    def _empty(self) -> None:
+        for entry in self.path.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name != "lock":
+                entry.unlink()
+
+    def journal_records(self, fingerprint: str) -> list[dict]:
+        """The journal of the merge to resume; empty for a new one. OutputError when it is another merge's."""
+        records = journal.read(self.path)
+        if records and records[0].get("fingerprint") != fingerprint:
+            raise OutputError(
+                f"the unfinished merge in {self.path} had another recipe, inputs or options: "
+                "--overwrite starts again"
+            )
+        return records
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def publish(self) -> None:
+        """Rename the finished files to OUT; what was there before is deleted last."""
+        try:
+            if self.out.exists() and any(self.out.iterdir()):
+                os.rename(self.out, self.path / "replaced")
+            os.rename(self.files, self.out)
+            parent = os.open(self.out.parent, os.O_RDONLY)
+            try:
+                os.fsync(parent)
+            finally:
+                os.close(parent)
+        except OSError as error:
+            raise RunError(
+                f"cannot move the result to {self.out}: {error.strerror}; it is in {self.files}"
+            ) from error
+        self.remove()
