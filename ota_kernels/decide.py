@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .recipe import ModelParameters
+if TYPE_CHECKING:
+    from .recipe import ModelParameters
 
 KEEP_ALL = 0.0
 KEEP_NOTHING = math.nan  # every comparison with it is false

@@ -3,10 +3,44 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from .decide import selection_of
 from .errors import RecipeError
+from .formula import Formula
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
+
+
+def _masked_edits(recipe: Recipe) -> Formula:
+    """FFG masks, then the recipe's variant of combining the masked edits (DESIGN section 2)."""
+    p = recipe.parameters
+    variant = p.masked_task_vector_merge_method
+    rules = [selection_of(m.parameters) for m in recipe.models]
+    return Formula(
+        power=p.power,
+        lambda_=p.lambda_,
+        denominator=None if variant == "precond" else float(len(rules)),
+        curvature_weights=variant == "precond",
+        masked=any(r.surveyed or (r.rule == "threshold" and r.value > 0) for r in rules),
+        mask_weights=p.mask_weights,
+        elect_signs=variant == "ties",
+        fallback_to_base=p.fallback_to_base,
+        repair_nonfinite=p.on_nonfinite == "base",
+    )
+
+
+def _weights(recipe: Recipe) -> list[float]:
+    return [m.parameters.weight for m in recipe.models]
+
+
+def _weighted_mean(recipe: Recipe) -> Formula:
+    """sum_t weight_t w_t over the sum of the weights, or over 1."""
+    total = sum(_weights(recipe)) if recipe.parameters.normalize else 1.0
+    return Formula(denominator=total, curvature_weights=False, masked=False)
 
 
 @dataclass(frozen=True)
@@ -16,7 +50,8 @@ class Method:
     formula: one line in DESIGN's symbols, for help and README; base: "required", "optional" or "unused";
     curvature: whether each model brings second moments; parameters: keys for the whole merge;
     model_parameters: keys of one model, each of which may also stand in the recipe's global `parameters`
-    as the default of all models.
+    as the default of all models; kernel: what the kernels compute for a recipe; weights: one weight per
+    model where the recipe gives them, None where curvature does.
     """
 
     name: str
@@ -25,6 +60,8 @@ class Method:
     curvature: bool
     parameters: frozenset[str]
     model_parameters: frozenset[str]
+    kernel: Callable[[Recipe], Formula] = _masked_edits
+    weights: Callable[[Recipe], list[float]] | None = None
 
     @property
     def keys(self) -> frozenset[str]:
@@ -108,5 +145,7 @@ register(
         curvature=False,
         parameters=frozenset({"normalize"}),
         model_parameters=frozenset({"weight"}),
+        kernel=_weighted_mean,
+        weights=_weights,
     )
 )

@@ -15,13 +15,12 @@ from typing import NoReturn
 
 import numpy as np
 
-from . import decide
+from . import decide, methods
 from .backends.stats import NonFinite
 from .errors import InputError
 from .factors import CHUNK, Map, low_rank, rank1
 from .formula import (
     ExpertTerms,
-    Formula,
     Terms,
     saliency_of_score,
     scale_weights,
@@ -36,28 +35,6 @@ from .tiling import units
 
 _BINS = 1 << 16
 _FACTOR_CACHE_BYTES = 64 << 20
-
-
-def formula_of(recipe: Recipe, has_base: bool) -> Formula:
-    """The kernel formula of a recipe's method and variant."""
-    p = recipe.parameters
-    models = [m.parameters for m in recipe.models]
-    if recipe.merge_method == "linear":
-        total = sum(m.weight for m in models) if p.normalize else 1.0
-        return Formula(denominator=total, curvature_weights=False, masked=False)
-    variant = p.masked_task_vector_merge_method
-    rules = [decide.selection_of(m) for m in models]
-    return Formula(
-        power=p.power,
-        lambda_=p.lambda_,
-        denominator=None if variant == "precond" else float(len(models)),
-        curvature_weights=variant == "precond",
-        masked=any(r.surveyed or (r.rule == "threshold" and r.value > 0) for r in rules),
-        mask_weights=p.mask_weights,
-        elect_signs=variant == "ties",
-        fallback_to_base=p.fallback_to_base,
-        repair_nonfinite=has_base and p.on_nonfinite == "base",
-    )
 
 
 @dataclass(frozen=True)
@@ -83,8 +60,9 @@ class Survey:
         self.tensors = tensors
         self.backend = backend
         self._release = release  # called with each surveyed tile of a large read: its pages may go
-        has_base = any(t.base is not None for t in tensors)
-        self.formula = formula_of(recipe, has_base)
+        method = methods.get(recipe.merge_method)
+        self.formula = method.kernel(recipe)
+        self._fixed_weights = method.weights(recipe) if method.weights else None
         self.models = [m.parameters for m in recipe.models]
         self.selections = [decide.selection_of(m) for m in self.models]
         self.model_scope = recipe.parameters.density_scope == "model"
@@ -349,8 +327,8 @@ class Survey:
         return whole / masked
 
     def _weights(self, tensor: TensorInputs, model: ModelDecisions, run: Map) -> list[float]:
-        if self.recipe.merge_method == "linear":
-            return [m.weight for m in self.models]
+        if self._fixed_weights is not None:
+            return self._fixed_weights
         if not self.formula.curvature_weights:
             return [1.0] * len(self.models)
         gains = [self._gain(tensor, t) for t in range(len(self.models))]
