@@ -85,12 +85,15 @@ def merge_tensors(
         everything = ((i, 0, t.numel) for i, t in enumerate(tensors))
         for index, start, stop in everything if todo is None else todo:
             if tensors[index].numel > CHUNK and index not in ready:
-                ready.clear()  # ranges come tensor by tensor; units in flight hold what they need
                 ready[index] = decide(index, pool.run)
             yield index, start, stop
 
     def with_terms(unit: list[Segment]) -> list[tuple[Segment, tuple[TensorInputs, Terms] | None]]:
-        return [(segment, ready.get(segment.index)) for segment in unit]
+        given = [(segment, ready.get(segment.index)) for segment in unit]
+        for index, _, stop in unit:
+            if stop == tensors[index].numel:
+                ready.pop(index, None)  # units in flight hold what they need
+        return given
 
     def merge_unit(unit) -> Done:
         return [(s, merge_segment(s, *(given or decide(s.index, map)))) for s, given in unit]

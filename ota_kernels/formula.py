@@ -86,8 +86,8 @@ def score_of_saliency(saliency: float) -> float:
 
 
 def saliency_of_score(score: float) -> float:
-    """The saliency that a score stands for."""
-    return score * 2.0**-SCORE_EXPONENT
+    """The saliency that a score stands for, finite also where the score overflowed."""
+    return min(score, float(np.finfo(np.float32).max)) * 2.0**-SCORE_EXPONENT
 
 
 def scale_weights(weights: list[float], epsilon: float) -> tuple[list[float], float]:

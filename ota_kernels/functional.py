@@ -293,4 +293,7 @@ def _like(tensor: Tensor, data: np.ndarray, inputs: TensorInputs) -> Tensor:
         return data.view(dtype).reshape(inputs.shape)
     import torch
 
-    return torch.from_numpy(data).view(getattr(torch, inputs.out_dtype.name)).reshape(inputs.shape)
+    dtype = getattr(torch, inputs.out_dtype.name)
+    if data.size == 0:  # numpy 2.4 gives it stride 0, which torch does not view as another type
+        return torch.empty(inputs.shape, dtype=dtype)
+    return torch.from_numpy(data).view(dtype).reshape(inputs.shape)

@@ -388,9 +388,13 @@ class Survey:
         return count, first
 
     def saliency_threshold(self, terms: Terms, t: int) -> float | None:
-        """Expert t's threshold as a saliency; None where everything or nothing is kept."""
+        """Expert t's threshold as a saliency, the recipe's own number where it gives one; None where everything
+        or nothing is kept."""
         score = terms.experts[t].threshold
-        return None if score == decide.KEEP_ALL or math.isnan(score) else saliency_of_score(score)
+        if score == decide.KEEP_ALL or math.isnan(score):
+            return None
+        selection = self.selections[t]
+        return selection.value if selection.rule == "threshold" else saliency_of_score(score)
 
 
 def _origin(curvature) -> str:

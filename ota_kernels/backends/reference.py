@@ -23,6 +23,8 @@ def verify() -> tuple[bool, str]:
 
 def _decode(buffer: Buffer, dtype: torch.dtype) -> torch.Tensor:
     """The buffer's elements in a float type. Bytes are copied first: mapped tensors may be unaligned."""
+    if len(buffer) == 0:  # numpy 2.4 gives it stride 0, which torch does not view as another type
+        return torch.empty(0, dtype=dtype)
     stored = torch.from_numpy(buffer.data.copy()).view(getattr(torch, buffer.dtype.name))
     return stored.to(dtype)
 
