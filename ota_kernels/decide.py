@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 KEEP_ALL = 0.0
 KEEP_NOTHING = math.nan  # every comparison with it is false
 _SMALLEST = float(np.float32(2.0**-149))  # keeps every score but 0
+_BINS_PER_EXPONENT = 128  # of the high 16 bits, the lower 7 belong to the significand
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,59 +57,65 @@ def _value(bits: int) -> float:
     return float(np.uint32(bits).view(np.float32))
 
 
-def _find_from_top(weights: np.ndarray, target: float) -> tuple[int, float]:
+def _find_from_top(weights: np.ndarray, target: int) -> tuple[int, int]:
     """The highest index at which the sum of weights from the top reaches target > 0, and the sum above it."""
     from_top = np.cumsum(weights[::-1])
     position = int(np.searchsorted(from_top, target))
-    position = min(position, int(np.flatnonzero(weights[::-1])[-1]))  # rounding of the last sum
-    above = from_top[position - 1] if position else from_top.dtype.type(0)
-    return len(weights) - 1 - position, above
+    return len(weights) - 1 - position, int(from_top[position - 1]) if position else 0
 
 
-def _bin_masses(counts: np.ndarray, lows: np.ndarray) -> np.ndarray:
-    """Sum of the scores in each bin of the high 16 bits, float64, from exact integer sums of significands."""
-    bins = np.arange(len(counts), dtype=np.int64)
-    exponent = bins >> 7
-    leading = np.where(exponent > 0, 1 << 23, 0) + ((bins & 0x7F) << 16)
-    return np.ldexp((counts * leading + lows).astype(np.float64), np.maximum(exponent, 1) - 150)
+def _significands(bits: np.ndarray) -> np.ndarray:
+    """m of scores m * 2^(max(exponent, 1) - 150), int64, from their bits; infinity counts as 2^128."""
+    return np.where(bits >> 23 > 0, 1 << 23, 0) + (bits & 0x7FFFFF)
 
 
 @dataclass(frozen=True, slots=True)
 class Digit:
     """The high 16 bits of a threshold, and what is left to find within its bin: the `rest` largest scores
-    (density) or the scores that hold a mass of `rest`."""
+    (density) or scores whose significands sum to `rest` (mass)."""
 
     prefix: int
-    rest: float
+    rest: int
 
 
 def first_digit(selection: Selection, counts: np.ndarray, lows: np.ndarray) -> Digit | float:
     """From the histogram of high halves: the threshold's high half, or the whole answer where it is plain."""
-    if selection.rule == "density":
-        k = count_of_density(selection.value, int(counts.sum()))
-        if k == 0:
-            return KEEP_NOTHING
-        prefix, above = _find_from_top(counts, k)
-        return Digit(prefix, k - int(above))
-    masses = _bin_masses(counts, lows)
-    target = selection.value * float(np.cumsum(masses[::-1])[-1])
-    if target == 0:
+    if selection.rule == "mass":
+        return _first_mass_digit(selection.value, counts, lows)
+    k = count_of_density(selection.value, int(counts.sum()))
+    if k == 0:
         return KEEP_NOTHING
-    prefix, above = _find_from_top(masses, target)
-    return Digit(prefix, target - float(above))
+    prefix, above = _find_from_top(counts, k)
+    return Digit(prefix, k - above)
+
+
+def _first_mass_digit(share: float, counts: np.ndarray, lows: np.ndarray) -> Digit | float:
+    """In units of 2^-149 scores are integers, so that sums and shares are exact: first over whole exponents,
+    then over the bins of one exponent, where the sums of significands fit into 64 bits."""
+    masses = counts * _significands(np.arange(len(counts), dtype=np.int64) << 16) + lows
+    by_exponent = masses.reshape(-1, _BINS_PER_EXPONENT).sum(axis=1)
+    exponents = [int(e) for e in np.flatnonzero(by_exponent)[::-1]]
+    exact = {e: int(by_exponent[e]) << max(e - 1, 0) for e in exponents}
+    rest = math.ceil(Fraction(repr(float(share))) * sum(exact.values()))
+    if rest == 0:
+        return KEEP_NOTHING
+    for exponent in exponents:
+        if exact[exponent] >= rest:
+            break
+        rest -= exact[exponent]
+    rest = -(-rest >> max(exponent - 1, 0))  # rounded up
+    first = exponent * _BINS_PER_EXPONENT
+    offset, above = _find_from_top(masses[first : first + _BINS_PER_EXPONENT], rest)
+    return Digit(first + offset, rest - above)
 
 
 def second_digit(selection: Selection, digit: Digit, counts: np.ndarray) -> float:
     """The exact threshold, from the histogram of low halves in the bin of `digit`. Never 0: an element of
     saliency 0 is not kept."""
-    if selection.rule == "density":
-        low, _ = _find_from_top(counts, digit.rest)
-    else:
-        bits = (np.uint32(digit.prefix) << np.uint32(16)) | np.arange(len(counts), dtype=np.uint32)
-        with np.errstate(invalid="ignore"):
-            masses = np.where(counts > 0, counts * bits.view(np.float32).astype(np.float64), 0.0)
-        masses[~np.isfinite(masses)] = 2.0**128  # scores that overflowed to infinity
-        low = _find_from_top(masses, digit.rest)[0] if digit.rest > 0 else int(np.flatnonzero(counts)[-1])
+    weights = counts
+    if selection.rule == "mass":
+        weights = counts * _significands(digit.prefix << 16 | np.arange(len(counts), dtype=np.int64))
+    low, _ = _find_from_top(weights, digit.rest)
     return max(_value(digit.prefix << 16 | low), _SMALLEST)
 
 

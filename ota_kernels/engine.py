@@ -2,8 +2,8 @@
 
     tensors --units--> worker threads: terms (small tensors), kernel per tile --> sink.write --> Tally
 
-Tensors of up to one chunk are decided by the worker that merges them; a larger one is decided by all workers
-before its first tile.
+A tensor that is one tile of at most one chunk is decided by the worker that merges it; a larger one once, by
+all workers, before its first tile.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def merge_tensors(
     def ranges() -> Iterator[Range]:
         everything = ((i, 0, t.numel) for i, t in enumerate(tensors))
         for index, start, stop in everything if todo is None else todo:
-            if tensors[index].numel > CHUNK and index not in ready:
+            if tensors[index].numel > min(CHUNK, tile_elements) and index not in ready:
                 ready[index] = decide(index, pool.run)
             yield index, start, stop
 

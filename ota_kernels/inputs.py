@@ -164,7 +164,7 @@ class Inputs:
 
     def _is_tied(self, checkpoint: Checkpoint, name: str) -> bool:
         """Whether `name` is an output matrix that this model takes from its embeddings."""
-        if embedding_for(name, set(checkpoint.tensors)) is None:
+        if embedding_for(name, checkpoint.tensors) is None:
             return False
         absent = name not in checkpoint.tensors
         return checkpoint.tied_embeddings or (absent and checkpoint.config is None)
@@ -182,7 +182,7 @@ class Inputs:
 
     def _source(self, checkpoint: Checkpoint, name: str) -> str | None:
         if self._is_tied(checkpoint, name):
-            return embedding_for(name, set(checkpoint.tensors))
+            return embedding_for(name, checkpoint.tensors)
         return name if name in checkpoint.tensors else None
 
     def _entries(self) -> list[TensorEntry]:

@@ -31,7 +31,7 @@ from .pool import Pool, default_threads
 from .recipe import Recipe, load_recipe, parse_recipe
 from .report import REPORT_NAME, build_report
 from .survey import Survey
-from .tensors import Full, TensorInputs
+from .tensors import Buffer, Full, TensorInputs
 from .tiling import Segment
 from .units import parse_size
 
@@ -88,8 +88,6 @@ class Options:
             raise RecipeError(f"unknown device {self.device!r}: choose auto or cpu")
         if self.threads is not None and self.threads < 1:
             raise RecipeError(f"--threads must be at least 1, not {self.threads}")
-        if self.overwrite and self.resume:
-            raise RecipeError("--overwrite starts again and --resume goes on: give one of them")
 
 
 def as_recipe(recipe: Recipe | str | os.PathLike | dict) -> Recipe:
@@ -115,7 +113,7 @@ def plan(
     with _Merge(as_recipe(recipe), Options(**sizes, **options)) as job:
         job.assets()
         if out is not None:
-            job.check_output(Path(os.path.abspath(out)))
+            job.check_output(Path(out).resolve())
         return job.plan
 
 
@@ -180,6 +178,7 @@ class _Merge:
             __version__,
             self.recipe.as_dict(),
             self.options.seed,
+            self.backend.NAME,
             self.inputs.fingerprint(),
             [asdict(shard) | {"header": shard.header.hex()} for shard in self.plan.layout.shards],
         ]
@@ -197,17 +196,14 @@ class _Merge:
         ]
 
     def run(self, out: Path, progress: Progress) -> dict:
-        out = Path(os.path.abspath(out))
+        out = out.resolve()
         finished = self.check_output(out)
+        work = self._work_folder(out)
         if finished is not None:
+            work.remove_if_published()
             return finished
         assets = self.assets()
-        with WorkFolder(
-            out,
-            self.plan.bytes_out + _SPARE_BYTES,
-            resume=self.options.resume,
-            overwrite=self.options.overwrite,
-        ) as work:
+        with work:
             try:
                 report = self._run_in(work, assets, progress)
             except InputError:
@@ -216,29 +212,45 @@ class _Merge:
             work.publish()
         return report
 
+    def _work_folder(self, out: Path) -> WorkFolder:
+        options = self.options
+        needed = self.plan.bytes_out + _SPARE_BYTES
+        return WorkFolder(out, needed, resume=options.resume, overwrite=options.overwrite)
+
     def check_output(self, out: Path) -> dict | None:
-        """OutputError where `out` cannot be used. With --resume, the report of a merge that is complete."""
-        target = out.resolve()
-        for label, folder in self.inputs.model_folders.items():
-            source = folder.resolve()
-            if target == source or source in target.parents or target in source.parents:
-                raise OutputError(f"the output {out} and the input {label} lie inside each other")
+        """OutputError where `out` (resolved) cannot be used. With --resume, the report of a merge that is
+        complete."""
+        for label, path in self._sources().items():
+            source = path.resolve()
+            if out == source or source in out.parents or out in source.parents:
+                raise OutputError(
+                    f"the output {out} and the input {label} lie inside each other: name another folder"
+                )
         if out.exists() and not out.is_dir():
             raise OutputError(f"the output {out} is a file; name a folder")
-        if not out.exists() or not any(out.iterdir()) or self.options.overwrite:
-            return None
-        if not self.options.resume:
+        if os.path.ismount(out):
             raise OutputError(
-                f"the output {out} is not empty: choose another folder, or --overwrite to replace it"
+                f"the output {out} is a mount point, which cannot be replaced: name a folder in it"
             )
-        try:
-            report = json.loads((out / REPORT_NAME).read_text())
-        except (OSError, ValueError):
-            report = {}
-        if report.get("fingerprint") != self.fingerprint():
-            raise OutputError(f"{out} holds something else than this merge: --overwrite replaces it")
-        logger.info("%s is complete already", out)
-        return report
+        if out.exists() and any(out.iterdir()):
+            report = _published_report(out) if self.options.resume else {}
+            if report.get("fingerprint") == self.fingerprint():
+                logger.info("%s is complete already", out)
+                return report
+            if not self.options.overwrite:
+                found = "holds something else than this merge" if self.options.resume else "is not empty"
+                raise OutputError(f"the output {out} {found}: choose another folder, or add --overwrite")
+        self._work_folder(out).check()
+        return None
+
+    def _sources(self) -> dict[str, Path]:
+        """Everything that is read, by what an error calls it."""
+        sources = dict(self.inputs.model_folders)
+        sources |= {str(file.path): file.path for file in self.inputs.curvatures if file is not None}
+        tokenizer = self.recipe.tokenizer_source
+        if tokenizer not in ("base", "union"):
+            sources.setdefault(tokenizer, Path(os.path.expanduser(tokenizer)))
+        return sources
 
     def _run_in(self, work: WorkFolder, assets: list[Asset], progress: Progress) -> dict:
         started = time.perf_counter()
@@ -272,8 +284,8 @@ class _Merge:
                 writer.close()
         seconds["sync"] = time.perf_counter() - started - seconds["survey"] - seconds["merge"]
         report = build_report(self.inputs, self.plan, ledger, self.fingerprint(), seconds)
-        write_assets(work.files, [*assets, self._card(assets, report), _json_asset(REPORT_NAME, report)])
         writer.write_index(work.files)
+        write_assets(work.files, [*assets, self._card(assets, report), _json_asset(REPORT_NAME, report)])
         return report
 
     def _units(self, ledger: Ledger, writer: ShardWriter, pool: Pool) -> Iterator:
@@ -301,17 +313,13 @@ class _Merge:
         for index, entry in enumerate(self.inputs.entries):
             if entry.action != COPY or not ledger.gaps(index, entry.numel):
                 continue
-            first, *others = self.inputs.buffers(entry)
-            for buffer in others:
-                if not np.array_equal(first.data, buffer.data):
-                    raise InputError(
-                        f"{buffer.origin}: {entry.name} ({entry.dtype.name}) differs from {first.origin}; "
-                        "only floating-point tensors are merged"
-                    )
-            size = entry.dtype.itemsize
-            for begin in range(0, first.data.size, _COPY_BYTES):
-                piece = first.data[begin : begin + _COPY_BYTES]
-                writer.write(self.plan.layout.tensors[index], begin // size, piece)
+            step = _COPY_BYTES // entry.dtype.itemsize
+            for start in range(0, entry.numel, step):
+                pieces = [b.slice(start, min(start + step, entry.numel)) for b in self.inputs.buffers(entry)]
+                _check_equal(entry.name, pieces)
+                writer.write(self.plan.layout.tensors[index], start, pieces[0].data)
+                for piece in pieces:
+                    advise(piece.data, "dontneed")
             yield [(Segment(index, 0, entry.numel), Tally([]))]
 
     def _card(self, assets: list[Asset], report: dict) -> Asset:
@@ -319,6 +327,26 @@ class _Merge:
         formula = methods.get(self.recipe.merge_method).formula
         card = model_card(self.recipe.as_dict(), report, __version__, formula=formula, has_config=has_config)
         return Asset("README.md", card.encode())
+
+
+def _published_report(out: Path) -> dict:
+    """The report in an output folder; empty where there is none that can be read."""
+    try:
+        report = json.loads((out / REPORT_NAME).read_text())
+    except (OSError, ValueError):
+        return {}
+    return report if isinstance(report, dict) else {}
+
+
+def _check_equal(name: str, pieces: list[Buffer]) -> None:
+    """InputError unless all models have the same values."""
+    first, *others = pieces
+    for other in others:
+        if not np.array_equal(first.data, other.data):
+            raise InputError(
+                f"{other.origin}: {name} ({other.dtype.name}) differs from {first.origin}; "
+                "only floating-point tensors are merged"
+            )
 
 
 def _json_asset(name: str, content: dict) -> Asset:

@@ -67,7 +67,7 @@ class Survey:
         self.selections = [decide.selection_of(m) for m in self.models]
         self.model_scope = recipe.parameters.density_scope == "model"
         # Curvature 1 is not comparable with second moments: where only some tensors have it, they take no
-        # part in model-wide thresholds and keep all their edits.
+        # part in absolute and model-wide thresholds and keep all their edits.
         self.all_uniform = all(isinstance(c, Uniform) for t in tensors for c in t.curvatures)
         self._factors: dict[tuple[str, int], object] = {}
         self._factor_bytes = 0
@@ -254,11 +254,11 @@ class Survey:
     ) -> float:
         if selection.rule == "all" or not self.formula.masked:
             return decide.KEEP_ALL
-        if selection.rule == "threshold":
-            return score_of_saliency(selection.value)
-        if self.model_scope:
-            return model.thresholds[t] if self._takes_part(tensor) else decide.KEEP_ALL
-        return self._select(tensor, t, terms, selection, False, run)
+        if selection.surveyed and not self.model_scope:
+            return self._select(tensor, t, terms, selection, False, run)
+        if not self._takes_part(tensor):
+            return decide.KEEP_ALL
+        return score_of_saliency(selection.value) if selection.rule == "threshold" else model.thresholds[t]
 
     def _select(
         self,
@@ -388,8 +388,8 @@ class Survey:
         return count, first
 
     def saliency_threshold(self, terms: Terms, t: int) -> float | None:
-        """Expert t's threshold as a saliency, the recipe's own number where it gives one; None where everything
-        or nothing is kept."""
+        """Expert t's threshold as a saliency, where the recipe gives one as it stands there; None where
+        everything or nothing is kept."""
         score = terms.experts[t].threshold
         if score == decide.KEEP_ALL or math.isnan(score):
             return None

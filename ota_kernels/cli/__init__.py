@@ -35,10 +35,15 @@ class _LazyGroup(click.Group):
             formatter.write_dl(list(_COMMANDS.items()))
 
 
-@click.command(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    cls=_LazyGroup, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.version_option(package_name="ota-kernels", prog_name="ota-merge")
-def cli() -> None:
+@click.pass_context
+def cli(ctx: click.Context) -> None:
     """Merge fine-tuned models at memory speed: OTA with Fast Fisher Grafting, and linear merges."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
 
 def main() -> None:

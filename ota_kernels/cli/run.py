@@ -11,7 +11,9 @@ from .options import shared
 @click.argument("recipe", type=click.Path(dir_okay=False))
 @click.argument("out", type=click.Path())
 @shared
-@click.option("--overwrite", is_flag=True, help="Replace OUT, or start an unfinished merge again.")
+@click.option(
+    "--overwrite", is_flag=True, help="Replace OUT; without --resume, start an unfinished merge again."
+)
 @click.option(
     "--resume", is_flag=True, help="Go on with an unfinished merge; nothing to do if OUT is complete."
 )

@@ -137,7 +137,7 @@ def write_assets(folder: Path, assets: Iterable[Asset]) -> None:
         folders.add(path.parent)
         write_file(path, asset.content if isinstance(asset.content, bytes) else read_bytes(asset.content))
     for touched in folders:
-        _sync_folder(touched)
+        sync_folder(touched)
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -157,7 +157,8 @@ def write_file(path: Path, content: bytes) -> None:
         ) from error
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Wait until the names of the files in `folder` are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -45,7 +45,9 @@ class Journal:
             try:
                 self._sync()
                 lines = "".join(json.dumps(record, separators=(",", ":")) + "\n" for record in records)
-                os.write(self._fd, lines.encode())
+                data = lines.encode()
+                while data:  # a disk that fills up takes a part
+                    data = data[os.write(self._fd, data) :]
                 os.fdatasync(self._fd)
             except BaseException as error:
                 self._failure = error

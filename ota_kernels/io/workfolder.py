@@ -22,8 +22,9 @@ from . import journal
 class WorkFolder:
     """The hidden sibling of OUT; a context manager that locks it.
 
-    needed_bytes: room that the output takes, checked before the first byte. Raises OutputError where an
-    unfinished merge is in the way, another one runs, or the disk has no room.
+    needed_bytes: room that the output takes, checked before the first byte; resume: go on with what is there;
+    overwrite: start again, unless told to resume. Raises OutputError where an unfinished merge is in the way,
+    another one runs, or the disk has no room.
     """
 
     def __init__(self, out: Path, needed_bytes: int, *, resume: bool, overwrite: bool) -> None:
@@ -34,26 +35,36 @@ class WorkFolder:
         self._resume, self._overwrite = resume, overwrite
         self._lock = -1
 
-    def __enter__(self) -> WorkFolder:
+    def check(self) -> None:
+        """Raise OutputError where the merge could not begin; writes nothing."""
         if self.path.exists() and not (self._resume or self._overwrite):
             raise OutputError(
                 f"an unfinished merge into {self.out} is there ({self.path}): --resume goes on, "
                 "--overwrite starts again"
             )
         self._check_room()
+
+    def __enter__(self) -> WorkFolder:
+        self.check()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
-            if self._overwrite:
+            self._restore_replaced()
+            if not self._resume or not self.files.exists() or not journal.read(self.path):
                 self._empty()
             self.files.mkdir(exist_ok=True)
         except OSError as error:
+            self.__exit__()
             raise OutputError(f"cannot write to {self.path}: {error.strerror}") from error
+        except OutputError:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._lock >= 0:
             os.close(self._lock)
+            self._lock = -1
 
     def _check_room(self) -> None:
         parent = next(p for p in self.path.parents if p.exists())
@@ -74,6 +85,12 @@ class WorkFolder:
                 f"another merge is writing {self.out}: wait for it, or name another folder"
             ) from error
 
+    def _restore_replaced(self) -> None:
+        """Put the former OUT back after a kill between the two renames: it goes only for a finished merge."""
+        replaced = self.path / "replaced"
+        if replaced.exists() and not self.out.exists():
+            os.rename(replaced, self.out)
+
     def _empty(self) -> None:
         for entry in self.path.iterdir():
             if entry.is_dir():
@@ -90,6 +107,11 @@ class WorkFolder:
                 "--overwrite starts again"
             )
         return records
+
+    def remove_if_published(self) -> None:
+        """Delete what a kill right after `publish` renamed the files left here."""
+        if self.path.exists() and not self.files.exists():
+            self.remove()
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)

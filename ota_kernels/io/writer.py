@@ -14,7 +14,7 @@ import numpy as np
 
 from ..dtypes import DType
 from ..errors import RunError
-from .assets import write_file
+from .assets import sync_folder, write_file
 from .header import build_header
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -96,9 +96,12 @@ class ShardWriter:
                     os.posix_fallocate(self._fds[-1], 0, shard.size)
                 os.ftruncate(self._fds[-1], shard.size)
                 self._write(number, 0, shard.header)
+            sync_folder(folder)  # a journal must not outlive the files that it speaks of
         except OSError as error:
             self.close()
-            raise RunError(f"cannot write to {folder}: {error.strerror}") from error
+            raise RunError(
+                f"cannot write to {folder}: {error.strerror}; make room or fix the folder, then --resume"
+            ) from error
 
     def _write(self, shard: int, offset: int, data) -> None:
         view = memoryview(data)
