@@ -44,14 +44,16 @@ def _spectral_norm(matrix: np.ndarray) -> float:
 
 
 def _power_iteration(matrix: np.ndarray) -> float:
-    """A lower bound of the largest singular value, close after a few steps from the longest row."""
-    v = matrix[int(np.argmax(np.einsum("ij,ij->i", matrix, matrix)))].astype(np.float32)
-    norm = 0.0
+    """A lower bound of the largest singular value, close after a few steps from the row of the largest edit."""
+    row = int(np.argmax(np.maximum(matrix.max(axis=1), -matrix.min(axis=1))))
+    v, norm = _unit(matrix[row])
     for _ in range(_POWER_ITERATIONS):
-        length = np.linalg.norm(v)
-        if length == 0:
-            return 0.0
-        u = matrix @ (v / length)
-        norm = float(np.linalg.norm(u))
-        v = matrix.T @ u
+        u, norm = _unit(matrix @ v)
+        v, _ = _unit(matrix.T @ u)
     return norm
+
+
+def _unit(v: np.ndarray) -> tuple[np.ndarray, float]:
+    """v at length 1 (0 stays 0), and its length, in float64: squares of small edits underflow in float32."""
+    length = float(np.linalg.norm(v.astype(np.float64)))
+    return v / np.float32(length or 1.0), length

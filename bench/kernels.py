@@ -1,0 +1,210 @@
+"""Merge kernels on tensors in memory: native against the reference and a plain copy of as many bytes.
+
+    python -m bench.kernels [--only T5] [--repeats 9] [--json]
+    python -m pytest bench/ --benchmark-only [-k T5]           the same cases through pytest-benchmark
+
+Tiles are spread over all threads as the engine does. GB/s count every byte in and out; the share is of the
+read bandwidth that bench.bandwidth measures in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ota_kernels import backends
+from ota_kernels.dtypes import BY_NAME
+from ota_kernels.formula import Terms
+from ota_kernels.plan import TILE_ELEMENTS
+from ota_kernels.pool import Pool, default_threads
+from ota_kernels.recipe import parse_recipe
+from ota_kernels.survey import ModelDecisions, Survey
+from ota_kernels.tensors import Buffer, Full, TensorInputs, Uniform
+
+from . import bandwidth, data
+from .bandwidth import Bandwidth
+from .output import RESULTS, check_close, print_table, save_json
+
+_COLUMNS = 1024
+_SAMPLE = 1 << 16  # elements that are checked, and that estimate thresholds
+_COPY_TILE = 1 << 24
+RUNNERS = ("native", "reference", "copy")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One workload. curvature: None for `linear`; the result has the type of the weights; budget: bytes in
+    and out, rounded down to whole rows; by default many times a last-level cache of 36 MB."""
+
+    method: str
+    experts: int
+    weights: str
+    curvature: str | None
+    budget: int = 256_000_000
+
+    def __str__(self) -> str:
+        types = self.weights if self.curvature is None else f"{self.weights}+{self.curvature}"
+        return f"{self.method}-T{self.experts}-{types}-{self.elements / 1e6:.0f}M"
+
+    @property
+    def bytes_per_element(self) -> int:
+        moments = 0 if self.curvature is None else self.experts * BY_NAME[self.curvature].itemsize
+        others = 2 if self.method == "ota" else 1  # the result, and the base
+        return (self.experts + others) * BY_NAME[self.weights].itemsize + moments
+
+    @property
+    def elements(self) -> int:
+        return self.budget // (self.bytes_per_element * _COLUMNS) * _COLUMNS
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in and out."""
+        return self.elements * self.bytes_per_element
+
+
+CASES = (
+    Case("ota", 5, "bfloat16", "float32", 34 << 25),  # the headline: 34 bytes for each of 32 Mi elements
+    *(
+        Case("ota", experts, weights, curvature)
+        for experts in (1, 2, 5, 8, 16)
+        for weights in ("bfloat16", "float16", "float32")
+        for curvature in ("float32", "bfloat16")
+    ),
+    *(Case("linear", 5, weights, None) for weights in ("bfloat16", "float16", "float32")),
+)
+
+
+class Workload:
+    """The tensors of a case, and what runs over them."""
+
+    def __init__(self, case: Case, pool: Pool) -> None:
+        self.case, self._pool = case, pool
+        self._inputs, self._terms = _inputs(case)
+        self._out = np.empty(case.elements * self._inputs.out_dtype.itemsize, np.uint8)
+        self._copied = [np.full(case.nbytes // 2, fill, np.uint8) for fill in (1, 2)]
+
+    def runner(self, name: str) -> Callable[[], None]:
+        """What is timed, one of RUNNERS. It has run once: AssertionError says where its result is wrong."""
+        return self._checked_copy() if name == "copy" else self._checked_merge(name)
+
+    def _checked_merge(self, name: str) -> Callable[[], None]:
+        backend, n, size = backends.select(name), self.case.elements, self._inputs.out_dtype.itemsize
+
+        def merge_tile(start: int) -> None:
+            tile = self._inputs.slice(start, min(start + TILE_ELEMENTS, n))
+            backend.merge(tile, self._terms, self._out[start * size : (start + tile.numel) * size])
+
+        self._out[:] = 0xFF  # NaN, where nothing is written
+        merge = self._spread(merge_tile, range(0, n, TILE_ELEMENTS))
+        merge()
+        for start in (min(TILE_ELEMENTS, n) - _SAMPLE // 2, n - _SAMPLE):  # over a border of tiles; the end
+            tile = self._inputs.slice(start, min(start + _SAMPLE, n))
+            expected = np.empty(tile.numel * size, np.uint8)
+            backends.select("reference").merge(tile, self._terms, expected)
+            actual = self._out[start * size : start * size + expected.size]
+            check_close(actual, expected, self.case.weights, f"{name}, from {start}")
+        return merge
+
+    def _checked_copy(self) -> Callable[[], None]:
+        source, target = self._copied
+
+        def copy_tile(start: int) -> None:
+            np.copyto(target[start : start + _COPY_TILE], source[start : start + _COPY_TILE])
+
+        copy = self._spread(copy_tile, range(0, source.size, _COPY_TILE))
+        copy()
+        if not np.array_equal(source, target):
+            raise AssertionError("the copy differs")
+        return copy
+
+    def _spread(self, task: Callable[[int], None], starts: range) -> Callable[[], None]:
+        def run() -> None:
+            for _ in self._pool.run(task, starts):
+                pass
+
+        return run
+
+
+def _inputs(case: Case) -> tuple[TensorInputs, Terms]:
+    rng = np.random.default_rng(0)
+    shape = (case.elements // _COLUMNS, _COLUMNS)
+    dtype = BY_NAME[case.weights]
+    w_0 = data.draw_weights(rng, shape, data.BASE_DEVIATION)
+    base = Buffer(data.encode(w_0, dtype.name), dtype)
+    models, experts, curvatures = [], [], []
+    for t in range(case.experts):
+        edited = w_0 + data.draw_weights(rng, shape, data.EDIT_DEVIATION)
+        experts.append(Buffer(data.encode(edited, dtype.name), dtype))
+        models.append({"model": f"expert_{t}"})
+        if case.curvature is None:
+            curvatures.append(Uniform())
+            continue
+        h = data.draw_curvature(rng, shape, data.draw_factors(rng, _COLUMNS))
+        curvatures.append(Full(Buffer(data.encode(h, case.curvature), BY_NAME[case.curvature])))
+        w, b = (data.decode(x.slice(0, _SAMPLE).data, dtype.name) for x in (experts[-1], base))
+        threshold = data.threshold_of(h.reshape(-1)[:_SAMPLE], w - b)
+        models[-1]["parameters"] = {"precond_threshold": threshold, "preconditioner_path": "curvature"}
+    ota = case.method == "ota"
+    inputs = TensorInputs("weight", shape, dtype, base if ota else None, tuple(experts), tuple(curvatures))
+    head = {"merge_method": case.method} | ({"base_model": "base"} if ota else {})
+    survey = Survey(parse_recipe(head | {"models": models}), [inputs], backends.select("reference"))
+    undecided = (None,) * case.experts
+    return inputs, survey.terms(inputs, ModelDecisions(undecided, undecided), map)
+
+
+def _measure(case: Case, pool: Pool, repeats: int) -> Iterator[dict]:
+    """One row per runner; a row that fails says why."""
+    workload = Workload(case, pool)
+    for name in RUNNERS:
+        row = {"case": str(case), "runner": name, "bytes": case.nbytes}
+        try:
+            run, seconds = workload.runner(name), []
+            for _ in range(repeats):
+                started = time.perf_counter()
+                run()
+                seconds.append(time.perf_counter() - started)
+            yield row | {"seconds": seconds}
+        except Exception as error:  # whatever is wrong with one runner, the others' rows stand
+            yield row | {"failed": f"{type(error).__name__}: {error}"}
+
+
+def _cells(row: dict, read: float) -> list[str]:
+    label = f"{row['case']} {row['runner']}"
+    if "failed" in row:
+        return [label, f"failed: {row['failed']}"]
+    median = statistics.median(row["seconds"])
+    spread = "-".join(f"{1e3 * seconds:.1f}" for seconds in (min(row["seconds"]), max(row["seconds"])))
+    rate = row["bytes"] / median
+    return [label, f"{1e3 * median:.1f}", spread, f"{rate / 1e9:.1f}", f"{rate / read:.0%}"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time the merge kernels.")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument(
+        "--json", type=Path, nargs="?", const=RESULTS / "kernels.json", help="also write JSON"
+    )
+    arguments = parser.parse_args()
+    threads = default_threads()
+    before, rows = bandwidth.measure(threads), []
+    with Pool(threads) as pool:
+        for case in (case for case in CASES if arguments.only in str(case)):
+            rows += _measure(case, pool, arguments.repeats)
+    # The best seen: noise only ever lowers a bandwidth.
+    machine = Bandwidth(*map(max, before, bandwidth.measure(threads)))
+    read, copy = (f"{rate / 1e9:.1f} GB/s" for rate in machine)
+    print(f"{threads} threads, read bandwidth {read}, copy {copy}")
+    print_table(("case", "median ms", "min-max", "GB/s", "of read"), [_cells(r, machine.read) for r in rows])
+    if arguments.json:
+        save_json(arguments.json, {"threads": threads, "bandwidth": machine._asdict(), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+from ota_kernels.backends import native, reference
+
+# Two cores run everything: no deadline per example, and the same examples every time.
+settings.register_profile("ota", deadline=None, max_examples=30, derandomize=True)
+settings.load_profile("ota")
+
+# The tensors here are small: handing them to torch's threads takes longer than the work.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(params=["reference", *(f"native-{isa}" for isa in native.instruction_sets())], scope="module")
+def backend(request):
+    """Each backend, the native one once for each instruction set that this machine runs."""
+    if request.param == "reference":
+        yield reference
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OTA_KERNELS_ISA", request.param.removeprefix("native-"))
+        native.instruction_set.cache_clear()
+        yield native
+    native.instruction_set.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def poisoned_outputs():
+    """Memory that np.empty hands out holds NaN in every float type: what a kernel leaves unwritten shows."""
+    empty = np.empty
+
+    def poisoned(*args, **kwargs):
+        array = empty(*args, **kwargs)
+        if array.dtype != object:
+            array.reshape(-1).view(np.uint8)[:] = 0xFF
+        return array
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(np, "empty", poisoned)
+        yield

@@ -1,0 +1,547 @@
+"""Kills, interrupts and full disks: what they leave, and that --resume ends where nothing had happened."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import digests, load_merged, make_set, model_digests, shard_files, write_recipe
+
+from ota_kernels import OutputError, RunError, merge
+from ota_kernels.backends import native, reference
+
+TILE = 1500
+# Many tiles of one tensor, tensors of several tiles each, and tensors that share a unit.
+SHAPES = {
+    "embed": (300, 40),
+    **{f"layers.{i}.weight": (50, 60) for i in range(5)},
+    **{f"layers.{i}.bias": (60,) for i in range(5)},
+    "scale": (),
+    "empty": (0, 3),
+}
+TILES = sum(-(-n // TILE) for n in (300 * 40, *[50 * 60] * 5)) + 1  # all small tensors are one unit
+
+# The real command, cut into small tiles; it writes a byte to stdout before each tile, and waits a moment.
+DRIVER = f"""
+import functools, os, sys, time
+from ota_kernels import cli, job
+from ota_kernels.backends import native
+
+kernel, pause = native.merge, float(os.environ.get("PAUSE", 0))
+
+def merge(tile, terms, out):
+    os.write(1, b".")
+    time.sleep(pause)
+    return kernel(tile, terms, out)
+
+native.merge = merge
+job.merge = functools.partial(job.merge, tile_elements={TILE})
+cli.main()
+"""
+
+VARIANTS = {
+    "threshold": {"precond_threshold": 2e-16},
+    "density": {"density": 0.3, "normalise": "model"},
+    "per tensor": {"saliency_mass": 0.8, "density_scope": "tensor", "rank1_approx": True},
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return make_set(tmp_path_factory.mktemp("models"), SHAPES)
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    path = tmp_path_factory.mktemp("driver") / "driver.py"
+    path.write_text(DRIVER)
+    return path
+
+
+@pytest.fixture
+def start(driver):
+    """Starts `ota-merge run` in a process of its own; what still runs is killed at the end."""
+    processes = []
+
+    def start(*arguments, pause=0.0):
+        process = subprocess.Popen(
+            [sys.executable, driver, "run", *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=os.environ | {"PAUSE": str(pause)},
+        )
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def work_folder(out: Path) -> Path:
+    return out.parent / f".{out.name}.ota-merge"
+
+
+def journal(out: Path) -> list[dict]:
+    """The whole records of an unfinished merge."""
+    lines = (work_folder(out) / "journal.jsonl").read_bytes().split(b"\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def finished_elements(out: Path) -> int:
+    """Elements that an unfinished merge need not do again."""
+    return sum(stop - start for record in journal(out) for _, start, stop, _ in record.get("unit", ()))
+
+
+def total_elements(models) -> int:
+    return sum(tensor.numel() for tensor in models.base.values())
+
+
+@pytest.fixture
+def merged_elements(monkeypatch):
+    """Counts the elements that the native backend merges, in a list of one number."""
+    count, lock, kernel = [0], threading.Lock(), native.merge
+
+    def counting(tile, terms, out):
+        with lock:
+            count[0] += tile.numel
+        return kernel(tile, terms, out)
+
+    monkeypatch.setattr(native, "merge", counting)
+    return count
+
+
+class Stop:
+    """A Progress that interrupts once `units` units are done, as Ctrl-C does."""
+
+    def __init__(self, units):
+        self._left = units
+
+    def stage(self, name, total_bytes):
+        pass
+
+    def advance(self, nbytes):
+        self._left -= 1
+        if self._left < 0:
+            raise KeyboardInterrupt
+
+
+def interrupted(models, out, units, **parameters):
+    """Leave an unfinished merge, about `units` units of it done."""
+    options = parameters.pop("options", {})
+    with pytest.raises(KeyboardInterrupt):
+        merge(models.recipe(**parameters), out, progress=Stop(units), **{"tile_elements": TILE} | options)
+    assert work_folder(out).exists()
+
+
+class TestKill:
+    # Kills at tile numbers and moments that a fixed seed draws: 7 to 9 for each of three variants.
+    @pytest.mark.parametrize("variant", VARIANTS)
+    def test_resumed_until_done_gives_the_same_bytes(self, models, tmp_path, start, variant):
+        out, shards = tmp_path / "out", "20kB"
+        recipe = write_recipe(tmp_path / "recipe.yaml", models.recipe(**VARIANTS[variant]))
+        merge(recipe, tmp_path / "expected", shard_size=shards)
+        dice = random.Random(variant)
+        kills = 0
+        for _ in range(7):
+            process = start(recipe, out, "--resume", "-q", "--shard-size", shards, pause=0.002)
+            seen = process.stdout.read(dice.randint(1, 3))
+            time.sleep(dice.uniform(0, 0.006))
+            process.kill()
+            process.communicate()
+            assert seen
+            assert process.returncode == -signal.SIGKILL
+            kills += 1
+            assert not out.exists()
+        assert kills == 7
+        done = finished_elements(out)
+        assert 0 < done < total_elements(models)
+        process = start(recipe, out, "--resume", "-q", "--shard-size", shards)
+        dots, errors = process.communicate()
+        assert (process.returncode, errors) == (0, b"")
+        assert 0 < len(dots) < TILES  # it did not begin again
+        assert model_digests(out) == model_digests(tmp_path / "expected")
+        assert len(shard_files(out)) > 1
+        assert sorted(os.listdir(tmp_path)) == ["expected", "out", "recipe.yaml"]
+        report = json.loads((out / "merge_report.json").read_text())
+        expected = json.loads((tmp_path / "expected" / "merge_report.json").read_text())
+        assert report["tensors"] == expected["tensors"]
+        assert report["experts"] == expected["experts"]
+        assert report["resumed"] is True
+
+    def test_while_it_finishes_and_publishes(self, models, tmp_path, start):
+        out = tmp_path / "out"
+        recipe = write_recipe(tmp_path / "recipe.yaml", models.recipe(density=0.3))
+        merge(recipe, tmp_path / "expected")
+        dice = random.Random(0)
+        for _ in range(6):
+            process = start(recipe, out, "--resume", "-q")
+            # The last tile has begun, or there is none left to do: now it syncs, writes and renames.
+            process.stdout.read(TILES)
+            time.sleep(dice.uniform(0, 0.03))
+            process.kill()
+            process.communicate()
+            if out.exists():  # never half a model
+                assert model_digests(out) == model_digests(tmp_path / "expected")
+        process = start(recipe, out, "--resume", "-q")
+        _, errors = process.communicate()
+        assert (process.returncode, errors) == (0, b"")
+        assert model_digests(out) == model_digests(tmp_path / "expected")
+        assert sorted(os.listdir(tmp_path)) == ["expected", "out", "recipe.yaml"]
+
+
+class TestInterrupt:
+    def test_exits_130_with_one_line_and_a_state_that_resumes(self, models, tmp_path, start):
+        out = tmp_path / "out"
+        recipe = write_recipe(tmp_path / "recipe.yaml", models.recipe(density=0.3))
+        process = start(recipe, out, "-q", "--threads", "1", pause=0.02)
+        process.stdout.read(4)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate()
+        assert process.returncode == 130
+        (line,) = errors.decode().splitlines()
+        assert "--resume" in line
+        assert not out.exists()
+        assert 0 < finished_elements(out) < total_elements(models)
+        merge(recipe, out, resume=True)
+        merge(recipe, tmp_path / "expected")
+        assert model_digests(out) == model_digests(tmp_path / "expected")
+
+    def test_everything_that_was_done_is_in_the_journal(self, models, tmp_path):
+        interrupted(models, tmp_path / "out", 5, density=0.3)
+        assert sum("unit" in record for record in journal(tmp_path / "out")) >= 5
+
+
+class TestResume:
+    @pytest.mark.parametrize("units", [0, 1, 6, TILES - 1])
+    def test_only_what_is_missing_is_merged(self, models, tmp_path, merged_elements, units):
+        out = tmp_path / "out"
+        interrupted(models, out, units + 1, density=0.3)  # the first call tells what was done before
+        done = finished_elements(out)
+        assert done >= min(units, 1)
+        merged_elements[0] = 0
+        merge(models.recipe(density=0.3), out, resume=True, tile_elements=TILE)
+        assert merged_elements[0] == total_elements(models) - done
+        merge(models.recipe(density=0.3), tmp_path / "expected")
+        assert model_digests(out) == model_digests(tmp_path / "expected")
+
+    def test_the_model_wide_survey_is_not_repeated(self, models, tmp_path, monkeypatch):
+        interrupted(models, tmp_path / "out", 3, density=0.3, normalise="model")
+        for name in ("histogram", "power_sum"):
+            monkeypatch.setattr(native, name, None)  # a call would fail
+        report = merge(models.recipe(density=0.3, normalise="model"), tmp_path / "out", resume=True)
+        monkeypatch.undo()
+        expected = merge(models.recipe(density=0.3, normalise="model"), tmp_path / "expected")
+        assert report["experts"] == expected["experts"]
+        assert model_digests(tmp_path / "out") == model_digests(tmp_path / "expected")
+
+    @pytest.mark.parametrize(
+        "options",
+        [{"threads": 1}, {"threads": 4, "tile_elements": 333}, {"tile_elements": 1 << 20}],
+        ids=str,
+    )
+    def test_other_threads_and_tiles_are_fine(self, models, tmp_path, options):
+        parameters = VARIANTS["per tensor"]
+        interrupted(models, tmp_path / "out", 7, **parameters)
+        merge(models.recipe(**parameters), tmp_path / "out", resume=True, **options)
+        merge(models.recipe(**parameters), tmp_path / "expected")
+        assert model_digests(tmp_path / "out") == model_digests(tmp_path / "expected")
+
+    def test_density_zero_survives_the_journal(self, models, tmp_path):
+        """It keeps nothing: its threshold is NaN."""
+        interrupted(models, tmp_path / "out", 3, density=[0.0, 0.2, 0.0])
+        report = merge(models.recipe(density=[0.0, 0.2, 0.0]), tmp_path / "out", resume=True)
+        assert [e["kept"] for e in report["experts"]] == [0, total_elements(models) * 2 // 10, 0]
+
+    def test_copied_buffers_are_not_copied_again(self, tmp_path, monkeypatch):
+        models = make_set(tmp_path / "models", {"a": (50, 60)}, experts=2)
+        ids = torch.arange(100)
+        for tensors in (models.base, *models.experts):
+            tensors["ids"] = ids
+        models.save()
+        interrupted(models, tmp_path / "out", 2, precond_threshold=1e-16)
+        # With other values here: had it copied again, they would show.
+        file = work_folder(tmp_path / "out") / "files" / "model.safetensors"
+        content = file.read_bytes()
+        marked = content.replace(ids.numpy().tobytes(), (ids + 1).numpy().tobytes())
+        assert marked != content
+        file.write_bytes(marked)
+        merge(models.recipe(precond_threshold=1e-16), tmp_path / "out", resume=True)
+        assert torch.equal(load_merged(tmp_path / "out")["ids"], ids + 1)
+
+    def test_a_last_line_that_was_cut_is_ignored(self, models, tmp_path, merged_elements):
+        out = tmp_path / "out"
+        interrupted(models, out, 6, density=0.3)
+        path = work_folder(out) / "journal.jsonl"
+        path.write_bytes(path.read_bytes()[:-20])
+        assert not path.read_bytes().endswith(b"\n")
+        done = finished_elements(out)
+        merged_elements[0] = 0
+        merge(models.recipe(density=0.3), out, resume=True, tile_elements=TILE)
+        assert merged_elements[0] == total_elements(models) - done
+        merge(models.recipe(density=0.3), tmp_path / "expected")
+        assert model_digests(out) == model_digests(tmp_path / "expected")
+
+    @pytest.mark.parametrize("kept", [0, 10], ids=["nothing", "half of its first line"])
+    def test_a_journal_of_which_only_the_start_is_left_begins_again(self, models, tmp_path, kept):
+        """With files of another layout, which must not be published."""
+        out = tmp_path / "out"
+        interrupted(models, out, 3, options={"shard_size": 10_000})
+        path = work_folder(out) / "journal.jsonl"
+        path.write_bytes(path.read_bytes()[:kept])
+        report = merge(models.recipe(), out, resume=True)
+        assert report["resumed"] is False
+        assert [p.name for p in shard_files(out)] == ["model.safetensors"]
+
+    def test_files_that_are_gone_begin_again(self, models, tmp_path):
+        out = tmp_path / "out"
+        interrupted(models, out, 3)
+        shutil.rmtree(work_folder(out) / "files")
+        merge(models.recipe(), out, resume=True)
+        merge(models.recipe(), tmp_path / "expected")
+        assert model_digests(out) == model_digests(tmp_path / "expected")
+
+    def test_a_damaged_journal_is_an_error_that_says_what_to_do(self, models, tmp_path):
+        interrupted(models, tmp_path / "out", 3)
+        path = work_folder(tmp_path / "out") / "journal.jsonl"
+        path.write_bytes(b"}{\n" + path.read_bytes())
+        with pytest.raises(OutputError, match=r"journal.*--overwrite"):
+            merge(models.recipe(), tmp_path / "out", resume=True)
+
+    @pytest.mark.parametrize("change", ["recipe", "shard_size", "backend", "input", "seed"])
+    def test_of_another_merge_is_an_error_that_says_what_to_do(self, tmp_path, change):
+        models = make_set(tmp_path / "models", {"a": (50, 60)})
+        out = tmp_path / "out"
+        interrupted(models, out, 2)
+        left = digests(work_folder(out))
+        recipe, options = models.recipe(), {}
+        if change == "recipe":
+            recipe = models.recipe(power=1.0)
+        elif change == "input":
+            os.utime(models.base_folder / "model.safetensors")
+        else:
+            options = {change: {"shard_size": 1000, "backend": "reference", "seed": 1}[change]}
+        with pytest.raises(OutputError, match="--overwrite") as caught:
+            merge(recipe, out, resume=True, **options)
+        assert str(work_folder(out)) in str(caught.value)
+        assert digests(work_folder(out)) == left
+        merge(recipe, out, overwrite=True, **options)
+        assert not work_folder(out).exists()
+
+    def test_without_a_word_an_unfinished_merge_is_an_error(self, models, tmp_path):
+        interrupted(models, tmp_path / "out", 3)
+        left = digests(work_folder(tmp_path / "out"))
+        with pytest.raises(OutputError, match=r"--resume.*--overwrite"):
+            merge(models.recipe(), tmp_path / "out")
+        assert digests(work_folder(tmp_path / "out")) == left
+
+    def test_overwrite_starts_again(self, models, tmp_path, merged_elements):
+        interrupted(models, tmp_path / "out", 6)
+        merged_elements[0] = 0
+        merge(models.recipe(), tmp_path / "out", overwrite=True)
+        assert merged_elements[0] == total_elements(models)
+
+    def test_with_nothing_to_go_on_with_begins(self, models, tmp_path):
+        report = merge(models.recipe(), tmp_path / "out", resume=True)
+        assert report["resumed"] is False
+
+    def test_of_a_complete_output_does_nothing(self, models, tmp_path, merged_elements):
+        out = tmp_path / "out"
+        first = merge(models.recipe(), out)
+        before = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
+        merged_elements[0] = 0
+        assert merge(models.recipe(), out, resume=True) == first
+        assert merged_elements[0] == 0
+        assert {p.name: p.stat().st_mtime_ns for p in out.iterdir()} == before
+
+    def test_of_an_output_that_is_something_else_is_an_error(self, models, tmp_path):
+        merge(models.recipe(), tmp_path / "out")
+        before = digests(tmp_path)
+        with pytest.raises(OutputError, match="--overwrite"):
+            merge(models.recipe(power=1.0), tmp_path / "out", resume=True)
+        assert digests(tmp_path) == before
+
+
+class TestReplacing:
+    """--overwrite keeps what was there until the new model is whole."""
+
+    def test_an_interrupt_leaves_the_former_output(self, models, tmp_path):
+        out = tmp_path / "out"
+        merge(models.recipe(), out)
+        before = digests(out)
+        interrupted(models, out, 4, power=1.0, options={"overwrite": True})
+        assert digests(out) == before
+
+    def test_goes_on_with_resume_and_overwrite_together(self, models, tmp_path, merged_elements):
+        out = tmp_path / "out"
+        merge(models.recipe(), out)
+        interrupted(models, out, 4, power=1.0, options={"overwrite": True})
+        done = finished_elements(out)
+        with pytest.raises(OutputError, match="--overwrite"):
+            merge(models.recipe(power=1.0), out, resume=True)
+        merged_elements[0] = 0
+        merge(models.recipe(power=1.0), out, resume=True, overwrite=True, tile_elements=TILE)
+        assert merged_elements[0] == total_elements(models) - done
+        merge(models.recipe(power=1.0), tmp_path / "expected")
+        assert model_digests(out) == model_digests(tmp_path / "expected")
+
+    def between_renames(self, models, out, power):
+        """Stop in publish after the former output has been moved away; returns the former one's digests."""
+        merge(models.recipe(), out)
+        former = digests(out)
+        rename = os.rename
+
+        def stop_after_first(source, target):
+            rename(source, target)
+            if Path(source) == out:
+                raise KeyboardInterrupt
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(os, "rename", stop_after_first)
+            merge(models.recipe(power=power), out, overwrite=True)
+        assert not out.exists()
+        return former
+
+    def test_resume_recovers_from_a_kill_between_the_renames(self, models, tmp_path, merged_elements):
+        out = tmp_path / "out"
+        self.between_renames(models, out, power=1.0)
+        merged_elements[0] = 0
+        merge(models.recipe(power=1.0), out, resume=True)
+        assert merged_elements[0] == 0
+        merge(models.recipe(power=1.0), tmp_path / "expected")
+        assert model_digests(out) == model_digests(tmp_path / "expected")
+        assert sorted(os.listdir(tmp_path)) == ["expected", "out"]
+
+    def test_starting_again_after_such_a_kill_does_not_lose_the_former_output(self, models, tmp_path):
+        out = tmp_path / "out"
+        former = self.between_renames(models, out, power=1.0)
+        interrupted(models, out, 2, power=2.0, options={"overwrite": True})
+        assert digests(out) == former
+
+    def test_resume_clears_what_a_kill_after_the_renames_left(self, models, tmp_path):
+        out = tmp_path / "out"
+        merge(models.recipe(), out)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(shutil, "rmtree", functools.partial(self.stop, work_folder(out)))
+            merge(models.recipe(power=1.0), out, overwrite=True)
+        assert work_folder(out).exists()
+        after = digests(out)
+        merge(models.recipe(power=1.0), out, resume=True)
+        assert digests(out) == after
+        assert os.listdir(tmp_path) == ["out"]
+
+    def stop(self, path, folder, **options):
+        if Path(folder) == path:
+            raise KeyboardInterrupt
+
+    def test_an_output_that_was_moved_away_after_such_a_kill_is_made_again(self, models, tmp_path):
+        out = tmp_path / "out"
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(shutil, "rmtree", functools.partial(self.stop, work_folder(out)))
+            merge(models.recipe(), out)
+        os.rename(out, tmp_path / "elsewhere")
+        merge(models.recipe(), out, resume=True)
+        assert model_digests(out) == model_digests(tmp_path / "elsewhere")
+
+
+class TestTwoAtOnce:
+    @pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}], ids=str)
+    def test_the_second_is_an_error_and_the_first_goes_on(self, models, tmp_path, start, options):
+        out = tmp_path / "out"
+        recipe = write_recipe(tmp_path / "recipe.yaml", models.recipe())
+        process = start(recipe, out, "-q", "--threads", "1", pause=0.01)
+        process.stdout.read(3)
+        with pytest.raises(OutputError, match=str(out)):
+            merge(recipe, out, **options)
+        assert process.poll() is None
+        _, errors = process.communicate()
+        assert (process.returncode, errors) == (0, b"")
+        merge(recipe, tmp_path / "expected")
+        assert model_digests(out) == model_digests(tmp_path / "expected")
+
+
+class TestFullDisk:
+    @pytest.fixture
+    def tiny_disk(self, tmp_path):
+        """A file system of 1 MB; the test is skipped where that cannot be mounted."""
+        path = tmp_path / "disk"
+        path.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(path)]
+        if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("mounting a small tmpfs needs root")
+        yield path
+        subprocess.run(["umount", str(path)], check=True)
+
+    def test_is_found_before_the_first_byte(self, models, tiny_disk):
+        with pytest.raises(OutputError, match="free") as caught:
+            merge(models.recipe(), tiny_disk / "out")
+        assert str(tiny_disk) in str(caught.value)
+        assert os.listdir(tiny_disk) == []
+
+    def test_that_fills_up_later_leaves_a_state_that_resumes(self, tmp_path, tiny_disk, monkeypatch):
+        models = make_set(tmp_path / "models", {"a": (500, 600), "b": (500, 600)}, experts=2)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1 << 40}))
+        with pytest.raises(RunError, match="--resume") as caught:
+            merge(models.recipe(), tiny_disk / "out", shard_size=700_000)
+        assert os.strerror(28) in str(caught.value)
+        assert caught.value.exit_code == 1
+        assert not (tiny_disk / "out").exists()
+        subprocess.run(["mount", "-o", "remount,size=4m", str(tiny_disk)], check=True)
+        merge(models.recipe(), tiny_disk / "out", resume=True, shard_size=700_000)
+        merge(models.recipe(), tmp_path / "expected", shard_size=700_000)
+        assert model_digests(tiny_disk / "out") == model_digests(tmp_path / "expected")
+
+    def test_a_write_that_fails_is_told_and_resumed(self, models, tmp_path, monkeypatch):
+        out, pwrite, left = tmp_path / "out", os.pwrite, [12]
+
+        def failing(descriptor, data, offset):
+            left[0] -= 1
+            if left[0] < 0:
+                raise OSError(28, os.strerror(28))
+            return pwrite(descriptor, data, offset)
+
+        monkeypatch.setattr(os, "pwrite", failing)
+        with pytest.raises(RunError, match=r"model\.safetensors.*--resume"):
+            merge(models.recipe(), out, tile_elements=TILE)
+        monkeypatch.undo()
+        assert finished_elements(out) > 0
+        merge(models.recipe(), out, resume=True)
+        merge(models.recipe(), tmp_path / "expected")
+        assert model_digests(out) == model_digests(tmp_path / "expected")
+
+    def test_a_journal_that_cannot_be_written_fails_the_merge(self, models, tmp_path, monkeypatch):
+        fdatasync = os.fdatasync
+
+        def failing(descriptor):
+            if os.readlink(f"/proc/self/fd/{descriptor}").endswith("journal.jsonl"):
+                raise OSError(5, os.strerror(5))
+            fdatasync(descriptor)
+
+        monkeypatch.setattr(os, "fdatasync", failing)
+        with pytest.raises(OSError, match=os.strerror(5)):
+            merge(models.recipe(), tmp_path / "out", tile_elements=TILE)
+        assert not (tmp_path / "out").exists()
+
+
+def test_the_reference_backend_resumes_too(models, tmp_path, monkeypatch):
+    interrupted(models, tmp_path / "out", 5, density=0.3, options={"backend": "reference"})
+    done, count, kernel = finished_elements(tmp_path / "out"), [], reference.merge
+    monkeypatch.setattr(
+        reference, "merge", lambda tile, *rest: count.append(tile.numel) or kernel(tile, *rest)
+    )
+    merge(models.recipe(density=0.3), tmp_path / "out", resume=True, backend="reference")
+    assert sum(count) == total_elements(models) - done
+    merge(models.recipe(density=0.3), tmp_path / "expected", backend="reference")
+    assert model_digests(tmp_path / "out") == model_digests(tmp_path / "expected")
