@@ -76,6 +76,8 @@ def merge_state_dicts(
     floating point are copied when all models agree. A name without curvature is an error unless
     `missing_curvature` says otherwise.
     """
+    if threads is not None and threads < 1:
+        raise RecipeError(f"threads must be at least 1, not {threads}")
     recipe = _recipe(base is not None, len(experts), curvatures is not None, method, out_dtype, parameters)
     if curvatures is not None and len(curvatures) != len(experts):
         raise InputError(f"{len(experts)} experts but {len(curvatures)} curvatures")
@@ -101,7 +103,7 @@ def merge_state_dicts(
             continue
         kept, found = _curvatures(tensor_name, tuple(like.shape), len(experts), curvatures, recipe)
         weights = buffers if not kept else [buffers[0]] * len(buffers)
-        out = _output_dtype(recipe, buffers[0])
+        out = _output_dtype(recipe, like, buffers[0])
         tensors.append(
             TensorInputs(
                 tensor_name,
@@ -175,6 +177,12 @@ def _recipe(
 ) -> Recipe:
     """The recipe of these arguments, checked like a file's."""
     own_keys = methods.get(method).model_parameters
+    if "preconditioner_path" in parameters:
+        raise RecipeError("`preconditioner_path` is for recipes: give the tensors as `curvatures`")
+    if parameters.get("bias_correction"):
+        raise RecipeError(
+            "`bias_correction` reads a file's metadata: divide the curvatures by 1 - beta2^step instead"
+        )
     if "lambda_" in parameters:
         parameters["lambda"] = parameters.pop("lambda_")
     whole, per_model = {}, [{} for _ in range(n)]
@@ -239,13 +247,16 @@ def _buffer(tensor: Any, origin: str) -> Buffer:
     """A flat view of a tensor's bytes (a copy where it is not contiguous)."""
     if isinstance(tensor, np.ndarray):
         dtype = BY_NAME.get(tensor.dtype.name)
-        if dtype is not None:
-            return Buffer(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8), dtype, origin)
-        raise InputError(f"{origin}: tensors of type {tensor.dtype} cannot be merged")
+        if dtype is None:
+            raise InputError(f"{origin}: tensors of type {tensor.dtype} cannot be merged")
+        native = np.ascontiguousarray(tensor, tensor.dtype.newbyteorder("="))
+        return Buffer(native.reshape(-1).view(np.uint8), dtype, origin)
     import torch
 
     if not isinstance(tensor, torch.Tensor):
         raise InputError(f"{origin} is a {type(tensor).__name__}, not a torch tensor or numpy array")
+    if tensor.layout != torch.strided:
+        raise InputError(f"{origin} is {tensor.layout}; make it dense with .to_dense()")
     if tensor.device.type != "cpu":
         raise BackendError(
             f"{origin} is on {tensor.device}: no backend serves that device; move it with .cpu()"
@@ -253,7 +264,10 @@ def _buffer(tensor: Any, origin: str) -> Buffer:
     dtype = BY_NAME.get(str(tensor.dtype).removeprefix("torch."))
     if dtype is None:
         raise InputError(f"{origin}: tensors of type {tensor.dtype} cannot be merged")
-    return Buffer(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy(), dtype, origin)
+    if tensor.numel() == 0:  # torch may give it stride 0, and does not view that as another type
+        return Buffer(np.empty(0, np.uint8), dtype, origin)
+    dense = tensor.detach().resolve_neg().contiguous()
+    return Buffer(dense.reshape(-1).view(torch.uint8).numpy(), dtype, origin)
 
 
 def _check_alike(name: str, like: Any, models: Mapping[str, Mapping[str, Any]]) -> None:
@@ -274,9 +288,12 @@ def _agreed(name: str, like: Tensor, buffers: list[Buffer]) -> Tensor:
     return like.copy() if isinstance(like, np.ndarray) else like.clone()
 
 
-def _output_dtype(recipe: Recipe, own: Buffer) -> DType:
+def _output_dtype(recipe: Recipe, like: Tensor, own: Buffer) -> DType:
     if recipe.output_dtype is not None:
-        return BY_NAME[recipe.output_dtype]
+        dtype = BY_NAME[recipe.output_dtype]
+        if isinstance(like, np.ndarray):
+            _numpy_dtype(like, dtype)  # raises before anything is merged
+        return dtype
     if own.dtype.name not in OUTPUT_NAMES:
         raise InputError(
             f"{own.origin} is {own.dtype.name}, which a merge cannot be written in; give out_dtype"
@@ -284,13 +301,22 @@ def _output_dtype(recipe: Recipe, own: Buffer) -> DType:
     return own.dtype
 
 
+def _numpy_dtype(like: np.ndarray, dtype: DType) -> np.dtype:
+    """numpy's type of that name: its own, or one that `like` brings along (ml_dtypes)."""
+    if like.dtype.name == dtype.name:
+        return like.dtype.newbyteorder("=")
+    try:
+        return np.dtype(dtype.name)
+    except TypeError:
+        raise RecipeError(
+            f"numpy has no {dtype.name}: choose another out_dtype, or give torch tensors"
+        ) from None
+
+
 def _like(tensor: Tensor, data: np.ndarray, inputs: TensorInputs) -> Tensor:
     """Result bytes as the kind of array that `tensor` is."""
     if isinstance(tensor, np.ndarray):
-        dtype = (
-            tensor.dtype if tensor.dtype.name == inputs.out_dtype.name else np.dtype(inputs.out_dtype.name)
-        )
-        return data.view(dtype).reshape(inputs.shape)
+        return data.view(_numpy_dtype(tensor, inputs.out_dtype)).reshape(inputs.shape)
     import torch
 
     dtype = getattr(torch, inputs.out_dtype.name)

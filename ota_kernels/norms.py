@@ -44,7 +44,7 @@ def _spectral_norm(matrix: np.ndarray) -> float:
 
 
 def _power_iteration(matrix: np.ndarray) -> float:
-    """A lower bound of the largest singular value, close after a few steps from the row of the largest edit."""
+    """A lower bound of the largest singular value, close after a few steps from the largest edit's row."""
     row = int(np.argmax(np.maximum(matrix.max(axis=1), -matrix.min(axis=1))))
     v, norm = _unit(matrix[row])
     for _ in range(_POWER_ITERATIONS):

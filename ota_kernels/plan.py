@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -74,7 +75,7 @@ def make_plan(
         need = fixed + threads * per_element * _SMALLEST_TILE
         raise RecipeError(
             f"a memory limit of {format_bytes(memory_limit)} is too small for this merge on {threads} "
-            f"threads: it needs {format_bytes(need)}; raise --memory-limit or lower --threads"
+            f"threads: give it --memory-limit {math.ceil(need / 1e6)}MB or lower --threads"
         )
     output = layout([(e.name, e.dtype, e.shape) for e in inputs.entries], shard_size)
     passes = 1 + survey.passes + survey.tensor_passes

@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from safetensors import safe_open
@@ -200,3 +204,16 @@ def digests(files: Sequence[Path] | Path) -> dict[str, str]:
 def model_digests(folder: Path) -> dict[str, str]:
     """Digests of the shards and the index: what must not depend on how a merge ran."""
     return digests([*shard_files(folder), *folder.glob(INDEX)])
+
+
+@contextmanager
+def mounted_tiny_disk(path: Path) -> Iterator[Path]:
+    """A file system of 1 MB at `path`; skips the test where that cannot be mounted."""
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(path)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", str(path)], check=True)

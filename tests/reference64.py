@@ -176,7 +176,10 @@ def _masks(
     model: dict[str, Tensor], curvatures: dict, shared: dict, own: list[dict]
 ) -> dict[str, np.ndarray]:
     """m_t of every tensor: bool[T, *shape]."""
+    # Curvature 1 is not comparable with second moments: where only some tensors have it, they keep
+    # everything, unless each tensor is decided by itself.
     everywhere_uniform = all(tensor.curvatures is None for tensor in model.values())
+    part = [n for n in model if everywhere_uniform or model[n].curvatures is not None]
     masks = {name: np.ones((len(own), *t.experts[0].shape), bool) for name, t in model.items()}
     for t, o in enumerate(own):
         scores, usable_scores = {}, {}
@@ -191,7 +194,7 @@ def _masks(
         if o["precond_threshold"] is not None:
             with np.errstate(over="ignore"):
                 threshold = np.float32(o["precond_threshold"] * 2.0**64)
-            for name in model:
+            for name in part:
                 masks[name][t] = scores[name] >= threshold
         elif o["density"] is None and o["saliency_mass"] is None:
             continue
@@ -199,8 +202,6 @@ def _masks(
             for name in model:
                 masks[name][t] = _select(usable_scores[name], o)
         else:
-            # Curvature 1 is not comparable with second moments: such tensors keep everything.
-            part = [n for n in model if everywhere_uniform or model[n].curvatures is not None]
             kept = _select(np.concatenate([usable_scores[n].ravel() for n in part]), o)
             ends = np.cumsum([model[n].experts[0].size for n in part])
             for name, piece in zip(part, np.split(kept, ends[:-1]), strict=True):

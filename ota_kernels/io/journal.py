@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import OutputError
+from ..errors import OutputError, RunError
 
 NAME = "journal.jsonl"
 
@@ -23,15 +23,16 @@ class Journal:
     the data."""
 
     def __init__(self, folder: Path, sync: Callable[[], None]) -> None:
+        self._folder = folder
         self._fd = os.open(folder / NAME, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self._sync = sync
         self._queue: queue.Queue = queue.Queue()
-        self._failure: BaseException | None = None
+        self._failure: RunError | None = None
         self._thread = threading.Thread(target=self._drain, name="ota-journal", daemon=True)
         self._thread.start()
 
     def append(self, record: dict) -> None:
-        """Record something whose data has been handed to the writer. Raises what an earlier write raised."""
+        """Record something whose data has been handed to the writer; RunError if a write has failed."""
         if self._failure is not None:
             raise self._failure
         self._queue.put(record)
@@ -49,14 +50,18 @@ class Journal:
                 while data:  # a disk that fills up takes a part
                     data = data[os.write(self._fd, data) :]
                 os.fdatasync(self._fd)
-            except BaseException as error:
-                self._failure = error
+            except Exception as error:
+                reason = getattr(error, "strerror", None) or error
+                self._failure = RunError(
+                    f"cannot write to {self._folder}: {reason}; make room or mend the disk, then --resume"
+                )
+                self._failure.__cause__ = error
                 return
             if len(records) < len(batch):
                 return
 
     def close(self) -> None:
-        """Wait until everything appended is on the disk. Raises what a write raised."""
+        """Wait until everything appended is on the disk; RunError if a write has failed."""
         if self._fd < 0:
             return
         self._queue.put(None)
