@@ -18,8 +18,12 @@ namespace ota {
 namespace OTA_ISA {
 
 // Elements per block: numerator, denominator, base, weight and curvature rows of one block stay in the
-// first-level cache (5 x 2 KiB).
-constexpr int kBlock = 512;
+// first-level cache (5 x 4 KiB).
+constexpr int kBlock = 1024;
+
+// Elements that one inner loop covers, between two fetches ahead: a whole number of cache lines of any type.
+constexpr int kChunk = 64;
+static_assert(kBlock % kChunk == 0, "a block is a whole number of chunks");
 
 template <typename To, typename From>
 inline To bit_cast(From value) {
@@ -59,6 +63,11 @@ inline uint32_t widen_small_float(uint32_t magnitude, uint32_t exponent_mask) {
 }
 
 inline float from_bf16(uint16_t v) { return bit_cast<float>(static_cast<uint32_t>(v) << 16); }
+
+struct bf16 {
+    uint16_t bits;
+    operator float() const { return from_bf16(bits); }
+};
 
 inline float from_f16(uint16_t v) {
     const uint32_t magnitude = v & 0x7fffu;
@@ -115,13 +124,26 @@ inline int item_size(DType dtype) {
     }
 }
 
-// Fetches the block after the one at `offset` into the second-level cache: a tile is a dozen streams, each
-// read for one block at a time, too short for the hardware's own prefetcher.
-inline void prefetch_next(const Operand& x, int64_t offset, int64_t total) {
-    const int64_t size = item_size(x.dtype), next = offset + kBlock;
-    const int64_t end = next + kBlock < total ? next + kBlock : total;
-    for (int64_t byte = next * size; byte < end * size; byte += 64) __builtin_prefetch(x.data + byte, 0, 2);
-}
+// The block after the one at `offset`, to be fetched into the second-level cache chunk by chunk between
+// computations. A tile is a dozen streams, each read for one block at a time, too short for the hardware's own
+// prefetcher; a whole block asked for at once fills the queue of outstanding lines and stalls.
+class Ahead {
+public:
+    Ahead() = default;
+    Ahead(const Operand& x, int64_t offset, int64_t total) {
+        if (offset + 2 * kBlock > total) return;
+        size_ = item_size(x.dtype);
+        next_ = x.data + (offset + kBlock) * size_;
+    }
+    void fetch(int chunk) const {
+        const int end = (chunk + kChunk) * size_;
+        for (int byte = chunk * size_; byte < end; byte += 64) __builtin_prefetch(next_ + byte, 0, 2);
+    }
+
+private:
+    const uint8_t* next_ = nullptr;
+    int size_ = 0;  // bytes of an element
+};
 
 inline void decode_f16(const uint16_t* src, int n, float* dst) {
     int i = 0;
@@ -192,62 +214,56 @@ inline const float* load(const Curvature& c, int64_t offset, int n, float* room)
     return room;
 }
 
-// Elements [offset, offset + n) of `out`, rounded to its type. `out` is aligned to its element size.
-inline void store(DType dtype, uint8_t* out, int64_t offset, int n, const float* values) {
-    auto* dst = reinterpret_cast<uint16_t*>(out) + offset;
-    int i = 0;
-    if (dtype == DType::bf16) {
-        for (; i < n; ++i) dst[i] = to_bf16(values[i]);
-        return;
+// Writes elements [offset, offset + n) of `out`, which is aligned to its element size. Returns how many
+// values are beyond `limit` or NaN.
+template <typename T, typename Acc, typename Round>
+inline int64_t store(uint8_t* out, int64_t offset, int n, const Acc* __restrict values, Acc limit,
+                     Round round) {
+    T* __restrict dst = reinterpret_cast<T*>(out) + offset;
+    int32_t beyond = 0;
+    for (int i = 0; i < n; ++i) {
+        beyond += std::fabs(values[i]) <= limit ? 0 : 1;
+        dst[i] = round(values[i]);
     }
-#if defined(__F16C__)
-    for (; i + 8 <= n; i += 8)
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(dst + i),
-                         _mm256_cvtps_ph(_mm256_loadu_ps(values + i), _MM_FROUND_TO_NEAREST_INT));
-#endif
-    for (; i < n; ++i) dst[i] = to_f16(values[i]);
+    return beyond;
 }
 
-inline void store(DType dtype, uint8_t* out, int64_t offset, int n, const double* values) {
-    if (dtype == DType::f64) {
-        std::memcpy(out + 8 * offset, values, sizeof(double) * static_cast<size_t>(n));
-        return;
-    }
-    float* dst = reinterpret_cast<float*>(out) + offset;
-    for (int i = 0; i < n; ++i) dst[i] = static_cast<float>(values[i]);
+// The limits are the largest numbers that do not round to infinity.
+inline int64_t store(DType dtype, uint8_t* out, int64_t offset, int n, const float* values) {
+    const float bf16_limit = bit_cast<float>(0x7f7f7fffu);
+    const float f16_limit = bit_cast<float>(0x477fefffu);  // the next float32 is 65520
+    if (dtype == DType::bf16)
+        return store<uint16_t>(out, offset, n, values, bf16_limit, [](float v) { return to_bf16(v); });
+    return store<uint16_t>(out, offset, n, values, f16_limit, [](float v) { return to_f16(v); });
 }
 
-// The largest finite value of an output type, for counting overflow.
-inline double largest(DType dtype) {
-    switch (dtype) {
-        case DType::f16: return 65519.996;  // the next float32 below 65520, which rounds to infinity
-        case DType::bf16: return 3.3961776292304957e38;  // below 0x1.ffp127, which rounds to infinity
-        case DType::f64: return 1.7976931348623157e308;
-        default: return 3.4028235677973362e38;
-    }
+inline int64_t store(DType dtype, uint8_t* out, int64_t offset, int n, const double* values) {
+    const double f64_limit = 1.7976931348623157e308, f32_limit = 3.4028235677973362e38;
+    if (dtype == DType::f64)
+        return store<double>(out, offset, n, values, f64_limit, [](double v) { return v; });
+    return store<float>(out, offset, n, values, f32_limit, [](double v) { return static_cast<float>(v); });
 }
 
 inline bool is_finite(float v) { return (bit_cast<uint32_t>(v) & 0x7fffffffu) < 0x7f800000u; }
 inline bool is_curvature(float v) { return v >= 0.0f && is_finite(v); }
 
-// True where some weight of the block is not finite: one integer maximum per element.
+// At least kSuspect where v is not finite, or where h is negative or not finite (-0.0 too: the caller looks
+// again). One integer maximum over these is the whole check of a clean block.
+constexpr uint32_t kSuspect = 0x7f800000u;
+inline uint32_t suspicion(float v) { return bit_cast<uint32_t>(v) & 0x7fffffffu; }
+inline uint32_t suspicion_of_curvature(float h) { return bit_cast<uint32_t>(h); }
+inline uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
+
 inline bool any_nonfinite(const float* v, int n) {
     uint32_t top = 0;
-    for (int i = 0; i < n; ++i) {
-        const uint32_t magnitude = bit_cast<uint32_t>(v[i]) & 0x7fffffffu;
-        top = magnitude > top ? magnitude : top;
-    }
-    return top >= 0x7f800000u;
+    for (int i = 0; i < n; ++i) top = larger(top, suspicion(v[i]));
+    return top >= kSuspect;
 }
 
-// True where some curvature may be negative or not finite (-0.0 too: the caller looks again).
 inline bool any_bad_curvature(const float* h, int n) {
     uint32_t top = 0;
-    for (int i = 0; i < n; ++i) {
-        const uint32_t bits = bit_cast<uint32_t>(h[i]);
-        top = bits > top ? bits : top;
-    }
-    return top >= 0x7f800000u;
+    for (int i = 0; i < n; ++i) top = larger(top, suspicion_of_curvature(h[i]));
+    return top >= kSuspect;
 }
 
 }  // namespace OTA_ISA

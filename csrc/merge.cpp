@@ -4,35 +4,64 @@
 // Decisions (masks, trimming, elected signs) are float32 operations in one fixed order. Values are of type
 // Acc: float32 for 16-bit outputs, float64 for wider ones.
 
+#include <type_traits>
+
 #include "formulas.hpp"
 
 namespace ota {
 namespace OTA_ISA {
 namespace {
 
+// Besides float32, the type of weights that the loops read as they are; others are widened to float32 first.
+template <typename Acc>
+using Direct = std::conditional_t<std::is_same<Acc, double>::value, double, bf16>;
+
 // Aligned to a cache line: split accesses cost half of the speed.
 template <typename Acc>
 struct alignas(64) Block {
-    Acc base[kBlock], numerator[kBlock], denominator[kBlock], result[kBlock];
+    Acc base[kBlock], numerator[kBlock], denominator[kBlock];
     float weight_room[kBlock], curvature_room[kBlock];
     float elected[kBlock];  // sum of the trimmed edits, whose sign TIES elects
-    int32_t kept_by[kBlock];  // only where `counts_keepers`
-    double wide_room[kBlock];
+    int32_t kept_by[kBlock];
+    bool counts_keepers;  // whether kept_by is in use
+    Direct<Acc> direct_room[kBlock];
+
+    Acc* merged() { return numerator; }  // once the sums are final
 };
 
-// Whether "kept by nobody" must be counted. Elsewhere every kept P_t is at least epsilon > 0, so that the
-// denominator is 0 exactly where the masks keep nothing.
-template <typename Acc>
-bool counts_keepers(const Formula& f) {
-    return f.masked &&
-           (f.denominator != 0 || !f.mask_weights || !f.curvature_weights || !(static_cast<Acc>(f.epsilon) > 0));
+// Where weights of type W are copied to if they cannot be read in place.
+template <typename W, typename Acc>
+W* room(Block<Acc>& block) {
+    if constexpr (std::is_same<W, float>::value)
+        return block.weight_room;
+    else
+        return block.direct_room;
 }
 
-// The operands of one expert over one block. wide is set for float64 weights with a float64 result.
+// Whether kept_by is needed. Elsewhere every kept P_t is at least epsilon > 0, so that the denominator is 0
+// exactly where the masks keep nothing.
+template <typename Acc>
+bool counts_keepers(const MergeArgs& args) {
+    const Formula& f = args.formula;
+    bool rescaled = false;
+    for (int t = 0; t < args.n_experts; ++t) rescaled |= args.experts[t].edit_scale != 1;
+    return f.masked && (f.denominator != 0 || !f.mask_weights || !f.curvature_weights || rescaled ||
+                        !(static_cast<Acc>(f.epsilon) > 0));
+}
+
+// One expert over one block; w and h may be read up to the next multiple of kChunk.
+template <typename W>
 struct View {
-    const float* w;
-    const double* wide;
+    int n;
+    const W* w;
     const float* h;
+    Ahead next_w, next_h;
+};
+
+// What a pass over an expert found. suspicion: at least kSuspect where some input may not be usable.
+struct Found {
+    int32_t kept = 0;
+    uint32_t suspicion = 0;
 };
 
 // The score of w against base; without a base the curvature alone. Float32 throughout.
@@ -41,65 +70,94 @@ inline float score(float h, float w, float base, float k) {
     return HasBase ? saliency(h, w - base, k) : h * k;
 }
 
-// numerator += m P (e d), denominator += m P (or P).
-enum class Mask { none, plain, counted };
+// plain: what the OTA merge itself needs; general: rescaled edits, unmasked weights and counted keepers too.
+enum class Mask { none, plain, general };
 
+// One chunk: numerator += m P (e d), denominator += m P (or P). One pass decides, adds and checks; a constant
+// count and restrict parameters leave neither remainder nor alias checks.
 template <Power P, bool HasBase, Mask M, typename Acc, typename W>
-int64_t accumulate(const Formula& f, const Expert& expert, int n, const W* __restrict w,
-                   const float* __restrict h, Block<Acc>& block) {
+inline void accumulate(const Formula& f, const Expert& expert, const W* __restrict w,
+                       const float* __restrict h, const Acc* __restrict base, Acc* __restrict numerator,
+                       Acc* __restrict denominator, int32_t* __restrict kept_by, Found& found) {
     const Acc a = static_cast<Acc>(expert.weight_scale), epsilon = static_cast<Acc>(f.epsilon);
     const Acc p = static_cast<Acc>(f.power), edit_scale = static_cast<Acc>(expert.edit_scale);
     const float threshold = expert.threshold, k = expert.score_scale;
     const bool weigh_all = !f.mask_weights;
-    const Acc* __restrict base = block.base;
-    Acc* __restrict numerator = block.numerator;
-    Acc* __restrict denominator = block.denominator;
-    int32_t* __restrict kept_by = block.kept_by;
     int32_t kept = 0;
-    for (int i = 0; i < n; ++i) {
+    uint32_t top = found.suspicion;
+    for (int i = 0; i < kChunk; ++i) {
+        const float wf = static_cast<float>(w[i]), b = static_cast<float>(base[i]);
         const Acc d = static_cast<Acc>(w[i]) - base[i];
         const Acc all = weight<P, Acc>(static_cast<Acc>(h[i]), a, p, epsilon);
-        const float s = score<HasBase>(h[i], static_cast<float>(w[i]), static_cast<float>(base[i]), k);
-        const int32_t keep = M == Mask::none || s >= threshold ? 1 : 0;
+        const bool keep = M == Mask::none || score<HasBase>(h[i], wf, b, k) >= threshold;
         const Acc masked = keep ? all : Acc(0);
-        denominator[i] += M == Mask::counted && weigh_all ? all : masked;
-        numerator[i] += masked * (edit_scale * d);
-        if (M == Mask::counted) kept_by[i] += keep;
-        kept += keep;
+        denominator[i] += M == Mask::general && weigh_all ? all : masked;
+        numerator[i] += masked * (M == Mask::plain ? d : edit_scale * d);
+        if (M == Mask::general) kept_by[i] += keep ? 1 : 0;
+        kept += keep ? 1 : 0;
+        top = larger(top, larger(suspicion(wf), suspicion_of_curvature(h[i])));
     }
-    return kept;
+    found.kept += kept;
+    found.suspicion = top;
 }
 
-// First half of TIES: the sum of the trimmed masked edits, whose sign is elected.
+template <Power P, bool HasBase, Mask M, typename Acc, typename W>
+Found accumulate(const Formula& f, const Expert& expert, const View<W>& view, Block<Acc>& block) {
+    Found found;
+    for (int i = 0; i < view.n; i += kChunk) {
+        view.next_w.fetch(i);
+        view.next_h.fetch(i);
+        accumulate<P, HasBase, M>(f, expert, view.w + i, view.h + i, block.base + i, block.numerator + i,
+                                  block.denominator + i, block.kept_by + i, found);
+    }
+    if (M == Mask::none) found.kept = view.n;
+    return found;
+}
+
+// First half of TIES, one chunk: the sum of the trimmed masked edits, whose sign is elected.
 template <bool HasBase, typename Acc, typename W>
-int64_t elect(const Expert& expert, int n, const W* __restrict w, const float* __restrict h,
-              Block<Acc>& block) {
+inline void elect(const Expert& expert, const W* __restrict w, const float* __restrict h,
+                  const Acc* __restrict base, float* __restrict elected, int32_t* __restrict kept_by,
+                  Found& found) {
     const float threshold = expert.threshold, k = expert.score_scale, trim = expert.trim;
     const float edit_scale = static_cast<float>(expert.edit_scale);
-    const Acc* __restrict base = block.base;
-    float* __restrict elected = block.elected;
-    int32_t* __restrict kept_by = block.kept_by;
     int32_t kept = 0;
-    for (int i = 0; i < n; ++i) {
+    uint32_t top = found.suspicion;
+    for (int i = 0; i < kChunk; ++i) {
         const float wf = static_cast<float>(w[i]), b = static_cast<float>(base[i]), d = wf - b;
         const int32_t keep = score<HasBase>(h[i], wf, b, k) >= threshold ? 1 : 0;
         elected[i] += keep & (std::fabs(d) >= trim) ? edit_scale * d : 0.0f;
         kept_by[i] += keep;
         kept += keep;
+        top = larger(top, larger(suspicion(wf), suspicion_of_curvature(h[i])));
     }
-    return kept;
+    found.kept += kept;
+    found.suspicion = top;
+}
+
+template <bool HasBase, typename Acc, typename W>
+Found elect(const Expert& expert, const View<W>& view, Block<Acc>& block) {
+    Found found;
+    for (int i = 0; i < view.n; i += kChunk) {
+        view.next_w.fetch(i);
+        view.next_h.fetch(i);
+        elect<HasBase>(expert, view.w + i, view.h + i, block.base + i, block.elected + i, block.kept_by + i,
+                       found);
+    }
+    return found;
 }
 
 // Second half: sum the trimmed edits that agree with the elected sign.
 template <bool HasBase, typename Acc, typename W>
-void disjoint_sum(const Expert& expert, int n, const W* __restrict w, const float* __restrict h,
-                  Block<Acc>& block) {
+void disjoint_sum(const Expert& expert, const View<W>& view, Block<Acc>& block) {
     const float threshold = expert.threshold, k = expert.score_scale, trim = expert.trim;
     const Acc a = static_cast<Acc>(expert.weight_scale), edit_scale = static_cast<Acc>(expert.edit_scale);
+    const W* __restrict w = view.w;
+    const float* __restrict h = view.h;
     const Acc* __restrict base = block.base;
     const float* __restrict elected = block.elected;
     Acc* __restrict numerator = block.numerator;
-    for (int i = 0; i < n; ++i) {
+    for (int i = 0; i < view.n; ++i) {
         const float wf = static_cast<float>(w[i]), b = static_cast<float>(base[i]), d = wf - b;
         const bool survives = (score<HasBase>(h[i], wf, b, k) >= threshold) & (std::fabs(d) >= trim);
         const bool agrees = ((d > 0.0f) & (elected[i] > 0.0f)) | ((d < 0.0f) & (elected[i] < 0.0f));
@@ -108,83 +166,96 @@ void disjoint_sum(const Expert& expert, int n, const W* __restrict w, const floa
     }
 }
 
-template <typename Acc, typename W>
-int64_t accumulate(const MergeArgs& args, const Expert& expert, int n, const W* w, const float* h,
-                   Block<Acc>& block) {
+template <Power P, typename Acc, typename W>
+Found accumulate(const MergeArgs& args, const Expert& expert, const View<W>& view, Block<Acc>& block) {
     const Formula& f = args.formula;
-    const auto run = [&](auto with_base, auto without_base) {
-        return args.has_base ? with_base(f, expert, n, w, h, block) : without_base(f, expert, n, w, h, block);
-    };
-    const bool counted = counts_keepers<Acc>(f);
-#define OTA_PICK_MASK(P, M) run(accumulate<P, true, M, Acc, W>, accumulate<P, false, M, Acc, W>)
-#define OTA_PICK(P)                                            \
-    !f.masked ? OTA_PICK_MASK(P, Mask::none)                   \
-    : counted ? OTA_PICK_MASK(P, Mask::counted)                \
-              : OTA_PICK_MASK(P, Mask::plain)
-    if (!f.curvature_weights) return OTA_PICK(Power::none);
-    if (f.power == 0.5) return OTA_PICK(Power::half);
-    if (f.power == 1.0) return OTA_PICK(Power::one);
-    return OTA_PICK(Power::general);
-#undef OTA_PICK
-#undef OTA_PICK_MASK
+    if (!f.masked) return accumulate<P, false, Mask::none>(f, expert, view, block);
+    constexpr Mask kPlain = P == Power::none ? Mask::general : Mask::plain;
+    if (block.counts_keepers)
+        return args.has_base ? accumulate<P, true, Mask::general>(f, expert, view, block)
+                             : accumulate<P, false, Mask::general>(f, expert, view, block);
+    return args.has_base ? accumulate<P, true, kPlain>(f, expert, view, block)
+                         : accumulate<P, false, kPlain>(f, expert, view, block);
 }
 
 template <typename Acc, typename W>
-int64_t elect(const MergeArgs& args, const Expert& expert, int n, const W* w, const float* h,
-              Block<Acc>& block) {
-    return args.has_base ? elect<true>(expert, n, w, h, block) : elect<false>(expert, n, w, h, block);
+Found first_pass(const MergeArgs& args, const Expert& expert, const View<W>& view, Block<Acc>& block) {
+    const Formula& f = args.formula;
+    if (f.elect_signs)
+        return args.has_base ? elect<true>(expert, view, block) : elect<false>(expert, view, block);
+    if (!f.curvature_weights) return accumulate<Power::none>(args, expert, view, block);
+    if (f.power == 0.5) return accumulate<Power::half>(args, expert, view, block);
+    if (f.power == 1.0) return accumulate<Power::one>(args, expert, view, block);
+    return accumulate<Power::general>(args, expert, view, block);
 }
 
-template <typename Acc, typename W>
-void disjoint_sum(const MergeArgs& args, const Expert& expert, int n, const W* w, const float* h,
-                  Block<Acc>& block) {
-    args.has_base ? disjoint_sum<true>(expert, n, w, h, block) : disjoint_sum<false>(expert, n, w, h, block);
+// Calls step with n weights in the narrowest type that loses nothing the result can use.
+template <typename Acc, typename Step>
+auto with_weights(const Operand& x, int64_t offset, int n, Block<Acc>& block, Step step) {
+    using W = Direct<Acc>;
+    if (x.dtype == (std::is_same<W, double>::value ? DType::f64 : DType::bf16))
+        return step(elements(x.data + static_cast<int64_t>(sizeof(W)) * offset, n, block.direct_room));
+    return step(load(x, offset, n, block.weight_room));
 }
 
+// n values, followed up to the next multiple of kChunk by `filler`.
+template <typename T>
+const T* padded(const T* values, int n, T* room, T filler) {
+    if (n % kChunk == 0) return values;
+    if (values != room) std::memcpy(room, values, sizeof(T) * static_cast<size_t>(n));
+    for (int i = n; i % kChunk != 0; ++i) room[i] = filler;
+    return room;
+}
+
+// Calls step with the expert's view of the block.
+template <typename Acc, typename Step>
+auto with_view(const MergeArgs& args, int t, int64_t offset, int n, Block<Acc>& block, Step step) {
+    const Expert& expert = args.experts[t];
+    const float* values = load(expert.curvature, offset, n, block.curvature_room);
+    const float* h = padded(values, n, block.curvature_room, NAN);  // no mask keeps a NaN score
+    return with_weights(expert.weights, offset, n, block, [&](const auto* w) {
+        using W = std::remove_const_t<std::remove_pointer_t<decltype(w)>>;
+        View<W> view{n, padded(w, n, room<W>(block), W{}), h, {}, {}};
+        view.next_w = Ahead(expert.weights, offset, args.n);
+        if (expert.curvature.kind == CurvatureKind::full)
+            view.next_h = Ahead(expert.curvature.values, offset, args.n);
+        return step(view);
+    });
+}
+
+bool count_nonfinite(const float* w, int64_t offset, int n, NonFinite& weights) {
+    const int64_t before = weights.count;
+    for (int i = 0; i < n; ++i)
+        if (!is_finite(w[i])) weights.add(offset + i);
+    return weights.count > before;
+}
+
+bool count_bad_curvature(const float* h, int64_t offset, int n, NonFinite& curvature) {
+    const int64_t before = curvature.count;
+    for (int i = 0; i < n; ++i)
+        if (!is_curvature(h[i])) curvature.add(offset + i);
+    return curvature.count > before;
+}
+
+// The block's base as Acc, zeros without one. Returns whether some value is not finite.
 template <typename Acc>
-View view(const Expert& expert, int64_t offset, int n, Block<Acc>& block) {
-    View v{load(expert.weights, offset, n, block.weight_room), nullptr,
-           load(expert.curvature, offset, n, block.curvature_room)};
-    if (sizeof(Acc) == sizeof(double) && expert.weights.dtype == DType::f64)
-        v.wide = elements(expert.weights.data + 8 * offset, n, block.wide_room);
-    return v;
-}
-
-// Calls step(weights, curvature) with the widest weights that the result can use.
-template <typename Step>
-auto with_weights(const View& v, Step step) {
-    return v.wide ? step(v.wide, v.h) : step(v.w, v.h);
-}
-
-template <typename Acc>
-void load_base(const MergeArgs& args, int64_t offset, int n, Block<Acc>& block, MergeStats& stats, bool& bad) {
+bool load_base(const MergeArgs& args, int64_t offset, int n, Block<Acc>& block, NonFinite& bad) {
     if (!args.has_base) {
         for (int i = 0; i < n; ++i) block.base[i] = Acc(0);
-        return;
+        return false;
     }
-    const float* w = load(args.base, offset, n, block.weight_room);
-    if (any_nonfinite(w, n)) {
-        bad = true;
-        for (int i = 0; i < n; ++i)
-            if (!is_finite(w[i])) stats.base.add(offset + i);
-    }
-    if (sizeof(Acc) == sizeof(double) && args.base.dtype == DType::f64) {
-        const double* wide = elements(args.base.data + 8 * offset, n, block.wide_room);
-        for (int i = 0; i < n; ++i) block.base[i] = static_cast<Acc>(wide[i]);
-    } else {
-        for (int i = 0; i < n; ++i) block.base[i] = static_cast<Acc>(w[i]);
-    }
-}
-
-bool count_nonfinite(const View& v, int64_t offset, int n, NonFinite& weights, NonFinite& curvature) {
-    bool bad = false;
-    if (any_nonfinite(v.w, n))
-        for (int i = 0; i < n; ++i)
-            if (!is_finite(v.w[i])) weights.add(offset + i), bad = true;
-    if (any_bad_curvature(v.h, n))
-        for (int i = 0; i < n; ++i)
-            if (!is_curvature(v.h[i])) curvature.add(offset + i), bad = true;
-    return bad;
+    const Ahead next(args.base, offset, args.n);
+    for (int chunk = 0; chunk < n; chunk += kChunk) next.fetch(chunk);
+    const uint32_t top = with_weights(args.base, offset, n, block, [&](const auto* w) {
+        uint32_t top = 0;
+        for (int i = 0; i < n; ++i) {
+            block.base[i] = static_cast<Acc>(w[i]);
+            top = larger(top, suspicion(static_cast<float>(w[i])));
+        }
+        return top;
+    });
+    return top >= kSuspect &&
+           count_nonfinite(load(args.base, offset, n, block.weight_room), offset, n, bad);
 }
 
 // The mean of the w_t, for elements that nobody keeps.
@@ -192,7 +263,7 @@ template <typename Acc>
 void mean_of_experts(const MergeArgs& args, int64_t offset, int n, Block<Acc>& block, Acc* mean) {
     for (int i = 0; i < n; ++i) mean[i] = Acc(0);
     for (int t = 0; t < args.n_experts; ++t)
-        with_weights(view(args.experts[t], offset, n, block), [&](const auto* w, const float*) {
+        with_weights(args.experts[t].weights, offset, n, block, [&](const auto* w) {
             for (int i = 0; i < n; ++i) mean[i] += static_cast<Acc>(w[i]);
         });
     for (int i = 0; i < n; ++i) mean[i] /= static_cast<Acc>(args.n_experts);
@@ -205,17 +276,16 @@ int32_t quotient(const Formula& f, int n, Block<Acc>& block, int64_t& unkept) {
     const Acc lambda = static_cast<Acc>(f.lambda);
     const int32_t masked = f.masked ? 1 : 0;
     const Acc* __restrict base = block.base;
-    const Acc* __restrict numerator = block.numerator;
     const Acc* __restrict denominator = block.denominator;
     const int32_t* __restrict kept_by = block.kept_by;
-    Acc* __restrict result = block.result;
+    Acc* __restrict numerator = block.numerator;
     int32_t nobody = 0, fallbacks = 0;
     for (int i = 0; i < n; ++i) {
         const int32_t empty = denominator[i] == Acc(0) ? 1 : 0;
         const int32_t none = Counted ? (kept_by[i] == 0 ? 1 : 0) : empty & masked;
         const int32_t fallback = none | empty;
         const Acc merged = base[i] + lambda * (numerator[i] / denominator[i]);
-        result[i] = fallback ? base[i] : merged;
+        numerator[i] = fallback ? base[i] : merged;
         nobody += none;
         fallbacks += fallback;
     }
@@ -226,7 +296,7 @@ int32_t quotient(const Formula& f, int n, Block<Acc>& block, int64_t& unkept) {
 template <typename Acc>
 void combine(const MergeArgs& args, int64_t offset, int n, Block<Acc>& block, MergeStats& stats) {
     const Formula& f = args.formula;
-    const bool counted = counts_keepers<Acc>(f);
+    const bool counted = block.counts_keepers;
     if (f.denominator != 0)
         for (int i = 0; i < n; ++i) block.denominator[i] = static_cast<Acc>(f.denominator);
     const int32_t fallbacks =
@@ -235,7 +305,7 @@ void combine(const MergeArgs& args, int64_t offset, int n, Block<Acc>& block, Me
     Acc mean[kBlock];
     mean_of_experts(args, offset, n, block, mean);
     for (int i = 0; i < n; ++i)
-        if (block.denominator[i] == Acc(0) || (counted && block.kept_by[i] == 0)) block.result[i] = mean[i];
+        if (block.denominator[i] == Acc(0) || (counted && block.kept_by[i] == 0)) block.merged()[i] = mean[i];
 }
 
 // `on_nonfinite: base`: the base value wherever some input of the element is not usable, and no mask there.
@@ -243,54 +313,59 @@ template <typename Acc>
 void repair(const MergeArgs& args, int64_t offset, int n, Block<Acc>& block, MergeStats& stats) {
     bool bad[kBlock] = {};
     for (int t = 0; t < args.n_experts; ++t) {
-        const View v = view(args.experts[t], offset, n, block);
-        for (int i = 0; i < n; ++i) bad[i] = bad[i] || !is_finite(v.w[i]) || !is_curvature(v.h[i]);
+        const float* w = load(args.experts[t].weights, offset, n, block.weight_room);
+        const float* h = load(args.experts[t].curvature, offset, n, block.curvature_room);
+        for (int i = 0; i < n; ++i) bad[i] = bad[i] || !is_finite(w[i]) || !is_curvature(h[i]);
     }
     for (int i = 0; i < n; ++i) {
         if (!bad[i]) continue;
-        block.result[i] = block.base[i];
+        block.merged()[i] = block.base[i];
         ++stats.repaired;
     }
 }
 
 template <typename Acc>
+void clear(Block<Acc>& block, bool elect_signs) {
+    std::memset(block.numerator, 0, sizeof(block.numerator));
+    std::memset(block.denominator, 0, sizeof(block.denominator));
+    if (elect_signs) std::memset(block.elected, 0, sizeof(block.elected));
+    if (elect_signs || block.counts_keepers) std::memset(block.kept_by, 0, sizeof(block.kept_by));
+}
+
+// Adds expert t to the sums of the block. Returns whether some input is not usable.
+template <typename Acc>
+bool add_expert(const MergeArgs& args, int t, int64_t offset, int n, Block<Acc>& block, MergeStats& stats) {
+    const Expert& expert = args.experts[t];
+    const Found found = with_view(args, t, offset, n, block, [&](const auto& view) {
+        return first_pass(args, expert, view, block);
+    });
+    stats.kept[t] += found.kept;
+    if (found.suspicion < kSuspect) return false;
+    const float* w = load(expert.weights, offset, n, block.weight_room);
+    const float* h = load(expert.curvature, offset, n, block.curvature_room);
+    return count_nonfinite(w, offset, n, stats.weights[t]) |
+           count_bad_curvature(h, offset, n, stats.curvature[t]);
+}
+
+template <typename Acc>
 void merge_tile(const MergeArgs& args, MergeStats& stats) {
-    Block<Acc> block;
-    const Acc limit = static_cast<Acc>(largest(args.out_dtype));
+    Block<Acc> block = {};
+    block.counts_keepers = counts_keepers<Acc>(args);
     for (int64_t offset = 0; offset < args.n; offset += kBlock) {
         const int n = static_cast<int>(args.n - offset < kBlock ? args.n - offset : kBlock);
-        bool bad = false;
-        load_base(args, offset, n, block, stats, bad);
-        for (int i = 0; i < n; ++i) {
-            block.numerator[i] = Acc(0);
-            block.denominator[i] = Acc(0);
-            block.elected[i] = 0.0f;
-            block.kept_by[i] = 0;
-        }
-        for (int t = 0; t < args.n_experts; ++t) {
-            const Expert& expert = args.experts[t];
-            prefetch_next(expert.weights, offset, args.n);
-            if (expert.curvature.kind == CurvatureKind::full)
-                prefetch_next(expert.curvature.values, offset, args.n);
-            const View v = view(expert, offset, n, block);
-            bad |= count_nonfinite(v, offset, n, stats.weights[t], stats.curvature[t]);
-            stats.kept[t] += with_weights(v, [&](const auto* w, const float* h) {
-                return args.formula.elect_signs ? elect(args, expert, n, w, h, block)
-                                                : accumulate(args, expert, n, w, h, block);
-            });
-        }
+        bool bad = load_base(args, offset, n, block, stats.base);
+        clear(block, args.formula.elect_signs);
+        for (int t = 0; t < args.n_experts; ++t) bad |= add_expert(args, t, offset, n, block, stats);
         if (args.formula.elect_signs)
             for (int t = 0; t < args.n_experts; ++t)
-                with_weights(view(args.experts[t], offset, n, block),
-                             [&](const auto* w, const float* h) {
-                                 disjoint_sum(args, args.experts[t], n, w, h, block);
-                             });
+                with_view(args, t, offset, n, block, [&](const auto& view) {
+                    const Expert& expert = args.experts[t];
+                    args.has_base ? disjoint_sum<true>(expert, view, block)
+                                  : disjoint_sum<false>(expert, view, block);
+                });
         combine(args, offset, n, block, stats);
         if (bad && args.formula.repair_nonfinite) repair(args, offset, n, block, stats);
-        int32_t overflow = 0;
-        for (int i = 0; i < n; ++i) overflow += !(std::fabs(block.result[i]) <= limit);
-        stats.overflow += overflow;
-        store(args.out_dtype, args.out, offset, n, block.result);
+        stats.overflow += store(args.out_dtype, args.out, offset, n, block.merged());
     }
 }
 

@@ -238,9 +238,11 @@ class TestFailure:
         assert not (tmp_path / "out").exists()
 
     @pytest.mark.parametrize(
-        "error", [MemoryError(), OSError(5, "Input/output error", "some/file")], ids=repr
+        ("error", "fact"),
+        [(MemoryError(), "memory"), (OSError(5, "Input/output error", "some/file"), "some/file")],
+        ids=["memory", "input/output"],
     )
-    def test_of_the_machine_exits_1(self, ota_merge, recipe, tmp_path, monkeypatch, error):
+    def test_of_the_machine_exits_1(self, ota_merge, recipe, tmp_path, monkeypatch, error, fact):
         def fail(*arguments, **options):
             raise error
 

@@ -55,6 +55,9 @@ VARIANTS = {
     "scaling": {"scaling_factor": [1.0, 0.25, 7.5], "density": 0.5},
     "normalise-global": {"normalise": "global", "density": 0.5},
     "normalise-model": {"normalise": "model", "scaling_factor": [1.0, 2.0, 0.5]},
+    # So much epsilon that the mean itself shows, not only the ratio of the experts' means.
+    "normalise-global-epsilon": {"normalise": "global", "epsilon": 1e-5},
+    "normalise-model-epsilon": {"normalise": "model", "epsilon": 1e-5},
     "fallback-mean": {"fallback_to_base": False, "density": 0.2},
     "weights-unmasked": {"mask_weights": False, "density": 0.3},
     "weights-unmasked-mean": {"mask_weights": False, "density": 0.3, "fallback_to_base": False},

@@ -14,7 +14,7 @@ from checkpoints import make_set, write_recipe
 
 import ota_kernels
 
-PACKAGE = Path(ota_kernels.__path__[-1] if ota_kernels.__file__ is None else ota_kernels.__file__).parent
+PACKAGE = Path(ota_kernels.__file__).parent
 HEAVY = {"torch", "triton", "transformers", "sklearn"}
 
 

@@ -15,6 +15,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from checkpoints import (
@@ -471,8 +472,10 @@ class TestTwoAtOnce:
         recipe = write_recipe(tmp_path / "recipe.yaml", models.recipe())
         process = start(recipe, out, "-q", "--threads", "1", pause=0.03)
         process.stdout.read(3)
+        descriptors = psutil.Process().num_fds()
         with pytest.raises(OutputError, match=re.escape(str(out))):
             merge(recipe, out, **options)
+        assert psutil.Process().num_fds() == descriptors
         assert process.poll() is None
         _, errors = process.communicate()
         assert (process.returncode, errors) == (0, b"")

@@ -13,6 +13,7 @@ from tolerances import assert_close
 
 from ota_kernels import decide
 from ota_kernels.backends import native
+from ota_kernels.errors import InputError
 from ota_kernels.factors import CHUNK, as_float32, low_rank, rank1
 from ota_kernels.formula import ExpertTerms, score_scale
 from ota_kernels.recipe import MAX_MODELS
@@ -112,10 +113,11 @@ def large() -> Experts:
     return random_experts(1, (CHUNK + 1,), 1, curvature_dtypes=("bfloat16",))
 
 
+@pytest.mark.parametrize("scope", ["tensor", "model"])
 @pytest.mark.parametrize("parameters", SELECTIONS, ids=str)
-def test_histograms_and_direct_selection_agree(backend, large, parameters):
+def test_histograms_and_direct_selection_agree(backend, large, parameters, scope):
     """A tensor above one chunk is decided by two histogram passes: as by sorting all of its scores."""
-    recipe = make_recipe(1, density_scope="tensor", **parameters)
+    recipe = make_recipe(1, density_scope=scope, **parameters)
     tensor = large.inputs("bfloat16")
     survey = Survey(recipe, [tensor], backend)
     expert = survey.terms(tensor, survey.decide_model(map), map).experts[0]
@@ -145,6 +147,16 @@ def test_a_large_tensor_merges_as_in_float64(backend, large):
     truth = reference64.evaluate({"weight": large.exact()}, **parameters)["weight"]
     np.testing.assert_array_equal(outcome.masks, truth.masks)
     assert_close("bfloat16", outcome.out, truth.out, truth.operand, 1)
+
+
+@pytest.mark.parametrize("places", [[CHUNK], [CHUNK - 1, CHUNK]], ids=["second-chunk", "both-chunks"])
+def test_bad_values_are_counted_over_the_whole_tensor(backend, large, places):
+    w = large.experts[0].clone()
+    w[places] = float("nan")
+    tensor = replace(large, experts=(w,)).inputs("bfloat16")
+    for parameters in ({"density": 0.5}, {"normalise": "global"}):
+        with pytest.raises(InputError, match=f"{len(places)} of {CHUNK + 1} .* flat index {places[0]};"):
+            merge_model(make_recipe(1, **parameters), [tensor], backend)
 
 
 def test_density_in_the_order_of_true_saliencies(backend):
