@@ -303,7 +303,9 @@ def test_tiles_give_the_same_bytes(backend, curvature, size):
     whole, stats = merge_tile(tensor, terms, backend)
     assert 0 < stats.kept[0] < tensor.numel
     parts = [
-        merge_tile(tensor.slice(start, min(start + size, tensor.numel)), terms, backend)
+        merge_tile(
+            tensor.slice(start, tensor.numel).slice(0, min(size, tensor.numel - start)), terms, backend
+        )
         for start in range(0, tensor.numel, size)
     ]
     np.testing.assert_array_equal(np.concatenate([data for data, _ in parts]), whole)
@@ -426,6 +428,20 @@ def test_experts_equal_to_the_base(backend, variant):
     for outcome in merge_model(recipe, [same.inputs("float32")], backend, OUTPUT_DTYPES)["weight"]:
         check(outcome, truth)
         np.testing.assert_array_equal(outcome.out, experts.base.double().numpy())
+
+
+def test_tiny_edits_that_only_epsilon_weighs(backend):
+    """epsilon 1e-26 times an edit of 1e-18 is no float32, the mean of such edits is."""
+    experts = random_experts(15, (300,), 3, dtypes=("float32",), base_dtype="float32")
+    experts = Experts(
+        torch.zeros(300),
+        tuple(w * 1e-17 for w in experts.experts),
+        (torch.zeros(300),) * 3,
+    )
+    truth = reference64.evaluate({"weight": experts.exact()})["weight"]
+    outcomes = merge_model(make_recipe(3), [experts.inputs("float32")], backend, ("bfloat16", "float32"))
+    for outcome in outcomes["weight"]:
+        check(outcome, truth)
 
 
 def test_saliencies_below_float32_are_ordered(backend):
