@@ -264,10 +264,10 @@ def _buffer(tensor: Any, origin: str) -> Buffer:
     dtype = BY_NAME.get(str(tensor.dtype).removeprefix("torch."))
     if dtype is None:
         raise InputError(f"{origin}: tensors of type {tensor.dtype} cannot be merged")
-    if tensor.numel() == 0:  # torch may give it stride 0, and does not view that as another type
-        return Buffer(np.empty(0, np.uint8), dtype, origin)
     dense = tensor.detach().resolve_neg().contiguous()
-    return Buffer(dense.reshape(-1).view(torch.uint8).numpy(), dtype, origin)
+    # A tensor of one element or none may have any stride, but only stride 1 can be viewed as bytes.
+    flat = dense.as_strided((dense.numel(),), (1,))
+    return Buffer(flat.view(torch.uint8).numpy(), dtype, origin)
 
 
 def _check_alike(name: str, like: Any, models: Mapping[str, Mapping[str, Any]]) -> None:

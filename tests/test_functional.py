@@ -234,6 +234,17 @@ def test_torch_tensors_of_any_layout(backend, dtype):
         assert not merged.requires_grad
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_element_of_any_stride(dtype):
+    """Contiguous whatever its stride says."""
+    like = getattr(torch, dtype)
+    one, three = (torch.full((4,), x, dtype=like)[1::3] for x in (1.0, 3.0))
+    assert one.stride() == (3,)
+    assert merge_tensors(one, [one, three]).tolist() == [2.0]
+    if dtype == "float32":
+        assert merge_tensors(one.numpy(), [one.numpy(), three.numpy()]).tolist() == [2.0]
+
+
 def test_lazily_negated_tensors():
     """`.imag` of a conjugate holds the numbers with the other sign; one number is contiguous."""
     for values in ([1.0], [1.0, -2.0, 3.0]):
