@@ -311,7 +311,8 @@ void combine(const MergeArgs& args, int64_t offset, int n, Block<Acc>& block, Me
 // `on_nonfinite: base`: the base value wherever some input of the element is not usable, and no mask there.
 template <typename Acc>
 void repair(const MergeArgs& args, int64_t offset, int n, Block<Acc>& block, MergeStats& stats) {
-    bool bad[kBlock] = {};
+    bool bad[kBlock];
+    for (int i = 0; i < n; ++i) bad[i] = !is_finite(static_cast<float>(block.base[i]));
     for (int t = 0; t < args.n_experts; ++t) {
         const float* w = load(args.experts[t].weights, offset, n, block.weight_room);
         const float* h = load(args.experts[t].curvature, offset, n, block.curvature_room);

@@ -33,6 +33,7 @@ void for_scores(const SurveyArgs& args, SurveyStats& stats, Step step) {
             for (int i = 0; i < n; ++i) {
                 d[i] = w[i] - base[i];
                 s[i] = saliency(h[i], d[i], k);
+                s[i] = s[i] >= 0.0f ? s[i] : 0.0f;  // a curvature above 2^96 times an edit of 0
             }
             if (bad)
                 for (int i = 0; i < n; ++i)

@@ -135,8 +135,9 @@ def _scores(
         usable = usable & torch.isfinite(base)
     d = w if base is None else w - base
     s = score(h, None if base is None else d, terms.score_scale)
+    usable_score = usable & ~s.isnan()  # a curvature above 2^96 times an edit of 0
     zero = torch.zeros(())
-    return torch.where(usable, d, zero), torch.where(usable, s, zero), nonfinite
+    return torch.where(usable, d, zero), torch.where(usable_score, s, zero), nonfinite
 
 
 def histogram(
