@@ -34,7 +34,7 @@ def as_float32(buffer: Buffer) -> np.ndarray:
 
 
 def rank1(curvature: Full, shape: tuple[int, ...], run: Map) -> Rank1:
-    """R_i C_j / sum(R) of a curvature matrix of `shape` (DESIGN section 2), bias correction divided out."""
+    """R_i C_j / sum(R) of a curvature matrix of `shape`, bias correction divided out."""
     columns = shape[1]
 
     def sums(chunk: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def _masked_edits(recipe: Recipe) -> Formula:
-    """FFG masks, then the recipe's variant of combining the masked edits (DESIGN section 2)."""
+    """FFG masks, then the recipe's variant of combining the masked edits (arXiv 2509.11167)."""
     p = recipe.parameters
     variant = p.masked_task_vector_merge_method
     rules = [selection_of(m.parameters) for m in recipe.models]
@@ -47,7 +47,7 @@ def _weighted_mean(recipe: Recipe) -> Formula:
 class Method:
     """What a merge method needs and which recipe keys it accepts.
 
-    formula: one line in DESIGN's symbols, for help and README; base: "required", "optional" or "unused";
+    formula: one line in the symbols of README, "Methods"; base: "required", "optional" or "unused";
     curvature: whether each model brings second moments; parameters: keys for the whole merge;
     model_parameters: keys of one model, each of which may also stand in the recipe's global `parameters`
     as the default of all models; kernel: what the kernels compute for a recipe; weights: one weight per

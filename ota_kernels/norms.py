@@ -1,4 +1,4 @@
-"""Operator norms of edits, for `rescale` (DESIGN section 2).
+"""Operator norms of edits, for `rescale`.
 
 Embeddings and outputs: l1 -> RMS, the largest RMS of the vector that one input coordinate selects. Other
 matrices: RMS -> RMS, sqrt(d_in / d_out) times the spectral norm. Everything else: RMS.

@@ -52,7 +52,7 @@ class Full:
 
 @dataclass(frozen=True, slots=True)
 class Rank1:
-    """Curvature rows[i] * columns[j] of a matrix (DESIGN section 2: R_i C_j / sum(R)).
+    """Curvature rows[i] * columns[j] of a matrix: R_i C_j / sum(R).
 
     rows: float32[m] row sums; columns: float32[n] column sums divided by the total; start: flat index of
     the first element of this slice.

@@ -1,4 +1,4 @@
-"""What a merge must compute, straight from DESIGN section 2: values in float64, decisions in float32.
+"""What a merge must compute, straight from the formulas: values in float64, decisions in float32.
 
 Numpy alone; shares no code with the package. A saliency, and so a mask, is a float32 number by definition:
 (h 2^32) (2^16 d)^2 with h and d in float32, compared with the float32 of 2^64 theta. The edits that TIES

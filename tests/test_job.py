@@ -434,7 +434,7 @@ class TestCurvatureFiles:
 
 
 def float32_scores(models: ModelSet) -> list[dict[str, np.ndarray]]:
-    """Per expert and tensor, saliency h d^2 times 2^64 in float32 (DESIGN section 2)."""
+    """Per expert and tensor, saliency h d^2 times 2^64 in float32."""
     found = []
     for expert, curvature in zip(models.experts, models.curvatures, strict=True):
         scores = {}
