@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import sys
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import settings
 
 from ota_kernels.backends import native, reference
+from ota_kernels.cli import main
 
 # Two cores run everything: no deadline per example, and the same examples every time.
 settings.register_profile("ota", deadline=None, max_examples=30, derandomize=True)
@@ -44,3 +48,22 @@ def poisoned_outputs():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(np, "empty", poisoned)
         yield
+
+
+@pytest.fixture
+def ota_merge(monkeypatch, capsys):
+    """Runs the command in this process; returns (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["ota-merge", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        output = capsys.readouterr()
+        return code, output.out, output.err
+
+    level = logging.getLogger("ota_kernels").level
+    yield run
+    logging.getLogger("ota_kernels").setLevel(level)  # what -v has set

@@ -8,7 +8,6 @@ import os
 import shutil
 import struct
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,31 +28,12 @@ from checkpoints import (
 )
 from safetensors.torch import save_file
 
-from ota_kernels.cli import main
-
 SHAPES = {"embed_tokens.weight": (10, 4), "layer.weight": (6, 5), "layer.bias": (5,)}
 
 
 @pytest.fixture
 def models(tmp_path):
     return make_set(tmp_path / "inputs", SHAPES, experts=2, dtype=torch.float32)
-
-
-@pytest.fixture
-def ota_merge(monkeypatch, capsys):
-    """Runs the command in this process; returns (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["ota-merge", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        output = capsys.readouterr()
-        return code, output.out, output.err
-
-    return run
 
 
 @pytest.fixture

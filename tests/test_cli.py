@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import re
@@ -15,7 +14,6 @@ import pytest
 from checkpoints import digests, load_merged, make_set, model_digests, shard_files, write_recipe
 
 from ota_kernels import __version__, merge
-from ota_kernels.cli import main
 
 SHAPES = {"embed_tokens.weight": (50, 16), "layer.weight": (33, 17), "norm.weight": (17,), "scale": ()}
 
@@ -28,25 +26,6 @@ def models(tmp_path_factory):
 @pytest.fixture
 def recipe(models, tmp_path):
     return write_recipe(tmp_path / "recipe.yaml", models.recipe(density=0.3))
-
-
-@pytest.fixture
-def ota_merge(monkeypatch, capsys):
-    """Runs the command in this process; returns (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["ota-merge", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        output = capsys.readouterr()
-        return code, output.out, output.err
-
-    level = logging.getLogger("ota_kernels").level
-    yield run
-    logging.getLogger("ota_kernels").setLevel(level)  # what -v has set
 
 
 class TestHelp:
