@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -172,6 +173,7 @@ class _Merge:
     def __exit__(self, *_: object) -> None:
         self.inputs.close()
 
+    @functools.cached_property
     def fingerprint(self) -> str:
         """Changes whenever the output's bytes might: recipe, inputs, layout, seed, version."""
         parts = [
@@ -234,7 +236,7 @@ class _Merge:
             )
         if out.exists() and any(out.iterdir()):
             report = _published_report(out) if self.options.resume else {}
-            if report.get("fingerprint") == self.fingerprint():
+            if report.get("fingerprint") == self.fingerprint:
                 logger.info("%s is complete already", out)
                 return report
             if not self.options.overwrite:
@@ -254,13 +256,13 @@ class _Merge:
 
     def _run_in(self, work: WorkFolder, assets: list[Asset], progress: Progress) -> dict:
         started = time.perf_counter()
-        ledger = Ledger(work.journal_records(self.fingerprint()), len(self.inputs.entries))
+        ledger = Ledger(work.journal_records(self.fingerprint), len(self.inputs.entries))
         writer = ShardWriter(work.files, self.plan.layout)
         log = journal.Journal(work.path, writer.sync)
         seconds = {}
         try:
             if ledger.fresh:
-                log.append({"fingerprint": self.fingerprint()})
+                log.append({"fingerprint": self.fingerprint})
             with Pool(self.plan.threads) as pool:
                 if ledger.decisions is None:
                     progress.stage("survey", 0)
@@ -283,7 +285,7 @@ class _Merge:
             finally:
                 writer.close()
         seconds["sync"] = time.perf_counter() - started - seconds["survey"] - seconds["merge"]
-        report = build_report(self.inputs, self.plan, ledger, self.fingerprint(), seconds)
+        report = build_report(self.inputs, self.plan, ledger, self.fingerprint, seconds)
         writer.write_index(work.files)
         write_assets(work.files, [*assets, self._card(assets, report), _json_asset(REPORT_NAME, report)])
         return report

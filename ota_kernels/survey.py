@@ -75,9 +75,7 @@ class Survey:
     @property
     def passes(self) -> int:
         """Model-wide reads of the inputs before the merge."""
-        if self._surveyed_experts():
-            return 2
-        return 1 if self._wants_model_mean() else 0
+        return (2 if self._surveyed_experts() else 0) + (1 if self._wants_model_mean() else 0)
 
     @property
     def tensor_passes(self) -> int:
