@@ -88,6 +88,11 @@ class TestPlan:
         plan = self.planned(ota_merge, path)
         assert (plan["passes"], plan["bytes_in"]) == (1, self.ONE_PASS)
 
+    def test_model_means_take_a_pass_of_their_own(self, ota_merge, models, tmp_path):
+        path = write_recipe(tmp_path / "recipe.yaml", models.recipe(density=0.3, normalise="model"))
+        plan = self.planned(ota_merge, path)
+        assert (plan["passes"], plan["bytes_in"]) == (4, 4 * self.ONE_PASS)
+
     def test_linear_reads_neither_base_nor_curvature(self, ota_merge, models, tmp_path):
         path = write_recipe(tmp_path / "recipe.yaml", models.recipe("linear"))
         assert self.planned(ota_merge, path)["bytes_in"] == self.ELEMENTS * 3 * 2
