@@ -22,7 +22,7 @@ namespace OTA_ISA {
 constexpr int kBlock = 1024;
 
 // Elements that one inner loop covers, between two fetches ahead: a whole number of cache lines of any type.
-constexpr int kChunk = 64;
+constexpr int kChunk = 128;
 static_assert(kBlock % kChunk == 0, "a block is a whole number of chunks");
 
 template <typename To, typename From>
@@ -46,9 +46,8 @@ enum class Power { none, half, one, general };
 template <Power P, typename Acc>
 inline Acc weight(Acc h, Acc a, Acc p, Acc epsilon) {
     if (P == Power::none) return a;
-    if (P == Power::half) return std::sqrt(h) * a + epsilon;
-    if (P == Power::one) return h * a + epsilon;
-    return std::pow(h, p) * a + epsilon;
+    const Acc root = P == Power::half ? std::sqrt(h) : P == Power::one ? h : std::pow(h, p);
+    return std::fma(root, a, epsilon);
 }
 
 // Small floats to float32: E exponent bits of the given bias, M mantissa bits below them.

@@ -83,19 +83,23 @@ inline void accumulate(const Formula& f, const Expert& expert, const W* __restri
     const Acc p = static_cast<Acc>(f.power), edit_scale = static_cast<Acc>(expert.edit_scale);
     const float threshold = expert.threshold, k = expert.score_scale;
     const bool weigh_all = !f.mask_weights;
+    // A score of finite, non-negative inputs is one itself, unless it overflows: one look instead of two.
+    constexpr bool kScoreTells = HasBase && M != Mask::none;
     int32_t kept = 0;
     uint32_t top = found.suspicion;
     for (int i = 0; i < kChunk; ++i) {
         const float wf = static_cast<float>(w[i]), b = static_cast<float>(base[i]);
         const Acc d = static_cast<Acc>(w[i]) - base[i];
         const Acc all = weight<P, Acc>(static_cast<Acc>(h[i]), a, p, epsilon);
-        const bool keep = M == Mask::none || score<HasBase>(h[i], wf, b, k) >= threshold;
+        const float s = score<HasBase>(h[i], wf, b, k);
+        const bool keep = M == Mask::none || s >= threshold;
         const Acc masked = keep ? all : Acc(0);
         denominator[i] += M == Mask::general && weigh_all ? all : masked;
-        numerator[i] += masked * (M == Mask::plain ? d : edit_scale * d);
+        numerator[i] = std::fma(masked, M == Mask::plain ? d : edit_scale * d, numerator[i]);
         if (M == Mask::general) kept_by[i] += keep ? 1 : 0;
         kept += keep ? 1 : 0;
-        top = larger(top, larger(suspicion(wf), suspicion_of_curvature(h[i])));
+        const uint32_t inputs = larger(suspicion(wf), suspicion_of_curvature(h[i]));
+        top = larger(top, kScoreTells ? bit_cast<uint32_t>(s) : inputs);
     }
     found.kept += kept;
     found.suspicion = top;
