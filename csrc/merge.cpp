@@ -83,7 +83,7 @@ inline void accumulate(const Formula& f, const Expert& expert, const W* __restri
     const Acc p = static_cast<Acc>(f.power), edit_scale = static_cast<Acc>(expert.edit_scale);
     const float threshold = expert.threshold, k = expert.score_scale;
     const bool weigh_all = !f.mask_weights;
-    // A score of finite, non-negative inputs is one itself, unless it overflows: one look instead of two.
+    // Usable inputs have a finite score that is not negative, unless it overflows: one look instead of two.
     constexpr bool kScoreTells = HasBase && M != Mask::none;
     int32_t kept = 0;
     uint32_t top = found.suspicion;
