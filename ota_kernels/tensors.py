@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .dtypes import DType
+from .dtypes import BY_NAME, DType
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +29,20 @@ class Buffer:
         size = self.dtype.itemsize
         return Buffer(self.data[start * size : stop * size], self.dtype, self.origin)
 
+    def gather(self, positions: np.ndarray) -> Buffer:
+        """A copy of the elements at `positions` (int64[m])."""
+        elements = self.data.view(f"u{self.dtype.itemsize}")[positions]
+        return Buffer(elements.view(np.uint8), self.dtype, self.origin)
+
 
 @dataclass(frozen=True, slots=True)
 class Uniform:
     """Curvature 1 everywhere: no second moments are used."""
 
     def slice(self, start: int, stop: int) -> Uniform:
+        return self
+
+    def gather(self, positions: np.ndarray) -> Uniform:
         return self
 
 
@@ -48,6 +56,9 @@ class Full:
 
     def slice(self, start: int, stop: int) -> Full:
         return Full(self.values.slice(start, stop), self.bias_correction)
+
+    def gather(self, positions: np.ndarray) -> Full:
+        return Full(self.values.gather(positions), self.bias_correction)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +76,10 @@ class Rank1:
     def slice(self, start: int, stop: int) -> Rank1:
         return Rank1(self.rows, self.columns, self.start + start)
 
+    def gather(self, positions: np.ndarray) -> Full:
+        row, column = np.divmod(self.start + positions, self.columns.size)
+        return _full(self.rows[row] * self.columns[column])
+
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
@@ -76,6 +91,17 @@ class LowRank:
 
     def slice(self, start: int, stop: int) -> LowRank:
         return LowRank(self.left, self.right, self.start + start)
+
+    def gather(self, positions: np.ndarray) -> Full:
+        row, column = np.divmod(self.start + positions, self.right.shape[1])
+        h = np.zeros(len(positions), np.float32)
+        for r in range(self.right.shape[0]):  # the kernels' order, so that scores are the same bits
+            h += self.left[row, r] * self.right[r, column]
+        return _full(np.where(h > 0, h, np.float32(0)))
+
+
+def _full(h: np.ndarray) -> Full:
+    return Full(Buffer(h.view(np.uint8), BY_NAME["float32"], "curvature"))
 
 
 Curvature = Uniform | Full | Rank1 | LowRank
@@ -109,4 +135,16 @@ class TensorInputs:
             None if self.base is None else self.base.slice(start, stop),
             tuple(e.slice(start, stop) for e in self.experts),
             tuple(c.slice(start, stop) for c in self.curvatures),
+        )
+
+    def gather(self, positions: np.ndarray) -> TensorInputs:
+        """The elements at `positions` (int64[m]) as a tile of their own, copied; factored curvature becomes one
+        float32 value per element."""
+        return TensorInputs(
+            self.name,
+            self.shape,
+            self.out_dtype,
+            None if self.base is None else self.base.gather(positions),
+            tuple(e.gather(positions) for e in self.experts),
+            tuple(c.gather(positions) for c in self.curvatures),
         )
