@@ -73,9 +73,9 @@ ota::Curvature curvature(const nb::tuple& spec, int64_t n) {
     return c;
 }
 
-// (bytes, code, curvature, threshold, score_scale, weight_scale, edit_scale, trim)
+// (bytes, code, curvature, threshold, score_scale, weight_scale, edit_scale, trim, span, census)
 ota::Expert expert(const nb::tuple& spec, int64_t n) {
-    require(spec.size() == 8, "an expert has 8 parts");
+    require(spec.size() == 10, "an expert has 10 parts");
     ota::Expert e;
     e.weights = operand(nb::cast<Bytes>(spec[0]), nb::cast<int>(spec[1]), n);
     e.curvature = curvature(nb::cast<nb::tuple>(spec[2]), n);
@@ -84,6 +84,12 @@ ota::Expert expert(const nb::tuple& spec, int64_t n) {
     e.weight_scale = nb::cast<double>(spec[5]);
     e.edit_scale = nb::cast<double>(spec[6]);
     e.trim = static_cast<float>(nb::cast<double>(spec[7]));
+    e.span = nb::cast<uint32_t>(spec[8]);
+    if (!spec[9].is_none()) {
+        const auto census = nb::cast<OutInts>(spec[9]);
+        require(census.size() == ota::kCensus, "a census has 513 numbers");
+        e.census = census.data();
+    }
     return e;
 }
 
@@ -135,8 +141,31 @@ using Count = std::pair<int64_t, int64_t>;  // how many, first index in the tile
 
 Count pair(const ota::NonFinite& bad) { return {bad.count, bad.first}; }
 
+// (index, base or None, [weights], [curvature or None]): room for every element of the tile.
+ota::Candidates candidates(const nb::tuple& spec, const ota::MergeArgs& args) {
+    require(spec.size() == 4, "candidates have 4 parts");
+    const auto room = [&](const OutBytes& a, int size) {
+        require(static_cast<int64_t>(a.size()) >= size * args.n, "too little room for candidates");
+        return a.data();
+    };
+    ota::Candidates c;
+    c.index = reinterpret_cast<uint32_t*>(room(nb::cast<OutBytes>(spec[0]), 4));
+    if (args.has_base) c.base = room(nb::cast<OutBytes>(spec[1]), item_size(static_cast<int>(args.base.dtype)));
+    const auto weights = nb::cast<nb::list>(spec[2]), curvature = nb::cast<nb::list>(spec[3]);
+    require(static_cast<int>(weights.size()) == args.n_experts && static_cast<int>(curvature.size()) == args.n_experts,
+            "candidates of another number of experts");
+    for (int t = 0; t < args.n_experts; ++t) {
+        const ota::Expert& e = args.experts[t];
+        c.weights[t] = room(nb::cast<OutBytes>(weights[t]), item_size(static_cast<int>(e.weights.dtype)));
+        if (e.curvature.kind != ota::CurvatureKind::uniform)
+            c.curvature[t] = reinterpret_cast<float*>(room(nb::cast<OutBytes>(curvature[t]), 4));
+    }
+    return c;
+}
+
 nb::tuple merge(const std::optional<Bytes>& base, int base_code, const nb::list& experts,
-                const nb::tuple& formula_spec, OutBytes out, int out_code, const std::string& isa) {
+                const nb::tuple& formula_spec, OutBytes out, int out_code,
+                const std::optional<nb::tuple>& candidates_spec, const std::string& isa) {
     require(out_code >= 0 && out_code <= 3, "a merged tensor is float32, bfloat16, float16 or float64");
     ota::MergeArgs args;
     args.n = static_cast<int64_t>(out.size()) / item_size(out_code);
@@ -149,6 +178,11 @@ nb::tuple merge(const std::optional<Bytes>& base, int base_code, const nb::list&
     args.formula = formula(formula_spec);
     args.out = out.data();
     args.out_dtype = static_cast<ota::DType>(out_code);
+    ota::Candidates undecided;
+    if (candidates_spec) {
+        undecided = candidates(*candidates_spec, args);
+        args.candidates = &undecided;
+    }
 
     const ota::Kernels& table = kernels(isa);
     ota::MergeStats stats;
@@ -163,7 +197,7 @@ nb::tuple merge(const std::optional<Bytes>& base, int base_code, const nb::list&
         curvatures.push_back(pair(stats.curvature[t]));
     }
     return nb::make_tuple(kept, stats.unkept, stats.overflow, stats.repaired, pair(stats.base), weights,
-                          curvatures);
+                          curvatures, undecided.count);
 }
 
 ota::SurveyArgs survey_args(const std::optional<Bytes>& base, int base_code, const nb::tuple& expert_spec,
@@ -241,7 +275,7 @@ NB_MODULE(_native, m) {
     m.doc() = "CPU kernels. Use ota_kernels.backends.native; these entry points take raw tiles.";
     m.def("instruction_sets", &instruction_sets);
     m.def("merge", &merge, "base"_a.none(), "base_code"_a, "experts"_a, "formula"_a, "out"_a, "out_code"_a,
-          "isa"_a);
+          "candidates"_a.none(), "isa"_a);
     m.def("histogram", &histogram, "base"_a.none(), "base_code"_a, "expert"_a, "n"_a, "of_edits"_a,
           "prefix"_a, "counts"_a, "lows"_a, "isa"_a);
     m.def("edits", &per_element<&ota::Kernels::edits>, "base"_a.none(), "base_code"_a, "expert"_a, "out"_a,

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__F16C__)
+#if defined(__F16C__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -146,7 +146,7 @@ private:
 
 inline void decode_f16(const uint16_t* src, int n, float* dst) {
     int i = 0;
-#if defined(__F16C__)
+#if defined(__F16C__) || defined(__AVX512F__)
     for (; i + 8 <= n; i += 8)
         _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i))));
 #endif

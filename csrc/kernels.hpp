@@ -38,6 +38,23 @@ struct Expert {
     double weight_scale = 1; // a in P = a h^p + eps, or P = a
     double edit_scale = 1;   // rescale factor of the masked edit
     float trim = 0;          // least |d| that survives TIES trimming
+    uint32_t span = 0;       // scores of threshold and the span - 1 next float32 numbers are undecided
+    int64_t* census = nullptr;  // kCensus counts of the scores, or none
+};
+
+// A census of scores: sums of significands by exponent, of scores up to the bracket's end, then of those above
+// it; last, how many are above.
+constexpr int kExponents = 256;
+constexpr int kCensus = 2 * kExponents + 1;
+
+// Where elements go that some expert's bracket leaves undecided: their index in the tile and their operands,
+// weights as they are stored, curvature as float32 (nowhere for uniform curvature). Room for a whole tile.
+struct Candidates {
+    int64_t count = 0;
+    uint32_t* index = nullptr;
+    uint8_t* base = nullptr;
+    uint8_t* weights[kMaxExperts] = {};
+    float* curvature[kMaxExperts] = {};
 };
 
 struct Formula {
@@ -79,6 +96,7 @@ struct MergeArgs {
     Formula formula;
     uint8_t* out = nullptr;
     DType out_dtype = DType::f32;
+    Candidates* candidates = nullptr;  // none where nothing is undecided
 };
 
 enum class Score : int { saliency = 0, edit = 1 };

@@ -12,6 +12,8 @@ namespace ota {
 namespace OTA_ISA {
 namespace {
 
+constexpr int kLanes = 16;  // of the widest vectors
+
 // Besides float32, the type of weights that the loops read as they are; others are widened to float32 first.
 template <typename Acc>
 using Direct = std::conditional_t<std::is_same<Acc, double>::value, double, bf16>;
@@ -23,6 +25,7 @@ struct alignas(64) Block {
     float weight_room[kBlock], curvature_room[kBlock];
     float elected[kBlock];  // sum of the trimmed edits, whose sign TIES elects
     int32_t kept_by[kBlock];
+    int32_t undecided[kBlock];  // 1 where a score lies in its bracket
     bool counts_keepers;  // whether kept_by is in use
     Direct<Acc> direct_room[kBlock];
 
@@ -70,21 +73,24 @@ inline float score(float h, float w, float base, float k) {
     return HasBase ? saliency(h, w - base, k) : h * k;
 }
 
-// plain: what the OTA merge itself needs; general: rescaled edits, unmasked weights and counted keepers too.
-enum class Mask { none, plain, general };
+// plain: what the OTA merge itself needs; open: brackets too; general: all that, rescaled edits, unmasked
+// weights and counted keepers.
+enum class Mask { none, plain, open, general };
 
 // One chunk: numerator += m P (e d), denominator += m P (or P). One pass decides, adds and checks; a constant
 // count and restrict parameters leave neither remainder nor alias checks.
 template <Power P, bool HasBase, Mask M, typename Acc, typename W>
 inline void accumulate(const Formula& f, const Expert& expert, const W* __restrict w,
                        const float* __restrict h, const Acc* __restrict base, Acc* __restrict numerator,
-                       Acc* __restrict denominator, int32_t* __restrict kept_by, Found& found) {
+                       Acc* __restrict denominator, int32_t* __restrict kept_by, int32_t* __restrict undecided,
+                       Found& found) {
     const Acc a = static_cast<Acc>(expert.weight_scale), epsilon = static_cast<Acc>(f.epsilon);
     const Acc p = static_cast<Acc>(f.power), edit_scale = static_cast<Acc>(expert.edit_scale);
     const float threshold = expert.threshold, k = expert.score_scale;
     const bool weigh_all = !f.mask_weights;
     // Usable inputs have a finite score that is not negative, unless it overflows: one look instead of two.
     constexpr bool kScoreTells = HasBase && M != Mask::none;
+    const uint32_t lowest = bit_cast<uint32_t>(threshold), span = expert.span;
     int32_t kept = 0;
     uint32_t top = found.suspicion;
     for (int i = 0; i < kChunk; ++i) {
@@ -95,9 +101,10 @@ inline void accumulate(const Formula& f, const Expert& expert, const W* __restri
         const bool keep = M == Mask::none || s >= threshold;
         const Acc masked = keep ? all : Acc(0);
         denominator[i] += M == Mask::general && weigh_all ? all : masked;
-        numerator[i] = std::fma(masked, M == Mask::plain ? d : edit_scale * d, numerator[i]);
+        numerator[i] = std::fma(masked, M == Mask::general ? edit_scale * d : d, numerator[i]);
         if (M == Mask::general) kept_by[i] += keep ? 1 : 0;
         kept += keep ? 1 : 0;
+        if ((M == Mask::open || M == Mask::general) && bit_cast<uint32_t>(s) - lowest < span) undecided[i] = 1;
         const uint32_t inputs = larger(suspicion(wf), suspicion_of_curvature(h[i]));
         top = larger(top, kScoreTells ? bit_cast<uint32_t>(s) : inputs);
     }
@@ -112,7 +119,7 @@ Found accumulate(const Formula& f, const Expert& expert, const View<W>& view, Bl
         view.next_w.fetch(i);
         view.next_h.fetch(i);
         accumulate<P, HasBase, M>(f, expert, view.w + i, view.h + i, block.base + i, block.numerator + i,
-                                  block.denominator + i, block.kept_by + i, found);
+                                  block.denominator + i, block.kept_by + i, block.undecided + i, found);
     }
     if (M == Mask::none) found.kept = view.n;
     return found;
@@ -122,14 +129,17 @@ Found accumulate(const Formula& f, const Expert& expert, const View<W>& view, Bl
 template <bool HasBase, typename Acc, typename W>
 inline void elect(const Expert& expert, const W* __restrict w, const float* __restrict h,
                   const Acc* __restrict base, float* __restrict elected, int32_t* __restrict kept_by,
-                  Found& found) {
+                  int32_t* __restrict undecided, Found& found) {
     const float threshold = expert.threshold, k = expert.score_scale, trim = expert.trim;
     const float edit_scale = static_cast<float>(expert.edit_scale);
+    const uint32_t lowest = bit_cast<uint32_t>(threshold), span = expert.span;
     int32_t kept = 0;
     uint32_t top = found.suspicion;
     for (int i = 0; i < kChunk; ++i) {
         const float wf = static_cast<float>(w[i]), b = static_cast<float>(base[i]), d = wf - b;
-        const int32_t keep = score<HasBase>(h[i], wf, b, k) >= threshold ? 1 : 0;
+        const float s = score<HasBase>(h[i], wf, b, k);
+        const int32_t keep = s >= threshold ? 1 : 0;
+        if (bit_cast<uint32_t>(s) - lowest < span) undecided[i] = 1;
         elected[i] += keep & (std::fabs(d) >= trim) ? edit_scale * d : 0.0f;
         kept_by[i] += keep;
         kept += keep;
@@ -146,7 +156,7 @@ Found elect(const Expert& expert, const View<W>& view, Block<Acc>& block) {
         view.next_w.fetch(i);
         view.next_h.fetch(i);
         elect<HasBase>(expert, view.w + i, view.h + i, block.base + i, block.elected + i, block.kept_by + i,
-                       found);
+                       block.undecided + i, found);
     }
     return found;
 }
@@ -175,9 +185,13 @@ Found accumulate(const MergeArgs& args, const Expert& expert, const View<W>& vie
     const Formula& f = args.formula;
     if (!f.masked) return accumulate<P, false, Mask::none>(f, expert, view, block);
     constexpr Mask kPlain = P == Power::none ? Mask::general : Mask::plain;
+    constexpr Mask kOpen = P == Power::none ? Mask::general : Mask::open;
     if (block.counts_keepers)
         return args.has_base ? accumulate<P, true, Mask::general>(f, expert, view, block)
                              : accumulate<P, false, Mask::general>(f, expert, view, block);
+    if (args.candidates)
+        return args.has_base ? accumulate<P, true, kOpen>(f, expert, view, block)
+                             : accumulate<P, false, kOpen>(f, expert, view, block);
     return args.has_base ? accumulate<P, true, kPlain>(f, expert, view, block)
                          : accumulate<P, false, kPlain>(f, expert, view, block);
 }
@@ -329,12 +343,105 @@ void repair(const MergeArgs& args, int64_t offset, int n, Block<Acc>& block, Mer
     }
 }
 
+// Expert t's score of element i where all its inputs are usable, else 0 (not kept, and without mass).
 template <typename Acc>
-void clear(Block<Acc>& block, bool elect_signs) {
+float usable_score(const MergeArgs& args, int t, float w, float h, Acc base) {
+    const float b = static_cast<float>(base), k = args.experts[t].score_scale;
+    if (!is_finite(w) || !is_curvature(h) || !is_finite(b)) return 0.0f;
+    const float s = args.has_base ? score<true>(h, w, b, k) : score<false>(h, w, b, k);
+    return s >= 0.0f ? s : 0.0f;  // a curvature above 2^96 times an edit of 0
+}
+
+// Elements that cannot be used are repaired, and then not counted as kept.
+template <typename Acc>
+void uncount(const MergeArgs& args, int t, int n, const float* w, const float* h, const Block<Acc>& block,
+             int64_t& kept) {
+    const Expert& expert = args.experts[t];
+    for (int i = 0; i < n; ++i) {
+        if (is_finite(w[i]) && is_curvature(h[i]) && is_finite(static_cast<float>(block.base[i]))) continue;
+        const float b = static_cast<float>(block.base[i]);
+        const float s = args.has_base ? score<true>(h[i], w[i], b, expert.score_scale)
+                                      : score<false>(h[i], w[i], b, expert.score_scale);
+        if (!args.formula.masked || s >= expert.threshold) --kept;
+    }
+}
+
+template <typename Acc>
+void take_census(const MergeArgs& args, int t, int64_t offset, int n, Block<Acc>& block) {
+    const Expert& expert = args.experts[t];
+    const float* w = load(expert.weights, offset, n, block.weight_room);
+    const float* h = load(expert.curvature, offset, n, block.curvature_room);
+    const uint32_t first_above = bit_cast<uint32_t>(expert.threshold) + (expert.span ? expert.span : 1);
+    for (int i = 0; i < n; ++i) {
+        const uint32_t bits = bit_cast<uint32_t>(usable_score(args, t, w[i], h[i], block.base[i]));
+        const uint32_t exponent = bits >> 23, above = bits >= first_above ? 1 : 0;
+        const uint32_t significand = (bits & 0x7fffffu) + (exponent > 0 ? 1u << 23 : 0u);
+        expert.census[above * kExponents + exponent] += significand;
+        expert.census[2 * kExponents] += above;
+    }
+}
+
+// Where flags (0 or 1) are 1. flags may be read and `at` written up to kLanes further than n.
+int positions_of_ones(const int32_t* flags, int n, int32_t* at) {
+    int m = 0;
+#if defined(__AVX512F__)
+    __m512i index = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (int i = 0; i < n; i += kLanes, index = _mm512_add_epi32(index, _mm512_set1_epi32(kLanes))) {
+        const __m512i lanes = _mm512_load_si512(flags + i);
+        const __mmask16 ones = _mm512_test_epi32_mask(lanes, lanes);
+        _mm512_storeu_si512(at + m, _mm512_maskz_compress_epi32(ones, index));
+        m += __builtin_popcount(ones);
+    }
+#else
+    for (int i = 0; i < n; ++i) {
+        at[m] = i;
+        m += flags[i];
+    }
+#endif
+    return m;
+}
+
+template <typename T>
+void pick(const Operand& x, int64_t offset, const int32_t* at, int m, uint8_t* out) {
+    const uint8_t* src = x.data + static_cast<int64_t>(sizeof(T)) * offset;
+    for (int j = 0; j < m; ++j) std::memcpy(out + sizeof(T) * j, src + sizeof(T) * at[j], sizeof(T));
+}
+
+// The elements `at` of a block, as they are stored.
+void pick(const Operand& x, int64_t offset, const int32_t* at, int m, uint8_t* out) {
+    switch (item_size(x.dtype)) {
+        case 8: return pick<uint64_t>(x, offset, at, m, out);
+        case 4: return pick<uint32_t>(x, offset, at, m, out);
+        case 2: return pick<uint16_t>(x, offset, at, m, out);
+        default: return pick<uint8_t>(x, offset, at, m, out);
+    }
+}
+
+// Appends the block's undecided elements to the candidates.
+template <typename Acc>
+void append_undecided(const MergeArgs& args, int64_t offset, int n, Block<Acc>& block) {
+    int32_t at[kBlock + kLanes];
+    const int m = positions_of_ones(block.undecided, n, at);
+    Candidates& c = *args.candidates;
+    for (int j = 0; j < m; ++j) c.index[c.count + j] = static_cast<uint32_t>(offset + at[j]);
+    if (args.has_base) pick(args.base, offset, at, m, c.base + item_size(args.base.dtype) * c.count);
+    for (int t = 0; t < args.n_experts; ++t) {
+        const Expert& expert = args.experts[t];
+        pick(expert.weights, offset, at, m, c.weights[t] + item_size(expert.weights.dtype) * c.count);
+        if (expert.curvature.kind == CurvatureKind::uniform) continue;
+        const float* h = load(expert.curvature, offset, n, block.curvature_room);
+        for (int j = 0; j < m; ++j) c.curvature[t][c.count + j] = h[at[j]];
+    }
+    c.count += m;
+}
+
+template <typename Acc>
+void clear(Block<Acc>& block, bool elect_signs, bool open) {
     std::memset(block.numerator, 0, sizeof(block.numerator));
     std::memset(block.denominator, 0, sizeof(block.denominator));
     if (elect_signs) std::memset(block.elected, 0, sizeof(block.elected));
     if (elect_signs || block.counts_keepers) std::memset(block.kept_by, 0, sizeof(block.kept_by));
+    if (open) std::memset(block.undecided, 0, sizeof(block.undecided));
 }
 
 // Adds expert t to the sums of the block. Returns whether some input is not usable.
@@ -345,11 +452,14 @@ bool add_expert(const MergeArgs& args, int t, int64_t offset, int n, Block<Acc>&
         return first_pass(args, expert, view, block);
     });
     stats.kept[t] += found.kept;
+    if (expert.census) take_census(args, t, offset, n, block);
     if (found.suspicion < kSuspect) return false;
     const float* w = load(expert.weights, offset, n, block.weight_room);
     const float* h = load(expert.curvature, offset, n, block.curvature_room);
-    return count_nonfinite(w, offset, n, stats.weights[t]) |
-           count_bad_curvature(h, offset, n, stats.curvature[t]);
+    const bool bad = count_nonfinite(w, offset, n, stats.weights[t]) |
+                     count_bad_curvature(h, offset, n, stats.curvature[t]);
+    if (args.formula.repair_nonfinite) uncount(args, t, n, w, h, block, stats.kept[t]);
+    return bad;
 }
 
 template <typename Acc>
@@ -359,7 +469,7 @@ void merge_tile(const MergeArgs& args, MergeStats& stats) {
     for (int64_t offset = 0; offset < args.n; offset += kBlock) {
         const int n = static_cast<int>(args.n - offset < kBlock ? args.n - offset : kBlock);
         bool bad = load_base(args, offset, n, block, stats.base);
-        clear(block, args.formula.elect_signs);
+        clear(block, args.formula.elect_signs, args.candidates != nullptr);
         for (int t = 0; t < args.n_experts; ++t) bad |= add_expert(args, t, offset, n, block, stats);
         if (args.formula.elect_signs)
             for (int t = 0; t < args.n_experts; ++t)
@@ -368,6 +478,7 @@ void merge_tile(const MergeArgs& args, MergeStats& stats) {
                     args.has_base ? disjoint_sum<true>(expert, view, block)
                                   : disjoint_sum<false>(expert, view, block);
                 });
+        if (args.candidates) append_undecided(args, offset, n, block);
         combine(args, offset, n, block, stats);
         if (bad && args.formula.repair_nonfinite) repair(args, offset, n, block, stats);
         stats.overflow += store(args.out_dtype, args.out, offset, n, block.merged());

@@ -2,6 +2,7 @@
 
 merge(recipe, out)               the whole job, from a YAML recipe to a folder
 plan(recipe)                     what it would read, write and hold in memory
+densities(recipe)                what each density would keep of each expert, and where
 merge_state_dicts(base, experts) dictionaries of tensors
 merge_tensors(base, experts)     one tensor
 """
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 from .errors import BackendError, InputError, OtaError, OutputError, RecipeError, RunError
 
 if TYPE_CHECKING:
+    from .density_grid import densities
     from .functional import merge_state_dicts, merge_tensors
     from .job import merge, plan
 
@@ -26,13 +28,20 @@ __all__ = [
     "OutputError",
     "RecipeError",
     "RunError",
+    "densities",
     "merge",
     "merge_state_dicts",
     "merge_tensors",
     "plan",
 ]
 
-_LAZY = {"merge": "job", "plan": "job", "merge_tensors": "functional", "merge_state_dicts": "functional"}
+_LAZY = {
+    "merge": "job",
+    "plan": "job",
+    "densities": "density_grid",
+    "merge_tensors": "functional",
+    "merge_state_dicts": "functional",
+}
 
 
 def __getattr__(name: str):

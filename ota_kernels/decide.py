@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 KEEP_ALL = 0.0
 KEEP_NOTHING = math.nan  # every comparison with it is false
-_SMALLEST = float(np.float32(2.0**-149))  # keeps every score but 0
+SMALLEST = float(np.float32(2.0**-149))  # keeps every score but 0
 _BINS_PER_EXPONENT = 128  # of the high 16 bits, the lower 7 belong to the significand
 
 
@@ -53,7 +53,18 @@ def count_of_density(density: float, total: int) -> int:
     return math.floor(Fraction(repr(float(density))) * total)
 
 
-def _value(bits: int) -> float:
+def keeps_some(selection: Selection, count: int) -> bool:
+    """Whether a surveyed selection among so many elements can keep any."""
+    return count_of_density(selection.value, count) > 0 if selection.rule == "density" else count > 0
+
+
+def score_bits(score: float) -> int:
+    """The bits of a float32 score, which order like the scores."""
+    return int(np.float32(score).view(np.uint32))
+
+
+def score_of_bits(bits: int) -> float:
+    """The float32 score of these bits."""
     return float(np.uint32(bits).view(np.float32))
 
 
@@ -78,31 +89,57 @@ class Digit:
     rest: int
 
 
+def wanted(selection: Selection, count: int, mass: int) -> int:
+    """How many of `count` scores a selection keeps; or for "mass", how much of their sum `mass`."""
+    if selection.rule == "density":
+        return count_of_density(selection.value, count)
+    return math.ceil(Fraction(repr(float(selection.value))) * mass)
+
+
+def total_mass(by_exponent: np.ndarray) -> int:
+    """The sum of scores in units of 2^-149, in which scores are integers and sums exact. by_exponent: sums of
+    significands, int64[256] by the scores' exponents."""
+    return sum(int(m) << max(e - 1, 0) for e, m in enumerate(by_exponent.tolist()))
+
+
+def mass(score: float) -> int:
+    """One score in the units of `total_mass`."""
+    bits = score_bits(score)
+    return int(_significands(np.array([bits]))[0]) << max((bits >> 23) - 1, 0)
+
+
+def available(selection: Selection, counts: np.ndarray, lows: np.ndarray) -> int:
+    """How many scores a histogram of high halves holds; or for "mass", their sum."""
+    if selection.rule == "density":
+        return int(counts.sum())
+    return total_mass(_bin_masses(counts, lows).reshape(-1, _BINS_PER_EXPONENT).sum(axis=1))
+
+
+def _bin_masses(counts: np.ndarray, lows: np.ndarray) -> np.ndarray:
+    """Sums of significands of each bin, from the histogram of high halves."""
+    return counts * _significands(np.arange(len(counts), dtype=np.int64) << 16) + lows
+
+
 def first_digit(selection: Selection, counts: np.ndarray, lows: np.ndarray) -> Digit | float:
     """From the histogram of high halves: the threshold's high half, or the whole answer where it is plain."""
-    if selection.rule == "mass":
-        return _first_mass_digit(selection.value, counts, lows)
-    k = count_of_density(selection.value, int(counts.sum()))
-    if k == 0:
-        return KEEP_NOTHING
-    prefix, above = _find_from_top(counts, k)
-    return Digit(prefix, k - above)
+    rest = wanted(selection, int(counts.sum()), available(selection, counts, lows))
+    return KEEP_NOTHING if rest == 0 else digit_of_rest(selection, rest, counts, lows)
 
 
-def _first_mass_digit(share: float, counts: np.ndarray, lows: np.ndarray) -> Digit | float:
-    """In units of 2^-149 scores are integers, so that sums and shares are exact: first over whole exponents,
-    then over the bins of one exponent, where the sums of significands fit into 64 bits."""
-    masses = counts * _significands(np.arange(len(counts), dtype=np.int64) << 16) + lows
+def digit_of_rest(selection: Selection, rest: int, counts: np.ndarray, lows: np.ndarray) -> Digit:
+    """The high half of the threshold that keeps the `rest` largest scores, or scores of that mass (units of
+    2^-149); 0 < rest <= what there is."""
+    if selection.rule == "density":
+        prefix, above = _find_from_top(counts, rest)
+        return Digit(prefix, rest - above)
+    # First over whole exponents, then over the bins of one, where sums of significands fit into 64 bits.
+    masses = _bin_masses(counts, lows)
     by_exponent = masses.reshape(-1, _BINS_PER_EXPONENT).sum(axis=1)
-    exponents = [int(e) for e in np.flatnonzero(by_exponent)[::-1]]
-    exact = {e: int(by_exponent[e]) << max(e - 1, 0) for e in exponents}
-    rest = math.ceil(Fraction(repr(float(share))) * sum(exact.values()))
-    if rest == 0:
-        return KEEP_NOTHING
-    for exponent in exponents:
-        if exact[exponent] >= rest:
+    for exponent in map(int, np.flatnonzero(by_exponent)[::-1]):
+        mass = int(by_exponent[exponent]) << max(exponent - 1, 0)
+        if mass >= rest:
             break
-        rest -= exact[exponent]
+        rest -= mass
     rest = -(-rest >> max(exponent - 1, 0))  # rounded up
     first = exponent * _BINS_PER_EXPONENT
     offset, above = _find_from_top(masses[first : first + _BINS_PER_EXPONENT], rest)
@@ -116,7 +153,7 @@ def second_digit(selection: Selection, digit: Digit, counts: np.ndarray) -> floa
     if selection.rule == "mass":
         weights = counts * _significands(digit.prefix << 16 | np.arange(len(counts), dtype=np.int64))
     low, _ = _find_from_top(weights, digit.rest)
-    return max(_value(digit.prefix << 16 | low), _SMALLEST)
+    return max(score_of_bits(digit.prefix << 16 | low), SMALLEST)
 
 
 def threshold_of_scores(selection: Selection, scores: np.ndarray) -> float:
@@ -125,7 +162,7 @@ def threshold_of_scores(selection: Selection, scores: np.ndarray) -> float:
         k = count_of_density(selection.value, scores.size)
         if k == 0:
             return KEEP_NOTHING
-        return max(float(np.partition(scores, scores.size - k)[scores.size - k]), _SMALLEST)
+        return max(float(np.partition(scores, scores.size - k)[scores.size - k]), SMALLEST)
     bits = np.abs(scores).view(np.uint32)
     counts = np.bincount(bits >> 16, minlength=1 << 16)
     lows = np.bincount(bits >> 16, weights=bits & 0xFFFF, minlength=1 << 16).astype(np.int64)

@@ -1,28 +1,35 @@
-"""Runs a merge over tensors: survey, decide, merge. Knows neither files nor the command line.
+"""Runs a merge over tensors: survey, decide, merge, settle. Knows neither files nor the command line.
 
-    tensors --units--> worker threads: terms (small tensors), kernel per tile --> sink.write --> Tally
+    tensors --units--> worker threads: terms (small tensors), kernel per tile --> sink.write --> Merged, Part
+    all parts of a group --> exact thresholds --> candidates merged again --> sink.patch --> Merged
+    a threshold outside its bracket --> exact thresholds by histograms --> the group's tiles once more
 
 A tensor that is one tile of at most one chunk is decided by the worker that merges it; a larger one once, by
-all workers, before its first tile.
+all workers, before its first tile. A group is the whole model, or one tensor (`density_scope`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from types import ModuleType
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from .factors import CHUNK
-from .formula import Terms
+from .backends.stats import Candidates
+from .candidates import Held, Store
+from .factors import CHUNK, Map
+from .formula import Terms, close, is_open
+from .group import Group, Part
 from .pool import Pool
 from .survey import ModelDecisions, Survey
-from .tensors import TensorInputs
+from .tally import Tally
+from .tensors import TensorInputs, scatter
 from .tiling import Segment, units
 
-Range = tuple[int, int, int]  # tensor index, first element, end
+Range = tuple[int, int, int]  # tensor number, first element, end
 
 
 class Sink(Protocol):
@@ -33,79 +40,249 @@ class Sink(Protocol):
 
     def write(self, segment: Segment, merged: np.ndarray) -> None: ...
 
+    def patch(self, segment: Segment, positions: np.ndarray, merged: np.ndarray) -> None:
+        """Replace the elements at `positions` (uint32[m], in the segment) by merged (uint8, m elements)."""
+
     def done_with(self, tile: TensorInputs) -> None:
         """The tile's inputs will not be read again."""
 
 
-@dataclass
-class Tally:
-    """What a merge counted for one tensor: per expert the kept edits and the saliency threshold (None where
-    everything is kept)."""
+class Merged(NamedTuple):
+    """Segments whose values are final."""
 
-    kept: list[int]
-    unkept: int = 0
-    overflow: int = 0
-    repaired: int = 0
-    thresholds: list[float | None] = field(default_factory=list)
-
-    def add(self, other: Tally) -> None:
-        """Count another part of the same tensor."""
-        self.kept = [a + b for a, b in zip(self.kept, other.kept, strict=True)]
-        self.unkept += other.unkept
-        self.overflow += other.overflow
-        self.repaired += other.repaired
-        self.thresholds = other.thresholds
+    done: list[tuple[Segment, Tally]]
 
 
-Done = list[tuple[Segment, Tally]]
+class Open(NamedTuple):
+    """A segment that waits for thresholds; fields as in Part. To be recorded once its candidates are in the
+    store's file: then it comes a second time, if it was in memory before."""
+
+    segment: Segment
+    tally: Tally
+    censuses: list[list[int] | None]
+    held: Held
 
 
-def merge_tensors(
-    tensors: Sequence[TensorInputs],
-    sink: Sink,
-    *,
-    backend: ModuleType,
-    pool: Pool,
-    tile_elements: int,
-    survey: Survey,
-    decisions: ModelDecisions,
-    todo: Iterable[Range] | None = None,
-) -> Iterator[Done]:
-    """Merge the ranges `todo` (default: everything), yielding each finished unit in order.
+class Decided(NamedTuple):
+    """The exact score thresholds of a group, per expert (None: not a bracket). index: the group's tensor,
+    None for the whole model; repeat: a threshold lay outside its bracket: all segments are merged again."""
 
-    Raises InputError where an input is not finite.
+    index: int | None
+    thresholds: list[float | None]
+    repeat: bool = False
+
+
+Event = Merged | Open | Decided
+
+# How much work a kill may undo. Candidates are a tenth of what is read: spilling them takes no time.
+_CHECKPOINT_SECONDS = 10.0
+
+
+def _opened(part: Part) -> Open:
+    return Open(part.segment, part.tally, part.censuses, part.held)
+
+
+class Engine:
+    """Merges tensors (by number) into a sink, in units of tile_elements.
+
+    decisions: what the survey decided for the whole model; store: holds undecided elements; decided:
+    thresholds of groups that an earlier process decided.
     """
-    ready: dict[int, tuple[TensorInputs, Terms]] = {}
 
-    def decide(index: int, run) -> tuple[TensorInputs, Terms]:
-        tensor = survey.prepare(tensors[index], run)
-        return tensor, survey.terms(tensor, decisions, run)
+    def __init__(
+        self,
+        tensors: Mapping[int, TensorInputs],
+        sink: Sink,
+        *,
+        backend: ModuleType,
+        pool: Pool,
+        tile_elements: int,
+        survey: Survey,
+        decisions: ModelDecisions,
+        store: Store,
+        decided: Mapping[int | None, list[float | None]] | None = None,
+    ) -> None:
+        self._tensors, self._sink, self._store = tensors, sink, store
+        self._backend, self._pool, self._tile_elements = backend, pool, tile_elements
+        self._survey, self._decisions = survey, decisions
+        self._groups: dict[int | None, Group] = {}
+        self._decided = dict(decided or {})
+        self._ready: dict[int, tuple[TensorInputs, Terms]] = {}
+        self._checkpointed = time.monotonic()
 
-    def ranges() -> Iterator[Range]:
-        everything = ((i, 0, t.numel) for i, t in enumerate(tensors))
-        for index, start, stop in everything if todo is None else todo:
-            if tensors[index].numel > min(CHUNK, tile_elements) and index not in ready:
-                ready[index] = decide(index, pool.run)
-            yield index, start, stop
+    def run(self, todo: Iterable[Range] | None = None, opened: Iterable[Open] = ()) -> Iterator[Event]:
+        """Merge the ranges `todo` (default: everything) and settle what an earlier process left open. Yields
+        what happens, in an order that can be recorded. Raises InputError where an input is not finite."""
+        for event in opened:
+            yield from self._restore(event)
+        everything = ((i, 0, t.numel) for i, t in self._tensors.items())
+        for results in self._merge(everything if todo is None else todo):
+            if done := [r for r in results if not isinstance(r, Part)]:
+                yield Merged(done)
+            for part in results:
+                if isinstance(part, Part):
+                    yield from self._add(part)
+        for key in list(self._groups):
+            yield from self._finish(key)
 
-    def with_terms(unit: list[Segment]) -> list[tuple[Segment, tuple[TensorInputs, Terms] | None]]:
-        given = [(segment, ready.get(segment.index)) for segment in unit]
-        for index, _, stop in unit:
-            if stop == tensors[index].numel:
-                ready.pop(index, None)  # units in flight hold what they need
-        return given
+    def _merge(self, todo: Iterable[Range]) -> Iterator[list[tuple[Segment, Tally] | Part]]:
+        """The ranges' units in order: per segment its final tally, or what it adds to its group."""
 
-    def merge_unit(unit) -> Done:
-        return [(s, merge_segment(s, *(given or decide(s.index, map)))) for s, given in unit]
+        def ranges() -> Iterator[Range]:
+            for index, start, stop in todo:
+                numel = self._tensors[index].numel
+                alone = stop - start == numel <= min(CHUNK, self._tile_elements)
+                if not alone and index not in self._ready:
+                    self._ready[index] = self._decide(index, self._pool.run)
+                yield index, start, stop
 
-    def merge_segment(segment: Segment, tensor: TensorInputs, terms: Terms) -> Tally:
+        def with_terms(unit: list[Segment]) -> list[tuple[Segment, tuple[TensorInputs, Terms] | None]]:
+            given = [(segment, self._ready.get(segment.index)) for segment in unit]
+            for index, _, stop in unit:
+                if stop == self._tensors[index].numel:
+                    self._ready.pop(index, None)  # units in flight hold what they need
+            return given
+
+        def merge_unit(unit) -> list[tuple[Segment, Tally] | Part]:
+            return [self._merge_segment(s, *given) if given else self._merge_alone(s) for s, given in unit]
+
+        yield from self._pool.run(merge_unit, (with_terms(u) for u in units(ranges(), self._tile_elements)))
+
+    def _key(self, index: int) -> int | None:
+        return None if self._survey.model_scope else index
+
+    def _decide(self, index: int, run: Map) -> tuple[TensorInputs, Terms]:
+        tensor = self._survey.prepare(self._tensors[index], run)
+        terms = self._survey.terms(tensor, self._decisions, run)
+        known = self._decided.get(self._key(index))
+        return tensor, terms if known is None else close(terms, known)
+
+    def _merge_alone(self, segment: Segment) -> tuple[Segment, Tally] | Part:
+        """A whole tensor in one tile: where densities are per tensor, it is settled before it is written."""
+        tensor, terms = self._decide(segment.index, map)
+        room, result = self._run_kernel(segment, tensor, terms)
+        if isinstance(result, Part) and not self._survey.model_scope:
+            group = self._new_group(segment.index)
+            group.parts.append(result)
+            thresholds = group.thresholds(map)
+            if thresholds is None:
+                closed = close(terms, self._survey.exact_thresholds(tensor, terms, map))
+                room, result = self._run_kernel(segment, tensor, closed)
+                result[1].repeats = 1
+            else:
+                positions, merged, tally = self._settle(group, result, thresholds)
+                scatter(room, positions, merged)
+                result = segment, tally
+        self._sink.write(segment, room)
+        self._sink.done_with(tensor)
+        return result
+
+    def _merge_segment(
+        self, segment: Segment, tensor: TensorInputs, terms: Terms
+    ) -> tuple[Segment, Tally] | Part:
+        room, result = self._run_kernel(segment, tensor, terms)
+        self._sink.write(segment, room)
+        self._sink.done_with(tensor.slice(segment.start, segment.stop))
+        return result
+
+    def _run_kernel(
+        self, segment: Segment, tensor: TensorInputs, terms: Terms
+    ) -> tuple[np.ndarray, tuple[Segment, Tally] | Part]:
+        """The merged tile, and its final tally or what it adds to its group."""
         tile = tensor.slice(segment.start, segment.stop)
-        room = sink.room(segment, tile.numel * tile.out_dtype.itemsize)
-        stats = backend.merge(tile, terms, room)
-        survey.check(tile, segment.start, stats.nonfinite)
-        sink.write(segment, room)
-        sink.done_with(tile)
-        thresholds = [survey.saliency_threshold(terms, t) for t in range(len(terms.experts))]
-        return Tally(list(stats.kept), stats.unkept, stats.overflow, stats.repaired, thresholds)
+        room = self._sink.room(segment, tile.numel * tile.out_dtype.itemsize)
+        stats = self._backend.merge(tile, terms, room)
+        self._survey.check(tile, segment.start, stats.nonfinite)
+        tally = Tally.of(stats, self._saliencies(terms))
+        if not any(map(is_open, terms.experts)):
+            return room, (segment, tally)
+        candidates = stats.candidates or Candidates(np.zeros(0, np.uint32), tile.slice(0, 0))
+        censuses = [None if c is None else c.tolist() for c in stats.censuses]
+        held = Held(len(candidates.positions), candidates)
+        return room, Part(segment, tensor, terms, tally, censuses, held)
 
-    yield from pool.run(merge_unit, (with_terms(unit) for unit in units(ranges(), tile_elements)))
+    def _saliencies(self, terms: Terms) -> list[float | None]:
+        return [self._survey.saliency_threshold(terms, t) for t in range(len(terms.experts))]
+
+    def _new_group(self, index: int | None) -> Group:
+        elements = self._survey.elements if index is None else self._tensors[index].numel
+        return Group(self._survey.selections, elements, self._backend, self._store)
+
+    def _group(self, index: int) -> Group:
+        key = self._key(index)
+        if key not in self._groups:
+            self._groups[key] = self._new_group(key)
+        return self._groups[key]
+
+    def _add(self, part: Part) -> Iterator[Event]:
+        """Keep a part until its group is complete."""
+        part.held = self._store.put(part.held.memory)
+        group = self._group(part.segment.index)
+        group.parts.append(part)
+        yield _opened(part)
+        if time.monotonic() - self._checkpointed > _CHECKPOINT_SECONDS:
+            yield from self.checkpoint()
+        yield from self._finish_if_complete(group, part.segment.index)
+
+    def _finish_if_complete(self, group: Group, index: int) -> Iterator[Event]:
+        """One tensor's group is settled after its last tile, the model's after all."""
+        if not self._survey.model_scope and group.merged == self._tensors[index].numel:
+            yield from self._finish(index)
+
+    def checkpoint(self) -> Iterator[Event]:
+        """Move the candidates in memory to the store's file, so that a killed merge need not find them again."""
+        self._checkpointed = time.monotonic()
+        for group in self._groups.values():
+            for part in group.parts:
+                if part.held.memory is not None:
+                    part.held = self._store.spill(part.held)
+                    yield _opened(part)
+
+    def _restore(self, event: Open) -> Iterator[Event]:
+        index = event.segment.index
+        tensor = self._survey.prepare(self._tensors[index], self._pool.run)
+        terms = self._survey.terms(tensor, self._decisions, self._pool.run)
+        held = self._store.restore(event.held, tensor)
+        part = Part(event.segment, tensor, terms, event.tally, event.censuses, held)
+        thresholds = self._decided.get(self._key(index))
+        if thresholds is None:
+            group = self._group(index)
+            group.parts.append(part)
+            yield from self._finish_if_complete(group, index)
+        else:
+            yield self._patch(self._new_group(self._key(index)), part, thresholds)
+
+    def _finish(self, key: int | None) -> Iterator[Event]:
+        """All parts of a group are merged: decide, and patch their candidates or merge them again."""
+        group = self._groups.pop(key)
+        thresholds = group.thresholds(self._pool.run)
+        if thresholds is not None:
+            yield Decided(key, thresholds)
+            yield from self._pool.run(lambda part: self._patch(group, part, thresholds), group.parts)
+        else:
+            yield from self._repeat(key, group)
+        for part in group.parts:
+            self._store.drop(part.held)
+
+    def _repeat(self, key: int | None, group: Group) -> Iterator[Event]:
+        part = group.parts[0]
+        tensor = None if key is None else part.tensor
+        thresholds = self._survey.exact_thresholds(tensor, part.terms, self._pool.run)
+        self._decided[key] = thresholds
+        yield Decided(key, thresholds, repeat=True)
+        repeats = 1
+        for done in self._merge(p.segment for p in group.parts):
+            done[0][1].repeats, repeats = repeats, 0
+            yield Merged(done)
+
+    def _settle(self, group: Group, part: Part, thresholds) -> tuple[np.ndarray, np.ndarray, Tally]:
+        positions, merged, change = group.settle(part, thresholds)
+        tally = replace(part.tally)
+        tally.add(change)
+        tally.thresholds = self._saliencies(close(part.terms, thresholds))
+        return positions, merged, tally
+
+    def _patch(self, group: Group, part: Part, thresholds: list[float | None]) -> Merged:
+        positions, merged, tally = self._settle(group, part, thresholds)
+        self._sink.patch(part.segment, positions, merged)
+        return Merged([(part.segment, tally)])

@@ -13,7 +13,8 @@ Scales are powers of two times the recipe's numbers, so that float32 neither und
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -54,7 +55,9 @@ class ExpertTerms:
     """One expert's numbers for one tensor, scaled as the kernels want them.
 
     threshold: float32 score from which an edit is kept (0 keeps all, NaN none); trim: least |d| that
-    survives TIES trimming; the rest as in the module's formula.
+    survives TIES trimming; span: where the threshold is not known yet, how many float32 numbers from
+    `threshold` upwards it may be (0: it is known); census: whether the scores are to be summed; the rest as
+    in the module's formula.
     """
 
     threshold: float = 0.0
@@ -62,6 +65,8 @@ class ExpertTerms:
     weight_scale: float = 1.0
     edit_scale: float = 1.0
     trim: float = 0.0
+    span: int = 0
+    census: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +76,18 @@ class Terms:
     formula: Formula
     epsilon: float
     experts: tuple[ExpertTerms, ...]
+
+
+def is_open(terms: ExpertTerms) -> bool:
+    """Whether this threshold is still a bracket."""
+    return terms.span > 0 or terms.census
+
+
+def close(terms: Terms, thresholds: Sequence[float | None]) -> Terms:
+    """Terms with these thresholds in place of the brackets (None: not a bracket)."""
+    pairs = zip(terms.experts, thresholds, strict=True)
+    experts = tuple(e if x is None else replace(e, threshold=x, span=0, census=False) for e, x in pairs)
+    return replace(terms, experts=experts)
 
 
 def score_scale(has_base: bool, bias_correction: float = 1.0) -> float:

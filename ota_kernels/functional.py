@@ -8,15 +8,18 @@ from typing import Any, TypeVar
 import numpy as np
 
 from . import backends, methods
+from .candidates import Store
 from .dtypes import BY_NAME, OUTPUT_NAMES, DType
-from .engine import merge_tensors as run_engine
+from .engine import Engine
 from .errors import BackendError, InputError, RecipeError
 from .plan import TILE_ELEMENTS
 from .pool import Pool, default_threads
 from .recipe import Recipe, parse_recipe
 from .survey import Survey
-from .tensors import Buffer, Curvature, Full, TensorInputs, Uniform
+from .tensors import Buffer, Curvature, Full, TensorInputs, Uniform, scatter
 from .tiling import Segment
+
+_UNLIMITED = 1 << 62  # inputs in memory leave room for their few candidates
 
 Tensor = TypeVar("Tensor")  # torch.Tensor or numpy.ndarray
 
@@ -134,15 +137,17 @@ def _merge(
     sink = _MemorySink(tensors)
     with Pool(threads or default_threads()) as pool:
         decisions = survey.decide_model(pool.run)
-        for _ in run_engine(
-            tensors,
+        engine = Engine(
+            dict(enumerate(tensors)),
             sink,
             backend=chosen,
             pool=pool,
             tile_elements=TILE_ELEMENTS,
             survey=survey,
             decisions=decisions,
-        ):
+            store=Store(_UNLIMITED),
+        )
+        for _ in engine.run():
             pass
     for tensor, data in zip(tensors, sink.outputs, strict=True):
         merged[tensor.name] = _like(first[tensor.name], data, tensor)
@@ -162,6 +167,10 @@ class _MemorySink:
 
     def write(self, segment: Segment, merged: np.ndarray) -> None:
         pass
+
+    def patch(self, segment: Segment, positions: np.ndarray, merged: np.ndarray) -> None:
+        size = (segment.stop - segment.start) * self._sizes[segment.index]
+        scatter(self.room(segment, size), positions, merged)
 
     def done_with(self, tile: TensorInputs) -> None:
         pass

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -12,27 +14,29 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from . import __version__, backends, methods
+from .candidates import DEFAULT_BUDGET, Store
 from .card import model_card
-from .engine import Tally, merge_tensors
-from .errors import InputError, OutputError, RecipeError
+from .engine import Engine, Event, Merged
+from .errors import InputError, OutputError, RecipeError, RunError
 from .inputs import COPY, Inputs
 from .io import journal
 from .io.assets import Asset, plan_assets, recipe_asset, write_assets
 from .io.reader import advise
 from .io.workfolder import WorkFolder
 from .io.writer import ShardWriter
-from .ledger import Ledger
+from .ledger import Ledger, record_of
 from .plan import DEFAULT_MEMORY_LIMIT, Plan, make_plan
 from .pool import Pool, default_threads
 from .recipe import Recipe, load_recipe, parse_recipe
 from .report import REPORT_NAME, build_report
 from .survey import Survey
-from .tensors import Buffer, Full, TensorInputs
+from .tally import Tally
+from .tensors import Buffer, Full, TensorInputs, scatter
 from .tiling import Segment
 from .units import parse_size
 
@@ -71,7 +75,8 @@ class Options:
     """How a merge runs; what it computes is the recipe's.
 
     memory_limit: bytes resident at most; shard_size: bytes of one output file at most; threads: None for
-    every processor; seed: of methods that draw random numbers; tile_elements: None for what fits the limit.
+    every processor; seed: of methods that draw random numbers; tile_elements: None for what fits the limit;
+    candidates_memory: bytes of undecided elements held in memory at most, the rest goes to the work folder.
     """
 
     backend: str = "auto"
@@ -83,12 +88,20 @@ class Options:
     overwrite: bool = False
     resume: bool = False
     tile_elements: int | None = None
+    candidates_memory: int = DEFAULT_BUDGET
 
     def __post_init__(self) -> None:
         if self.device not in ("auto", "cpu"):
             raise RecipeError(f"unknown device {self.device!r}: choose auto or cpu")
         if self.threads is not None and self.threads < 1:
             raise RecipeError(f"--threads must be at least 1, not {self.threads}")
+
+    @classmethod
+    def of(cls, **given: Any) -> Options:
+        """Options whose sizes may be text."""
+        least = {"memory_limit": 1, "shard_size": 1, "candidates_memory": 0}
+        sizes = {key: parse_size(given[key], least[key]) for key in least.keys() & given.keys()}
+        return cls(**given | sizes)
 
 
 def as_recipe(recipe: Recipe | str | os.PathLike | dict) -> Recipe:
@@ -102,16 +115,13 @@ def plan(
     recipe: Recipe | str | os.PathLike | dict,
     *,
     out: str | os.PathLike | None = None,
-    memory_limit: int | str = DEFAULT_MEMORY_LIMIT,
-    shard_size: int | str = 5_000_000_000,
-    **options,
+    **options: Any,
 ) -> Plan:
     """What `merge` with the same arguments would do; writes nothing. Reads headers only.
 
     With `out`, checks too that `merge` could write there. Raises as `merge` does.
     """
-    sizes = {"memory_limit": parse_size(memory_limit), "shard_size": parse_size(shard_size)}
-    with _Merge(as_recipe(recipe), Options(**sizes, **options)) as job:
+    with _Merge(as_recipe(recipe), Options.of(**options)) as job:
         job.assets()
         if out is not None:
             job.check_output(Path(out).resolve())
@@ -123,18 +133,15 @@ def merge(
     out: str | os.PathLike,
     *,
     progress: Progress | None = None,
-    memory_limit: int | str = DEFAULT_MEMORY_LIMIT,
-    shard_size: int | str = 5_000_000_000,
-    **options,
+    **options: Any,
 ) -> dict:
     """Merge the models of a recipe into the folder `out`; returns what merge_report.json says.
 
-    recipe: a YAML file, a mapping of the same form, or a Recipe. Sizes are bytes or text ("5GB", "512MiB");
-    options: the fields of `Options`. Raises RecipeError, InputError, OutputError or BackendError before
+    recipe: a YAML file, a mapping of the same form, or a Recipe. options: the fields of `Options`, sizes in
+    bytes or as text ("5GB", "512MiB"). Raises RecipeError, InputError, OutputError or BackendError before
     anything is written, InputError for values that are not finite, RunError (resumable) while running.
     """
-    sizes = {"memory_limit": parse_size(memory_limit), "shard_size": parse_size(shard_size)}
-    with _Merge(as_recipe(recipe), Options(**sizes, **options)) as job:
+    with _Merge(as_recipe(recipe), Options.of(**options)) as job:
         return job.run(Path(out), progress or Silent())
 
 
@@ -153,18 +160,18 @@ class _Merge:
 
     def _prepare(self) -> None:
         options = self.options
-        self.merged = [i for i, e in enumerate(self.inputs.entries) if e.action != COPY]
-        self.tensors = [self.inputs.tensor(self.inputs.entries[i]) for i in self.merged]
-        self.survey = Survey(self.recipe, self.tensors, self.backend, _release)
+        entries = enumerate(self.inputs.entries)
+        self.tensors = {i: self.inputs.tensor(e) for i, e in entries if e.action != COPY}
+        self.survey = Survey(self.recipe, list(self.tensors.values()), self.backend, _release)
         self.plan = make_plan(
             self.inputs,
-            self.tensors,
             self.survey,
             self.backend,
             threads=options.threads or default_threads(),
             memory_limit=options.memory_limit,
             shard_size=options.shard_size,
             tile_elements=options.tile_elements,
+            candidates_memory=options.candidates_memory,
         )
 
     def __enter__(self) -> _Merge:
@@ -216,7 +223,7 @@ class _Merge:
 
     def _work_folder(self, out: Path) -> WorkFolder:
         options = self.options
-        needed = self.plan.bytes_out + _SPARE_BYTES
+        needed = self.plan.bytes_out + self.plan.spilled_bytes + _SPARE_BYTES
         return WorkFolder(out, needed, resume=options.resume, overwrite=options.overwrite)
 
     def check_output(self, out: Path) -> dict | None:
@@ -258,7 +265,13 @@ class _Merge:
         started = time.perf_counter()
         ledger = Ledger(work.journal_records(self.fingerprint), len(self.inputs.entries))
         writer = ShardWriter(work.files, self.plan.layout)
-        log = journal.Journal(work.path, writer.sync)
+        store = Store(self.plan.candidates_memory, work.path / "candidates.bin")
+
+        def sync() -> None:
+            writer.sync()
+            store.sync()
+
+        log = journal.Journal(work.path, sync)
         seconds = {}
         try:
             if ledger.fresh:
@@ -272,11 +285,17 @@ class _Merge:
                 weights = self.inputs.bytes_per_element
                 progress.stage("merge", self.inputs.total_bytes)
                 progress.advance(sum(ledger.done_elements(i) * w for i, w in enumerate(weights)))
-                for unit in self._units(ledger, writer, pool):
-                    log.append({"unit": [[*segment, asdict(tally)] for segment, tally in unit]})
-                    for segment, tally in unit:
-                        ledger.add(segment, tally)
-                        progress.advance((segment.stop - segment.start) * weights[segment.index])
+                engine = self._engine(ledger, writer, pool, store)
+                try:
+                    for event in itertools.chain(self._copy(ledger, writer), self._merge(engine, ledger)):
+                        log.append(record_of(event))
+                        for segment in ledger.add(event):
+                            progress.advance((segment.stop - segment.start) * weights[segment.index])
+                except (KeyboardInterrupt, RunError):
+                    with contextlib.suppress(RunError):
+                        for event in engine.checkpoint():
+                            log.append(record_of(event))
+                    raise
             seconds["merge"] = time.perf_counter() - started - seconds["survey"]
             progress.stage("sync", 0)
         finally:
@@ -284,31 +303,30 @@ class _Merge:
                 log.close()
             finally:
                 writer.close()
+                store.close()
         seconds["sync"] = time.perf_counter() - started - seconds["survey"] - seconds["merge"]
         report = build_report(self.inputs, self.plan, ledger, self.fingerprint, seconds)
         writer.write_index(work.files)
         write_assets(work.files, [*assets, self._card(assets, report), _json_asset(REPORT_NAME, report)])
         return report
 
-    def _units(self, ledger: Ledger, writer: ShardWriter, pool: Pool) -> Iterator:
-        yield from self._copy(ledger, writer)
-        todo = (
-            (k, start, stop)
-            for k, index in enumerate(self.merged)
-            for start, stop in ledger.gaps(index, self.inputs.entries[index].numel)
-        )
-        sink = _FileSink(writer, [self.plan.layout.tensors[i] for i in self.merged])
-        for unit in merge_tensors(
+    def _engine(self, ledger: Ledger, writer: ShardWriter, pool: Pool, store: Store) -> Engine:
+        return Engine(
             self.tensors,
-            sink,
+            _FileSink(writer, self.plan.layout.tensors),
             backend=self.backend,
             pool=pool,
             tile_elements=self.plan.tile_elements,
             survey=self.survey,
             decisions=ledger.decisions,
-            todo=todo,
-        ):
-            yield [(Segment(self.merged[k], start, stop), tally) for (k, start, stop), tally in unit]
+            store=store,
+            decided=ledger.decided,
+        )
+
+    def _merge(self, engine: Engine, ledger: Ledger) -> Iterator[Event]:
+        sizes = {index: tensor.numel for index, tensor in self.tensors.items()}
+        todo = [(index, *gap) for index, numel in sizes.items() for gap in ledger.gaps(index, numel)]
+        return engine.run(todo, ledger.open)
 
     def _copy(self, ledger: Ledger, writer: ShardWriter) -> Iterator:
         """Tensors that are not floating point: equal in all models, or an error."""
@@ -322,7 +340,7 @@ class _Merge:
                 writer.write(self.plan.layout.tensors[index], start, pieces[0].data)
                 for piece in pieces:
                     advise(piece.data, "dontneed")
-            yield [(Segment(index, 0, entry.numel), Tally([]))]
+            yield Merged([(Segment(index, 0, entry.numel), Tally([]))])
 
     def _card(self, assets: list[Asset], report: dict) -> Asset:
         has_config = any(a.name == "config.json" for a in assets)
@@ -380,6 +398,13 @@ class _FileSink:
 
     def write(self, segment: Segment, merged: np.ndarray) -> None:
         self._writer.write(self._tensors[segment.index], segment.start, merged)
+
+    def patch(self, segment: Segment, positions: np.ndarray, merged: np.ndarray) -> None:
+        tensor = self._tensors[segment.index]
+        room = self.room(segment, (segment.stop - segment.start) * tensor.dtype.itemsize)
+        self._writer.read(tensor, segment.start, room)
+        scatter(room, positions, merged)
+        self._writer.write(tensor, segment.start, room)
 
     def done_with(self, tile: TensorInputs) -> None:
         _release(tile)

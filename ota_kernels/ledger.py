@@ -1,14 +1,32 @@
-"""What is done of a merge, in memory; io/journal.py keeps it on the disk."""
+"""What is done of a merge, in memory; io/journal.py keeps the same on the disk."""
 
 from __future__ import annotations
 
-from .engine import Tally
+from dataclasses import asdict
+
+from .bracket import Bracket
+from .candidates import Held
+from .engine import Decided, Event, Merged, Open
 from .survey import ModelDecisions
+from .tally import Tally
 from .tiling import Segment
 
 
+def record_of(event: Event) -> dict | None:
+    """The journal's record of something that happened; None for what a kill undoes."""
+    if isinstance(event, Merged):
+        return {"unit": [[*segment, asdict(tally)] for segment, tally in event.done]}
+    if isinstance(event, Open):
+        if event.held.memory is not None:
+            return None
+        held = [event.held.count, event.held.offset]
+        return {"open": [*event.segment, asdict(event.tally), event.censuses, held]}
+    return {"decided": [event.index, event.thresholds, event.repeat]}
+
+
 class Ledger:
-    """What is done of a merge: model-wide decisions, ranges on the disk and their tallies.
+    """What is done of a merge: model-wide decisions, ranges that are final with their tallies, ranges that wait
+    for thresholds, thresholds of groups.
 
     records: a journal's, empty for a new merge; tensors: how many the output has.
     """
@@ -17,24 +35,63 @@ class Ledger:
         self.fresh = not records
         self.decisions: ModelDecisions | None = None
         self.tallies: list[Tally | None] = [None] * tensors
-        self._ranges: dict[int, list[tuple[int, int]]] = {}
+        self.decided: dict[int | None, list[float | None]] = {}
+        self._final: dict[int, list[tuple[int, int]]] = {}
+        self._open: dict[Segment, Open] = {}
         for record in records:
-            if "decisions" in record:
-                self.decisions = ModelDecisions(**{k: tuple(v) for k, v in record["decisions"].items()})
-            for index, start, stop, tally in record.get("unit", ()):
-                self.add(Segment(index, start, stop), Tally(**tally))
+            self._replay(record)
 
-    def add(self, segment: Segment, tally: Tally) -> None:
-        """Note a finished range."""
-        self._ranges.setdefault(segment.index, []).append((segment.start, segment.stop))
+    def _replay(self, record: dict) -> None:
+        if "decisions" in record:
+            made = record["decisions"]
+            brackets = tuple(None if b is None else Bracket(**b) for b in made["brackets"])
+            thresholds, means = tuple(made["thresholds"]), tuple(made["mean_weights"])
+            self.decisions = ModelDecisions(thresholds, brackets, means, made["passes"])
+        if "unit" in record:
+            self.add(Merged([(Segment(*place), Tally(**tally)) for *place, tally in record["unit"]]))
+        if "open" in record:
+            *place, tally, censuses, (count, offset) = record["open"]
+            self.add(Open(Segment(*place), Tally(**tally), censuses, Held(count, offset=offset)))
+        if "decided" in record:
+            self.add(Decided(*record["decided"]))
+
+    def add(self, event: Event) -> list[Segment]:
+        """Note what happened; returns the segments that were not merged before."""
+        new: list[Segment] = []
+        if isinstance(event, Merged):
+            new = [segment for segment, _ in event.done if segment not in self._open]
+            for segment, tally in event.done:
+                self._finish(segment, tally)
+        elif isinstance(event, Open):
+            new = [] if event.segment in self._open else [event.segment]
+            self._open[event.segment] = event
+        else:
+            self.decided[event.index] = event.thresholds
+            if event.repeat:
+                self._open = {s: o for s, o in self._open.items() if event.index not in (None, s.index)}
+        return new
+
+    def _finish(self, segment: Segment, tally: Tally) -> None:
+        self._open.pop(segment, None)
+        self._final.setdefault(segment.index, []).append((segment.start, segment.stop))
         if self.tallies[segment.index] is None:
             self.tallies[segment.index] = tally
         else:
             self.tallies[segment.index].add(tally)
 
+    @property
+    def open(self) -> list[Open]:
+        """Ranges that are merged but for their candidates."""
+        return list(self._open.values())
+
+    def _ranges(self, index: int) -> list[tuple[int, int]]:
+        return sorted(
+            self._final.get(index, []) + [(s.start, s.stop) for s in self._open if s.index == index]
+        )
+
     def gaps(self, index: int, numel: int) -> list[tuple[int, int]]:
-        """The ranges of a tensor that are not done; an empty tensor has one empty range until it is done."""
-        done = sorted(self._ranges.get(index, ()))
+        """The ranges of a tensor that are to be merged; an empty tensor has one empty range until it is done."""
+        done = self._ranges(index)
         if numel == 0:
             return [] if done else [(0, 0)]
         gaps, position = [], 0
@@ -45,5 +102,5 @@ class Ledger:
         return gaps
 
     def done_elements(self, index: int) -> int:
-        """How many elements of a tensor are done."""
-        return sum(stop - start for start, stop in self._ranges.get(index, ()))
+        """How many elements of a tensor are merged."""
+        return sum(stop - start for start, stop in self._ranges(index))

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from types import ModuleType
 
+from .candidates import DEFAULT_BUDGET
 from .errors import RecipeError
 from .factors import CHUNK
 from .inputs import COPY, Inputs
@@ -31,7 +32,9 @@ class Plan:
     """The work of a merge.
 
     passes: times the inputs are read; bytes_in: bytes of all passes; bytes_out: bytes of all shards;
-    peak_memory: bytes resident at most; seconds: estimate when the files are in the page cache.
+    candidate_bytes: estimate of what waits for exact thresholds, of which candidates_memory are held in memory
+    at most and the rest in the work folder; peak_memory: bytes resident at most; seconds: estimate when the
+    files are in the page cache.
     """
 
     layout: Layout
@@ -45,20 +48,26 @@ class Plan:
     passes: int
     bytes_in: int
     bytes_out: int
+    candidate_bytes: int
+    candidates_memory: int
     peak_memory: int
     seconds: float
+
+    @property
+    def spilled_bytes(self) -> int:
+        """Estimate of the candidates that memory does not hold."""
+        return max(0, self.candidate_bytes - self.candidates_memory)
 
     def as_dict(self) -> dict:
         """The plan's numbers, for `--json`."""
         names = ("backend", "threads", "tile_elements", "tensors", "parameters", "experts", "tiles", "passes")
-        more = ("bytes_in", "bytes_out", "peak_memory", "seconds")
+        more = ("bytes_in", "bytes_out", "candidate_bytes", "candidates_memory", "peak_memory", "seconds")
         shards = [{"name": s.name, "bytes": s.size} for s in self.layout.shards]
         return {name: getattr(self, name) for name in names + more} | {"shards": shards}
 
 
 def make_plan(
     inputs: Inputs,
-    tensors: list[TensorInputs],
     survey: Survey,
     backend: ModuleType,
     *,
@@ -66,10 +75,16 @@ def make_plan(
     memory_limit: int,
     shard_size: int,
     tile_elements: int | None = None,
+    candidates_memory: int = DEFAULT_BUDGET,
 ) -> Plan:
     """The plan of a merge of open inputs. Raises RecipeError when the memory limit is too small."""
+    tensors = survey.tensors
     per_element = max((_bytes_per_element(t, backend) for t in tensors), default=1)
+    candidates = survey.expected_candidates() * (per_element + 4)
+    # A small limit leaves room for tiles first.
+    held = min(candidates_memory, memory_limit // 4)
     fixed = _PROCESS_BYTES[backend.NAME] + _survey_bytes(tensors, survey, threads, per_element)
+    fixed += min(candidates, held)
     tile = tile_elements or _fitting_tile(memory_limit - fixed, threads * per_element)
     if tile < 1:
         need = fixed + threads * per_element * _SMALLEST_TILE
@@ -92,6 +107,8 @@ def make_plan(
         passes=passes,
         bytes_in=total * passes,
         bytes_out=output.total_bytes,
+        candidate_bytes=candidates,
+        candidates_memory=held,
         peak_memory=fixed + threads * per_element * tile,
         seconds=(total * passes + output.total_bytes) / (_ASSUMED_BANDWIDTH * threads),
     )
@@ -114,7 +131,7 @@ def _bytes_per_element(tensor: TensorInputs, backend: ModuleType) -> int:
 
 def _survey_bytes(tensors: list[TensorInputs], survey: Survey, threads: int, per_element: int) -> int:
     """What surveys hold beside tiles: histograms, score chunks, the matrices of `rescale` and `rank`."""
-    if not (survey.passes or survey.tensor_passes):
+    if not (survey.passes or survey.tensor_passes or survey.brackets):
         return 0
     experts = len(survey.models)
     size = 3 * threads * experts * (1 << 20) + threads * CHUNK * (per_element + 16)

@@ -7,10 +7,47 @@ from collections.abc import Iterable
 
 EMBEDDING, OUTPUT, MATRIX, VECTOR = "embedding", "output", "matrix", "vector"
 
+# What `detailed_role` answers, in the order of a table.
+DETAILED_ROLES = ("q", "k", "v", "o", "gate", "up", "down", "embeddings", "norms", "output", "other")
+
 _EMBEDDING = re.compile(
     r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|embeddings?)\.weight$"
 )
 _OUTPUT = re.compile(r"(^|\.)(lm_head|embed_out|output|score)\.weight$")
+
+# By the name of the module, or of it and the module it lies in: Llama, Mistral, Qwen; Meta's own names and
+# Mixtral's experts (w1, w2, w3); GPT-2; GPT-NeoX; Phi. Fused matrices (c_attn, query_key_value) are "other".
+_MODULES = {
+    "q": ("q_proj", "wq"),
+    "k": ("k_proj", "wk"),
+    "v": ("v_proj", "wv"),
+    "o": ("o_proj", "wo", "attn.c_proj", "attention.dense", "self_attn.dense"),
+    "gate": ("gate_proj", "w1"),
+    "up": ("up_proj", "w3", "c_fc", "dense_h_to_4h", "fc1"),
+    "down": ("down_proj", "w2", "mlp.c_proj", "dense_4h_to_h", "fc2"),
+    "embeddings": ("embed_tokens", "tok_embeddings", "wte", "wpe", "word_embeddings", "embed_in"),
+    "output": ("lm_head", "embed_out", "output", "score"),
+}
+_ROLE_OF_MODULE = {module: role for role, modules in _MODULES.items() for module in modules}
+_NORM = re.compile(r"norm|^ln(_|$)", re.IGNORECASE)
+_LAYER = re.compile(r"(^|\.)(layers?|h|blocks?)\.(\d+)\.")
+
+
+def detailed_role(name: str) -> str:
+    """Which of DETAILED_ROLES a tensor has in a transformer, by its name; biases go with their matrix."""
+    modules = name.split(".")
+    if modules[-1] in ("weight", "bias") and len(modules) > 1:
+        modules.pop()
+    for module in (".".join(modules[-2:]), modules[-1]):
+        if module in _ROLE_OF_MODULE:
+            return _ROLE_OF_MODULE[module]
+    return "norms" if _NORM.search(modules[-1]) else "other"
+
+
+def layer_of(name: str) -> int | None:
+    """The number of the layer that a tensor belongs to; None outside the layers."""
+    found = _LAYER.search(name)
+    return int(found[3]) if found else None
 
 
 def role_of(name: str, shape: tuple[int, ...]) -> str:

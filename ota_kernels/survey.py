@@ -17,11 +17,13 @@ import numpy as np
 
 from . import decide, methods
 from .backends.stats import NonFinite
+from .bracket import Bracket, bracket_of, bracket_share, run_count
 from .errors import InputError
 from .factors import CHUNK, Map, low_rank, rank1
 from .formula import (
     ExpertTerms,
     Terms,
+    is_open,
     saliency_of_score,
     scale_weights,
     score_of_saliency,
@@ -30,20 +32,25 @@ from .formula import (
 from .norms import edit_norm
 from .recipe import Recipe
 from .roles import EMBEDDING, role_of
+from .sampling import sample
 from .tensors import Full, TensorInputs, Uniform
 from .tiling import units
 
 _BINS = 1 << 16
+_DIRECT = 1 << 15  # elements of a tensor that is selected from directly: a sample would be most of it
 _FACTOR_CACHE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
 class ModelDecisions:
     """What is decided once for the whole model, per expert: the score threshold (None where it is decided
-    elsewhere) and the mean weight that `normalise: model` divides by."""
+    elsewhere), or the bracket in which it is expected; the mean weight that
+    `normalise: model` divides by. passes: reads of all inputs that this took."""
 
     thresholds: tuple[float | None, ...]
+    brackets: tuple[Bracket | None, ...]
     mean_weights: tuple[float | None, ...]
+    passes: int = 0
 
 
 class Survey:
@@ -73,15 +80,38 @@ class Survey:
         self._factor_bytes = 0
 
     @property
+    def brackets(self) -> bool:
+        """Whether thresholds are bracketed before the merge and decided after it. Norms and trimming need
+        masks before; low-rank factors of all tensors would not fit."""
+        trims = self.formula.elect_signs and self.recipe.parameters.ties_density < 1
+        late = self.recipe.parameters.rescale or trims or any(m.rank for m in self.models)
+        return not late and any(s.surveyed for s in self.selections)
+
+    @property
+    def elements(self) -> int:
+        """Elements that model-wide thresholds are over."""
+        return sum(t.numel for t in self.tensors if self._takes_part(t))
+
+    def expected_candidates(self) -> int:
+        """Estimate of the undecided elements that are held at a time."""
+        if not self.brackets:
+            return 0
+        experts = sum(s.surveyed for s in self.selections)
+        sizes = [self.elements] if self.model_scope else [t.numel for t in self.tensors]
+        return max((int(experts * bracket_share(n) * n) for n in sizes if n), default=0)
+
+    @property
     def passes(self) -> int:
         """Model-wide reads of the inputs before the merge."""
-        return (2 if self._surveyed_experts() else 0) + (1 if self._wants_model_mean() else 0)
+        histograms = self._surveyed_experts() and not self.brackets
+        return (2 if histograms else 0) + (1 if self._wants_model_mean() else 0)
 
     @property
     def tensor_passes(self) -> int:
         """Further reads of each tensor right before its merge, at most."""
         p = self.recipe.parameters
-        passes = 2 if not self.model_scope and any(s.surveyed for s in self.selections) else 0
+        histograms = not self.model_scope and any(s.surveyed for s in self.selections) and not self.brackets
+        passes = 2 if histograms else 0
         passes += 1 if self.formula.curvature_weights and p.normalise == "global" else 0
         passes += 2 if p.rescale else 0
         passes += 2 if self.formula.elect_signs and p.ties_density < 1 else 0
@@ -97,24 +127,70 @@ class Survey:
         return self.all_uniform or not any(isinstance(c, Uniform) for c in tensor.curvatures)
 
     def decide_model(self, run: Map) -> ModelDecisions:
-        """One or two passes over all tensors, or none where nothing is model-wide."""
-        experts = self._surveyed_experts()
+        """Brackets from a sample of all tensors, or thresholds from passes over them, or nothing at all."""
         thresholds: list[float | None] = [None] * len(self.models)
-        digits: dict[int, decide.Digit] = {}
+        brackets: list[Bracket | None] = [None] * len(self.models)
+        elements = self.elements
+        for t in self._surveyed_experts():
+            if not decide.keeps_some(self.selections[t], elements):
+                thresholds[t] = decide.KEEP_NOTHING
+        experts, passes = [t for t in self._surveyed_experts() if thresholds[t] is None], 0
+        if self.brackets and experts:
+            taking_part = [self.prepare(t, run) for t in self.tensors if self._takes_part(t)]
+            brackets = self._sampled_brackets(taking_part, run)
+            experts = [t for t in experts if brackets[t] is None]
         if experts:
-            histograms = self._model_histograms(experts, dict.fromkeys(experts, -1), run)
+            passes += self._histogram_thresholds(experts, thresholds, run)
+        means = self._model_means(run)
+        passes += self._wants_model_mean()
+        return ModelDecisions(tuple(thresholds), tuple(brackets), tuple(means), passes)
+
+    def _sampled_brackets(self, tensors: Sequence[TensorInputs], run: Map) -> list[Bracket | None]:
+        """Per expert, None where it needs none or none is worth it."""
+        elements = sum(t.numel for t in tensors)
+        experts = [t for t, s in enumerate(self.selections) if s.surveyed and decide.keeps_some(s, elements)]
+
+        def scores(tile: TensorInputs) -> list[np.ndarray]:
+            terms = [ExpertTerms(score_scale=_score_scale(tile, t)) for t in experts]
+            return [self.backend.scores(tile, t, e)[0] for t, e in zip(experts, terms, strict=True)]
+
+        found: list[Bracket | None] = [None] * len(self.models)
+        if experts:
+            sampled = sample(tensors, run_count(elements), scores, run, self._release)
+            of_expert = [(self.selections[t], s) for t, s in zip(experts, sampled, strict=True)]
+            for t, bracket in zip(experts, run(lambda pair: bracket_of(*pair), of_expert), strict=True):
+                found[t] = bracket
+        return found
+
+    def _histogram_thresholds(self, experts: list[int], thresholds: list[float | None], run: Map) -> int:
+        """Sets the exact model-wide thresholds of experts; returns how many passes over all tensors it took."""
+        digits: dict[int, decide.Digit] = {}
+        histograms = self._model_histograms(experts, dict.fromkeys(experts, -1), run)
+        for t in experts:
+            answer = decide.first_digit(self.selections[t], *histograms[t])
+            if isinstance(answer, decide.Digit):
+                digits[t] = answer
+            else:
+                thresholds[t] = answer
+        if not digits:
+            return 1
+        prefixes = {t: digit.prefix for t, digit in digits.items()}
+        histograms = self._model_histograms(list(digits), prefixes, run)
+        for t, digit in digits.items():
+            thresholds[t] = decide.second_digit(self.selections[t], digit, histograms[t][0])
+        return 2
+
+    def exact_thresholds(self, tensor: TensorInputs | None, terms: Terms, run: Map) -> list[float | None]:
+        """The thresholds of the experts whose bracket missed or may have (terms), by passes over one tensor, or
+        over all of them (None)."""
+        experts = [t for t, e in enumerate(terms.experts) if is_open(e)]
+        found: list[float | None] = [None] * len(self.models)
+        if tensor is None:
+            self._histogram_thresholds(experts, found, run)
+        else:
             for t in experts:
-                answer = decide.first_digit(self.selections[t], *histograms[t])
-                if isinstance(answer, decide.Digit):
-                    digits[t] = answer
-                else:
-                    thresholds[t] = answer
-        if digits:
-            prefixes = {t: digit.prefix for t, digit in digits.items()}
-            histograms = self._model_histograms(list(digits), prefixes, run)
-            for t, digit in digits.items():
-                thresholds[t] = decide.second_digit(self.selections[t], digit, histograms[t][0])
-        return ModelDecisions(tuple(thresholds), tuple(self._model_means(run)))
+                found[t] = self._select(tensor, t, terms.experts[t], self.selections[t], False, run)
+        return found
 
     def _units(self, wanted: Callable[[TensorInputs], bool], run: Map) -> Iterator[list[tuple]]:
         """Units of prepared tiles: (tile, flat index of its first element)."""
@@ -223,11 +299,19 @@ class Survey:
             pass
 
     def terms(self, tensor: TensorInputs, model: ModelDecisions, run: Map) -> Terms:
-        """The kernel's numbers for one prepared tensor."""
+        """The kernel's numbers for one prepared tensor; open (formula.is_open) where a threshold follows later."""
+        brackets = model.brackets
+        if self.brackets and not self.model_scope and tensor.numel > _DIRECT:
+            brackets = self._sampled_brackets([tensor], run)
         experts = []
         for t, selection in enumerate(self.selections):
             e = ExpertTerms(score_scale=_score_scale(tensor, t))
-            experts.append(replace(e, threshold=self._threshold(tensor, t, e, selection, model, run)))
+            bracket = brackets[t] if self._takes_part(tensor) or not self.model_scope else None
+            if bracket is not None:
+                census = selection.rule == "mass" or bracket.span == 0
+                experts.append(replace(e, threshold=bracket.lowest, span=bracket.span, census=census))
+            else:
+                experts.append(replace(e, threshold=self._threshold(tensor, t, e, selection, model, run)))
         p = self.recipe.parameters
         if p.rescale:
             experts = [

@@ -148,3 +148,10 @@ class TensorInputs:
             tuple(e.gather(positions) for e in self.experts),
             tuple(c.gather(positions) for c in self.curvatures),
         )
+
+
+def scatter(data: np.ndarray, positions: np.ndarray, elements: np.ndarray) -> None:
+    """data[positions] = elements. data, elements: uint8, of the same element size; positions: integers[m]."""
+    if len(positions):
+        unit = f"u{elements.size // len(positions)}"
+        data.view(unit)[positions] = elements.view(unit)

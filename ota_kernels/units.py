@@ -14,16 +14,17 @@ _BYTES |= {f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgtp", st
 _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*([a-z]*)", re.ASCII)
 
 
-def parse_size(text: str | int) -> int:
+def parse_size(text: str | int, least: int = 1) -> int:
     """Bytes of a size such as "5GB" (5e9, as Hugging Face counts), "512MiB" (512 * 2**20) or 1000000.
 
     Units are read in any case; a fraction of a byte is dropped. Raises RecipeError for anything that is
-    not at least one byte.
+    not at least `least` bytes (0 or 1).
     """
     size = _bytes(text)
-    if size is None or size < 1:
+    if size is None or size < least:
+        above = " above zero" if least else ""
         raise RecipeError(
-            f"size {text!r} is not a number of bytes above zero: write it like 5GB, 512MiB or 1000000"
+            f"size {text!r} is not a number of bytes{above}: write it like 5GB, 512MiB or 1000000"
         )
     return size
 

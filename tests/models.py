@@ -10,13 +10,17 @@ import numpy as np
 import reference64
 import torch
 
-from ota_kernels.backends.stats import MergeStats
+from ota_kernels.backends.stats import Candidates, MergeStats
+from ota_kernels.candidates import Store
 from ota_kernels.dtypes import BY_NAME
-from ota_kernels.formula import Terms
+from ota_kernels.formula import Terms, close, is_open
+from ota_kernels.group import Group, Part
 from ota_kernels.recipe import Recipe, parse_recipe
 from ota_kernels.roles import role_of
 from ota_kernels.survey import Survey
+from ota_kernels.tally import Tally
 from ota_kernels.tensors import Buffer, Full, TensorInputs, Uniform
+from ota_kernels.tiling import Segment
 
 INPUT_DTYPES = ("float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "float8_e5m2")
 OUTPUT_DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -141,9 +145,12 @@ def merge_model(
     survey = Survey(recipe, tensors, backend)
     decisions = survey.decide_model(map)
     found = {}
-    for tensor in tensors:
-        prepared = survey.prepare(tensor, map)
-        terms = survey.terms(prepared, decisions, map)
+    ready = [survey.prepare(tensor, map) for tensor in tensors]
+    terms_of = [survey.terms(prepared, decisions, map) for prepared in ready]
+    groups = [range(len(ready))] if survey.model_scope else [[i] for i in range(len(ready))]
+    for members in groups:
+        close_group(survey, ready, terms_of, members, backend)
+    for tensor, prepared, terms in zip(tensors, ready, terms_of, strict=True):
         masks = masks_of(prepared, terms, backend)
         found[tensor.name] = []
         for dtype in out_dtypes or [tensor.out_dtype.name]:
@@ -153,6 +160,35 @@ def merge_model(
             outcome = Outcome(tile, terms, decode(data, dtype, tile.shape), data, stats, masks)
             found[tensor.name].append(outcome)
     return found
+
+
+def close_group(
+    survey: Survey,
+    tensors: Sequence[TensorInputs],
+    terms_of: list[Terms],
+    members: Sequence[int],
+    backend: ModuleType,
+) -> None:
+    """Put exact thresholds in place of the brackets of a group's terms."""
+    waiting = [i for i in members if any(map(is_open, terms_of[i].experts))]
+    if not waiting:
+        return
+    elements = survey.elements if survey.model_scope else tensors[waiting[0]].numel
+    store = Store(1 << 30)
+    group = Group(survey.selections, elements, backend, store)
+    for i in waiting:
+        _, stats = merge_tile(tensors[i], terms_of[i], backend)
+        none = Candidates(np.zeros(0, np.uint32), tensors[i].slice(0, 0))
+        held = store.put(stats.candidates or none)
+        censuses = [None if c is None else c.tolist() for c in stats.censuses]
+        segment = Segment(i, 0, tensors[i].numel)
+        group.parts.append(Part(segment, tensors[i], terms_of[i], Tally.of(stats, []), censuses, held))
+    thresholds = group.thresholds(map)
+    if thresholds is None:
+        whole = None if survey.model_scope else tensors[waiting[0]]
+        thresholds = survey.exact_thresholds(whole, terms_of[waiting[0]], map)
+    for i in waiting:
+        terms_of[i] = close(terms_of[i], thresholds)
 
 
 def merge_one(

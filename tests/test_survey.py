@@ -15,7 +15,7 @@ from ota_kernels import decide
 from ota_kernels.backends import native
 from ota_kernels.errors import InputError
 from ota_kernels.factors import CHUNK, as_float32, low_rank, rank1
-from ota_kernels.formula import ExpertTerms, score_scale
+from ota_kernels.formula import ExpertTerms, is_open, score_scale
 from ota_kernels.recipe import MAX_MODELS
 from ota_kernels.survey import Survey
 from ota_kernels.tensors import Full, LowRank, Uniform
@@ -115,12 +115,17 @@ def large() -> Experts:
 
 @pytest.mark.parametrize("scope", ["tensor", "model"])
 @pytest.mark.parametrize("parameters", SELECTIONS, ids=str)
-def test_histograms_and_direct_selection_agree(backend, large, parameters, scope):
-    """A tensor above one chunk is decided by two histogram passes: as by sorting all of its scores."""
+def test_histograms_candidates_and_direct_selection_agree(backend, large, parameters, scope):
+    """A tensor above one chunk is decided by candidates or histograms: as by sorting all of its scores."""
     recipe = make_recipe(1, density_scope=scope, **parameters)
     tensor = large.inputs("bfloat16")
     survey = Survey(recipe, [tensor], backend)
-    expert = survey.terms(tensor, survey.decide_model(map), map).experts[0]
+    terms = survey.terms(tensor, survey.decide_model(map), map)
+    expert = merge_one(recipe, large, backend, "bfloat16").terms.experts[0]
+    if "ties_density" not in parameters:
+        whole = None if scope == "model" else tensor
+        assert is_open(terms.experts[0])
+        assert expert.threshold == survey.exact_thresholds(whole, terms, map)[0]
     scores, _ = backend.scores(tensor, 0, expert)
     selection = decide.selection_of(recipe.models[0].parameters)
     assert expert.threshold == decide.threshold_of_scores(selection, scores)

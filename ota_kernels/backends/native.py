@@ -10,10 +10,11 @@ import os
 
 import numpy as np
 
+from ..dtypes import BY_NAME, DType
 from ..errors import BackendError
 from ..formula import ExpertTerms, Terms
-from ..tensors import Buffer, Curvature, Full, LowRank, Rank1, TensorInputs
-from .stats import MergeStats, NonFinite
+from ..tensors import Buffer, Curvature, Full, LowRank, Rank1, TensorInputs, Uniform
+from .stats import CENSUS, Candidates, MergeStats, NonFinite
 
 NAME = "native"
 
@@ -59,7 +60,7 @@ def _curvature(c: Curvature) -> tuple:
     return ()
 
 
-def _expert(tile: TensorInputs, t: int, terms: ExpertTerms) -> tuple:
+def _expert(tile: TensorInputs, t: int, terms: ExpertTerms, census: np.ndarray | None = None) -> tuple:
     weights = tile.experts[t]
     return (
         weights.data,
@@ -70,6 +71,8 @@ def _expert(tile: TensorInputs, t: int, terms: ExpertTerms) -> tuple:
         terms.weight_scale,
         terms.edit_scale,
         terms.trim,
+        terms.span,
+        census,
     )
 
 
@@ -90,9 +93,14 @@ def _nonfinite(t: int, counts) -> tuple[NonFinite, ...]:
 def merge(tile: TensorInputs, terms: Terms, out: np.ndarray) -> MergeStats:
     """Merge one tile into `out` (uint8, the tile's elements in its out_dtype). Releases the GIL."""
     f = terms.formula
-    kept, unkept, overflow, repaired, base, weights, curvatures = _extension().merge(
+    censuses = tuple(np.zeros(CENSUS, np.int64) if e.census else None for e in terms.experts)
+    room = _candidate_room(tile) if any(e.span for e in terms.experts) else None
+    kept, unkept, overflow, repaired, base, weights, curvatures, undecided = _extension().merge(
         *_base(tile),
-        [_expert(tile, t, e) for t, e in enumerate(terms.experts)],
+        [
+            _expert(tile, t, e, census)
+            for t, (e, census) in enumerate(zip(terms.experts, censuses, strict=True))
+        ],
         (
             f.power,
             terms.epsilon,
@@ -107,13 +115,53 @@ def merge(tile: TensorInputs, terms: Terms, out: np.ndarray) -> MergeStats:
         ),
         out,
         tile.out_dtype.code,
+        room,
         instruction_set(),
     )
     nonfinite = [NonFinite("base", -1, *base)] if base[0] else []
     for t, (bad_weights, bad_curvature) in enumerate(zip(weights, curvatures, strict=True)):
         nonfinite += [NonFinite("weights", t, *bad_weights)] if bad_weights[0] else []
         nonfinite += [NonFinite("curvature", t, *bad_curvature)] if bad_curvature[0] else []
-    return MergeStats(tuple(kept), unkept, overflow, repaired, tuple(nonfinite))
+    candidates = None if room is None else _candidates(tile, room, undecided)
+    return MergeStats(tuple(kept), unkept, overflow, repaired, tuple(nonfinite), candidates, censuses)
+
+
+def _candidate_room(tile: TensorInputs) -> tuple:
+    """Buffers that would hold the whole tile; only what is used of them becomes memory."""
+
+    def like(buffer: Buffer) -> np.ndarray:
+        return np.empty(tile.numel * buffer.dtype.itemsize, np.uint8)
+
+    return (
+        np.empty(4 * tile.numel, np.uint8),
+        None if tile.base is None else like(tile.base),
+        [like(w) for w in tile.experts],
+        [None if isinstance(c, Uniform) else np.empty(4 * tile.numel, np.uint8) for c in tile.curvatures],
+    )
+
+
+def _candidates(tile: TensorInputs, room: tuple, count: int) -> Candidates:
+    index, base, weights, curvatures = room
+
+    def used(data: np.ndarray, dtype: DType, origin: str) -> Buffer:
+        return Buffer(data[: count * dtype.itemsize].copy(), dtype, origin)
+
+    def curvature(t: int) -> Curvature:
+        if curvatures[t] is None:
+            return tile.curvatures[t]
+        given = tile.curvatures[t]
+        bias = given.bias_correction if isinstance(given, Full) else 1.0
+        return Full(used(curvatures[t], BY_NAME["float32"], "curvature"), bias)
+
+    operands = TensorInputs(
+        tile.name,
+        tile.shape,
+        tile.out_dtype,
+        None if tile.base is None else used(base, tile.base.dtype, tile.base.origin),
+        tuple(used(w, x.dtype, x.origin) for w, x in zip(weights, tile.experts, strict=True)),
+        tuple(curvature(t) for t in range(len(curvatures))),
+    )
+    return Candidates(index[: 4 * count].view(np.uint32).copy(), operands)
 
 
 def histogram(

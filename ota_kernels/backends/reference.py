@@ -6,12 +6,15 @@ out bit-identical everywhere. Values are computed in float32 for 16-bit outputs 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
+from ..dtypes import BY_NAME
 from ..formula import ExpertTerms, Terms
 from ..tensors import Buffer, Curvature, Full, LowRank, Rank1, TensorInputs, Uniform
-from .stats import MergeStats, NonFinite
+from .stats import CENSUS, EXPONENTS, Candidates, MergeStats, NonFinite
 
 NAME = "reference"
 
@@ -76,15 +79,20 @@ def merge(tile: TensorInputs, terms: Terms, out: np.ndarray) -> MergeStats:
     unusable = ~torch.isfinite(base.float())
     nonfinite = _count("base", -1, unusable)
 
-    weights, edits, masks, trimmed = [], [], [], []
+    weights, edits, masks, trimmed, counted, censuses = [], [], [], [], [], []
+    undecided = torch.zeros(n, dtype=torch.bool)
     for t, e in enumerate(terms.experts):
         w, h = _decode(tile.experts[t], acc), curvature(tile.curvatures[t], n)
         nonfinite += _count("weights", t, ~torch.isfinite(w.float()))
         nonfinite += _count("curvature", t, _bad_curvature(h))
-        unusable = unusable | ~torch.isfinite(w.float()) | _bad_curvature(h)
+        bad = ~torch.isfinite(base.float()) | ~torch.isfinite(w.float()) | _bad_curvature(h)
+        unusable = unusable | bad
         d32 = w.float() - base.float()
         s = score(h, d32 if has_base else None, e.score_scale)
         masks.append(s >= e.threshold if f.masked else torch.ones(n, dtype=torch.bool))
+        counted.append(masks[-1] & ~bad if f.repair_nonfinite else masks[-1])
+        undecided |= _in_bracket(s, e)
+        censuses.append(_census(torch.where(bad | s.isnan(), torch.zeros(()), s), e) if e.census else None)
         a = torch.full((n,), e.weight_scale, dtype=acc)
         weights.append(h.to(acc) ** f.power * a + terms.epsilon if f.curvature_weights else a)
         edits.append(e.edit_scale * (w - base))
@@ -114,12 +122,54 @@ def merge(tile: TensorInputs, terms: Terms, out: np.ndarray) -> MergeStats:
     written = merged.to(getattr(torch, tile.out_dtype.name))
     out[:] = written.view(torch.uint8).numpy()
     return MergeStats(
-        kept=tuple(int(m.sum()) for m in masks),
+        kept=tuple(int(m.sum()) for m in counted),
         unkept=int(nobody.sum()),
         overflow=int((~torch.isfinite(written)).sum()),
         repaired=int(unusable.sum()) if f.repair_nonfinite else 0,
         nonfinite=nonfinite,
+        candidates=_gather(tile, undecided) if any(e.span for e in terms.experts) else None,
+        censuses=tuple(censuses),
     )
+
+
+def _bits(s: torch.Tensor) -> torch.Tensor:
+    return s.view(torch.int32).long()
+
+
+def _bits_of(score: float) -> int:
+    return int(np.float32(score).view(np.uint32))
+
+
+def _in_bracket(s: torch.Tensor, e: ExpertTerms) -> torch.Tensor:
+    if not e.span:
+        return torch.zeros(s.shape, dtype=torch.bool)
+    steps = _bits(s) - _bits_of(e.threshold)
+    return (steps >= 0) & (steps < e.span)
+
+
+def _census(s: torch.Tensor, e: ExpertTerms) -> np.ndarray:
+    bits = _bits(s)
+    above = bits >= _bits_of(e.threshold) + max(e.span, 1)
+    exponent = bits >> 23
+    significand = (bits & 0x7FFFFF) + torch.where(exponent > 0, 1 << 23, 0)
+    sums = torch.zeros(CENSUS, dtype=torch.int64)
+    sums.index_add_(0, exponent + EXPONENTS * above, significand)
+    sums[-1] = above.sum()
+    return sums.numpy()
+
+
+def _gather(tile: TensorInputs, wanted: torch.Tensor) -> Candidates:
+    positions = wanted.nonzero().reshape(-1).numpy()
+    operands = tile.gather(positions)
+
+    def widened(c: Curvature) -> Curvature:
+        if not isinstance(c, Full):
+            return c
+        h = curvature(c, len(positions)).numpy()
+        return Full(Buffer(h.view(np.uint8), BY_NAME["float32"], c.values.origin), c.bias_correction)
+
+    curvatures = tuple(widened(c) for c in operands.curvatures)
+    return Candidates(positions.astype(np.uint32), replace(operands, curvatures=curvatures))
 
 
 def _scores(

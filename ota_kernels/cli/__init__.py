@@ -14,6 +14,7 @@ from ..errors import OtaError
 _COMMANDS = {
     "run": "Merge models as a recipe says.",
     "plan": "Show what a merge would read, write and hold in memory.",
+    "densities": "Show what each density would keep of each expert, and where.",
     "demo": "Train small experts on digits, merge them, print what came out.",
 }
 INTERRUPTED = 130

@@ -15,11 +15,14 @@ class Size(click.ParamType):
 
     name = "size"
 
+    def __init__(self, least: int = 1) -> None:
+        self._least = least
+
     def convert(self, value, param, ctx) -> int:
         from ..units import parse_size
 
         try:
-            return parse_size(value)
+            return parse_size(value, self._least)
         except RecipeError as error:
             self.fail(str(error), param, ctx)
 
@@ -47,6 +50,13 @@ _SHARED = (
     ),
     click.option(
         "--memory-limit", type=Size(), default="1GiB", show_default=True, help="Resident memory at most."
+    ),
+    click.option(
+        "--candidates-memory",
+        type=Size(least=0),
+        default="256MiB",
+        show_default=True,
+        help="Of elements that wait for exact thresholds; beyond it they go to the work folder.",
     ),
     click.option("--threads", type=click.IntRange(min=1), help="Worker threads.  [default: every processor]"),
     click.option(

@@ -30,12 +30,19 @@ def plan(found: Plan) -> None:
         ("bytes out", f"{format_bytes(found.bytes_out)} in {len(found.layout.shards)} file(s)"),
         ("tiles", f"{found.tiles} of {format_count(found.tile_elements)} elements"),
         ("backend", f"{found.backend}, {found.threads} thread(s)"),
+        *([("candidates", _candidates(found))] if found.candidate_bytes else []),
         ("peak memory", format_bytes(found.peak_memory)),
         ("estimated time", f"{format_seconds(found.seconds)} from a warm page cache"),
     )
     for row in rows:
         table.add_row(*row)
     Console().print(table)
+
+
+def _candidates(found: Plan) -> str:
+    """What waits for exact thresholds."""
+    spilled = f", {format_bytes(found.spilled_bytes)} of it in the work folder" if found.spilled_bytes else ""
+    return f"about {format_bytes(found.candidate_bytes)}{spilled}"
 
 
 def report(merged: dict, out: str) -> None:
@@ -48,6 +55,8 @@ def report(merged: dict, out: str) -> None:
     for expert in merged["experts"]:
         threshold = "" if expert["threshold"] is None else f", threshold {expert['threshold']:.4g}"
         click.echo(f"  {expert['model']}: {expert['density']:.1%} of its edits kept{threshold}")
+    if merged["repeats"]:
+        click.echo(f"  {merged['repeats']} thresholds lay outside their bracket: merged again, exactly")
     if merged["repaired"]:
         click.echo(f"  {merged['repaired']} elements set to the base value: an input was not finite")
 

@@ -31,11 +31,12 @@ class Journal:
         self._thread = threading.Thread(target=self._drain, name="ota-journal", daemon=True)
         self._thread.start()
 
-    def append(self, record: dict) -> None:
+    def append(self, record: dict | None) -> None:
         """Record something whose data has been handed to the writer; RunError if a write has failed."""
         if self._failure is not None:
             raise self._failure
-        self._queue.put(record)
+        if record is not None:
+            self._queue.put(record)
 
     def _drain(self) -> None:
         while True:

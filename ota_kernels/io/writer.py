@@ -119,6 +119,16 @@ class ShardWriter:
             name = self._layout.shards[tensor.shard].name
             raise RunError(f"cannot write {name}: {error.strerror}; free some room and --resume") from error
 
+    def read(self, tensor: OutputTensor, start: int, data: np.ndarray) -> None:
+        """Read elements that were written, from flat index `start`, into data (uint8)."""
+        view, offset = memoryview(data), tensor.begin + start * tensor.dtype.itemsize
+        while view:
+            count = os.preadv(self._fds[tensor.shard], [view], offset)
+            if count == 0:
+                name = self._layout.shards[tensor.shard].name
+                raise RunError(f"{name} was cut while it was written; start again with --overwrite")
+            view, offset = view[count:], offset + count
+
     def sync(self) -> None:
         """Wait until everything written so far is on the disk."""
         with self._lock:

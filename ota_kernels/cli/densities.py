@@ -1,0 +1,45 @@
+"""`ota-merge densities`: which density to take."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from .options import Size
+
+
+@click.command()
+@click.argument("recipe", type=click.Path(dir_okay=False))
+@click.option(
+    "--grid", help="Densities to show, like 0.01,0.1,0.5.  [default: 0.01,0.02,0.05,0.1,0.2,0.3,0.5,0.7]"
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "reference", "native"]),
+    default="auto",
+    show_default=True,
+    help="What computes: C++ kernels (native), plain torch (reference), or the fastest that runs here.",
+)
+@click.option("--threads", type=click.IntRange(min=1), help="Worker threads.  [default: every processor]")
+@click.option(
+    "--memory-limit", type=Size(), default="1GiB", show_default=True, help="Resident memory at most."
+)
+def densities(recipe: str, grid: str | None, as_json: bool, **options) -> None:
+    """Show what each density would keep of the experts of RECIPE (method ota): how many edits, from which
+    saliency on, in which roles and layers; and which density holds a share of the saliency.
+
+    Reads the inputs once. Thresholds hold over the whole model, and are exact: one can be a model's
+    precond_threshold. The recipe's own densities and thresholds play no part.
+    """
+    from .. import density_grid
+    from . import density_tables, show
+
+    values = density_grid.DEFAULT_GRID if grid is None else grid.split(",")
+    with show.progress() as progress:
+        found = density_grid.densities(recipe, values, progress=progress, **options)
+    if as_json:
+        click.echo(json.dumps(found, indent=2, allow_nan=False))
+    else:
+        density_tables.show(found)
