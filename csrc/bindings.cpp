@@ -8,6 +8,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <cstring>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -25,6 +26,8 @@ using OutBytes = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu
 using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using OutFloats = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using OutDoubles = nb::ndarray<double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Positions = nb::ndarray<const uint32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Ints = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using OutInts = nb::ndarray<int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 void require(bool ok, const char* what) {
@@ -244,6 +247,51 @@ std::vector<Count> per_element(const std::optional<Bytes>& base, int base_code, 
     return counts_of(stats);
 }
 
+// (scores inside, scores above); out has room for every score and begins with those inside.
+Count in_bracket(const std::optional<Bytes>& base, int base_code, const nb::tuple& expert_spec, double lowest,
+                 double highest, OutFloats out, const std::string& isa) {
+    const ota::SurveyArgs args = survey_args(base, base_code, expert_spec, static_cast<int64_t>(out.size()) - 1);
+    const ota::Kernels& table = kernels(isa);
+    int64_t inside = 0, above = 0;
+    {
+        nb::gil_scoped_release release;
+        table.in_bracket(args, static_cast<float>(lowest), static_cast<float>(highest), out.data(), inside, above);
+    }
+    return {inside, above};
+}
+
+template <typename T>
+void scatter(uint8_t* data, const uint32_t* positions, int64_t m, const uint8_t* elements) {
+    for (int64_t j = 0; j < m; ++j)
+        std::memcpy(data + sizeof(T) * positions[j], elements + sizeof(T) * j, sizeof(T));
+}
+
+// data[positions] = elements, of `size` bytes each.
+void scatter_elements(OutBytes data, const Positions& positions, const Bytes& elements, int size) {
+    const auto m = static_cast<int64_t>(positions.size()), n = static_cast<int64_t>(data.size()) / size;
+    require(static_cast<int64_t>(elements.size()) == m * size, "as many elements as positions");
+    for (int64_t j = 0; j < m; ++j) require(positions.data()[j] < n, "a position outside");
+    nb::gil_scoped_release release;
+    if (size == 2) return scatter<uint16_t>(data.data(), positions.data(), m, elements.data());
+    if (size == 4) return scatter<uint32_t>(data.data(), positions.data(), m, elements.data());
+    require(size == 8, "elements of 2, 4 or 8 bytes");
+    scatter<uint64_t>(data.data(), positions.data(), m, elements.data());
+}
+
+void sample(const std::optional<Bytes>& base, int base_code, const nb::tuple& expert_spec, int64_t n,
+            const Ints& starts, OutFloats out, const std::string& isa) {
+    const ota::SurveyArgs args = survey_args(base, base_code, expert_spec, n);
+    const auto count = static_cast<int64_t>(starts.size());
+    if (count == 0) return;
+    const int64_t length = static_cast<int64_t>(out.size()) / count;
+    require(length * count == static_cast<int64_t>(out.size()) && length >= 1 && length <= 1024,
+            "runs of 1 to 1024 elements can be sampled");
+    for (int64_t i = 0; i < count; ++i) require(starts.data()[i] >= 0 && starts.data()[i] < n, "a run outside");
+    const ota::Kernels& table = kernels(isa);
+    nb::gil_scoped_release release;
+    table.sample(args, starts.data(), count, static_cast<int>(length), out.data());
+}
+
 nb::tuple power_sum(const nb::tuple& curvature_spec, int64_t n, double power, const std::string& isa) {
     const ota::Curvature c = curvature(curvature_spec, n);
     const ota::Kernels& table = kernels(isa);
@@ -282,6 +330,10 @@ NB_MODULE(_native, m) {
           "isa"_a);
     m.def("scores", &per_element<&ota::Kernels::scores>, "base"_a.none(), "base_code"_a, "expert"_a, "out"_a,
           "isa"_a);
+    m.def("in_bracket", &in_bracket, "base"_a.none(), "base_code"_a, "expert"_a, "lowest"_a, "highest"_a, "out"_a,
+          "isa"_a);
+    m.def("scatter", &scatter_elements, "data"_a, "positions"_a, "elements"_a, "size"_a);
+    m.def("sample", &sample, "base"_a.none(), "base_code"_a, "expert"_a, "n"_a, "starts"_a, "out"_a, "isa"_a);
     m.def("power_sum", &power_sum, "curvature"_a, "n"_a, "power"_a, "isa"_a);
     m.def("row_column_sums", &row_column_sums, "values"_a, "code"_a, "row_sums"_a, "column_sums"_a, "isa"_a);
 }

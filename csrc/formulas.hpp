@@ -227,20 +227,27 @@ inline int64_t store(uint8_t* out, int64_t offset, int n, const Acc* __restrict 
     return beyond;
 }
 
-// The limits are the largest numbers that do not round to infinity.
+// The largest number that does not round to infinity. The next float32 is 65520 for float16.
+inline double largest_finite(DType dtype) {
+    switch (dtype) {
+        case DType::bf16: return bit_cast<float>(0x7f7f7fffu);
+        case DType::f16: return bit_cast<float>(0x477fefffu);
+        case DType::f32: return 3.4028235677973362e38;
+        default: return 1.7976931348623157e308;
+    }
+}
+
 inline int64_t store(DType dtype, uint8_t* out, int64_t offset, int n, const float* values) {
-    const float bf16_limit = bit_cast<float>(0x7f7f7fffu);
-    const float f16_limit = bit_cast<float>(0x477fefffu);  // the next float32 is 65520
+    const float limit = static_cast<float>(largest_finite(dtype));
     if (dtype == DType::bf16)
-        return store<uint16_t>(out, offset, n, values, bf16_limit, [](float v) { return to_bf16(v); });
-    return store<uint16_t>(out, offset, n, values, f16_limit, [](float v) { return to_f16(v); });
+        return store<uint16_t>(out, offset, n, values, limit, [](float v) { return to_bf16(v); });
+    return store<uint16_t>(out, offset, n, values, limit, [](float v) { return to_f16(v); });
 }
 
 inline int64_t store(DType dtype, uint8_t* out, int64_t offset, int n, const double* values) {
-    const double f64_limit = 1.7976931348623157e308, f32_limit = 3.4028235677973362e38;
-    if (dtype == DType::f64)
-        return store<double>(out, offset, n, values, f64_limit, [](double v) { return v; });
-    return store<float>(out, offset, n, values, f32_limit, [](double v) { return static_cast<float>(v); });
+    const double limit = largest_finite(dtype);
+    if (dtype == DType::f64) return store<double>(out, offset, n, values, limit, [](double v) { return v; });
+    return store<float>(out, offset, n, values, limit, [](double v) { return static_cast<float>(v); });
 }
 
 inline bool is_finite(float v) { return (bit_cast<uint32_t>(v) & 0x7fffffffu) < 0x7f800000u; }

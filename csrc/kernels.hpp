@@ -42,8 +42,8 @@ struct Expert {
     int64_t* census = nullptr;  // kCensus counts of the scores, or none
 };
 
-// A census of scores: sums of significands by exponent, of scores up to the bracket's end, then of those above
-// it; last, how many are above.
+// A census of scores, undecided ones left out: sums of significands by exponent, of scores up to the bracket's
+// end, then of those above it; last, how many are above.
 constexpr int kExponents = 256;
 constexpr int kCensus = 2 * kExponents + 1;
 
@@ -79,6 +79,7 @@ struct NonFinite {
     }
 };
 
+// Undecided elements count nowhere but as not finite.
 struct MergeStats {
     int64_t kept[kMaxExperts] = {};
     int64_t unkept = 0;    // elements kept by nobody
@@ -120,6 +121,8 @@ struct Kernels {
     void (*histogram)(const SurveyArgs&, int64_t prefix, int64_t* counts, int64_t* lows, SurveyStats&);
     void (*edits)(const SurveyArgs&, float* out, SurveyStats&);
     void (*scores)(const SurveyArgs&, float* out, SurveyStats&);
+    void (*in_bracket)(const SurveyArgs&, float lowest, float highest, float* out, int64_t& inside, int64_t& above);
+    void (*sample)(const SurveyArgs&, const int64_t* starts, int64_t count, int length, float* out);
     double (*power_sum)(const Curvature&, int64_t n, double power, NonFinite&);
     void (*row_column_sums)(const Operand&, int64_t rows, int64_t columns, double* row_sums,
                             double* column_sums, NonFinite&);

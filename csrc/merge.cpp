@@ -326,20 +326,30 @@ void combine(const MergeArgs& args, int64_t offset, int n, Block<Acc>& block, Me
         if (block.denominator[i] == Acc(0) || (counted && block.kept_by[i] == 0)) block.merged()[i] = mean[i];
 }
 
-// `on_nonfinite: base`: the base value wherever some input of the element is not usable, and no mask there.
+// `on_nonfinite: base`: the base value wherever some input of the element is not usable. An expert whose own
+// inputs are not usable there does not keep the element. Undecided elements are counted when they are decided.
 template <typename Acc>
 void repair(const MergeArgs& args, int64_t offset, int n, Block<Acc>& block, MergeStats& stats) {
     bool bad[kBlock];
     for (int i = 0; i < n; ++i) bad[i] = !is_finite(static_cast<float>(block.base[i]));
     for (int t = 0; t < args.n_experts; ++t) {
-        const float* w = load(args.experts[t].weights, offset, n, block.weight_room);
-        const float* h = load(args.experts[t].curvature, offset, n, block.curvature_room);
-        for (int i = 0; i < n; ++i) bad[i] = bad[i] || !is_finite(w[i]) || !is_curvature(h[i]);
+        const Expert& expert = args.experts[t];
+        const float* w = load(expert.weights, offset, n, block.weight_room);
+        const float* h = load(expert.curvature, offset, n, block.curvature_room);
+        for (int i = 0; i < n; ++i) {
+            const float b = static_cast<float>(block.base[i]);
+            if (is_finite(w[i]) && is_curvature(h[i]) && is_finite(b)) continue;
+            bad[i] = true;
+            const float s = args.has_base ? score<true>(h[i], w[i], b, expert.score_scale)
+                                          : score<false>(h[i], w[i], b, expert.score_scale);
+            const bool kept = !args.formula.masked || s >= expert.threshold;
+            if (kept && !block.undecided[i]) --stats.kept[t];
+        }
     }
     for (int i = 0; i < n; ++i) {
         if (!bad[i]) continue;
         block.merged()[i] = block.base[i];
-        ++stats.repaired;
+        if (!block.undecided[i]) ++stats.repaired;
     }
 }
 
@@ -352,20 +362,7 @@ float usable_score(const MergeArgs& args, int t, float w, float h, Acc base) {
     return s >= 0.0f ? s : 0.0f;  // a curvature above 2^96 times an edit of 0
 }
 
-// Elements that cannot be used are repaired, and then not counted as kept.
-template <typename Acc>
-void uncount(const MergeArgs& args, int t, int n, const float* w, const float* h, const Block<Acc>& block,
-             int64_t& kept) {
-    const Expert& expert = args.experts[t];
-    for (int i = 0; i < n; ++i) {
-        if (is_finite(w[i]) && is_curvature(h[i]) && is_finite(static_cast<float>(block.base[i]))) continue;
-        const float b = static_cast<float>(block.base[i]);
-        const float s = args.has_base ? score<true>(h[i], w[i], b, expert.score_scale)
-                                      : score<false>(h[i], w[i], b, expert.score_scale);
-        if (!args.formula.masked || s >= expert.threshold) --kept;
-    }
-}
-
+// Sums the scores of expert t, undecided elements left out.
 template <typename Acc>
 void take_census(const MergeArgs& args, int t, int64_t offset, int n, Block<Acc>& block) {
     const Expert& expert = args.experts[t];
@@ -373,6 +370,7 @@ void take_census(const MergeArgs& args, int t, int64_t offset, int n, Block<Acc>
     const float* h = load(expert.curvature, offset, n, block.curvature_room);
     const uint32_t first_above = bit_cast<uint32_t>(expert.threshold) + (expert.span ? expert.span : 1);
     for (int i = 0; i < n; ++i) {
+        if (block.undecided[i]) continue;
         const uint32_t bits = bit_cast<uint32_t>(usable_score(args, t, w[i], h[i], block.base[i]));
         const uint32_t exponent = bits >> 23, above = bits >= first_above ? 1 : 0;
         const uint32_t significand = (bits & 0x7fffffu) + (exponent > 0 ? 1u << 23 : 0u);
@@ -417,9 +415,9 @@ void pick(const Operand& x, int64_t offset, const int32_t* at, int m, uint8_t* o
     }
 }
 
-// Appends the block's undecided elements to the candidates.
+// Appends the block's undecided elements to the candidates, and takes back that experts kept them.
 template <typename Acc>
-void append_undecided(const MergeArgs& args, int64_t offset, int n, Block<Acc>& block) {
+void append_undecided(const MergeArgs& args, int64_t offset, int n, Block<Acc>& block, MergeStats& stats) {
     int32_t at[kBlock + kLanes];
     const int m = positions_of_ones(block.undecided, n, at);
     Candidates& c = *args.candidates;
@@ -427,12 +425,33 @@ void append_undecided(const MergeArgs& args, int64_t offset, int n, Block<Acc>& 
     if (args.has_base) pick(args.base, offset, at, m, c.base + item_size(args.base.dtype) * c.count);
     for (int t = 0; t < args.n_experts; ++t) {
         const Expert& expert = args.experts[t];
-        pick(expert.weights, offset, at, m, c.weights[t] + item_size(expert.weights.dtype) * c.count);
-        if (expert.curvature.kind == CurvatureKind::uniform) continue;
+        uint8_t* picked = c.weights[t] + item_size(expert.weights.dtype) * c.count;
+        pick(expert.weights, offset, at, m, picked);
+        const float* w = load({picked, expert.weights.dtype}, 0, m, block.weight_room);
         const float* h = load(expert.curvature, offset, n, block.curvature_room);
-        for (int j = 0; j < m; ++j) c.curvature[t][c.count + j] = h[at[j]];
+        float picked_h[kBlock];
+        float* curvature = expert.curvature.kind == CurvatureKind::uniform ? picked_h : c.curvature[t] + c.count;
+        for (int j = 0; j < m; ++j) curvature[j] = h[at[j]];
+        int32_t kept = 0;
+        if (args.has_base)
+            for (int j = 0; j < m; ++j) {
+                const float b = static_cast<float>(block.base[at[j]]);
+                kept += score<true>(curvature[j], w[j], b, expert.score_scale) >= expert.threshold ? 1 : 0;
+            }
+        else
+            for (int j = 0; j < m; ++j)
+                kept += score<false>(curvature[j], w[j], 0.0f, expert.score_scale) >= expert.threshold ? 1 : 0;
+        stats.kept[t] -= kept;
     }
     c.count += m;
+}
+
+// Takes back what undecided elements counted when they were stored.
+template <typename Acc>
+void uncount_overflow(const MergeArgs& args, int n, const Block<Acc>& block, MergeStats& stats) {
+    const Acc limit = static_cast<Acc>(largest_finite(args.out_dtype));
+    for (int i = 0; i < n; ++i)
+        if (block.undecided[i] && !(std::fabs(block.numerator[i]) <= limit)) --stats.overflow;
 }
 
 template <typename Acc>
@@ -441,7 +460,7 @@ void clear(Block<Acc>& block, bool elect_signs, bool open) {
     std::memset(block.denominator, 0, sizeof(block.denominator));
     if (elect_signs) std::memset(block.elected, 0, sizeof(block.elected));
     if (elect_signs || block.counts_keepers) std::memset(block.kept_by, 0, sizeof(block.kept_by));
-    if (open) std::memset(block.undecided, 0, sizeof(block.undecided));
+    if (open) std::memset(block.undecided, 0, sizeof(block.undecided));  // else it stays 0
 }
 
 // Adds expert t to the sums of the block. Returns whether some input is not usable.
@@ -452,13 +471,11 @@ bool add_expert(const MergeArgs& args, int t, int64_t offset, int n, Block<Acc>&
         return first_pass(args, expert, view, block);
     });
     stats.kept[t] += found.kept;
-    if (expert.census) take_census(args, t, offset, n, block);
     if (found.suspicion < kSuspect) return false;
     const float* w = load(expert.weights, offset, n, block.weight_room);
     const float* h = load(expert.curvature, offset, n, block.curvature_room);
     const bool bad = count_nonfinite(w, offset, n, stats.weights[t]) |
                      count_bad_curvature(h, offset, n, stats.curvature[t]);
-    if (args.formula.repair_nonfinite) uncount(args, t, n, w, h, block, stats.kept[t]);
     return bad;
 }
 
@@ -478,10 +495,14 @@ void merge_tile(const MergeArgs& args, MergeStats& stats) {
                     args.has_base ? disjoint_sum<true>(expert, view, block)
                                   : disjoint_sum<false>(expert, view, block);
                 });
-        if (args.candidates) append_undecided(args, offset, n, block);
+        if (args.candidates) append_undecided(args, offset, n, block, stats);
+        for (int t = 0; t < args.n_experts; ++t)
+            if (args.experts[t].census) take_census(args, t, offset, n, block);
         combine(args, offset, n, block, stats);
         if (bad && args.formula.repair_nonfinite) repair(args, offset, n, block, stats);
-        stats.overflow += store(args.out_dtype, args.out, offset, n, block.merged());
+        const int64_t beyond = store(args.out_dtype, args.out, offset, n, block.merged());
+        stats.overflow += beyond;
+        if (beyond && args.candidates) uncount_overflow(args, n, block, stats);
     }
 }
 

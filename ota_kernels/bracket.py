@@ -5,6 +5,7 @@ A bracket that misses is found out by the counts of the merge (group.py); it cos
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ import numpy as np
 from .decide import SMALLEST, Selection, score_bits
 
 # Half the width in standard errors of the sample: a bracket of one expert misses once in 16 000.
-_DEVIATIONS = 4.0
+_DEVIATIONS = 3.5
 # Beyond this share of undecided elements, two histogram passes are cheaper than candidates.
 _WORTH_IT = 1 / 4
 
@@ -50,33 +51,42 @@ def bracket_of(selection: Selection, scores: np.ndarray) -> Bracket | None:
     The neighbours in a run are alike, so that the error is estimated between runs: from the differences of
     successive ones, which leaves out what stratification evens out (Cochran, Sampling Techniques, 8.8).
     """
-    by_mass = selection.rule == "mass"
-    descending = np.sort(scores, axis=None)[::-1]
-    from_top = np.cumsum(descending, dtype=np.float64) if by_mass else np.arange(1.0, scores.size + 1)
-    total = from_top[-1]
+    ascending = np.sort(scores, axis=None)
+    if selection.rule == "mass":
+        from_top = np.cumsum(ascending[::-1], dtype=np.float64)
+        position = functools.partial(np.searchsorted, from_top)
+        total, least = float(from_top[-1]), 0.0
+    else:
+        position = math.ceil
+        total, least = float(scores.size), 1.0
+
+    def score_at(target: float) -> float:
+        """The score at which the sum from the top reaches target."""
+        if target > total:
+            return 0.0
+        return float(ascending[-1 - max(int(position(target)) - (selection.rule != "mass"), 0)])
+
     target = selection.value * total
-    estimate = descending[min(int(np.searchsorted(from_top, target)), scores.size - 1)]
-    margin = _DEVIATIONS * _standard_error(selection, scores, estimate) + (0 if by_mass else 1)
-    lowest = _score_at(descending, from_top, target + margin)
-    highest = np.inf if target - margin <= 0 else _score_at(descending, from_top, target - margin)
+    margin = _DEVIATIONS * _standard_error(selection, scores, score_at(target)) + least
+    lowest = max(score_at(target + margin), SMALLEST)
+    highest = max(score_at(target - margin), SMALLEST) if target > margin else math.inf
     if lowest == highest:
         return Bracket(lowest, 0)
-    if np.mean((scores >= lowest) & (scores <= highest)) > _WORTH_IT:
+    inside = np.searchsorted(ascending, highest, "right") - np.searchsorted(ascending, lowest, "left")
+    if inside > _WORTH_IT * scores.size:
         return None
     return Bracket(lowest, score_bits(highest) - score_bits(lowest) + 1)
 
 
-def _score_at(descending: np.ndarray, from_top: np.ndarray, target: float) -> float:
-    """The score at which the sum from the top reaches target; never 0, which no selection keeps."""
-    if target > from_top[-1]:
-        return SMALLEST
-    return max(float(descending[np.searchsorted(from_top, target)]), SMALLEST)
-
-
 def _standard_error(selection: Selection, scores: np.ndarray, threshold: float) -> float:
     """Of the sum above the threshold (a count, or a mass) less its expected share of everything."""
-    worth = scores.astype(np.float64) if selection.rule == "mass" else np.ones(scores.shape)
-    residuals = (np.where(scores >= threshold, worth, 0.0) - selection.value * worth).sum(axis=1)
+    above = scores >= np.float32(threshold)
+    if selection.rule == "mass":
+        worth = scores.astype(np.float64)
+        residuals = np.where(above, worth, 0.0).sum(axis=1) - selection.value * worth.sum(axis=1)
+        everything = worth.sum()
+    else:
+        residuals, everything = above.view(np.uint64).sum(axis=1) % 255, scores.size  # sums of bytes
     if len(residuals) < 2:
-        return float(worth.sum())
-    return math.sqrt(np.mean(np.diff(residuals) ** 2) / 2 * len(residuals))
+        return float(everything)
+    return math.sqrt(np.mean(np.diff(residuals.astype(np.float64)) ** 2) / 2 * len(residuals))

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import backends, decide
+from .bracket import run_count
 from .errors import RecipeError
 from .formula import ExpertTerms, saliency_of_score, score_scale
 from .inputs import COPY, MERGE, Inputs
@@ -31,7 +32,7 @@ from .sampling import RUN, sample
 from .survey import Survey
 from .tensors import Buffer, Full, TensorInputs, Uniform
 from .tiling import units
-from .units import format_bytes, parse_size
+from .units import format_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +44,6 @@ _BINS = 1 << 16
 _HISTOGRAM_BYTES = 8 * _BINS
 _OCTAVE = 128  # high halves of one power of two
 
-# Half a percent of the elements and at most a million: from there on a pass costs more than it tells.
-_SAMPLED = 200
-_LEAST_RUNS, _MOST_RUNS = 1 << 12, 1 << 16
 _SAMPLE_BATCHES = 64  # the sample holds the curvature factors of this share of the model at a time
 _STANDARD_ERRORS = 4.0
 _ESTIMATE_MARGIN = 1.25  # expected collections grow by this before they are compared with the room there is
@@ -91,7 +89,7 @@ def densities(
             "give an `ota` recipe"
         )
     grid, masses = _shares("grid", grid), _shares("masses", masses)
-    options = Options(backend=backend, threads=threads, memory_limit=parse_size(memory_limit))
+    options = Options.of(backend=backend, threads=threads, memory_limit=memory_limit)
     with Inputs(recipe) as inputs, Pool(options.threads or default_threads()) as pool:
         search = _Search(inputs, grid, masses, options, pool, progress or Silent())
         search.run()
@@ -153,10 +151,11 @@ class _Sample:
         total = held[-1]
         if total == 0:
             return np.zeros(0, np.uint32)
-        # Runs are the clusters of a ratio estimate; the second term is for shares of a few elements only.
+        # Runs are the clusters of a ratio estimate, compared with their neighbours since they are stratified
+        # (as in bracket.py); the second term is for shares of a few elements only.
         above = np.where(self.rows >= self._at(held, share), weights, 0.0).sum(axis=1)
-        errors = above - share * weights.sum(axis=1)
-        width = _STANDARD_ERRORS * math.sqrt(float((errors**2).sum())) / total
+        errors = np.diff(above - share * weights.sum(axis=1))
+        width = _STANDARD_ERRORS * math.sqrt(float((errors**2).sum()) / 2) / total
         width += _STANDARD_ERRORS**2 / self.rows.size
         low, middle, high = (_prefix(self._at(held, share + w)) for w in (width, 0.0, -width))
         least, most = self._ends()
@@ -399,12 +398,12 @@ class _Search:
 
     def _sample(self) -> list[np.ndarray]:
         """Scores of random runs, float32[runs, RUN] per expert; a batch of tensors at a time."""
-        runs = max(self.elements // (_SAMPLED * RUN), _LEAST_RUNS)
         bytes_per_run = RUN * (8 * self.experts + 64)  # the parts and their whole; one expert in order
-        runs = min(runs, _MOST_RUNS, max(self.room // 2 // bytes_per_run, _SAMPLE_BATCHES))
+        runs = max(min(run_count(self.elements), self.room // 2 // bytes_per_run), 2)
 
-        def scores(tile: TensorInputs) -> list[np.ndarray]:
-            return [self.backend.scores(tile, t, _terms(tile, t))[0] for t in range(self.experts)]
+        def scores(tensor: TensorInputs, starts: np.ndarray) -> list[np.ndarray]:
+            experts = range(self.experts)
+            return [self.backend.sample(tensor, t, _terms(tensor, t), starts, RUN) for t in experts]
 
         found = []
         for batch in _batches(self.tensors, self.elements // _SAMPLE_BATCHES):
@@ -582,7 +581,7 @@ def _low_halves(scores: np.ndarray, wanted: np.ndarray, member: np.ndarray) -> t
     """The low halves of scores above 0 whose high half is wanted: (offsets int32[slots + 1], uint16), those
     of slot j in ascending order at [offsets[j], offsets[j + 1])."""
     bits = scores.view(np.uint32)
-    chosen = member[bits >> 16]
+    chosen = member.take(bits >> 16)
     if member[0]:
         chosen &= bits > 0
     found = np.sort(bits[chosen])

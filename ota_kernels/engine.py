@@ -18,6 +18,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from .backends import native
 from .backends.stats import Candidates
 from .candidates import Held, Store
 from .factors import CHUNK, Map
@@ -26,7 +27,7 @@ from .group import Group, Part
 from .pool import Pool
 from .survey import ModelDecisions, Survey
 from .tally import Tally
-from .tensors import TensorInputs, scatter
+from .tensors import TensorInputs
 from .tiling import Segment, units
 
 Range = tuple[int, int, int]  # tensor number, first element, end
@@ -80,6 +81,13 @@ _CHECKPOINT_SECONDS = 10.0
 
 def _opened(part: Part) -> Open:
     return Open(part.segment, part.tally, part.censuses, part.held)
+
+
+def _owned(result: tuple[Segment, Tally] | Part) -> tuple[Segment, Tally] | Part:
+    """Candidates are views until the thread's next tile."""
+    if isinstance(result, Part):
+        result.held = Held(result.held.count, result.held.memory.copy())
+    return result
 
 
 class Engine:
@@ -171,11 +179,11 @@ class Engine:
                 result[1].repeats = 1
             else:
                 positions, merged, tally = self._settle(group, result, thresholds)
-                scatter(room, positions, merged)
+                native.scatter(room, positions, merged, tensor.out_dtype.itemsize)
                 result = segment, tally
         self._sink.write(segment, room)
         self._sink.done_with(tensor)
-        return result
+        return _owned(result)
 
     def _merge_segment(
         self, segment: Segment, tensor: TensorInputs, terms: Terms
@@ -183,7 +191,7 @@ class Engine:
         room, result = self._run_kernel(segment, tensor, terms)
         self._sink.write(segment, room)
         self._sink.done_with(tensor.slice(segment.start, segment.stop))
-        return result
+        return _owned(result)
 
     def _run_kernel(
         self, segment: Segment, tensor: TensorInputs, terms: Terms

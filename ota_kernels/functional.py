@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from . import backends, methods
+from .backends import native
 from .candidates import Store
 from .dtypes import BY_NAME, OUTPUT_NAMES, DType
 from .engine import Engine
@@ -16,7 +17,7 @@ from .plan import TILE_ELEMENTS
 from .pool import Pool, default_threads
 from .recipe import Recipe, parse_recipe
 from .survey import Survey
-from .tensors import Buffer, Curvature, Full, TensorInputs, Uniform, scatter
+from .tensors import Buffer, Curvature, Full, TensorInputs, Uniform
 from .tiling import Segment
 
 _UNLIMITED = 1 << 62  # inputs in memory leave room for their few candidates
@@ -170,7 +171,7 @@ class _MemorySink:
 
     def patch(self, segment: Segment, positions: np.ndarray, merged: np.ndarray) -> None:
         size = (segment.stop - segment.start) * self._sizes[segment.index]
-        scatter(self.room(segment, size), positions, merged)
+        native.scatter(self.room(segment, size), positions, merged, self._sizes[segment.index])
 
     def done_with(self, tile: TensorInputs) -> None:
         pass

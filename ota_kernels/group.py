@@ -1,4 +1,4 @@
-"""Tiles whose masks wait for the same thresholds: decide them exactly from counts and candidates, then settle.
+"""Tiles whose masks wait for the same thresholds: decide exactly from counts and candidates, then settle.
 
     tile merged with brackets --> Part: its counts, its undecided elements (candidates)
     all parts --> thresholds: the (k - elements above the bracket)-th largest candidate, if it lies inside
@@ -9,14 +9,14 @@ The scores of candidates are never stored: a candidate's operands are, a tile li
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import ModuleType
 
 import numpy as np
 
 from . import decide
-from .backends.stats import CENSUS, EXPONENTS, MergeStats
 from .candidates import Held, Store
 from .factors import Map
 from .formula import ExpertTerms, Terms, close, is_open
@@ -25,14 +25,13 @@ from .tensors import TensorInputs
 from .tiling import Segment
 
 _BINS = 1 << 16
-_FEW = 1 << 20  # candidates whose scores are selected from directly
+_FEW = 1 << 26  # candidates whose scores are held in memory: those in one expert's bracket, a fraction
 _BATCH = 32  # parts that share a histogram
 
 
 @dataclass
 class Part:
-    """One merged tile of a group. tally: with the undecided elements counted as kept; censuses: per expert;
-    held: where its candidates are; assumed: what the tile's tally holds for the candidates, once counted."""
+    """One merged tile of a group. tally, censuses (per expert): of what is decided; held: its candidates."""
 
     segment: Segment
     tensor: TensorInputs
@@ -40,7 +39,6 @@ class Part:
     tally: Tally
     censuses: list[list[int] | None]
     held: Held
-    assumed: MergeStats | None = None
 
 
 class Group:
@@ -63,82 +61,105 @@ class Group:
 
     def thresholds(self, run: Map) -> list[float | None] | None:
         """The exact score threshold of each expert that has a bracket; None if one lies outside its bracket."""
-        for part, assumed in zip(self.parts, run(self._assumed, self.parts), strict=True):
-            part.assumed = assumed
-        terms = self.parts[0].terms.experts
-        found = [self._threshold(t, e, run) if is_open(e) else None for t, e in enumerate(terms)]
-        missed = any(is_open(e) and x is None for e, x in zip(terms, found, strict=True))
-        return None if missed else found
+        found: list[float | None] = []
+        for t, terms in enumerate(self.parts[0].terms.experts):
+            threshold = self._threshold(t, terms, run) if is_open(terms) else None
+            if threshold is None and is_open(terms):
+                return None
+            found.append(threshold)
+        return found
 
     def settle(self, part: Part, thresholds: Sequence[float | None]) -> tuple[np.ndarray, np.ndarray, Tally]:
         """A part's candidates merged with the exact thresholds: (positions, merged values as uint8, what they
-        add to the part's tally)."""
+        count)."""
         positions, operands = self._store.get(part.held, part.tensor)
-        assumed = part.assumed or self._assumed(part)
-        stats, out = self._merge(operands, close(part.terms, thresholds))
-        change = Tally.of(stats, part.tally.thresholds)
-        change.add(Tally.of(assumed, part.tally.thresholds), -1)
-        return positions, out, change
+        out = np.empty(operands.numel * operands.out_dtype.itemsize, np.uint8)
+        stats = self._backend.merge(operands, close(part.terms, thresholds), out)
+        return positions, out, Tally.of(stats, [])
 
     def _operands(self, part: Part) -> TensorInputs:
         return self._store.get(part.held, part.tensor).operands
 
-    def _merge(self, operands: TensorInputs, terms: Terms) -> tuple[MergeStats, np.ndarray]:
-        out = np.empty(operands.numel * operands.out_dtype.itemsize, np.uint8)
-        return self._backend.merge(operands, terms, out), out
-
-    def _assumed(self, part: Part) -> MergeStats:
-        # A census needs the bracket; otherwise candidates would only be gathered once more.
-        experts = tuple(e if e.census else replace(e, span=0) for e in part.terms.experts)
-        stats, _ = self._merge(self._operands(part), replace(part.terms, experts=experts))
-        return replace(stats, candidates=None)
-
     def _threshold(self, t: int, terms: ExpertTerms, run: Map) -> float | None:
-        selection, lowest = self._selections[t], terms.threshold
-        kept = sum(p.tally.kept[t] for p in self.parts)  # at least `lowest`
-        inside = sum(p.assumed.kept[t] for p in self.parts)  # of those, candidates
-        census = candidate_census = np.zeros(CENSUS, np.int64)
-        if terms.census:
-            census = np.sum([p.censuses[t] for p in self.parts], axis=0)
-            candidate_census = np.sum([p.assumed.censuses[t] for p in self.parts], axis=0)
-        at_most, above = (decide.total_mass(c) for c in np.split(census[:-1], 2))
-        wanted = decide.wanted(selection, self._elements, at_most + above)
-        if wanted == 0:
-            return decide.KEEP_NOTHING
-        by_mass = selection.rule == "mass"
+        """Expert t's threshold: the least kept score of the k largest, or of the share of mass."""
+        if self._selections[t].rule == "mass":
+            return self._of_mass(t, terms, run)
+        wanted = decide.wanted(self._selections[t], self._elements, 0)
         if terms.span == 0:
-            tied = kept - int(census[-1])
-            before, after = (
-                (above, above + tied * decide.mass(lowest)) if by_mass else (int(census[-1]), kept)
-            )
-            return lowest if before < wanted and (wanted <= after or lowest == decide.SMALLEST) else None
-        if by_mass:
-            rest = wanted - (above - decide.total_mass(candidate_census[EXPONENTS:-1]))
-        else:
-            rest = wanted - (kept - inside)
+            tied, above = self._tied(t, terms, run)
+            enough = wanted <= above + tied or terms.threshold == decide.SMALLEST
+            return terms.threshold if above < wanted and enough else None
+        rest = wanted - sum(p.tally.kept[t] for p in self.parts)  # all above the bracket
         if rest <= 0:
             return None
-        found = self._among_candidates(t, rest, run)
-        steps = decide.score_bits(found) - decide.score_bits(lowest)
-        return found if 0 <= steps < terms.span else None
+        if sum(p.held.count for p in self.parts) <= _FEW:
+            return self._largest_in_bracket(t, terms, rest, run)
+        return self._among_candidates(t, terms, rest, run)
 
-    def _among_candidates(self, t: int, rest: int, run: Map) -> float:
-        """The score that keeps the `rest` largest candidates, or candidates of that mass; the smallest score
-        where all of them are not enough."""
-        selection = self._selections[t]
-        if selection.rule == "density" and sum(p.held.count for p in self.parts) <= _FEW:
-            scores = np.concatenate(list(run(lambda p: self._scores(p, t), self.parts)))
-            if rest > scores.size:
-                return decide.SMALLEST
-            return max(float(np.partition(scores, scores.size - rest)[scores.size - rest]), decide.SMALLEST)
+    def _of_mass(self, t: int, terms: ExpertTerms, run: Map) -> float | None:
+        census = np.sum([p.censuses[t] for p in self.parts], axis=0)
+        at_most, above = (decide.total_mass(c) for c in np.split(census[:-1], 2))
         counts, lows = self._histogram(t, -1, run)
-        if rest > decide.available(selection, counts, lows):
-            return decide.SMALLEST
-        digit = decide.digit_of_rest(selection, rest, counts, lows)
-        return decide.second_digit(selection, digit, self._histogram(t, digit.prefix, run)[0])
+        of_candidates = decide.available(self._selections[t], counts, lows)
+        wanted = decide.wanted(self._selections[t], 0, at_most + above + of_candidates)
+        if wanted == 0:
+            return decide.KEEP_NOTHING
+        if terms.span == 0:
+            tied, _ = self._tied(t, terms, run)
+            above += sum(sum(map(decide.mass, x.tolist())) for x in self._candidates_above(t, terms, run))
+            enough = wanted <= above + tied * decide.mass(terms.threshold)
+            return terms.threshold if above < wanted and enough else None
+        rest = wanted - above
+        return self._among_candidates(t, terms, rest, run) if rest > 0 else None
 
-    def _scores(self, part: Part, t: int) -> np.ndarray:
-        return self._backend.scores(self._operands(part), t, part.terms.experts[t])[0]
+    def _tied(self, t: int, terms: ExpertTerms, run: Map) -> tuple[int, int]:
+        """How many scores equal the threshold of a bracket of one value, and how many are above."""
+        above = sum(p.censuses[t][-1] for p in self.parts)
+        tied = sum(p.tally.kept[t] for p in self.parts) - above
+        for inside, higher in run(lambda p: self._in_bracket(p, t, terms), self.parts):
+            tied += len(inside)
+            above += higher
+        return tied, above
+
+    def _candidates_above(self, t: int, terms: ExpertTerms, run: Map) -> list[np.ndarray]:
+        """The scores of candidates above a bracket of one value."""
+        next_above = decide.score_of_bits(decide.score_bits(terms.threshold) + 1)
+        return [
+            inside
+            for inside, _ in run(
+                lambda p: self._backend.in_bracket(
+                    self._operands(p), t, p.terms.experts[t], next_above, math.inf
+                ),
+                self.parts,
+            )
+        ]
+
+    def _in_bracket(self, part: Part, t: int, terms: ExpertTerms) -> tuple[np.ndarray, int]:
+        """The scores of a part's candidates in expert t's bracket, and how many are above it."""
+        highest = decide.score_of_bits(decide.score_bits(terms.threshold) + max(terms.span, 1) - 1)
+        operands, own = self._operands(part), part.terms.experts[t]
+        return self._backend.in_bracket(operands, t, own, terms.threshold, highest)
+
+    def _largest_in_bracket(self, t: int, terms: ExpertTerms, rest: int, run: Map) -> float | None:
+        """The rest-th largest candidate, if it lies in the bracket of expert t."""
+        parts, above = zip(*run(lambda p: self._in_bracket(p, t, terms), self.parts), strict=True)
+        scores, rest = np.concatenate(parts), rest - sum(above)
+        if rest > len(scores) and terms.threshold == decide.SMALLEST:
+            return decide.SMALLEST
+        if not 0 < rest <= len(scores):
+            return None
+        return float(np.partition(scores, len(scores) - rest)[len(scores) - rest])
+
+    def _among_candidates(self, t: int, terms: ExpertTerms, rest: int, run: Map) -> float | None:
+        """The score that keeps the `rest` largest candidates, or candidates of that mass, if it lies in the
+        bracket; in two passes over them, none of which holds more than histograms."""
+        selection, found = self._selections[t], decide.SMALLEST
+        counts, lows = self._histogram(t, -1, run)
+        if rest <= decide.available(selection, counts, lows):
+            digit = decide.digit_of_rest(selection, rest, counts, lows)
+            found = decide.second_digit(selection, digit, self._histogram(t, digit.prefix, run)[0])
+        steps = decide.score_bits(found) - decide.score_bits(terms.threshold)
+        return found if 0 <= steps < terms.span else None
 
     def _histogram(self, t: int, prefix: int, run: Map) -> tuple[np.ndarray, np.ndarray]:
         def of_parts(parts: list[Part]) -> tuple[np.ndarray, np.ndarray]:

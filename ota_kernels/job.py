@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from . import __version__, backends, methods
+from .backends import native
 from .candidates import DEFAULT_BUDGET, Store
 from .card import model_card
 from .engine import Engine, Event, Merged
@@ -36,7 +37,7 @@ from .recipe import Recipe, load_recipe, parse_recipe
 from .report import REPORT_NAME, build_report
 from .survey import Survey
 from .tally import Tally
-from .tensors import Buffer, Full, TensorInputs, scatter
+from .tensors import Buffer, Full, TensorInputs
 from .tiling import Segment
 from .units import parse_size
 
@@ -403,7 +404,7 @@ class _FileSink:
         tensor = self._tensors[segment.index]
         room = self.room(segment, (segment.stop - segment.start) * tensor.dtype.itemsize)
         self._writer.read(tensor, segment.start, room)
-        scatter(room, positions, merged)
+        native.scatter(room, positions, merged, tensor.dtype.itemsize)
         self._writer.write(tensor, segment.start, room)
 
     def done_with(self, tile: TensorInputs) -> None:

@@ -7,6 +7,7 @@ short runs say more than few long ones. What is sampled decides how much work a 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -16,7 +17,8 @@ from .tensors import TensorInputs
 
 RUN = 16  # elements of a run: one cache line of float32
 
-Scores = Callable[[TensorInputs], Sequence[np.ndarray]]  # a gathered tile -> float32[n] per expert
+# (tensor, first elements of runs: int64[m]) -> scores float32[m, RUN], per expert
+Scores = Callable[[TensorInputs, np.ndarray], Sequence[np.ndarray]]
 
 
 def runs(sizes: Sequence[int], count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -43,20 +45,18 @@ def sample(
 ) -> list[np.ndarray]:
     """Scores of `count` runs over all tensors, float32[count', RUN] per expert.
 
-    scores: of a gathered tile, per expert; release: called with each piece of a tensor that has been read.
+    release: called with each piece of a tensor that has been read.
     """
     index, first = runs([t.numel for t in tensors], count)
-    pieces = np.stack([index, first // CHUNK])
-    cuts = np.flatnonzero((np.diff(pieces, axis=1) != 0).any(axis=0)) + 1
+    changes = (np.diff(index) != 0) | (np.diff(first // CHUNK) != 0)
+    bounds = [0, *(np.flatnonzero(changes) + 1).tolist(), len(index)]
 
-    def of_piece(part: slice) -> Sequence[np.ndarray]:
-        tensor = tensors[index[part.start]]
-        places = (first[part, None] + np.arange(RUN)).reshape(-1) % tensor.numel
-        found = scores(tensor.gather(places))
-        release(tensor.slice(int(places.min()), int(places.max()) + 1))
+    def of_piece(part: tuple[int, int]) -> Sequence[np.ndarray]:
+        begin, end = part
+        tensor, starts = tensors[index[begin]], first[begin:end]
+        found = scores(tensor, starts)
+        release(tensor.slice(int(starts[0]), min(int(starts[-1]) + RUN, tensor.numel)))
         return found
 
-    bounds = [0, *cuts.tolist(), len(index)]
-    parts = [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False) if a < b]
-    found = list(run(of_piece, parts))
-    return [np.concatenate(of_expert).reshape(-1, RUN) for of_expert in zip(*found, strict=True)]
+    found = list(run(of_piece, itertools.pairwise(bounds)))
+    return [np.concatenate(of_expert) for of_expert in zip(*found, strict=True)]

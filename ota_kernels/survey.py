@@ -32,7 +32,7 @@ from .formula import (
 from .norms import edit_norm
 from .recipe import Recipe
 from .roles import EMBEDDING, role_of
-from .sampling import sample
+from .sampling import RUN, sample
 from .tensors import Full, TensorInputs, Uniform
 from .tiling import units
 
@@ -150,13 +150,16 @@ class Survey:
         elements = sum(t.numel for t in tensors)
         experts = [t for t, s in enumerate(self.selections) if s.surveyed and decide.keeps_some(s, elements)]
 
-        def scores(tile: TensorInputs) -> list[np.ndarray]:
-            terms = [ExpertTerms(score_scale=_score_scale(tile, t)) for t in experts]
-            return [self.backend.scores(tile, t, e)[0] for t, e in zip(experts, terms, strict=True)]
+        def scores(tensor: TensorInputs, starts: np.ndarray) -> list[np.ndarray]:
+            terms = [ExpertTerms(score_scale=_score_scale(tensor, t)) for t in experts]
+            pairs = zip(experts, terms, strict=True)
+            return [self.backend.sample(tensor, t, e, starts, RUN) for t, e in pairs]
 
         found: list[Bracket | None] = [None] * len(self.models)
         if experts:
-            sampled = sample(tensors, run_count(elements), scores, run, self._release)
+            # What fits a tile is merged next, while its pages are still mapped.
+            release = self._release if elements > CHUNK else lambda tile: None
+            sampled = sample(tensors, run_count(elements), scores, run, release)
             of_expert = [(self.selections[t], s) for t, s in zip(experts, sampled, strict=True)]
             for t, bracket in zip(experts, run(lambda pair: bracket_of(*pair), of_expert), strict=True):
                 found[t] = bracket

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -149,9 +149,17 @@ class TensorInputs:
             tuple(c.gather(positions) for c in self.curvatures),
         )
 
+    def copy(self) -> TensorInputs:
+        """The same elements in memory of their own; factors are shared."""
 
-def scatter(data: np.ndarray, positions: np.ndarray, elements: np.ndarray) -> None:
-    """data[positions] = elements. data, elements: uint8, of the same element size; positions: integers[m]."""
-    if len(positions):
-        unit = f"u{elements.size // len(positions)}"
-        data.view(unit)[positions] = elements.view(unit)
+        def own(buffer: Buffer) -> Buffer:
+            return replace(buffer, data=buffer.data.copy())
+
+        return replace(
+            self,
+            base=None if self.base is None else own(self.base),
+            experts=tuple(map(own, self.experts)),
+            curvatures=tuple(
+                replace(c, values=own(c.values)) if isinstance(c, Full) else c for c in self.curvatures
+            ),
+        )

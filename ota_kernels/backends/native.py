@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 
 import numpy as np
 
@@ -91,7 +92,10 @@ def _nonfinite(t: int, counts) -> tuple[NonFinite, ...]:
 
 
 def merge(tile: TensorInputs, terms: Terms, out: np.ndarray) -> MergeStats:
-    """Merge one tile into `out` (uint8, the tile's elements in its out_dtype). Releases the GIL."""
+    """Merge one tile into `out` (uint8, the tile's elements in its out_dtype). Releases the GIL.
+
+    Candidates are views of memory that the thread's next merge with brackets uses again.
+    """
     f = terms.formula
     censuses = tuple(np.zeros(CENSUS, np.int64) if e.census else None for e in terms.experts)
     room = _candidate_room(tile) if any(e.span for e in terms.experts) else None
@@ -126,30 +130,36 @@ def merge(tile: TensorInputs, terms: Terms, out: np.ndarray) -> MergeStats:
     return MergeStats(tuple(kept), unkept, overflow, repaired, tuple(nonfinite), candidates, censuses)
 
 
+_local = threading.local()
+
+
 def _candidate_room(tile: TensorInputs) -> tuple:
-    """Buffers that would hold the whole tile; only what is used of them becomes memory."""
-
-    def like(buffer: Buffer) -> np.ndarray:
-        return np.empty(tile.numel * buffer.dtype.itemsize, np.uint8)
-
-    return (
-        np.empty(4 * tile.numel, np.uint8),
-        None if tile.base is None else like(tile.base),
-        [like(w) for w in tile.experts],
-        [None if isinstance(c, Uniform) else np.empty(4 * tile.numel, np.uint8) for c in tile.curvatures],
+    """Buffers that would hold the whole tile, of which only what is used becomes memory. Each thread keeps its
+    own: mapping new ones for every tile would cost as much as filling them."""
+    sizes = (
+        4,
+        0 if tile.base is None else tile.base.dtype.itemsize,
+        *(w.dtype.itemsize for w in tile.experts),
+        *(0 if isinstance(c, Uniform) else 4 for c in tile.curvatures),
     )
+    kept = getattr(_local, "room", None)
+    if kept is None or kept[0] != sizes or kept[1] < tile.numel:
+        kept = _local.room = sizes, tile.numel, [np.empty(n * tile.numel, np.uint8) for n in sizes]
+    index, base, *rest = kept[2]
+    experts = len(tile.experts)
+    return index, base, rest[:experts], rest[experts:]
 
 
 def _candidates(tile: TensorInputs, room: tuple, count: int) -> Candidates:
     index, base, weights, curvatures = room
 
     def used(data: np.ndarray, dtype: DType, origin: str) -> Buffer:
-        return Buffer(data[: count * dtype.itemsize].copy(), dtype, origin)
+        return Buffer(data[: count * dtype.itemsize], dtype, origin)
 
     def curvature(t: int) -> Curvature:
-        if curvatures[t] is None:
-            return tile.curvatures[t]
         given = tile.curvatures[t]
+        if isinstance(given, Uniform):
+            return given
         bias = given.bias_correction if isinstance(given, Full) else 1.0
         return Full(used(curvatures[t], BY_NAME["float32"], "curvature"), bias)
 
@@ -161,7 +171,7 @@ def _candidates(tile: TensorInputs, room: tuple, count: int) -> Candidates:
         tuple(used(w, x.dtype, x.origin) for w, x in zip(weights, tile.experts, strict=True)),
         tuple(curvature(t) for t in range(len(curvatures))),
     )
-    return Candidates(index[: 4 * count].view(np.uint32).copy(), operands)
+    return Candidates(index[: 4 * count].view(np.uint32), operands)
 
 
 def histogram(
@@ -203,6 +213,32 @@ def scores(tile: TensorInputs, t: int, terms: ExpertTerms) -> tuple[np.ndarray, 
     out = np.empty(tile.numel, np.float32)
     bad = _extension().scores(*_base(tile), _expert(tile, t, terms), out, instruction_set())
     return out, _nonfinite(t, bad)
+
+
+def in_bracket(
+    tile: TensorInputs, t: int, terms: ExpertTerms, lowest: float, highest: float
+) -> tuple[np.ndarray, int]:
+    """(the scores of expert t from lowest to highest, float32[m]; how many are above)."""
+    out = np.empty(tile.numel + 1, np.float32)  # the kernel writes one score too many
+    inside, above = _extension().in_bracket(
+        *_base(tile), _expert(tile, t, terms), lowest, highest, out, instruction_set()
+    )
+    return out[:inside], above
+
+
+def scatter(data: np.ndarray, positions: np.ndarray, elements: np.ndarray, size: int) -> None:
+    """data[positions] = elements. data, elements: uint8, elements of `size` bytes; positions: uint32[m]."""
+    _extension().scatter(data, positions, elements, size)
+
+
+def sample(tensor: TensorInputs, t: int, terms: ExpertTerms, starts: np.ndarray, length: int) -> np.ndarray:
+    """The scores of runs of `length` neighbouring elements that begin at `starts` (int64[m]): float32[m, length].
+    Past the tensor's end a run goes on at its beginning."""
+    out = np.empty((len(starts), length), np.float32)
+    _extension().sample(
+        *_base(tensor), _expert(tensor, t, terms), tensor.numel, starts, out.reshape(-1), instruction_set()
+    )
+    return out
 
 
 def row_column_sums(values: Buffer, row_sums: np.ndarray, column_sums: np.ndarray) -> None:

@@ -79,7 +79,7 @@ def merge(tile: TensorInputs, terms: Terms, out: np.ndarray) -> MergeStats:
     unusable = ~torch.isfinite(base.float())
     nonfinite = _count("base", -1, unusable)
 
-    weights, edits, masks, trimmed, counted, censuses = [], [], [], [], [], []
+    weights, edits, masks, trimmed, counted, usable_scores = [], [], [], [], [], []
     undecided = torch.zeros(n, dtype=torch.bool)
     for t, e in enumerate(terms.experts):
         w, h = _decode(tile.experts[t], acc), curvature(tile.curvatures[t], n)
@@ -92,7 +92,7 @@ def merge(tile: TensorInputs, terms: Terms, out: np.ndarray) -> MergeStats:
         masks.append(s >= e.threshold if f.masked else torch.ones(n, dtype=torch.bool))
         counted.append(masks[-1] & ~bad if f.repair_nonfinite else masks[-1])
         undecided |= _in_bracket(s, e)
-        censuses.append(_census(torch.where(bad | s.isnan(), torch.zeros(()), s), e) if e.census else None)
+        usable_scores.append(torch.where(bad | s.isnan(), torch.zeros(()), s))
         a = torch.full((n,), e.weight_scale, dtype=acc)
         weights.append(h.to(acc) ** f.power * a + terms.epsilon if f.curvature_weights else a)
         edits.append(e.edit_scale * (w - base))
@@ -122,13 +122,16 @@ def merge(tile: TensorInputs, terms: Terms, out: np.ndarray) -> MergeStats:
     written = merged.to(getattr(torch, tile.out_dtype.name))
     out[:] = written.view(torch.uint8).numpy()
     return MergeStats(
-        kept=tuple(int(m.sum()) for m in counted),
-        unkept=int(nobody.sum()),
-        overflow=int((~torch.isfinite(written)).sum()),
-        repaired=int(unusable.sum()) if f.repair_nonfinite else 0,
+        kept=tuple(int((m & ~undecided).sum()) for m in counted),
+        unkept=int((nobody & ~undecided).sum()),
+        overflow=int((~torch.isfinite(written) & ~undecided).sum()),
+        repaired=int((unusable & ~undecided).sum()) if f.repair_nonfinite else 0,
         nonfinite=nonfinite,
         candidates=_gather(tile, undecided) if any(e.span for e in terms.experts) else None,
-        censuses=tuple(censuses),
+        censuses=tuple(
+            _census(s[~undecided], e) if e.census else None
+            for s, e in zip(usable_scores, terms.experts, strict=True)
+        ),
     )
 
 
@@ -216,6 +219,21 @@ def scores(tile: TensorInputs, t: int, terms: ExpertTerms) -> tuple[np.ndarray, 
     """The scores s_t of expert t, float32[n], 0 where an input is not usable."""
     _, s, nonfinite = _scores(tile, t, terms)
     return s.numpy(), nonfinite
+
+
+def in_bracket(
+    tile: TensorInputs, t: int, terms: ExpertTerms, lowest: float, highest: float
+) -> tuple[np.ndarray, int]:
+    """See `native.in_bracket`."""
+    _, s, _ = _scores(tile, t, terms)
+    inside = (s >= np.float32(lowest)) & (s <= np.float32(highest))
+    return s[inside].numpy(), int((s > np.float32(highest)).sum())
+
+
+def sample(tensor: TensorInputs, t: int, terms: ExpertTerms, starts: np.ndarray, length: int) -> np.ndarray:
+    """The scores of runs of neighbouring elements; see `native.sample`."""
+    places = (starts[:, None] + np.arange(length)) % tensor.numel
+    return scores(tensor.gather(places.reshape(-1)), t, terms)[0].reshape(places.shape)
 
 
 def edits(tile: TensorInputs, t: int, terms: ExpertTerms) -> tuple[np.ndarray, tuple[NonFinite, ...]]:

@@ -21,8 +21,8 @@ class NonFinite:
     first: int
 
 
-# A census of one expert's scores, int64[CENSUS]: sums of significands by exponent, of the scores up to the
-# end of the bracket and of those above it; last, how many are above.
+# A census of one expert's scores, undecided ones left out, int64[CENSUS]: sums of significands by exponent, of
+# the scores up to the end of the bracket and of those above it; last, how many are above.
 EXPONENTS = 256
 CENSUS = 2 * EXPONENTS + 1
 
@@ -36,12 +36,16 @@ class Candidates(NamedTuple):
     positions: np.ndarray
     operands: TensorInputs
 
+    def copy(self) -> Candidates:
+        """In memory of their own."""
+        return Candidates(self.positions.copy(), self.operands.copy())
+
 
 @dataclass(frozen=True, slots=True)
 class MergeStats:
     """kept: elements each expert keeps; unkept: kept by nobody; overflow: results beyond the output type's
-    range; repaired: set to the base value because an input was not finite. Undecided elements count as kept
-    by the experts whose bracket they are in. candidates: None where every threshold is known; censuses: per
+    range; repaired: set to the base value because an input was not finite. Undecided elements count nowhere but
+    as not finite. candidates: None where every threshold is known; censuses: per
     expert, None where not asked for."""
 
     kept: tuple[int, ...]

@@ -22,17 +22,15 @@ def show(found: dict) -> None:
     # A table that is cut to a narrow terminal loses digits; one that wraps does not.
     console = Console(width=max(Console().width, _WIDTH), highlight=False)
     passes = "one pass" if found["passes"] == 1 else f"{found['passes']} passes"
-    console.print(
-        f"{format_count(found['elements'])} elements read in {passes}. In percent: how much of each role, "
-        "and of each layer, a density keeps."
-    )
+    read = f"{format_count(found['elements'])} elements read in {passes}"
+    console.print(f"{read}. By role and layer: percent of its edits kept.")
     if found["always_kept"]:
         console.print(
             f"{format_count(found['always_kept'])} elements have no curvature; they are kept by every "
             "density and not counted here."
         )
     for expert in found["experts"]:
-        console.print(f"\n[bold]{escape(expert['model'])}[/bold]")
+        console.print(f"\n[bold]{escape(expert['model'])}[/bold]", soft_wrap=True)
         console.print(_by_density(expert, found["roles"]))
         console.print(_masses(expert))
         for table in _by_layer(expert, found["layers"]):
