@@ -8,6 +8,9 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <unistd.h>
+
+#include <algorithm>
 #include <cstring>
 #include <optional>
 #include <stdexcept>
@@ -278,18 +281,37 @@ void scatter_elements(OutBytes data, const Positions& positions, const Bytes& el
     scatter<uint64_t>(data.data(), positions.data(), m, elements.data());
 }
 
-void sample(const std::optional<Bytes>& base, int base_code, const nb::tuple& expert_spec, int64_t n,
-            const Ints& starts, OutFloats out, const std::string& isa) {
-    const ota::SurveyArgs args = survey_args(base, base_code, expert_spec, n);
-    const auto count = static_cast<int64_t>(starts.size());
-    if (count == 0) return;
-    const int64_t length = static_cast<int64_t>(out.size()) / count;
-    require(length * count == static_cast<int64_t>(out.size()) && length >= 1 && length <= 1024,
-            "runs of 1 to 1024 elements can be sampled");
-    for (int64_t i = 0; i < count; ++i) require(starts.data()[i] >= 0 && starts.data()[i] < n, "a run outside");
-    const ota::Kernels& table = kernels(isa);
+// Runs of `run_bytes` bytes that begin at `starts` (bytes), copied one after the other.
+void copy_runs(const Bytes& data, const Ints& starts, OutBytes out, int64_t run_bytes) {
+    const auto count = static_cast<int64_t>(starts.size()), size = static_cast<int64_t>(data.size());
+    require(static_cast<int64_t>(out.size()) == count * run_bytes, "room for the runs, no more");
+    for (int64_t i = 0; i < count; ++i)
+        require(starts.data()[i] >= 0 && starts.data()[i] + run_bytes <= size, "a run outside");
     nb::gil_scoped_release release;
-    table.sample(args, starts.data(), count, static_cast<int>(length), out.data());
+    constexpr int64_t kAhead = 16;  // a run is a cache miss: many at a time
+    for (int64_t i = 0; i < count; ++i) {
+        if (i + kAhead < count) __builtin_prefetch(data.data() + starts.data()[i + kAhead]);
+        std::memcpy(out.data() + i * run_bytes, data.data() + starts.data()[i], run_bytes);
+    }
+}
+
+// The same from a file, `together` runs with one read of all that lies between them: their pages are not mapped.
+// False where the file ends too early.
+bool read_runs(int fd, const Ints& starts, OutBytes out, int64_t run_bytes, int64_t together) {
+    const auto count = static_cast<int64_t>(starts.size());
+    require(static_cast<int64_t>(out.size()) == count * run_bytes, "room for the runs, no more");
+    require(together > 0 && count % together == 0, "whole clusters of runs");
+    nb::gil_scoped_release release;
+    std::vector<uint8_t> window;
+    for (int64_t i = 0; i < count; i += together) {
+        const auto [first, last] = std::minmax_element(starts.data() + i, starts.data() + i + together);
+        window.resize(*last + run_bytes - *first);
+        const auto size = static_cast<ssize_t>(window.size());
+        if (*first < 0 || pread(fd, window.data(), size, *first) != size) return false;
+        for (int64_t j = i; j < i + together; ++j)
+            std::memcpy(out.data() + j * run_bytes, window.data() + (starts.data()[j] - *first), run_bytes);
+    }
+    return true;
 }
 
 nb::tuple power_sum(const nb::tuple& curvature_spec, int64_t n, double power, const std::string& isa) {
@@ -333,7 +355,8 @@ NB_MODULE(_native, m) {
     m.def("in_bracket", &in_bracket, "base"_a.none(), "base_code"_a, "expert"_a, "lowest"_a, "highest"_a, "out"_a,
           "isa"_a);
     m.def("scatter", &scatter_elements, "data"_a, "positions"_a, "elements"_a, "size"_a);
-    m.def("sample", &sample, "base"_a.none(), "base_code"_a, "expert"_a, "n"_a, "starts"_a, "out"_a, "isa"_a);
+    m.def("copy_runs", &copy_runs, "data"_a, "starts"_a, "out"_a, "run_bytes"_a);
+    m.def("read_runs", &read_runs, "fd"_a, "starts"_a, "out"_a, "run_bytes"_a, "together"_a);
     m.def("power_sum", &power_sum, "curvature"_a, "n"_a, "power"_a, "isa"_a);
     m.def("row_column_sums", &row_column_sums, "values"_a, "code"_a, "row_sums"_a, "column_sums"_a, "isa"_a);
 }

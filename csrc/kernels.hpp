@@ -122,7 +122,6 @@ struct Kernels {
     void (*edits)(const SurveyArgs&, float* out, SurveyStats&);
     void (*scores)(const SurveyArgs&, float* out, SurveyStats&);
     void (*in_bracket)(const SurveyArgs&, float lowest, float highest, float* out, int64_t& inside, int64_t& above);
-    void (*sample)(const SurveyArgs&, const int64_t* starts, int64_t count, int length, float* out);
     double (*power_sum)(const Curvature&, int64_t n, double power, NonFinite&);
     void (*row_column_sums)(const Operand&, int64_t rows, int64_t columns, double* row_sums,
                             double* column_sums, NonFinite&);

@@ -81,48 +81,6 @@ void in_bracket(const SurveyArgs& args, float lowest, float highest, float* out,
     });
 }
 
-// Scores of `count` runs of `length` neighbouring elements (at most kBlock, wrapping around at the end).
-void sample(const SurveyArgs& args, const int64_t* starts, int64_t count, int length, float* out) {
-    alignas(64) uint8_t base[kBlock * 8], weights[kBlock * 8];
-    alignas(64) float curvature[kBlock], room[kBlock];
-    const int base_size = item_size(args.base.dtype), weight_size = item_size(args.expert.weights.dtype);
-    const bool full = args.expert.curvature.kind == CurvatureKind::full;
-    const int curvature_size = full ? item_size(args.expert.curvature.values.dtype) : 0;
-    const int64_t per_block = kBlock / length;
-    for (int64_t first = 0; first < count; first += per_block) {
-        const int64_t last = first + per_block < count ? first + per_block : count;
-        const int64_t fetched = last + per_block < count ? last + per_block : count;
-        for (int64_t run = last; run < fetched; ++run) {
-            if (args.has_base) __builtin_prefetch(args.base.data + base_size * starts[run]);
-            __builtin_prefetch(args.expert.weights.data + weight_size * starts[run]);
-            if (full) __builtin_prefetch(args.expert.curvature.values.data + curvature_size * starts[run]);
-        }
-        int filled = 0;
-        for (int64_t run = first; run < last; ++run) {
-            int64_t at = starts[run];
-            for (int done = 0; done < length; at = 0) {
-                const int n = args.n - at < length - done ? static_cast<int>(args.n - at) : length - done;
-                if (args.has_base)
-                    std::memcpy(base + base_size * filled, args.base.data + base_size * at, base_size * n);
-                std::memcpy(weights + weight_size * filled, args.expert.weights.data + weight_size * at,
-                            weight_size * n);
-                std::memcpy(curvature + filled, load(args.expert.curvature, at, n, room), sizeof(float) * n);
-                filled += n;
-                done += n;
-            }
-        }
-        SurveyArgs gathered = args;
-        gathered.n = filled;
-        gathered.base.data = base;
-        gathered.expert.weights.data = weights;
-        gathered.expert.curvature = Curvature();
-        gathered.expert.curvature.kind = CurvatureKind::full;
-        gathered.expert.curvature.values.data = reinterpret_cast<const uint8_t*>(curvature);
-        SurveyStats unused;
-        scores(gathered, out + first * length, unused);
-    }
-}
-
 void histogram(const SurveyArgs& args, int64_t prefix, int64_t* counts, int64_t* lows, SurveyStats& stats) {
     const float threshold = args.expert.threshold;
     const bool of_edits = args.score == Score::edit;
@@ -187,7 +145,7 @@ void row_column_sums(const Operand& v, int64_t rows, int64_t columns, double* ro
 
 }  // namespace
 
-const Kernels kernels = {merge, histogram, edits, scores, in_bracket, sample, power_sum, row_column_sums};
+const Kernels kernels = {merge, histogram, edits, scores, in_bracket, power_sum, row_column_sums};
 
 }  // namespace OTA_ISA
 }  // namespace ota

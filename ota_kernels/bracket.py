@@ -13,14 +13,14 @@ import numpy as np
 
 from .decide import SMALLEST, Selection, score_bits
 
-# Half the width in standard errors of the sample: a bracket of one expert misses once in 16 000.
+# Half the width in standard errors of the sample: a bracket of one expert misses once in 2000.
 _DEVIATIONS = 3.5
 # Beyond this share of undecided elements, two histogram passes are cheaper than candidates.
 _WORTH_IT = 1 / 4
 
 
-# Deviation between successive runs of the share that is kept, as measured at densities around 0.3.
-_RUN_DEVIATION = 0.15
+# Deviation between successive clusters of the share that is kept, as measured at densities around 0.3.
+_CLUSTER_DEVIATION = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,24 +32,23 @@ class Bracket:
     span: int
 
 
-def run_count(elements: int) -> int:
-    """How many runs to sample of so many elements: sampling costs time in proportion to their number, and
-    candidates to the root of its inverse. Large models are read at most in 1 run per 50 000 elements: 3 % of
-    the pages of five experts."""
-    return max(1, int(min(elements ** (2 / 3) / 5, max(50_000, elements / 50_000))))
+def cluster_count(elements: int) -> int:
+    """How many clusters to sample of so many elements: sampling costs time in proportion to their number, and
+    candidates to the root of its inverse. The windows of large models are at most 1 % of their elements."""
+    return max(1, int(min(elements ** (2 / 3) / 80, max(3_000, elements / 800_000))))
 
 
 def bracket_share(elements: int) -> float:
     """Estimate of the share of elements that a bracket holds."""
-    return min(1.0, 2 * _DEVIATIONS * _RUN_DEVIATION / math.sqrt(max(run_count(elements), 1)))
+    return min(1.0, 2 * _DEVIATIONS * _CLUSTER_DEVIATION / math.sqrt(cluster_count(elements)))
 
 
 def bracket_of(selection: Selection, scores: np.ndarray) -> Bracket | None:
-    """The bracket of a selection, from sampled scores float32[runs, RUN]; None where so many scores lie close
-    together that it would not be worth it.
+    """The bracket of a selection, from sampled scores float32[clusters, CLUSTER]; None where so many scores
+    lie close together that it would not be worth it.
 
-    The neighbours in a run are alike, so that the error is estimated between runs: from the differences of
-    successive ones, which leaves out what stratification evens out (Cochran, Sampling Techniques, 8.8).
+    The elements of a cluster are alike, so that the error is estimated between clusters: from the differences
+    of successive ones, which leaves out what stratification evens out (Cochran, Sampling Techniques, 8.8).
     """
     ascending = np.sort(scores, axis=None)
     if selection.rule == "mass":
@@ -86,7 +85,7 @@ def _standard_error(selection: Selection, scores: np.ndarray, threshold: float) 
         residuals = np.where(above, worth, 0.0).sum(axis=1) - selection.value * worth.sum(axis=1)
         everything = worth.sum()
     else:
-        residuals, everything = above.view(np.uint64).sum(axis=1) % 255, scores.size  # sums of bytes
+        residuals, everything = above.sum(axis=1), scores.size
     if len(residuals) < 2:
         return float(everything)
     return math.sqrt(np.mean(np.diff(residuals.astype(np.float64)) ** 2) / 2 * len(residuals))

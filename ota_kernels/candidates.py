@@ -113,11 +113,6 @@ def nbytes(candidates: Candidates) -> int:
     return len(candidates.positions) * _bytes_each(candidates.operands)
 
 
-def _buffers(operands: TensorInputs) -> list[Buffer]:
-    weights = [b for b in (operands.base, *operands.experts) if b is not None]
-    return [*weights, *(c.values for c in operands.curvatures if isinstance(c, Full))]
-
-
 def _bytes_each(tensor: TensorInputs) -> int:
     """Bytes of one candidate: index, weights as they are stored, curvature as float32."""
     weights = sum(b.dtype.itemsize for b in (tensor.base, *tensor.experts) if b is not None)
@@ -126,7 +121,7 @@ def _bytes_each(tensor: TensorInputs) -> int:
 
 def _arrays(candidates: Candidates) -> list[np.ndarray]:
     positions = candidates.positions.view(np.uint8)
-    return [a for a in (positions, *(b.data for b in _buffers(candidates.operands))) if a.size]
+    return [a for a in (positions, *(b.data for b in candidates.operands.buffers)) if a.size]
 
 
 def _from_bytes(data: np.ndarray, count: int, tensor: TensorInputs) -> Candidates:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import backends, decide
-from .bracket import run_count
+from .bracket import cluster_count
 from .errors import RecipeError
 from .formula import ExpertTerms, saliency_of_score, score_scale
 from .inputs import COPY, MERGE, Inputs
@@ -28,7 +28,7 @@ from .plan import DEFAULT_MEMORY_LIMIT
 from .pool import Pool, default_threads
 from .recipe import Recipe
 from .roles import DETAILED_ROLES, detailed_role, layer_of
-from .sampling import RUN, sample
+from .sampling import CLUSTER, sample
 from .survey import Survey
 from .tensors import Buffer, Full, TensorInputs, Uniform
 from .tiling import units
@@ -132,7 +132,7 @@ class _Target:
 
 
 class _Sample:
-    """One expert's sampled scores, float32[runs, RUN], and where they expect its thresholds."""
+    """One expert's sampled scores, float32[clusters, CLUSTER], and where they expect its thresholds."""
 
     def __init__(self, rows: np.ndarray) -> None:
         self.rows = np.abs(rows)  # no -0, whose bits are not those of 0
@@ -397,13 +397,14 @@ class _Search:
         return [_united([b[:each] for b in of_expert]) for of_expert in brackets], expected
 
     def _sample(self) -> list[np.ndarray]:
-        """Scores of random runs, float32[runs, RUN] per expert; a batch of tensors at a time."""
-        bytes_per_run = RUN * (8 * self.experts + 64)  # the parts and their whole; one expert in order
-        runs = max(min(run_count(self.elements), self.room // 2 // bytes_per_run), 2)
+        """Scores of random runs, float32[clusters, CLUSTER] per expert; a batch of tensors at a time."""
+        bytes_per_cluster = CLUSTER * (
+            8 * self.experts + 64
+        )  # the parts and their whole; one expert in order
+        runs = max(min(cluster_count(self.elements), self.room // 2 // bytes_per_cluster), 2)
 
-        def scores(tensor: TensorInputs, starts: np.ndarray) -> list[np.ndarray]:
-            experts = range(self.experts)
-            return [self.backend.sample(tensor, t, _terms(tensor, t), starts, RUN) for t in experts]
+        def scores(tile: TensorInputs) -> list[np.ndarray]:
+            return [self.backend.scores(tile, t, _terms(tile, t))[0] for t in range(self.experts)]
 
         found = []
         for batch in _batches(self.tensors, self.elements // _SAMPLE_BATCHES):

@@ -4,8 +4,9 @@
     all parts of a group --> exact thresholds --> candidates merged again --> sink.patch --> Merged
     a threshold outside its bracket --> exact thresholds by histograms --> the group's tiles once more
 
-A tensor that is one tile of at most one chunk is decided by the worker that merges it; a larger one once, by
-all workers, before its first tile. A group is the whole model, or one tensor (`density_scope`).
+A tensor that is one tile is decided by the worker that merges it (surveys of more than a chunk apart); a
+larger one once, by all workers, before its first tile. A group is the whole model, or one tensor
+(`density_scope`).
 """
 
 from __future__ import annotations
@@ -117,6 +118,9 @@ class Engine:
         self._decided = dict(decided or {})
         self._ready: dict[int, tuple[TensorInputs, Terms]] = {}
         self._checkpointed = time.monotonic()
+        # Elements of a tensor that one worker decides. A sample is quick, other surveys want all workers.
+        local = survey.brackets and not survey.model_scope
+        self._alone = tile_elements if local else min(CHUNK, tile_elements)
 
     def run(self, todo: Iterable[Range] | None = None, opened: Iterable[Open] = ()) -> Iterator[Event]:
         """Merge the ranges `todo` (default: everything) and settle what an earlier process left open. Yields
@@ -139,7 +143,7 @@ class Engine:
         def ranges() -> Iterator[Range]:
             for index, start, stop in todo:
                 numel = self._tensors[index].numel
-                alone = stop - start == numel <= min(CHUNK, self._tile_elements)
+                alone = stop - start == numel <= self._alone
                 if not alone and index not in self._ready:
                     self._ready[index] = self._decide(index, self._pool.run)
                 yield index, start, stop
@@ -238,7 +242,7 @@ class Engine:
             yield from self._finish(index)
 
     def checkpoint(self) -> Iterator[Event]:
-        """Move the candidates in memory to the store's file, so that a killed merge need not find them again."""
+        """Move the candidates in memory to the store's file: a killed merge need not find them again."""
         self._checkpointed = time.monotonic()
         for group in self._groups.values():
             for part in group.parts:

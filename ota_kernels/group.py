@@ -61,13 +61,13 @@ class Group:
 
     def thresholds(self, run: Map) -> list[float | None] | None:
         """The exact score threshold of each expert that has a bracket; None if one lies outside its bracket."""
-        found: list[float | None] = []
-        for t, terms in enumerate(self.parts[0].terms.experts):
-            threshold = self._threshold(t, terms, run) if is_open(terms) else None
-            if threshold is None and is_open(terms):
-                return None
-            found.append(threshold)
-        return found
+        terms = self.parts[0].terms.experts
+        wanted = [t for t, e in enumerate(terms) if is_open(e)]
+        # One expert a task: each goes through the candidates on its own.
+        answers = dict(zip(wanted, run(lambda t: self._threshold(t, terms[t], map), wanted), strict=True))
+        if None in answers.values():
+            return None
+        return [answers.get(t) for t in range(len(terms))]
 
     def settle(self, part: Part, thresholds: Sequence[float | None]) -> tuple[np.ndarray, np.ndarray, Tally]:
         """A part's candidates merged with the exact thresholds: (positions, merged values as uint8, what they

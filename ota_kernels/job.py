@@ -37,7 +37,7 @@ from .recipe import Recipe, load_recipe, parse_recipe
 from .report import REPORT_NAME, build_report
 from .survey import Survey
 from .tally import Tally
-from .tensors import Buffer, Full, TensorInputs
+from .tensors import Buffer, TensorInputs
 from .tiling import Segment
 from .units import parse_size
 
@@ -376,12 +376,8 @@ def _json_asset(name: str, content: dict) -> Asset:
 
 def _release(tile: TensorInputs) -> None:
     """Let go of a tile's mapped pages: resident memory stays what is in flight."""
-    for buffer in (tile.base, *tile.experts):
-        if buffer is not None:
-            advise(buffer.data, "dontneed")
-    for curvature in tile.curvatures:
-        if isinstance(curvature, Full):
-            advise(curvature.values.data, "dontneed")
+    for buffer in tile.buffers:
+        advise(buffer.data, "dontneed")
 
 
 class _FileSink:

@@ -12,12 +12,14 @@ from .factors import CHUNK
 from .inputs import COPY, Inputs
 from .io.writer import Layout, layout
 from .survey import Survey
-from .tensors import Full, TensorInputs
+from .tensors import TensorInputs
 from .units import format_bytes
 
 # Elements of a tile: large enough that a tile costs far more than its Python (2 ms against 0.1), small enough
 # that the tiles in flight stay a few percent of the memory limit.
 TILE_ELEMENTS = 1 << 20
+# Of a density per tensor: a tensor that is one tile is selected from, merged and settled by one worker.
+_LOCAL_TILE_ELEMENTS = 4 * TILE_ELEMENTS
 _SMALLEST_TILE = 1 << 14
 DEFAULT_MEMORY_LIMIT = 1 << 30
 
@@ -85,7 +87,9 @@ def make_plan(
     held = min(candidates_memory, memory_limit // 4)
     fixed = _PROCESS_BYTES[backend.NAME] + _survey_bytes(tensors, survey, threads, per_element)
     fixed += min(candidates, held)
-    tile = tile_elements or _fitting_tile(memory_limit - fixed, threads * per_element)
+    local = survey.brackets and not survey.model_scope
+    largest = _LOCAL_TILE_ELEMENTS if local else TILE_ELEMENTS
+    tile = tile_elements or _fitting_tile(memory_limit - fixed, threads * per_element, largest)
     if tile < 1:
         need = fixed + threads * per_element * _SMALLEST_TILE
         raise RecipeError(
@@ -114,16 +118,14 @@ def make_plan(
     )
 
 
-def _fitting_tile(room: int, bytes_per_tile_element: int) -> int:
-    """The tile size that fits, at most TILE_ELEMENTS; 0 when none does."""
+def _fitting_tile(room: int, bytes_per_tile_element: int, largest: int) -> int:
+    """The tile size that fits, at most `largest`; 0 when none does."""
     fits = room // bytes_per_tile_element // 4096 * 4096
-    return min(fits, TILE_ELEMENTS) if fits >= _SMALLEST_TILE else 0
+    return min(fits, largest) if fits >= _SMALLEST_TILE else 0
 
 
 def _bytes_per_element(tensor: TensorInputs, backend: ModuleType) -> int:
-    buffers = [b for b in (tensor.base, *tensor.experts) if b is not None]
-    buffers += [c.values for c in tensor.curvatures if isinstance(c, Full)]
-    size = sum(b.dtype.itemsize for b in buffers) + tensor.out_dtype.itemsize
+    size = sum(b.dtype.itemsize for b in tensor.buffers) + tensor.out_dtype.itemsize
     if backend.NAME == "reference":
         size += 4 * _REFERENCE_TEMPORARIES * len(tensor.experts)
     return size

@@ -17,7 +17,7 @@ import numpy as np
 
 from . import decide, methods
 from .backends.stats import NonFinite
-from .bracket import Bracket, bracket_of, bracket_share, run_count
+from .bracket import Bracket, bracket_of, bracket_share, cluster_count
 from .errors import InputError
 from .factors import CHUNK, Map, low_rank, rank1
 from .formula import (
@@ -32,11 +32,12 @@ from .formula import (
 from .norms import edit_norm
 from .recipe import Recipe
 from .roles import EMBEDDING, role_of
-from .sampling import RUN, sample
+from .sampling import sample
 from .tensors import Full, TensorInputs, Uniform
 from .tiling import units
 
 _BINS = 1 << 16
+_MAPPED = 4 * CHUNK  # elements up to which a sampled tensor's pages stay mapped until it is merged
 _DIRECT = 1 << 15  # elements of a tensor that is selected from directly: a sample would be most of it
 _FACTOR_CACHE_BYTES = 64 << 20
 
@@ -150,16 +151,15 @@ class Survey:
         elements = sum(t.numel for t in tensors)
         experts = [t for t, s in enumerate(self.selections) if s.surveyed and decide.keeps_some(s, elements)]
 
-        def scores(tensor: TensorInputs, starts: np.ndarray) -> list[np.ndarray]:
-            terms = [ExpertTerms(score_scale=_score_scale(tensor, t)) for t in experts]
-            pairs = zip(experts, terms, strict=True)
-            return [self.backend.sample(tensor, t, e, starts, RUN) for t, e in pairs]
+        def scores(tile: TensorInputs) -> list[np.ndarray]:
+            terms = [ExpertTerms(score_scale=_score_scale(tile, t)) for t in experts]
+            return [self.backend.scores(tile, t, e)[0] for t, e in zip(experts, terms, strict=True)]
 
         found: list[Bracket | None] = [None] * len(self.models)
         if experts:
-            # What fits a tile is merged next, while its pages are still mapped.
-            release = self._release if elements > CHUNK else lambda tile: None
-            sampled = sample(tensors, run_count(elements), scores, run, release)
+            # What is sampled from a small tensor is merged next, while its pages are still mapped.
+            release = self._release if elements > _MAPPED else None
+            sampled = sample(tensors, cluster_count(elements), scores, run, release)
             of_expert = [(self.selections[t], s) for t, s in zip(experts, sampled, strict=True)]
             for t, bracket in zip(experts, run(lambda pair: bracket_of(*pair), of_expert), strict=True):
                 found[t] = bracket
@@ -302,7 +302,7 @@ class Survey:
             pass
 
     def terms(self, tensor: TensorInputs, model: ModelDecisions, run: Map) -> Terms:
-        """The kernel's numbers for one prepared tensor; open (formula.is_open) where a threshold follows later."""
+        """The kernel's numbers for one prepared tensor; open (see formula) where a threshold follows later."""
         brackets = model.brackets
         if self.brackets and not self.model_scope and tensor.numel > _DIRECT:
             brackets = self._sampled_brackets([tensor], run)

@@ -14,12 +14,13 @@ class Buffer:
     """A flat, read-only view of one tensor's elements, usually over mapped pages.
 
     data: uint8[n * dtype.itemsize], possibly unaligned; origin: what an error calls it (a file, or
-    "experts[2]").
+    "experts[2]"); offset: of the first byte in the file `origin`, -1 where it is no file.
     """
 
     data: np.ndarray
     dtype: DType
     origin: str = ""
+    offset: int = -1
 
     def __len__(self) -> int:
         return self.data.size // self.dtype.itemsize
@@ -27,7 +28,8 @@ class Buffer:
     def slice(self, start: int, stop: int) -> Buffer:
         """Elements [start, stop)."""
         size = self.dtype.itemsize
-        return Buffer(self.data[start * size : stop * size], self.dtype, self.origin)
+        offset = self.offset if self.offset < 0 else self.offset + start * size
+        return Buffer(self.data[start * size : stop * size], self.dtype, self.origin, offset)
 
     def gather(self, positions: np.ndarray) -> Buffer:
         """A copy of the elements at `positions` (int64[m])."""
@@ -126,6 +128,12 @@ class TensorInputs:
         """Elements of this view."""
         return len(self.experts[0])
 
+    @property
+    def buffers(self) -> list[Buffer]:
+        """Every buffer that has one value per element: base, experts, full curvature."""
+        weights = [b for b in (self.base, *self.experts) if b is not None]
+        return [*weights, *(c.values for c in self.curvatures if isinstance(c, Full))]
+
     def slice(self, start: int, stop: int) -> TensorInputs:
         """The tile of elements [start, stop); name and shape stay those of the whole tensor."""
         return TensorInputs(
@@ -153,7 +161,7 @@ class TensorInputs:
         """The same elements in memory of their own; factors are shared."""
 
         def own(buffer: Buffer) -> Buffer:
-            return replace(buffer, data=buffer.data.copy())
+            return Buffer(buffer.data.copy(), buffer.dtype, buffer.origin)
 
         return replace(
             self,

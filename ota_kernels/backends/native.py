@@ -12,7 +12,7 @@ import threading
 import numpy as np
 
 from ..dtypes import BY_NAME, DType
-from ..errors import BackendError
+from ..errors import BackendError, InputError
 from ..formula import ExpertTerms, Terms
 from ..tensors import Buffer, Curvature, Full, LowRank, Rank1, TensorInputs, Uniform
 from .stats import CENSUS, Candidates, MergeStats, NonFinite
@@ -134,8 +134,8 @@ _local = threading.local()
 
 
 def _candidate_room(tile: TensorInputs) -> tuple:
-    """Buffers that would hold the whole tile, of which only what is used becomes memory. Each thread keeps its
-    own: mapping new ones for every tile would cost as much as filling them."""
+    """Buffers that would hold the whole tile, of which only what is used becomes memory. Each thread keeps
+    its own: mapping new ones for every tile would cost as much as filling them."""
     sizes = (
         4,
         0 if tile.base is None else tile.base.dtype.itemsize,
@@ -231,14 +231,27 @@ def scatter(data: np.ndarray, positions: np.ndarray, elements: np.ndarray, size:
     _extension().scatter(data, positions, elements, size)
 
 
-def sample(tensor: TensorInputs, t: int, terms: ExpertTerms, starts: np.ndarray, length: int) -> np.ndarray:
-    """The scores of runs of `length` neighbouring elements that begin at `starts` (int64[m]): float32[m, length].
-    Past the tensor's end a run goes on at its beginning."""
-    out = np.empty((len(starts), length), np.float32)
-    _extension().sample(
-        *_base(tensor), _expert(tensor, t, terms), tensor.numel, starts, out.reshape(-1), instruction_set()
-    )
-    return out
+def gather_runs(buffer: Buffer, starts: np.ndarray, length: int) -> Buffer:
+    """Runs of `length` neighbouring elements that begin at `starts` (int64[m]), one after the other."""
+    size = buffer.dtype.itemsize
+    out = np.empty(len(starts) * length * size, np.uint8)
+    _extension().copy_runs(buffer.data, starts * size, out, length * size)
+    return Buffer(out, buffer.dtype, buffer.origin)
+
+
+def read_runs(buffer: Buffer, starts: np.ndarray, length: int, together: int) -> Buffer:
+    """The same from the buffer's file, without mapping its pages: `together` runs with one read. Raises
+    InputError where the file was cut."""
+    size = buffer.dtype.itemsize
+    out = np.empty(len(starts) * length * size, np.uint8)
+    try:
+        with open(buffer.origin, "rb", buffering=0) as file:
+            places = buffer.offset + starts * size
+            if _extension().read_runs(file.fileno(), places, out, length * size, together):
+                return Buffer(out, buffer.dtype, buffer.origin)
+    except OSError as error:
+        raise InputError(f"{buffer.origin}: cannot be read: {error.strerror}") from error
+    raise InputError(f"{buffer.origin}: changed while in use: it is shorter than before")
 
 
 def row_column_sums(values: Buffer, row_sums: np.ndarray, column_sums: np.ndarray) -> None:

@@ -230,12 +230,6 @@ def in_bracket(
     return s[inside].numpy(), int((s > np.float32(highest)).sum())
 
 
-def sample(tensor: TensorInputs, t: int, terms: ExpertTerms, starts: np.ndarray, length: int) -> np.ndarray:
-    """The scores of runs of neighbouring elements; see `native.sample`."""
-    places = (starts[:, None] + np.arange(length)) % tensor.numel
-    return scores(tensor.gather(places.reshape(-1)), t, terms)[0].reshape(places.shape)
-
-
 def edits(tile: TensorInputs, t: int, terms: ExpertTerms) -> tuple[np.ndarray, tuple[NonFinite, ...]]:
     """The masked edits m_t d_t of expert t, float32[n]."""
     d, s, nonfinite = _scores(tile, t, terms)

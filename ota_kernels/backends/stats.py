@@ -21,8 +21,8 @@ class NonFinite:
     first: int
 
 
-# A census of one expert's scores, undecided ones left out, int64[CENSUS]: sums of significands by exponent, of
-# the scores up to the end of the bracket and of those above it; last, how many are above.
+# A census of one expert's scores, undecided ones left out, int64[CENSUS]: sums of significands by exponent,
+# of the scores up to the end of the bracket and of those above it; last, how many are above.
 EXPONENTS = 256
 CENSUS = 2 * EXPONENTS + 1
 
@@ -44,9 +44,9 @@ class Candidates(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class MergeStats:
     """kept: elements each expert keeps; unkept: kept by nobody; overflow: results beyond the output type's
-    range; repaired: set to the base value because an input was not finite. Undecided elements count nowhere but
-    as not finite. candidates: None where every threshold is known; censuses: per
-    expert, None where not asked for."""
+    range; repaired: set to the base value because an input was not finite. Undecided elements count nowhere
+    but as not finite. candidates: None where every threshold is known; censuses: per expert, None where not
+    asked for."""
 
     kept: tuple[int, ...]
     unkept: int

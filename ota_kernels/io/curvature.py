@@ -68,7 +68,8 @@ class CurvatureFile(ABC):
 
     def buffer(self, name: str) -> Buffer:
         """A zero-copy view of the curvature of `name`; errors as in `dtype`."""
-        return Buffer(self._bytes(self._key(name)), self.dtype(name), str(self.path))
+        self.dtype(name)
+        return self._buffer(self._key(name))
 
     def bias_correction(self, name: str) -> float:
         """1 - beta2^step, which Adam divides the second moments of `name` by.
@@ -106,7 +107,7 @@ class CurvatureFile(ABC):
     def _dtype_name(self, key: str) -> str: ...
 
     @abstractmethod
-    def _bytes(self, key: str) -> np.ndarray: ...
+    def _buffer(self, key: str) -> Buffer: ...
 
     @abstractmethod
     def _step_and_beta2(self, key: str) -> tuple[float, float]: ...
@@ -154,8 +155,8 @@ class _SafetensorsCurvature(CurvatureFile):
     def _dtype_name(self, key: str) -> str:
         return self._checkpoint.tensors[key].dtype.name
 
-    def _bytes(self, key: str) -> np.ndarray:
-        return self._checkpoint.buffer(key).data
+    def _buffer(self, key: str) -> Buffer:
+        return self._checkpoint.buffer(key)
 
     def _step_and_beta2(self, key: str) -> tuple[float, float]:
         metadata = self._checkpoint.metadata_of(key)
@@ -239,9 +240,10 @@ class _TorchCurvature(CurvatureFile):
     def _dtype_name(self, key: str) -> str:
         return str(self._moments[key].dtype).removeprefix("torch.")
 
-    def _bytes(self, key: str) -> np.ndarray:
+    def _buffer(self, key: str) -> Buffer:
         moment = self._moments[key]
-        return np.asarray(MappedMemory(moment, moment.data_ptr(), moment.nbytes))
+        mapped = np.asarray(MappedMemory(moment, moment.data_ptr(), moment.nbytes))
+        return Buffer(mapped, BY_NAME[self._dtype_name(key)], str(self.path))
 
     def _step_and_beta2(self, key: str) -> tuple[float, float]:
         step = self._number(self._states[key].get("step"), f"step of {quoted(key)}")

@@ -31,6 +31,7 @@ _MODEL_INDEX = "model" + INDEX_SUFFIX
 _FOREIGN_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz"}
 _OUTPUT_HEAD = "lm_head.weight"
 # The values of MADV_WILLNEED and MADV_DONTNEED on Linux.
+_WINDOW = 1 << 16  # bytes around a touched page that Linux maps with it (fault_around_bytes)
 _ADVICE = {"willneed": 3, "dontneed": 4}
 
 
@@ -65,7 +66,7 @@ class MappedFile:
         if self._bytes is None:
             raise ValueError(f"{self.path} is closed")
         info = self.header.tensors[name]
-        return Buffer(self._bytes[info.begin : info.end], info.dtype, str(self.path))
+        return Buffer(self._bytes[info.begin : info.end], info.dtype, str(self.path), info.begin)
 
     def close(self) -> None:
         """Let go of the map; buffers that are still held keep it."""
@@ -194,25 +195,31 @@ def fingerprint(files: Iterable[Path], root: Path) -> list[list[str | int]]:
 def advise(array: np.ndarray, advice: str) -> None:
     """Tell the kernel that the file pages under `array` are wanted soon ("willneed") or no more ("dontneed").
 
-    array: contiguous; whole pages are meant, so neighbours on the same page are included: dropped pages come
-    back from the file when they are touched. Does nothing for memory that is no file map, where "dontneed"
-    would destroy the contents, and on systems other than Linux.
+    array: contiguous; whole windows of _WINDOW bytes are meant, because a page that is touched maps its window:
+    dropped pages of neighbours come back from the file when they are touched. Does nothing for memory that is
+    no file map, where "dontneed" would destroy the contents, and on systems other than Linux.
     """
     madvise = _madvise()
-    if madvise is None or array.nbytes == 0 or not _lies_in_file_map(array):
+    bounds = _file_map(array)
+    if madvise is None or array.nbytes == 0 or bounds is None:
         return
     address = array.ctypes.data
-    start = address - address % mmap.PAGESIZE
-    madvise(start, address + array.nbytes - start, _ADVICE[advice])
+    start = max(address - address % _WINDOW, bounds[0])
+    end = min(-(-(address + array.nbytes) // _WINDOW) * _WINDOW, bounds[1])
+    madvise(start, end - start, _ADVICE[advice])
 
 
-def _lies_in_file_map(array: np.ndarray) -> bool:
-    owner: object = array
+def _file_map(array: np.ndarray) -> tuple[int, int] | None:
+    """First address and end of the file map that `array` lies in, whole pages; None for other memory."""
+    whole, owner = array, array.base
     while isinstance(owner, np.ndarray):
-        owner = owner.base
+        whole, owner = owner, owner.base
     if isinstance(owner, memoryview):
         owner = owner.obj
-    return isinstance(owner, (mmap.mmap, MappedMemory))
+    if not isinstance(owner, (mmap.mmap, MappedMemory)):
+        return None
+    start = whole.ctypes.data
+    return start - start % mmap.PAGESIZE, start + whole.nbytes
 
 
 @functools.cache
