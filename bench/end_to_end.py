@@ -88,7 +88,7 @@ def check_merge(recipe: dict, out: Path) -> None:
     from safetensors import safe_open
 
     from ota_kernels import merge_tensors
-    from ota_kernels.plan import TILE_ELEMENTS
+    from ota_kernels.planning import TILE_ELEMENTS
 
     def rows(path: Path, name: str) -> torch.Tensor:
         """About the first border of two tiles, where the tensor has one, and the end."""

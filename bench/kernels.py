@@ -21,7 +21,7 @@ import numpy as np
 from ota_kernels import backends
 from ota_kernels.dtypes import BY_NAME
 from ota_kernels.formula import Terms
-from ota_kernels.plan import TILE_ELEMENTS
+from ota_kernels.planning import TILE_ELEMENTS
 from ota_kernels.pool import Pool, default_threads
 from ota_kernels.recipe import parse_recipe
 from ota_kernels.survey import ModelDecisions, Survey

@@ -24,7 +24,7 @@ from .formula import ExpertTerms, saliency_of_score, score_scale
 from .inputs import COPY, MERGE, Inputs
 from .io.reader import advise
 from .job import Options, Progress, Silent, as_recipe
-from .plan import DEFAULT_MEMORY_LIMIT
+from .planning import DEFAULT_MEMORY_LIMIT
 from .pool import Pool, default_threads
 from .recipe import Recipe
 from .roles import DETAILED_ROLES, detailed_role, layer_of

@@ -13,7 +13,7 @@ from .candidates import Store
 from .dtypes import BY_NAME, OUTPUT_NAMES, DType
 from .engine import Engine
 from .errors import BackendError, InputError, RecipeError
-from .plan import TILE_ELEMENTS
+from .planning import TILE_ELEMENTS
 from .pool import Pool, default_threads
 from .recipe import Recipe, parse_recipe
 from .survey import Survey

@@ -60,7 +60,7 @@ class Group:
         return sum(p.segment.stop - p.segment.start for p in self.parts)
 
     def thresholds(self, run: Map) -> list[float | None] | None:
-        """The exact score threshold of each expert that has a bracket; None if one lies outside its bracket."""
+        """The exact score threshold of each expert that has a bracket; None if one is outside its bracket."""
         terms = self.parts[0].terms.experts
         wanted = [t for t, e in enumerate(terms) if is_open(e)]
         # One expert a task: each goes through the candidates on its own.

@@ -31,7 +31,7 @@ from .io.reader import advise
 from .io.workfolder import WorkFolder
 from .io.writer import ShardWriter
 from .ledger import Ledger, record_of
-from .plan import DEFAULT_MEMORY_LIMIT, Plan, make_plan
+from .planning import DEFAULT_MEMORY_LIMIT, Plan, make_plan
 from .pool import Pool, default_threads
 from .recipe import Recipe, load_recipe, parse_recipe
 from .report import REPORT_NAME, build_report

@@ -25,8 +25,8 @@ def record_of(event: Event) -> dict | None:
 
 
 class Ledger:
-    """What is done of a merge: model-wide decisions, ranges that are final with their tallies, ranges that wait
-    for thresholds, thresholds of groups.
+    """What is done of a merge: model-wide decisions, ranges that are final with their tallies, ranges that
+    wait for thresholds, thresholds of groups.
 
     records: a journal's, empty for a new merge; tensors: how many the output has.
     """
@@ -90,7 +90,7 @@ class Ledger:
         )
 
     def gaps(self, index: int, numel: int) -> list[tuple[int, int]]:
-        """The ranges of a tensor that are to be merged; an empty tensor has one empty range until it is done."""
+        """The ranges of a tensor that are to be merged; an empty tensor has one until it is done."""
         done = self._ranges(index)
         if numel == 0:
             return [] if done else [(0, 0)]

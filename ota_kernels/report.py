@@ -10,7 +10,7 @@ import numpy as np
 from . import __version__
 from .inputs import MERGE, Inputs
 from .ledger import Ledger
-from .plan import Plan
+from .planning import Plan
 
 logger = logging.getLogger(__name__)
 

@@ -1,9 +1,10 @@
 """A small stratified sample of scores, from which a threshold is bracketed.
 
-Tensors are laid end to end on one line and the line is cut into equal strata. Each stratum gives a cluster: short
-runs of neighbouring elements, spread over a window at a random place. Rows and columns of a matrix are alike in
-their curvature, so that many short runs say more than few long ones; a window is read at once, so that many runs in
-it cost little more than one. What is sampled decides how much work a selection is, never its result.
+Tensors are laid end to end on one line and the line is cut into equal strata. Each stratum gives a cluster:
+short runs of neighbouring elements, spread over a window at a random place. Rows and columns of a matrix are
+alike in their curvature, so that many short runs say more than few long ones; a window is read at once, so
+that many runs in it cost little more than one. What is sampled decides how much work a selection is, never its
+result.
 """
 
 from __future__ import annotations
@@ -76,8 +77,8 @@ def sample(
 
 
 def gather_runs(tensor: TensorInputs, starts: np.ndarray, from_files: bool) -> TensorInputs:
-    """The runs that begin at `starts` (int64[m]) as a tile of m * RUN elements. A tensor shorter than a run is
-    repeated."""
+    """The runs that begin at `starts` (int64[m]) as a tile of m * RUN elements. A tensor shorter than a run
+    is repeated."""
 
     def places() -> np.ndarray:
         return (starts[:, None] + np.arange(RUN)).reshape(-1) % tensor.numel

@@ -166,7 +166,7 @@ class Survey:
         return found
 
     def _histogram_thresholds(self, experts: list[int], thresholds: list[float | None], run: Map) -> int:
-        """Sets the exact model-wide thresholds of experts; returns how many passes over all tensors it took."""
+        """Sets the exact model-wide thresholds of experts; returns how many passes it took."""
         digits: dict[int, decide.Digit] = {}
         histograms = self._model_histograms(experts, dict.fromkeys(experts, -1), run)
         for t in experts:
@@ -184,8 +184,8 @@ class Survey:
         return 2
 
     def exact_thresholds(self, tensor: TensorInputs | None, terms: Terms, run: Map) -> list[float | None]:
-        """The thresholds of the experts whose bracket missed or may have (terms), by passes over one tensor, or
-        over all of them (None)."""
+        """The thresholds of the experts whose bracket missed or may have (terms), by passes over one tensor,
+        or over all of them (None)."""
         experts = [t for t, e in enumerate(terms.experts) if is_open(e)]
         found: list[float | None] = [None] * len(self.models)
         if tensor is None:
@@ -302,7 +302,7 @@ class Survey:
             pass
 
     def terms(self, tensor: TensorInputs, model: ModelDecisions, run: Map) -> Terms:
-        """The kernel's numbers for one prepared tensor; open (see formula) where a threshold follows later."""
+        """The kernel's numbers for one prepared tensor; open (see formula) where a threshold follows."""
         brackets = model.brackets
         if self.brackets and not self.model_scope and tensor.numel > _DIRECT:
             brackets = self._sampled_brackets([tensor], run)

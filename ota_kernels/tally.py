@@ -9,8 +9,8 @@ from .backends.stats import MergeStats
 
 @dataclass
 class Tally:
-    """What a merge counted for one tensor or a part of it: per expert the kept edits and the saliency threshold
-    (None where everything is kept). repeats: how often a threshold lay outside its bracket."""
+    """What a merge counted for one tensor or a part of it: per expert the kept edits and the saliency
+    threshold (None where everything is kept). repeats: how often a threshold lay outside its bracket."""
 
     kept: list[int]
     unkept: int = 0

@@ -146,8 +146,8 @@ class TensorInputs:
         )
 
     def gather(self, positions: np.ndarray) -> TensorInputs:
-        """The elements at `positions` (int64[m]) as a tile of their own, copied; factored curvature becomes one
-        float32 value per element."""
+        """The elements at `positions` (int64[m]) as a tile of their own, copied; factored curvature becomes
+        one float32 value per element."""
         return TensorInputs(
             self.name,
             self.shape,

@@ -29,7 +29,7 @@ from checkpoints import (
 )
 
 from ota_kernels import OutputError, RunError, merge
-from ota_kernels.backends import native, reference
+from ota_kernels.backends import native
 from ota_kernels.engine import Engine
 from ota_kernels.survey import Survey
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ..plan import Plan
+from ..planning import Plan
 from ..units import format_bytes, format_count, format_seconds
 
 _PLAIN_INTERVAL = 10.0  # seconds between lines where there is no terminal

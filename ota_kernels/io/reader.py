@@ -195,9 +195,9 @@ def fingerprint(files: Iterable[Path], root: Path) -> list[list[str | int]]:
 def advise(array: np.ndarray, advice: str) -> None:
     """Tell the kernel that the file pages under `array` are wanted soon ("willneed") or no more ("dontneed").
 
-    array: contiguous; whole windows of _WINDOW bytes are meant, because a page that is touched maps its window:
-    dropped pages of neighbours come back from the file when they are touched. Does nothing for memory that is
-    no file map, where "dontneed" would destroy the contents, and on systems other than Linux.
+    array: contiguous; whole windows of _WINDOW bytes are meant, because a page that is touched maps its
+    window: dropped pages of neighbours come back from the file when they are touched. Does nothing for memory
+    that is no file map, where "dontneed" would destroy the contents, and on systems other than Linux.
     """
     madvise = _madvise()
     bounds = _file_map(array)

@@ -34,9 +34,9 @@ class Plan:
     """The work of a merge.
 
     passes: times the inputs are read; bytes_in: bytes of all passes; bytes_out: bytes of all shards;
-    candidate_bytes: estimate of what waits for exact thresholds, of which candidates_memory are held in memory
-    at most and the rest in the work folder; peak_memory: bytes resident at most; seconds: estimate when the
-    files are in the page cache.
+    candidate_bytes: estimate of what waits for exact thresholds, of which candidates_memory are held in
+    memory at most and the rest in the work folder; peak_memory: bytes resident at most; seconds: estimate when
+    the files are in the page cache.
     """
 
     layout: Layout
