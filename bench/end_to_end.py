@@ -31,11 +31,11 @@ from .data import CURVATURE, DEFAULT_FOLDER, WEIGHTS, llama_set
 from .output import RESULTS, check_close, print_table, save_json
 
 _ROOT = Path(__file__).parent.parent
-_OTA_MERGE = str(Path(sys.executable).parent / "ota-merge")
+OTA_MERGE = str(Path(sys.executable).parent / "ota-merge")
 _CONTENDERS = {
-    "native": [_OTA_MERGE, "run", "-q", "--backend", "native"],
+    "native": [OTA_MERGE, "run", "-q", "--backend", "native"],
     # Plain torch holds whole tensors, so its temporaries do not fit the default limit with every recipe.
-    "reference": [_OTA_MERGE, "run", "-q", "--backend", "reference", "--memory-limit", "4GiB"],
+    "reference": [OTA_MERGE, "run", "-q", "--backend", "reference", "--memory-limit", "4GiB"],
     "plain torch": [sys.executable, "-m", "bench.plain_torch"],
 }
 _RECIPES = ("threshold", "density_model", "density_tensor", "linear")
@@ -75,7 +75,7 @@ def run_process(command: list[str]) -> Usage:
     return Usage(seconds, usage.ru_maxrss * 1024, usage.ru_inblock * 512)
 
 
-def _in_child(task: Callable, *arguments):
+def in_child(task: Callable, *arguments):
     """Run in a process of its own: Linux starts a child's peak memory at its parent's, which stays small."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
         return executor.submit(task, *arguments).result()
@@ -142,7 +142,7 @@ def race(recipe_path: Path, folder: Path, runs: int, cold: bool) -> dict[str, di
                 try:
                     usage = run_process([*_CONTENDERS[name], str(recipe_path), str(out)])
                     if turn == 0:
-                        _in_child(check_merge, recipe, out)
+                        in_child(check_merge, recipe, out)
                         continue
                     sync = report["seconds"]["sync"] if (report := _report(out)) else 0.0
                     result["runs"].append(usage._replace(sync_seconds=sync))
@@ -203,12 +203,12 @@ def main() -> None:
     arguments = _arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that scratch folders go then, too
     try:
-        data = _in_child(llama_set, arguments.data, arguments.parameters)
+        data = in_child(llama_set, arguments.data, arguments.parameters)
     except OtaError as error:
         sys.exit(f"error: {error}")
     recipe = data / f"{arguments.recipe}.yaml"
     results = race(recipe, arguments.data, arguments.runs, arguments.cold)
-    starts = [run_process([_OTA_MERGE, "--help"]).seconds for _ in range(_STARTS)]
+    starts = [run_process([OTA_MERGE, "--help"]).seconds for _ in range(_STARTS)]
     nbytes = moved_bytes(recipe)
     print(f"{data.name}, {arguments.recipe}, {'cold' if arguments.cold else 'warm'} page cache")
     header = ("process", "median s", "min-max", "GB/s", "over native", "peak MiB", "sync", "GB from disk")

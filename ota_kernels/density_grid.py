@@ -288,7 +288,7 @@ class _Search:
         entries = [e for e in inputs.entries if e.action != COPY]
         everything = [inputs.tensor(e) for e in entries]
         self.survey = Survey(inputs.recipe, everything, self.backend, _release)
-        part = [self._takes_part(tensor) for tensor in everything]
+        part = [self.takes_part(tensor) for tensor in everything]
         self.tensors = [tensor for tensor, takes_part in zip(everything, part, strict=True) if takes_part]
         self.elements = sum(t.numel for t in self.tensors)
         self.always_kept = sum(
@@ -300,7 +300,7 @@ class _Search:
         self._find_room(options)
         self.targets = [self._target(t, s) for t in range(self.experts) for s in self._selections()]
 
-    def _takes_part(self, tensor: TensorInputs) -> bool:
+    def takes_part(self, tensor: TensorInputs) -> bool:
         """As in a merge: curvature 1 beside second moments is not compared with them."""
         return self.survey.all_uniform or not any(isinstance(c, Uniform) for c in tensor.curvatures)
 

@@ -306,7 +306,7 @@ class _Merge:
                 writer.close()
                 store.close()
         seconds["sync"] = time.perf_counter() - started - seconds["survey"] - seconds["merge"]
-        report = build_report(self.inputs, self.plan, ledger, self.fingerprint, seconds)
+        report = build_report(self.inputs, self.plan, self.survey, ledger, self.fingerprint, seconds)
         writer.write_index(work.files)
         write_assets(work.files, [*assets, self._card(assets, report), _json_asset(REPORT_NAME, report)])
         return report

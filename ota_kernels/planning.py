@@ -35,8 +35,8 @@ class Plan:
 
     passes: times the inputs are read; bytes_in: bytes of all passes; bytes_out: bytes of all shards;
     candidate_bytes: estimate of what waits for exact thresholds, of which candidates_memory are held in
-    memory at most and the rest in the work folder; peak_memory: bytes resident at most; seconds: estimate when
-    the files are in the page cache.
+    memory at most and the rest in the work folder; peak_memory: bytes resident at most; seconds: estimate
+    when the files are in the page cache.
     """
 
     layout: Layout

@@ -11,6 +11,7 @@ from . import __version__
 from .inputs import MERGE, Inputs
 from .ledger import Ledger
 from .planning import Plan
+from .survey import Survey
 
 logger = logging.getLogger(__name__)
 
@@ -18,12 +19,17 @@ REPORT_NAME = "merge_report.json"
 
 
 def build_report(
-    inputs: Inputs, plan: Plan, ledger: Ledger, fingerprint: str, seconds: dict[str, float]
+    inputs: Inputs,
+    plan: Plan,
+    survey: Survey,
+    ledger: Ledger,
+    fingerprint: str,
+    seconds: dict[str, float],
 ) -> dict:
     """Per expert and per tensor what was kept, and how the merge ran.
 
     Thresholds are saliencies; an expert's is None where it differs between tensors, or where everything or
-    nothing is kept.
+    nothing is kept. ties: edits kept beyond an expert's density because they equal the threshold.
     """
     counted = [(e, ledger.tallies[i]) for i, e in enumerate(inputs.entries) if e.action == MERGE]
     overflow = sum(tally.overflow for _, tally in counted)
@@ -32,7 +38,11 @@ def build_report(
     return {
         "fingerprint": fingerprint,
         "method": inputs.recipe.merge_method,
-        "experts": [_expert(t, model.model, counted) for t, model in enumerate(inputs.recipe.models)],
+        "experts": [
+            _expert(t, model.model, counted)
+            | {"ties": survey.ties(t, {e.name: tally.kept[t] for e, tally in counted})}
+            for t, model in enumerate(inputs.recipe.models)
+        ],
         "tensors": {
             entry.name: {
                 "elements": entry.numel,

@@ -3,8 +3,8 @@
 Tensors are laid end to end on one line and the line is cut into equal strata. Each stratum gives a cluster:
 short runs of neighbouring elements, spread over a window at a random place. Rows and columns of a matrix are
 alike in their curvature, so that many short runs say more than few long ones; a window is read at once, so
-that many runs in it cost little more than one. What is sampled decides how much work a selection is, never its
-result.
+that many runs in it cost little more than one. What is sampled decides how much work a selection is, never
+its result.
 """
 
 from __future__ import annotations

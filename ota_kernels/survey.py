@@ -8,7 +8,7 @@ Work is cut into fixed chunks: sums do not depend on tiles, threads or memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import NoReturn
@@ -91,7 +91,7 @@ class Survey:
     @property
     def elements(self) -> int:
         """Elements that model-wide thresholds are over."""
-        return sum(t.numel for t in self.tensors if self._takes_part(t))
+        return sum(t.numel for t in self.tensors if self.takes_part(t))
 
     def expected_candidates(self) -> int:
         """Estimate of the undecided elements that are held at a time."""
@@ -124,7 +124,8 @@ class Survey:
     def _wants_model_mean(self) -> bool:
         return self.formula.curvature_weights and self.recipe.parameters.normalise == "model"
 
-    def _takes_part(self, tensor: TensorInputs) -> bool:
+    def takes_part(self, tensor: TensorInputs) -> bool:
+        """Whether model-wide and absolute thresholds apply to a tensor."""
         return self.all_uniform or not any(isinstance(c, Uniform) for c in tensor.curvatures)
 
     def decide_model(self, run: Map) -> ModelDecisions:
@@ -137,7 +138,7 @@ class Survey:
                 thresholds[t] = decide.KEEP_NOTHING
         experts, passes = [t for t in self._surveyed_experts() if thresholds[t] is None], 0
         if self.brackets and experts:
-            taking_part = [self.prepare(t, run) for t in self.tensors if self._takes_part(t)]
+            taking_part = [self.prepare(t, run) for t in self.tensors if self.takes_part(t)]
             brackets = self._sampled_brackets(taking_part, run)
             experts = [t for t in experts if brackets[t] is None]
         if experts:
@@ -218,7 +219,7 @@ class Survey:
             return found
 
         totals = {t: (np.zeros(_BINS, np.int64), np.zeros(_BINS, np.int64)) for t in experts}
-        for result in run(of_unit, self._units(self._takes_part, run)):
+        for result in run(of_unit, self._units(self.takes_part, run)):
             for t, (counts, lows) in result.items():
                 totals[t][0][:] += counts
                 totals[t][1][:] += lows
@@ -309,7 +310,7 @@ class Survey:
         experts = []
         for t, selection in enumerate(self.selections):
             e = ExpertTerms(score_scale=_score_scale(tensor, t))
-            bracket = brackets[t] if self._takes_part(tensor) or not self.model_scope else None
+            bracket = brackets[t] if self.takes_part(tensor) or not self.model_scope else None
             if bracket is not None:
                 census = selection.rule == "mass" or bracket.span == 0
                 experts.append(replace(e, threshold=bracket.lowest, span=bracket.span, census=census))
@@ -341,7 +342,7 @@ class Survey:
             return decide.KEEP_ALL
         if selection.surveyed and not self.model_scope:
             return self._select(tensor, t, terms, selection, False, run)
-        if not self._takes_part(tensor):
+        if not self.takes_part(tensor):
             return decide.KEEP_ALL
         return score_of_saliency(selection.value) if selection.rule == "threshold" else model.thresholds[t]
 
@@ -471,6 +472,20 @@ class Survey:
                     first = start + found.first if first < 0 else first
                     count += found.count
         return count, first
+
+    def ties(self, t: int, kept: Mapping[str, int]) -> int:
+        """How many edits expert t keeps beyond the k of its density, because they tie with the k-th. kept: by
+        tensor name."""
+        selection = self.selections[t]
+        if selection.rule != "density":
+            return 0
+        tensors = [x for x in self.tensors if x.name in kept and (not self.model_scope or self.takes_part(x))]
+        groups = [tensors] if self.model_scope else [[x] for x in tensors]
+        beyond = 0
+        for group in groups:
+            k = decide.count_of_density(selection.value, sum(x.numel for x in group))
+            beyond += max(0, sum(kept[x.name] for x in group) - k)
+        return beyond
 
     def saliency_threshold(self, terms: Terms, t: int) -> float | None:
         """Expert t's threshold as a saliency, where the recipe gives one as it stands there; None where
