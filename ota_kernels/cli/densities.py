@@ -6,7 +6,7 @@ import json
 
 import click
 
-from .options import Size
+from .options import reading
 
 
 @click.command()
@@ -15,17 +15,7 @@ from .options import Size
     "--grid", help="Densities to show, like 0.01,0.1,0.5.  [default: 0.01,0.02,0.05,0.1,0.2,0.3,0.5,0.7]"
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
-@click.option(
-    "--backend",
-    type=click.Choice(["auto", "reference", "native"]),
-    default="auto",
-    show_default=True,
-    help="What computes: C++ kernels (native), plain torch (reference), or the fastest that runs here.",
-)
-@click.option("--threads", type=click.IntRange(min=1), help="Worker threads.  [default: every processor]")
-@click.option(
-    "--memory-limit", type=Size(), default="1GiB", show_default=True, help="Resident memory at most."
-)
+@reading
 def densities(recipe: str, grid: str | None, as_json: bool, **options) -> None:
     """Show what each density would keep of the experts of RECIPE (method ota): how many edits, from which
     saliency on, in which roles and layers; and which density holds a share of the saliency.

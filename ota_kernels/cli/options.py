@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import click
 
@@ -33,14 +33,30 @@ def _set_verbosity(ctx: click.Context, param: click.Parameter, value: bool) -> N
         logging.getLogger("ota_kernels").setLevel(logging.INFO)
 
 
-_SHARED = (
-    click.option(
-        "--backend",
-        type=click.Choice(["auto", "reference", "native"]),
-        default="auto",
-        show_default=True,
-        help="What computes: C++ kernels (native), plain torch (reference), or the fastest that runs here.",
-    ),
+_BACKEND = click.option(
+    "--backend",
+    type=click.Choice(["auto", "reference", "native"]),
+    default="auto",
+    show_default=True,
+    help="What computes: C++ kernels (native), plain torch (reference), or the fastest that runs here.",
+)
+_MEMORY_LIMIT = click.option(
+    "--memory-limit", type=Size(), default="1GiB", show_default=True, help="Resident memory at most."
+)
+_THREADS = click.option(
+    "--threads", type=click.IntRange(min=1), help="Worker threads.  [default: every processor]"
+)
+_VERBOSE = click.option(
+    "-v",
+    "--verbose",
+    is_flag=True,
+    expose_value=False,
+    callback=_set_verbosity,
+    help="Say which backend runs; show a traceback with an error.",
+)
+_READING = (_BACKEND, _MEMORY_LIMIT, _THREADS, _VERBOSE)
+_MERGING = (
+    _BACKEND,
     click.option(
         "--device",
         type=click.Choice(["auto", "cpu"]),
@@ -48,9 +64,7 @@ _SHARED = (
         show_default=True,
         help="Where to compute.",
     ),
-    click.option(
-        "--memory-limit", type=Size(), default="1GiB", show_default=True, help="Resident memory at most."
-    ),
+    _MEMORY_LIMIT,
     click.option(
         "--candidates-memory",
         type=Size(least=0),
@@ -58,7 +72,7 @@ _SHARED = (
         show_default=True,
         help="Of elements that wait for exact thresholds; beyond it they go to the work folder.",
     ),
-    click.option("--threads", type=click.IntRange(min=1), help="Worker threads.  [default: every processor]"),
+    _THREADS,
     click.option(
         "--shard-size",
         type=Size(),
@@ -69,19 +83,18 @@ _SHARED = (
     click.option(
         "--seed", type=int, default=0, show_default=True, help="Of methods that draw random numbers."
     ),
-    click.option(
-        "-v",
-        "--verbose",
-        is_flag=True,
-        expose_value=False,
-        callback=_set_verbosity,
-        help="Say which backend runs; show a traceback with an error.",
-    ),
+    _VERBOSE,
 )
 
 
-def shared(command: Callable) -> Callable:
-    """Add the options of `job.Options` that both `run` and `plan` take."""
-    for option in reversed(_SHARED):
-        command = option(command)
-    return command
+def _add(options: Iterable[Callable]) -> Callable[[Callable], Callable]:
+    def decorate(command: Callable) -> Callable:
+        for option in reversed(tuple(options)):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+reading = _add(_READING)  # the options of a command that reads all inputs
+merging = _add(_MERGING)  # those of `job.Options` that both `run` and `plan` take

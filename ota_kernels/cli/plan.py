@@ -6,12 +6,12 @@ import json
 
 import click
 
-from .options import shared
+from .options import merging
 
 
 @click.command()
 @click.argument("recipe", type=click.Path(dir_okay=False))
-@shared
+@merging
 @click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
 def plan(recipe: str, as_json: bool, **options) -> None:
     """Show what merging RECIPE would read, write and hold in memory. Reads file headers only."""

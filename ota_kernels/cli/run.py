@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import click
 
-from .options import shared
+from .options import merging
 
 
 @click.command()
 @click.argument("recipe", type=click.Path(dir_okay=False))
 @click.argument("out", type=click.Path())
-@shared
+@merging
 @click.option(
     "--overwrite", is_flag=True, help="Replace OUT; without --resume, start an unfinished merge again."
 )
