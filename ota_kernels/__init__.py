@@ -5,6 +5,8 @@ plan(recipe)                     what it would read, write and hold in memory
 densities(recipe)                what each density would keep of each expert, and where
 merge_state_dicts(base, experts) dictionaries of tensors
 merge_tensors(base, experts)     one tensor
+graft(base, expert, curvature)   one expert's most salient edits on the base: tensors or dictionaries
+topk_threshold(score, k)         the exact k-th largest score of an array
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ from .errors import BackendError, InputError, OtaError, OutputError, RecipeError
 
 if TYPE_CHECKING:
     from .density_grid import densities
-    from .functional import merge_state_dicts, merge_tensors
+    from .functional import graft, merge_state_dicts, merge_tensors
     from .job import merge, plan
+    from .selection import topk_threshold
 
 __version__ = _version("ota-kernels")
 
@@ -29,10 +32,12 @@ __all__ = [
     "RecipeError",
     "RunError",
     "densities",
+    "graft",
     "merge",
     "merge_state_dicts",
     "merge_tensors",
     "plan",
+    "topk_threshold",
 ]
 
 _LAZY = {
@@ -41,6 +46,8 @@ _LAZY = {
     "densities": "density_grid",
     "merge_tensors": "functional",
     "merge_state_dicts": "functional",
+    "graft": "functional",
+    "topk_threshold": "selection",
 }
 
 

@@ -52,9 +52,12 @@ def bracket_of(selection: Selection, scores: np.ndarray) -> Bracket | None:
     """
     ascending = np.sort(scores, axis=None)
     if selection.rule == "mass":
+        # A score that overflowed would leave no finite sum to compare with.
+        scores, ascending = (np.minimum(x, np.finfo(np.float32).max) for x in (scores, ascending))
         from_top = np.cumsum(ascending[::-1], dtype=np.float64)
         position = functools.partial(np.searchsorted, from_top)
-        total, least = float(from_top[-1]), 0.0
+        total = float(from_top[-1])
+        least = total / scores.size  # what one element holds
     else:
         position = math.ceil
         total, least = float(scores.size), 1.0

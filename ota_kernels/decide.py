@@ -102,10 +102,12 @@ def total_mass(by_exponent: np.ndarray) -> int:
     return sum(int(m) << max(e - 1, 0) for e, m in enumerate(by_exponent.tolist()))
 
 
-def mass(score: float) -> int:
-    """One score in the units of `total_mass`."""
-    bits = score_bits(score)
-    return int(_significands(np.array([bits]))[0]) << max((bits >> 23) - 1, 0)
+def mass(scores: np.ndarray) -> int:
+    """The sum of scores (float32[n], not negative) in the units of `total_mass`."""
+    bits = scores.view(np.uint32).astype(np.int64)
+    by_exponent = np.zeros(256, np.int64)
+    np.add.at(by_exponent, bits >> 23, _significands(bits))
+    return total_mass(by_exponent)
 
 
 def available(selection: Selection, counts: np.ndarray, lows: np.ndarray) -> int:

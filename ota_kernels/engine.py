@@ -282,9 +282,7 @@ class Engine:
         thresholds = self._survey.exact_thresholds(tensor, part.terms, self._pool.run)
         self._decided[key] = thresholds
         yield Decided(key, thresholds, repeat=True)
-        repeats = 1
         for done in self._merge(p.segment for p in group.parts):
-            done[0][1].repeats, repeats = repeats, 0
             yield Merged(done)
 
     def _settle(self, group: Group, part: Part, thresholds) -> tuple[np.ndarray, np.ndarray, Tally]:

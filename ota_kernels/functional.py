@@ -23,6 +23,7 @@ from .tiling import Segment
 _UNLIMITED = 1 << 62  # inputs in memory leave room for their few candidates
 
 Tensor = TypeVar("Tensor")  # torch.Tensor or numpy.ndarray
+Model = TypeVar("Model")  # a Tensor, or a dictionary of them
 
 
 def merge_tensors(
@@ -80,12 +81,76 @@ def merge_state_dicts(
     floating point are copied when all models agree. A name without curvature is an error unless
     `missing_curvature` says otherwise.
     """
+    recipe = _recipe(base is not None, len(experts), curvatures is not None, method, out_dtype, parameters)
+    return _merge_models(base, experts, curvatures, recipe, backend, threads, _MemorySink)
+
+
+def graft(
+    base: Model,
+    expert: Model,
+    curvature: Model | None,
+    *,
+    density: float | None = None,
+    saliency_mass: float | None = None,
+    precond_threshold: float | None = None,
+    density_scope: str = "model",
+    rank: int | None = None,
+    rank1_approx: bool = False,
+    missing_curvature: str = "error",
+    backend: str = "auto",
+    threads: int | None = None,
+) -> Model:
+    """Fast Fisher Grafting (arXiv 2509.11167): the base, with one expert's most salient edits.
+
+    base, expert: a tensor each, of the same shape and any floating-point type that a merge can be written
+    in, or dictionaries of tensors; curvature: the expert's second moments as for `merge_tensors`, or None for
+    curvature 1, which grafts by magnitude. Exactly one of density, saliency_mass and precond_threshold says
+    which edits are kept; they and the other parameters are the recipe's keys. Masks are those of a merge with
+    this one expert: exact, ties kept.
+
+    Returns new tensors of the base's types, a tensor or a dictionary like the base: where an edit is dropped,
+    the base's value bit for bit, where it is kept, the expert's value bit for bit (rounded to the base's type
+    where the expert's differs). An edit from 0 to -0 is none. Errors are those of `merge_tensors`, which call
+    the expert experts[0].
+    """
+    selections = {"density": density, "saliency_mass": saliency_mass, "precond_threshold": precond_threshold}
+    given = {key: value for key, value in selections.items() if value is not None}
+    if len(given) != 1:
+        found = " and ".join(f"`{key}`" for key in given) or "none"
+        raise RecipeError(f"a graft takes exactly one of {', '.join(selections)}, not {found}")
+    models = [base, expert] if curvature is None else [base, expert, curvature]
+    kinds = {isinstance(model, Mapping) for model in models}
+    if len(kinds) > 1:
+        raise InputError("base, expert and curvature must be all tensors, or all dictionaries of tensors")
+    parameters = given | {
+        "masked_task_vector_merge_method": "linear",  # w_0 + d: the weights of one expert cancel
+        "density_scope": density_scope,
+        "rank1_approx": rank1_approx,
+        "missing_curvature": missing_curvature,
+    }
+    if rank is not None:
+        parameters["rank"] = rank
+    recipe = _recipe(True, 1, curvature is not None, "ota", None, parameters)
+    whole = kinds == {True}
+    base, expert, *curvatures = models if whole else [{"weight": model} for model in models]
+    merged = _merge_models(base, [expert], curvatures or None, recipe, backend, threads, _GraftSink)
+    return merged if whole else merged["weight"]
+
+
+def _merge_models(
+    base: Mapping[str, Tensor] | None,
+    experts: Sequence[Mapping[str, Tensor]],
+    curvatures: Sequence[Mapping[str, Tensor]] | None,
+    recipe: Recipe,
+    backend: str,
+    threads: int | None,
+    sink: type[_MemorySink],
+) -> dict[str, Tensor]:
     if threads is not None and threads < 1:
         raise RecipeError(f"threads must be at least 1, not {threads}")
-    recipe = _recipe(base is not None, len(experts), curvatures is not None, method, out_dtype, parameters)
     if curvatures is not None and len(curvatures) != len(experts):
         raise InputError(f"{len(experts)} experts but {len(curvatures)} curvatures")
-    has_base = base is not None and methods.get(method).base != "unused"
+    has_base = base is not None and methods.get(recipe.merge_method).base != "unused"
     models = {"base": base} if has_base else {}
     models |= {f"experts[{t}]": expert for t, expert in enumerate(experts)}
     first_label, first = next(iter(models.items()))
@@ -99,7 +164,7 @@ def merge_state_dicts(
     tensors = []
     for tensor_name, like in first.items():
         buffers = [
-            _buffer(model[tensor_name], f"{label}[{tensor_name!r}]") for label, model in models.items()
+            buffer_of(model[tensor_name], f"{label}[{tensor_name!r}]") for label, model in models.items()
         ]
         _check_alike(tensor_name, like, models)
         if not all(b.dtype.is_float for b in buffers):
@@ -121,7 +186,7 @@ def merge_state_dicts(
     return (
         {name: merged[name] for name in first}
         if not tensors
-        else _merge(first, tensors, merged, recipe, backend, threads)
+        else _merge(first, tensors, merged, recipe, backend, threads, sink(tensors))
     )
 
 
@@ -132,10 +197,10 @@ def _merge(
     recipe: Recipe,
     backend: str,
     threads: int | None,
+    sink: _MemorySink,
 ) -> dict[str, Tensor]:
     chosen = backends.select(backend)
     survey = Survey(recipe, tensors, chosen)
-    sink = _MemorySink(tensors)
     with Pool(threads or default_threads()) as pool:
         decisions = survey.decide_model(pool.run)
         engine = Engine(
@@ -175,6 +240,38 @@ class _MemorySink:
 
     def done_with(self, tile: TensorInputs) -> None:
         pass
+
+
+class _GraftSink(_MemorySink):
+    """Kept edits of the one expert become its own bits: w_0 + (w_t - w_0) is rounded."""
+
+    def __init__(self, tensors: list[TensorInputs]) -> None:
+        super().__init__(tensors)
+        self._tensors = tensors
+
+    def write(self, segment: Segment, merged: np.ndarray) -> None:
+        _restore_bits(*self._weights(segment), merged)
+
+    def patch(self, segment: Segment, positions: np.ndarray, merged: np.ndarray) -> None:
+        base, expert = self._weights(segment)
+        _restore_bits(base.gather(positions), expert.gather(positions), merged)
+        super().patch(segment, positions, merged)
+
+    def _weights(self, segment: Segment) -> tuple[Buffer, Buffer]:
+        tile = self._tensors[segment.index].slice(segment.start, segment.stop)
+        return tile.base, tile.experts[0]
+
+
+def _restore_bits(base: Buffer, expert: Buffer, merged: np.ndarray) -> None:
+    """Put the expert's elements where merged (uint8, in the base's type) is not the base.
+
+    That is where an edit is kept: w_0 + (w_t - w_0) is w_0 only if w_t is.
+    """
+    if expert.dtype != base.dtype:
+        return
+    elements = f"u{base.dtype.itemsize}"
+    out = merged.view(elements)
+    np.copyto(out, expert.data.view(elements), where=out != base.data.view(elements))
 
 
 def _recipe(
@@ -244,7 +341,7 @@ def _curvatures(
     found = []
     for t, c in enumerate(curvatures):
         origin = f"curvatures[{t}][{name!r}]"
-        buffer = _buffer(c[name], origin)
+        buffer = buffer_of(c[name], origin)
         if tuple(c[name].shape) != shape:
             raise InputError(f"{origin} has shape {list(c[name].shape)}, the tensor {list(shape)}")
         if buffer.dtype.name not in ("float32", "bfloat16", "float16"):
@@ -253,12 +350,12 @@ def _curvatures(
     return False, tuple(found)
 
 
-def _buffer(tensor: Any, origin: str) -> Buffer:
+def buffer_of(tensor: Any, origin: str) -> Buffer:
     """A flat view of a tensor's bytes (a copy where it is not contiguous)."""
     if isinstance(tensor, np.ndarray):
         dtype = BY_NAME.get(tensor.dtype.name)
         if dtype is None:
-            raise InputError(f"{origin}: tensors of type {tensor.dtype} cannot be merged")
+            raise InputError(f"{origin}: elements of type {tensor.dtype} are not supported")
         native = np.ascontiguousarray(tensor, tensor.dtype.newbyteorder("="))
         return Buffer(native.reshape(-1).view(np.uint8), dtype, origin)
     import torch
@@ -273,7 +370,7 @@ def _buffer(tensor: Any, origin: str) -> Buffer:
         )
     dtype = BY_NAME.get(str(tensor.dtype).removeprefix("torch."))
     if dtype is None:
-        raise InputError(f"{origin}: tensors of type {tensor.dtype} cannot be merged")
+        raise InputError(f"{origin}: elements of type {tensor.dtype} are not supported")
     dense = tensor.detach().resolve_neg().contiguous()
     # A tensor of one element or none may have any stride, but only stride 1 can be viewed as bytes.
     flat = dense.as_strided((dense.numel(),), (1,))

@@ -106,8 +106,8 @@ class Group:
             return decide.KEEP_NOTHING
         if terms.span == 0:
             tied, _ = self._tied(t, terms, run)
-            above += sum(sum(map(decide.mass, x.tolist())) for x in self._candidates_above(t, terms, run))
-            enough = wanted <= above + tied * decide.mass(terms.threshold)
+            above += sum(map(decide.mass, self._candidates_above(t, terms, run)))
+            enough = wanted <= above + tied * decide.mass(np.float32([terms.threshold]))
             return terms.threshold if above < wanted and enough else None
         rest = wanted - above
         return self._among_candidates(t, terms, rest, run) if rest > 0 else None

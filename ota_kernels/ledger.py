@@ -26,7 +26,7 @@ def record_of(event: Event) -> dict | None:
 
 class Ledger:
     """What is done of a merge: model-wide decisions, ranges that are final with their tallies, ranges that
-    wait for thresholds, thresholds of groups.
+    wait for thresholds, thresholds of groups. repeats: groups that were merged again for their thresholds.
 
     records: a journal's, empty for a new merge; tensors: how many the output has.
     """
@@ -36,6 +36,7 @@ class Ledger:
         self.decisions: ModelDecisions | None = None
         self.tallies: list[Tally | None] = [None] * tensors
         self.decided: dict[int | None, list[float | None]] = {}
+        self.repeats = 0
         self._final: dict[int, list[tuple[int, int]]] = {}
         self._open: dict[Segment, Open] = {}
         for record in records:
@@ -68,6 +69,7 @@ class Ledger:
         else:
             self.decided[event.index] = event.thresholds
             if event.repeat:
+                self.repeats += 1
                 self._open = {s: o for s, o in self._open.items() if event.index not in (None, s.index)}
         return new
 

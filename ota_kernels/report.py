@@ -59,7 +59,7 @@ def build_report(
         "bytes_read": plan.bytes_in,
         "bytes_written": plan.bytes_out,
         "passes": plan.passes,
-        "repeats": sum(tally.repeats for _, tally in counted),
+        "repeats": ledger.repeats + sum(tally.repeats for _, tally in counted),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "backend": plan.backend,
         "threads": plan.threads,

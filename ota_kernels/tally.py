@@ -10,7 +10,8 @@ from .backends.stats import MergeStats
 @dataclass
 class Tally:
     """What a merge counted for one tensor or a part of it: per expert the kept edits and the saliency
-    threshold (None where everything is kept). repeats: how often a threshold lay outside its bracket."""
+    threshold (None where everything is kept). repeats: how often a tensor of one tile was merged again
+    because a threshold lay outside its bracket."""
 
     kept: list[int]
     unkept: int = 0

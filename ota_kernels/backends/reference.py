@@ -92,7 +92,7 @@ def merge(tile: TensorInputs, terms: Terms, out: np.ndarray) -> MergeStats:
         masks.append(s >= e.threshold if f.masked else torch.ones(n, dtype=torch.bool))
         counted.append(masks[-1] & ~bad if f.repair_nonfinite else masks[-1])
         undecided |= _in_bracket(s, e)
-        usable_scores.append(torch.where(bad | s.isnan(), torch.zeros(()), s))
+        usable_scores.append(torch.where((s > 0) & ~bad, s, torch.zeros(())))  # no -0: its bits are not 0's
         a = torch.full((n,), e.weight_scale, dtype=acc)
         weights.append(h.to(acc) ** f.power * a + terms.epsilon if f.curvature_weights else a)
         edits.append(e.edit_scale * (w - base))

@@ -1,0 +1,414 @@
+"""Densities found while merging from disk: interrupts, spilled candidates, what is left, what is read."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import CURVATURE, WEIGHTS, make_set, model_digests
+from models import OUTPUT_DTYPES, random_experts
+
+from ota_kernels import RunError, engine, job, merge
+from ota_kernels.backends import native, reference
+from ota_kernels.candidates import Store, nbytes
+from ota_kernels.decide import SMALLEST
+from ota_kernels.formula import ExpertTerms, Formula, Terms, score_scale
+from ota_kernels.survey import Survey
+from ota_kernels.tensors import Full, LowRank, Rank1, TensorInputs
+
+# Two tensors whose own thresholds are bracketed, and small ones.
+SHAPES = {
+    "wide": (180, 200),
+    **{f"layers.{i}.weight": (30, 40) for i in range(5)},
+    **{f"layers.{i}.bias": (40,) for i in range(5)},
+    "long": (40_000,),
+    "scale": (),
+    "empty": (0, 3),
+}
+MIXED = [{"density": 0.3}, {"precond_threshold": 2e-16}, {"saliency_mass": 0.8}]
+SCOPES = ("model", "tensor")
+TILE = 4096
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return make_set(tmp_path_factory.mktemp("models"), SHAPES)
+
+
+def recipe_of(models, scope: str) -> dict:
+    recipe = models.recipe(density_scope=scope)
+    for model, own in zip(recipe["models"], MIXED, strict=True):
+        model["parameters"] |= own
+    return recipe
+
+
+@pytest.fixture(scope="module")
+def expected(models, tmp_path_factory):
+    """The digests and the report of a merge in one go, by scope."""
+    folder, found = tmp_path_factory.mktemp("expected"), {}
+    for scope in SCOPES:
+        report = merge(recipe_of(models, scope), folder / scope, threads=1, tile_elements=1 << 20)
+        found[scope] = model_digests(folder / scope), report
+    return found
+
+
+def assert_as_expected(out: Path, report: dict, expected: tuple[dict, dict]) -> None:
+    """The same bytes and counts, and nothing left behind."""
+    digests, one_go = expected
+    assert model_digests(out) == digests
+    assert (report["tensors"], report["experts"]) == (one_go["tensors"], one_go["experts"])
+    assert not list(out.rglob("candidates*"))
+    assert os.listdir(out.parent) == [out.name]
+
+
+def records(out: Path) -> list[dict]:
+    path = out.parent / f".{out.name}.ota-merge" / "journal.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+OPTIONS = [
+    {"threads": 1, "tile_elements": 1000, "candidates_memory": 0},
+    {"threads": 2, "tile_elements": 1000},
+    {"threads": 3, "tile_elements": 4096, "candidates_memory": 10_000},
+    {"threads": 1, "tile_elements": 4096},
+    {"threads": 2, "tile_elements": 100_000, "candidates_memory": 0},
+    {"threads": 3, "tile_elements": 100_000},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("scope", SCOPES)
+def test_threads_tiles_and_memory_change_nothing(models, tmp_path, expected, scope, options):
+    report = merge(recipe_of(models, scope), tmp_path / "out", **options)
+    assert_as_expected(tmp_path / "out", report, expected[scope])
+    assert report["repeats"] == 0
+
+
+def test_both_backends_keep_the_same(models, tmp_path, expected):
+    report = merge(recipe_of(models, "model"), tmp_path / "out", backend="reference", tile_elements=20_000)
+    assert report["tensors"] == expected["model"][1]["tensors"]
+
+
+def test_model_scope_is_the_merge_with_these_thresholds(models, tmp_path, expected):
+    digests, report = expected["model"]
+    known = models.recipe(precond_threshold=[e["threshold"] for e in report["experts"]])
+    again = merge(known, tmp_path / "out")
+    assert model_digests(tmp_path / "out") == digests
+    assert again["tensors"] == report["tensors"]
+
+
+def misplaced(monkeypatch):
+    """Brackets beside the thresholds."""
+    right = survey_bracket_of()
+    shift = 1 << 23  # a factor of 2 in score
+
+    def moved(selection, scores):
+        found = right(selection, scores)
+        bits = np.float32(found.lowest).view(np.uint32) + np.uint32(found.span + shift)
+        return replace(found, lowest=float(bits.view(np.float32)))
+
+    monkeypatch.setattr("ota_kernels.survey.bracket_of", moved)
+
+
+def survey_bracket_of():
+    from ota_kernels import survey
+
+    return survey.bracket_of
+
+
+@pytest.mark.parametrize("options", OPTIONS[1:5:2] + OPTIONS[4:], ids=str)
+@pytest.mark.parametrize("scope", SCOPES)
+def test_brackets_that_miss(models, tmp_path, expected, monkeypatch, scope, options):
+    misplaced(monkeypatch)
+    report = merge(recipe_of(models, scope), tmp_path / "out", **options)
+    assert report["repeats"] == (1 if scope == "model" else 2)
+    assert_as_expected(tmp_path / "out", report, expected[scope])
+
+
+class Interrupt:
+    """Raises KeyboardInterrupt at one call of a function, once."""
+
+    def __init__(self, function, call: int) -> None:
+        self._function, self._left = function, call
+
+    def __call__(self, *arguments):
+        self._left -= 1
+        if self._left == 0:
+            raise KeyboardInterrupt
+        return self._function(*arguments)
+
+    def __get__(self, instance, owner):
+        return lambda *arguments: self(instance, *arguments)
+
+
+MEMORY = {"in memory": {}, "spilled": {"candidates_memory": 0}, "both": {"candidates_memory": 30_000}}
+
+
+@pytest.mark.parametrize("options", MEMORY.values(), ids=MEMORY)
+@pytest.mark.parametrize("scope", SCOPES)
+def test_interrupted_while_merging(models, tmp_path, expected, monkeypatch, scope, options):
+    """Again and again, a few tiles further each time."""
+    recipe, out, interrupts = recipe_of(models, scope), tmp_path / "out", 0
+    options = {"tile_elements": TILE, "threads": 2, "resume": True} | options
+    for call in (2, 9, 5, 12):
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.Engine, "_run_kernel", Interrupt(engine.Engine._run_kernel, call))
+            with pytest.raises(KeyboardInterrupt):
+                merge(recipe, out, **options)
+        interrupts += any("open" in record for record in records(out))
+    assert interrupts > 1 or scope == "tensor"
+    report = merge(recipe, out, **options)
+    assert report["resumed"]
+    assert_as_expected(out, report, expected[scope])
+
+
+@pytest.mark.parametrize("options", MEMORY.values(), ids=MEMORY)
+@pytest.mark.parametrize("scope", SCOPES)
+def test_interrupted_while_settling(models, tmp_path, expected, monkeypatch, scope, options):
+    recipe, out = recipe_of(models, scope), tmp_path / "out"
+    options = {"tile_elements": TILE, "threads": 2} | options
+    patch_tile = job._FileSink.patch
+    with monkeypatch.context() as patch:
+        patch.setattr(job._FileSink, "patch", Interrupt(patch_tile, 4))
+        with pytest.raises(KeyboardInterrupt):
+            merge(recipe, out, **options)
+    assert "decided" in records(out)[-1] or any("decided" in record for record in records(out))
+    with monkeypatch.context() as patch:  # and before the second patch that is left
+        patch.setattr(job._FileSink, "patch", Interrupt(patch_tile, 2))
+        if options.get("candidates_memory") == 0:
+            with pytest.raises(KeyboardInterrupt):
+                merge(recipe, out, resume=True, **options)
+    report = merge(recipe, out, resume=True, **options)
+    assert_as_expected(out, report, expected[scope])
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_checkpoints_lose_nothing(models, tmp_path, expected, monkeypatch, scope):
+    """Candidates that go to the file after every tile; killed without a chance to clean up."""
+    recipe, out = recipe_of(models, scope), tmp_path / "out"
+    monkeypatch.setattr(engine, "_CHECKPOINT_SECONDS", -1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.Engine, "_run_kernel", Interrupt(engine.Engine._run_kernel, 12))
+        patch.setattr(engine.Engine, "checkpoint", Interrupt(engine.Engine.checkpoint, 1 << 30))
+        with pytest.raises(KeyboardInterrupt):
+            merge(recipe, out, tile_elements=TILE, threads=1)
+    assert any("open" in record for record in records(out))
+    report = merge(recipe, out, resume=True, tile_elements=1000)
+    assert_as_expected(out, report, expected[scope])
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("later", [1, 4])
+def test_interrupted_while_a_missed_bracket_is_merged_again(
+    models, tmp_path, expected, monkeypatch, scope, later
+):
+    """What was decided is not forgotten, nor that it took a repeat."""
+    misplaced(monkeypatch)
+    recipe, out, exact = recipe_of(models, scope), tmp_path / "out", Survey.exact_thresholds
+    run_kernel = engine.Engine._run_kernel
+
+    def then_interrupt(*arguments):
+        found = exact(*arguments)
+        monkeypatch.setattr(engine.Engine, "_run_kernel", Interrupt(run_kernel, later))
+        return found
+
+    monkeypatch.setattr(Survey, "exact_thresholds", then_interrupt)
+    options = {"tile_elements": TILE, "threads": 1, "candidates_memory": 0}
+    with pytest.raises(KeyboardInterrupt):
+        merge(recipe, out, **options)
+    monkeypatch.setattr(engine.Engine, "_run_kernel", run_kernel)
+    monkeypatch.setattr(Survey, "exact_thresholds", exact)
+    assert records(out)[-1].get("decided") or any("decided" in r for r in records(out))
+    report = merge(recipe, out, resume=True, **options)
+    assert report["repeats"] == (1 if scope == "model" else 2)
+    assert_as_expected(out, report, expected[scope])
+
+
+def test_a_file_of_candidates_that_was_cut(models, tmp_path, monkeypatch):
+    recipe, out = recipe_of(models, "model"), tmp_path / "out"
+    monkeypatch.setattr(job._FileSink, "patch", Interrupt(job._FileSink.patch, 1))
+    with pytest.raises(KeyboardInterrupt):
+        merge(recipe, out, tile_elements=TILE, candidates_memory=0)
+    monkeypatch.undo()
+    path = tmp_path / ".out.ota-merge" / "candidates.bin"
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(RunError, match=r"candidates\.bin was cut.*--overwrite"):
+        merge(recipe, out, resume=True)
+
+
+READS = """
+import json, sys
+from ota_kernels import merge
+recipe, out, files = json.load(sys.stdin)
+
+def bytes_read():
+    with open("/proc/self/io") as file:
+        return int(dict(line.split(": ") for line in file)["read_bytes"])
+
+import os
+merge(recipe["small"], out + "-small")  # loads everything that a merge needs
+for path in files:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+before = bytes_read()
+merge(recipe["large"], out)
+print(bytes_read() - before)
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/io", os.R_OK), reason="/proc/self/io tells what is read")
+@pytest.mark.parametrize("elements", [1_500_000, 4_500_000], ids=["sampled from pages", "from files"])
+def test_every_byte_is_read_from_the_disk_once(tmp_path, elements):
+    """Sampling, merging and settling together read 1.05 times the inputs at most."""
+    shapes = {"a": (elements // 1500, 1000), "b": (elements // 3,)}
+    large = make_set(tmp_path / "large", shapes, experts=1)
+    small = make_set(tmp_path / "small", {"a": (100, 400)}, experts=1)
+    files = [f / WEIGHTS for f in (large.base_folder, *large.expert_folders)]
+    files += [folder / CURVATURE for folder in large.expert_folders]
+    recipes = {"large": large.recipe(density=0.3), "small": small.recipe(density=0.3)}
+    given = json.dumps([recipes, str(tmp_path / "out"), [str(f) for f in files]])
+    done = subprocess.run(
+        [sys.executable, "-c", READS], input=given, capture_output=True, text=True, check=True
+    )
+    size, read = sum(f.stat().st_size for f in files), int(done.stdout)
+    report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
+    assert (report["passes"], report["repeats"]) == (1, 0)
+    if read < size / 2:
+        pytest.skip(f"the page cache kept the files: {read} of {size} bytes came from the disk")
+    assert read <= 1.05 * size
+
+
+SHAPE = (37, 11)
+
+
+def tile_of(kind: str, dtypes=("float32",), base: str | None = "float32") -> TensorInputs:
+    """A tensor with this form of curvature."""
+    rng = np.random.default_rng(4)
+    curvature_dtypes = (kind,) if kind in ("float32", "bfloat16", "float16") else ("float32",)
+    without = kind == "uniform"
+    experts = random_experts(
+        4,
+        SHAPE,
+        2,
+        dtypes=dtypes,
+        base_dtype=base,
+        curvature_dtypes=None if without else curvature_dtypes,
+    )
+    tensor = experts.inputs("float32", bias_corrections=(1.0, 0.5))
+    rows, columns = (rng.random((n, 3)).astype(np.float32) for n in SHAPE)
+    factors = {
+        "rank 1": Rank1(rows[:, 0].copy(), columns[:, 0].copy()),
+        "rank 3": LowRank(rows, np.ascontiguousarray(columns.T)),
+    }
+    return replace(tensor, curvatures=(factors[kind],) * 2) if kind in factors else tensor
+
+
+def candidates_of(tile: TensorInputs, backend, share: float = 0.5):
+    """Those of a bracket from the middle score of each expert on."""
+    experts = []
+    for t, curvature in enumerate(tile.curvatures):
+        bias = curvature.bias_correction if isinstance(curvature, Full) else 1.0
+        e = ExpertTerms(score_scale=score_scale(tile.base is not None, bias))
+        scores = np.sort(backend.scores(tile, t, e)[0])
+        lowest = max(float(scores[int(len(scores) * share)]), SMALLEST)
+        experts.append(replace(e, threshold=lowest, span=1 << 22))
+    out = np.empty(tile.numel * tile.out_dtype.itemsize, np.uint8)
+    return backend.merge(tile, Terms(Formula(), 1e-26, tuple(experts)), out).candidates.copy()
+
+
+def raw(candidates) -> list[bytes]:
+    arrays = [candidates.positions, *(b.data for b in candidates.operands.buffers)]
+    return [a.tobytes() for a in arrays]
+
+
+KINDS = ("uniform", "float32", "bfloat16", "float16", "rank 1", "rank 3")
+DTYPES = (
+    ("float32",),
+    ("bfloat16",),
+    ("float16",),
+    ("float64",),
+    ("float8_e4m3fn", "bfloat16"),
+    ("float8_e5m2",),
+)
+
+
+class TestStore:
+    @pytest.mark.parametrize("backend", [native, reference], ids=lambda b: b.NAME)
+    @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_round_trips(self, tmp_path, backend, kind, dtypes):
+        base = None if dtypes == ("float16",) else dtypes[0]
+        tile = tile_of(kind, dtypes, base)
+        candidates = candidates_of(tile, backend)
+        count = len(candidates.positions)
+        assert 0 < count < tile.numel
+        chosen = tile.gather(candidates.positions.astype(np.int64))
+        for found, of_tile in zip(candidates.operands.experts, chosen.experts, strict=True):
+            assert found.data.tobytes() == of_tile.data.tobytes()
+        store, memory = Store(0, tmp_path / "file"), Store(1 << 20)
+        store.put(candidates_of(tile, backend, 0.9))  # lies before it
+        written, held = store.put(candidates), memory.put(candidates)
+        spilled = memory.spill(held)
+        assert (written.memory, spilled.memory, held.memory) == (None, None, candidates)
+        after = Store(0, tmp_path / "file")
+        restored = after.restore(replace(written), tile)
+        assert after.put(candidates_of(tile, backend, 0.8)).offset == written.offset + nbytes(candidates)
+        for source, one in [(store, written), (memory, held), (memory, spilled), (after, restored)]:
+            found = source.get(one, tile)
+            assert raw(found) == raw(candidates)
+            assert found.operands.curvatures == candidates.operands.curvatures or kind != "uniform"
+            corrections = [getattr(c, "bias_correction", 1.0) for c in found.operands.curvatures]
+            assert corrections == [getattr(c, "bias_correction", 1.0) for c in tile.curvatures]
+        for one in (store, memory, after):
+            one.close()
+
+    def test_keeps_what_the_budget_allows(self, tmp_path):
+        candidates = candidates_of(tile_of("float32"), native)
+        size = nbytes(candidates)
+        assert size == len(candidates.positions) * (4 + 3 * 4 + 2 * 4)
+        store = Store(2 * size, tmp_path / "file")
+        first, second, third = (store.put(candidates) for _ in range(3))
+        assert [held.memory is None for held in (first, second, third)] == [False, False, True]
+        assert (tmp_path / "file").stat().st_size == size
+        store.drop(third)  # was not in memory: frees none
+        assert store.put(candidates).memory is None
+        store.drop(first)
+        assert store.put(candidates).memory is not None
+        assert store.put(candidates).memory is None
+        assert store.spill(second).memory is None
+        assert store.put(candidates).memory is not None
+        store.sync()
+        store.close()
+
+    def test_a_file_that_was_cut_is_an_error(self, tmp_path):
+        tile = tile_of("bfloat16")
+        store = Store(0, tmp_path / "file")
+        held = store.put(candidates_of(tile, native))
+        os.truncate(tmp_path / "file", nbytes(candidates_of(tile, native)) - 1)
+        with pytest.raises(RunError, match=r"file was cut: start again with --overwrite"):
+            store.get(held, tile)
+        store.close()
+
+    def test_a_disk_that_is_full_is_an_error(self, tmp_path, monkeypatch):
+        def full(*arguments):
+            raise OSError(28, os.strerror(28))
+
+        monkeypatch.setattr(os, "pwrite", full)
+        with pytest.raises(RunError, match=r"cannot write .*file.*--resume"):
+            Store(0, tmp_path / "file").put(candidates_of(tile_of("float32"), native))
+
+    def test_leaves_no_unnamed_file_open(self):
+        before = len(os.listdir("/proc/self/fd"))
+        store = Store(0)
+        held = store.put(candidates_of(tile_of("float32"), native))
+        assert raw(store.get(held, tile_of("float32")))
+        store.close()
+        assert len(os.listdir("/proc/self/fd")) == before
