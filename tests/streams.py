@@ -68,7 +68,7 @@ def stream(
     recipe: Recipe,
     tensors: Sequence[TensorInputs],
     backend: ModuleType,
-    tile: int = 10_000,
+    tile: int = 20_000,
     threads: int = 2,
     budget: int = 1 << 30,
 ) -> Streamed:

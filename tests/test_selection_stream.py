@@ -19,7 +19,7 @@ from ota_kernels.bracket import Bracket, bracket_of
 from ota_kernels.formula import is_open
 from ota_kernels.survey import Survey
 
-TINY = (1, 2, 3, 7, 15, 16, 17, 40)
+TINY = (1, 2, 15, 17, 40)
 SCOPES = ("model", "tensor")
 
 
