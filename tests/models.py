@@ -179,7 +179,7 @@ def close_group(
     for i in waiting:
         _, stats = merge_tile(tensors[i], terms_of[i], backend)
         none = Candidates(np.zeros(0, np.uint32), tensors[i].slice(0, 0))
-        held = store.put(stats.candidates or none)
+        held = store.put((stats.candidates or none).copy())
         censuses = [None if c is None else c.tolist() for c in stats.censuses]
         segment = Segment(i, 0, tensors[i].numel)
         group.parts.append(Part(segment, tensors[i], terms_of[i], Tally.of(stats, []), censuses, held))
