@@ -91,4 +91,6 @@ def _standard_error(selection: Selection, scores: np.ndarray, threshold: float) 
         residuals, everything = above.sum(axis=1), scores.size
     if len(residuals) < 2:
         return float(everything)
-    return math.sqrt(np.mean(np.diff(residuals.astype(np.float64)) ** 2) / 2 * len(residuals))
+    # A few clusters tell little about their own deviation (Student's t).
+    doubt = 1 + 6 / len(residuals)
+    return doubt * math.sqrt(np.mean(np.diff(residuals.astype(np.float64)) ** 2) / 2 * len(residuals))

@@ -39,8 +39,10 @@ class Ledger:
         self.repeats = 0
         self._final: dict[int, list[tuple[int, int]]] = {}
         self._open: dict[Segment, Open] = {}
+        self._again: set[Segment] = set()  # merged before by this process, and to be merged once more
         for record in records:
             self._replay(record)
+        self._again.clear()
 
     def _replay(self, record: dict) -> None:
         if "decisions" in record:
@@ -60,7 +62,7 @@ class Ledger:
         """Note what happened; returns the segments that were not merged before."""
         new: list[Segment] = []
         if isinstance(event, Merged):
-            new = [segment for segment, _ in event.done if segment not in self._open]
+            new = [s for s, _ in event.done if s not in self._open and s not in self._again]
             for segment, tally in event.done:
                 self._finish(segment, tally)
         elif isinstance(event, Open):
@@ -70,7 +72,8 @@ class Ledger:
             self.decided[event.index] = event.thresholds
             if event.repeat:
                 self.repeats += 1
-                self._open = {s: o for s, o in self._open.items() if event.index not in (None, s.index)}
+                self._again |= {s for s in self._open if event.index in (None, s.index)}
+                self._open = {s: o for s, o in self._open.items() if s not in self._again}
         return new
 
     def _finish(self, segment: Segment, tally: Tally) -> None:

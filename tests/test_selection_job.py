@@ -116,12 +116,27 @@ def misplaced_brackets(monkeypatch):
     monkeypatch.setattr("ota_kernels.survey.bracket_of", above)
 
 
+class Progress:
+    """Counts what it is told."""
+
+    def __init__(self):
+        self.done = self.total = 0
+
+    def stage(self, name, total_bytes):
+        self.total += total_bytes
+
+    def advance(self, nbytes):
+        self.done += nbytes
+
+
 @pytest.mark.parametrize("options", OPTIONS[1:5:2] + OPTIONS[4:], ids=str)
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.usefixtures("misplaced_brackets")
 def test_brackets_that_miss(models, tmp_path, expected, scope, options):
-    report = merge(recipe_of(models, scope), tmp_path / "out", **options)
+    progress = Progress()
+    report = merge(recipe_of(models, scope), tmp_path / "out", progress=progress, **options)
     assert report["repeats"] == (1 if scope == "model" else 2)
+    assert progress.done == progress.total > 0
     assert_as_expected(tmp_path / "out", report, expected[scope])
 
 

@@ -255,6 +255,21 @@ def test_tiles_threads_and_memory_change_nothing(kind, scope):
         assert (found.outputs, found.tallies) == (expected.outputs, expected.tallies), (tile, threads, budget)
 
 
+@pytest.mark.parametrize("mass", [0.4, 0.9])
+def test_mass_within_a_tie_beside_candidates_of_another_expert(backend, mass):
+    """Half of the scores are 2, half 1, and what the other expert leaves undecided has mass too."""
+    rng = np.random.default_rng(5)
+    edits, curvature = _normal(rng, BIG)
+    levels = rng.integers(1, 3, BIG)
+    tensor = grafts([np.ones(BIG), edits], [levels, curvature]).inputs("float32")
+    found = stream(recipe_of([{"saliency_mass": mass}, {"density": 0.3}]), [tensor], backend)
+    assert found.repeats == 0
+    assert sum(count for _, count in found.waiting) > 100
+    expected = 2 if mass == 0.4 else 1  # the twos hold 2 / 3
+    assert found.scores(0) == [expected * 2.0**64]
+    assert found.tallies[0].kept[0] == int((levels >= expected).sum())
+
+
 def _too_high(selection, scores) -> Bracket:
     return Bracket(float(scores.max()) * 2, 1 << 16)
 
