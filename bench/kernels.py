@@ -155,7 +155,7 @@ def _inputs(case: Case) -> tuple[TensorInputs, Terms]:
     head = {"merge_method": case.method} | ({"base_model": "base"} if ota else {})
     survey = Survey(parse_recipe(head | {"models": models}), [inputs], backends.select("reference"))
     undecided = (None,) * case.experts
-    return inputs, survey.terms(inputs, ModelDecisions(undecided, undecided), map)
+    return inputs, survey.terms(inputs, ModelDecisions(undecided, undecided, undecided), map)
 
 
 def _measure(case: Case, pool: Pool, repeats: int) -> Iterator[dict]:
