@@ -359,7 +359,7 @@ float usable_score(const MergeArgs& args, int t, float w, float h, Acc base) {
     const float b = static_cast<float>(base), k = args.experts[t].score_scale;
     if (!is_finite(w) || !is_curvature(h) || !is_finite(b)) return 0.0f;
     const float s = args.has_base ? score<true>(h, w, b, k) : score<false>(h, w, b, k);
-    return s >= 0.0f ? s : 0.0f;  // a curvature above 2^96 times an edit of 0
+    return s > 0.0f ? s : 0.0f;  // -0, and a curvature above 2^96 times an edit of 0
 }
 
 // Sums the scores of expert t, undecided elements left out.
