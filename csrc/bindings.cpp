@@ -273,8 +273,8 @@ void scatter(uint8_t* data, const uint32_t* positions, int64_t m, const uint8_t*
 void scatter_elements(OutBytes data, const Positions& positions, const Bytes& elements, int size) {
     const auto m = static_cast<int64_t>(positions.size()), n = static_cast<int64_t>(data.size()) / size;
     require(static_cast<int64_t>(elements.size()) == m * size, "as many elements as positions");
-    for (int64_t j = 0; j < m; ++j) require(positions.data()[j] < n, "a position outside");
     nb::gil_scoped_release release;
+    for (int64_t j = 0; j < m; ++j) require(positions.data()[j] < n, "a position outside");
     if (size == 2) return scatter<uint16_t>(data.data(), positions.data(), m, elements.data());
     if (size == 4) return scatter<uint32_t>(data.data(), positions.data(), m, elements.data());
     require(size == 8, "elements of 2, 4 or 8 bytes");
@@ -285,9 +285,9 @@ void scatter_elements(OutBytes data, const Positions& positions, const Bytes& el
 void copy_runs(const Bytes& data, const Ints& starts, OutBytes out, int64_t run_bytes) {
     const auto count = static_cast<int64_t>(starts.size()), size = static_cast<int64_t>(data.size());
     require(static_cast<int64_t>(out.size()) == count * run_bytes, "room for the runs, no more");
+    nb::gil_scoped_release release;
     for (int64_t i = 0; i < count; ++i)
         require(starts.data()[i] >= 0 && starts.data()[i] + run_bytes <= size, "a run outside");
-    nb::gil_scoped_release release;
     constexpr int64_t kAhead = 16;  // a run is a cache miss: many at a time
     for (int64_t i = 0; i < count; ++i) {
         if (i + kAhead < count) __builtin_prefetch(data.data() + starts.data()[i + kAhead]);

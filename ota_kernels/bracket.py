@@ -11,14 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .decide import SMALLEST, Selection, score_bits
+from .decide import SMALLEST, Selection
+from .formula import score_bits
 
 # Half the width in standard errors of the sample: a bracket of one expert misses once in 2000.
-_DEVIATIONS = 3.5
+DEVIATIONS = 3.5
 # Beyond this share of undecided elements, two histogram passes are cheaper than candidates.
 _WORTH_IT = 1 / 4
-
-
 # Deviation between successive clusters of the share that is kept, as measured at densities around 0.3.
 _CLUSTER_DEVIATION = 0.05
 
@@ -40,15 +39,14 @@ def cluster_count(elements: int) -> int:
 
 def bracket_share(elements: int) -> float:
     """Estimate of the share of elements that a bracket holds."""
-    return min(1.0, 2 * _DEVIATIONS * _CLUSTER_DEVIATION / math.sqrt(cluster_count(elements)))
+    return min(1.0, 2 * DEVIATIONS * _CLUSTER_DEVIATION / math.sqrt(cluster_count(elements)))
 
 
 def bracket_of(selection: Selection, scores: np.ndarray) -> Bracket | None:
     """The bracket of a selection, from sampled scores float32[clusters, CLUSTER]; None where so many scores
     lie close together that it would not be worth it.
 
-    The elements of a cluster are alike, so that the error is estimated between clusters: from the differences
-    of successive ones, which leaves out what stratification evens out (Cochran, Sampling Techniques, 8.8).
+    The elements of a cluster are alike, so that the error is estimated between clusters.
     """
     ascending = np.sort(scores, axis=None)
     if selection.rule == "mass":
@@ -69,7 +67,7 @@ def bracket_of(selection: Selection, scores: np.ndarray) -> Bracket | None:
         return float(ascending[-1 - max(int(position(target)) - (selection.rule != "mass"), 0)])
 
     target = selection.value * total
-    margin = _DEVIATIONS * _standard_error(selection, scores, score_at(target)) + least
+    margin = DEVIATIONS * _standard_error(selection, scores, score_at(target)) + least
     lowest = max(score_at(target + margin), SMALLEST)
     highest = max(score_at(target - margin), SMALLEST) if target > margin else math.inf
     if lowest == highest:
@@ -92,5 +90,12 @@ def _standard_error(selection: Selection, scores: np.ndarray, threshold: float) 
     if len(residuals) < 2:
         return float(everything)
     # A few clusters tell little about their own deviation (Student's t).
-    doubt = 1 + 6 / len(residuals)
-    return doubt * math.sqrt(np.mean(np.diff(residuals.astype(np.float64)) ** 2) / 2 * len(residuals))
+    return (1 + 6 / len(residuals)) * error_of_sum(residuals)
+
+
+def error_of_sum(of_clusters: np.ndarray) -> float:
+    """Standard error of a sum over clusters. of_clusters: numbers[clusters], at least 2.
+
+    From the differences of successive clusters, which leaves out what stratification evens out (Cochran,
+    Sampling Techniques, 8.8)."""
+    return math.sqrt(np.mean(np.diff(of_clusters.astype(np.float64)) ** 2) / 2 * len(of_clusters))

@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from .backends.stats import Candidates
-from .dtypes import BY_NAME
 from .errors import RunError
-from .tensors import Buffer, Full, TensorInputs, Uniform
+from .tensors import TensorInputs
 
 DEFAULT_BUDGET = 256 << 20
 
@@ -114,9 +113,7 @@ def nbytes(candidates: Candidates) -> int:
 
 
 def _bytes_each(tensor: TensorInputs) -> int:
-    """Bytes of one candidate: index, weights as they are stored, curvature as float32."""
-    weights = sum(b.dtype.itemsize for b in (tensor.base, *tensor.experts) if b is not None)
-    return 4 + weights + 4 * sum(not isinstance(c, Uniform) for c in tensor.curvatures)
+    return sum(Candidates.columns(tensor))
 
 
 def _arrays(candidates: Candidates) -> list[np.ndarray]:
@@ -125,23 +122,5 @@ def _arrays(candidates: Candidates) -> list[np.ndarray]:
 
 
 def _from_bytes(data: np.ndarray, count: int, tensor: TensorInputs) -> Candidates:
-    at = 4 * count
-
-    def take(buffer: Buffer | None) -> Buffer | None:
-        nonlocal at
-        if buffer is None:
-            return None
-        begin, at = at, at + count * buffer.dtype.itemsize
-        return Buffer(data[begin:at], buffer.dtype, buffer.origin)
-
-    base, experts = take(tensor.base), tuple(take(w) for w in tensor.experts)
-
-    def curvature(given):
-        if isinstance(given, Uniform):
-            return given
-        bias = given.bias_correction if isinstance(given, Full) else 1.0
-        return Full(take(Buffer(data[:0], BY_NAME["float32"], "curvature")), bias)
-
-    curvatures = tuple(map(curvature, tensor.curvatures))
-    operands = TensorInputs(tensor.name, tensor.shape, tensor.out_dtype, base, experts, curvatures)
-    return Candidates(data[: 4 * count].view(np.uint32), operands)
+    ends = np.cumsum([count * size for size in Candidates.columns(tensor)])
+    return Candidates.of(tensor, np.split(data, ends[:-1]))

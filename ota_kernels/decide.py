@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .formula import score_of_bits
+
 if TYPE_CHECKING:
     from .recipe import ModelParameters
 
@@ -56,16 +58,6 @@ def count_of_density(density: float, total: int) -> int:
 def keeps_some(selection: Selection, count: int) -> bool:
     """Whether a surveyed selection among so many elements can keep any."""
     return count_of_density(selection.value, count) > 0 if selection.rule == "density" else count > 0
-
-
-def score_bits(score: float) -> int:
-    """The bits of a float32 score, which order like the scores."""
-    return int(np.float32(score).view(np.uint32))
-
-
-def score_of_bits(bits: int) -> float:
-    """The float32 score of these bits."""
-    return float(np.uint32(bits).view(np.float32))
 
 
 def _find_from_top(weights: np.ndarray, target: int) -> tuple[int, int]:

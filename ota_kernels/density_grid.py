@@ -20,17 +20,17 @@ import numpy as np
 from . import backends, decide
 from .bracket import cluster_count
 from .errors import RecipeError
-from .formula import ExpertTerms, saliency_of_score, score_scale
+from .formula import ExpertTerms, saliency_of_score, score_bits
 from .inputs import COPY, MERGE, Inputs
-from .io.reader import advise
+from .io.reader import release
 from .job import Options, Progress, Silent, as_recipe
-from .planning import DEFAULT_MEMORY_LIMIT
+from .planning import DEFAULT_MEMORY_LIMIT, PROCESS_BYTES
 from .pool import Pool, default_threads
 from .recipe import Recipe
 from .roles import DETAILED_ROLES, detailed_role, layer_of
 from .sampling import CLUSTER, sample
-from .survey import Survey
-from .tensors import Buffer, Full, TensorInputs, Uniform
+from .survey import Survey, score_scale_of
+from .tensors import TensorInputs
 from .tiling import units
 from .units import format_bytes
 
@@ -50,7 +50,6 @@ _ESTIMATE_MARGIN = 1.25  # expected collections grow by this before they are com
 
 # A tile's histograms (1 MB) and its scores stay in a core's cache together.
 _TILE_ELEMENTS, _SMALLEST_TILE = 1 << 18, 1 << 14
-_PROCESS_BYTES = {"native": 100 << 20, "reference": 420 << 20}  # resident before the first tile, measured
 _TEMPORARY_BYTES = {"native": 24, "reference": 72}  # per element of a tile in flight
 _ENTRY_BYTES = 256  # Python's share of one collected tile
 
@@ -128,7 +127,7 @@ class _Target:
     @property
     def low(self) -> int:
         """The low half of a threshold that is known."""
-        return int(np.float32(self.threshold).view(np.uint32)) & 0xFFFF
+        return score_bits(self.threshold) & 0xFFFF
 
 
 class _Sample:
@@ -184,7 +183,7 @@ class _Sample:
 
 
 def _prefix(score: float) -> int:
-    return int(np.float32(score).view(np.uint32)) >> 16
+    return score_bits(score) >> 16
 
 
 class _Collected:
@@ -287,8 +286,8 @@ class _Search:
         self.experts = len(inputs.recipe.models)
         entries = [e for e in inputs.entries if e.action != COPY]
         everything = [inputs.tensor(e) for e in entries]
-        self.survey = Survey(inputs.recipe, everything, self.backend, _release)
-        part = [self.takes_part(tensor) for tensor in everything]
+        self.survey = Survey(inputs.recipe, everything, self.backend, release)
+        part = [self.survey.takes_part(tensor) for tensor in everything]
         self.tensors = [tensor for tensor, takes_part in zip(everything, part, strict=True) if takes_part]
         self.elements = sum(t.numel for t in self.tensors)
         self.always_kept = sum(
@@ -299,10 +298,6 @@ class _Search:
         self._group_tensors()
         self._find_room(options)
         self.targets = [self._target(t, s) for t in range(self.experts) for s in self._selections()]
-
-    def takes_part(self, tensor: TensorInputs) -> bool:
-        """As in a merge: curvature 1 beside second moments is not compared with them."""
-        return self.survey.all_uniform or not any(isinstance(c, Uniform) for c in tensor.curvatures)
 
     def _selections(self) -> Iterator[decide.Selection]:
         yield from (decide.Selection("density" if x < 1 else "all", x) for x in self.grid)
@@ -329,7 +324,7 @@ class _Search:
         threads, name = self.pool.threads, self.backend.NAME
         widest = max((_input_bytes(t) // max(t.numel, 1) for t in self.tensors), default=0)
         per_element = _TEMPORARY_BYTES[name] + widest
-        fixed = _PROCESS_BYTES[name] + self._factor_bytes()
+        fixed = PROCESS_BYTES[name] + self._factor_bytes()
         fixed += 2 * _HISTOGRAM_BYTES * (self.experts + threads)
         least = self.experts * (len(self.grid) + len(self.masses)) * _HISTOGRAM_BYTES
         need = fixed + least + threads * per_element * _SMALLEST_TILE
@@ -410,7 +405,7 @@ class _Search:
         for batch in _batches(self.tensors, self.elements // _SAMPLE_BATCHES):
             prepared = [self.survey.prepare(tensor, self.pool.run) for tensor in batch]
             count = math.ceil(runs * sum(t.numel for t in batch) / self.elements)
-            found.append(sample(prepared, count, scores, self.pool.run, _release))
+            found.append(sample(prepared, count, scores, self.pool.run, release))
         return [np.concatenate(of_expert) for of_expert in zip(*found, strict=True)]
 
     def _fits(self, wanted: list[np.ndarray], expected: float) -> bool:
@@ -444,7 +439,7 @@ class _Search:
             for tile, start, group in unit:
                 for t in range(self.experts):
                     self._add(read, lock, member[t], tile, start, group, t)
-                _release(tile)
+                release(tile)
             return sum(_input_bytes(tile) for tile, _, _ in unit)
 
         for nbytes in self.pool.run(of_unit, self._units()):
@@ -573,9 +568,7 @@ def _outcome(target: _Target) -> dict:
 
 
 def _terms(tile: TensorInputs, t: int) -> ExpertTerms:
-    curvature = tile.curvatures[t]
-    bias = curvature.bias_correction if isinstance(curvature, Full) else 1.0
-    return ExpertTerms(score_scale=score_scale(tile.base is not None, bias))
+    return ExpertTerms(score_scale=score_scale_of(tile, t))
 
 
 def _low_halves(scores: np.ndarray, wanted: np.ndarray, member: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -609,18 +602,5 @@ def _batches(tensors: Sequence[TensorInputs], elements: int) -> Iterator[list[Te
         yield batch
 
 
-def _buffers(tile: TensorInputs) -> Iterator[Buffer]:
-    yield from tile.experts
-    if tile.base is not None:
-        yield tile.base
-    yield from (c.values for c in tile.curvatures if isinstance(c, Full))
-
-
 def _input_bytes(tile: TensorInputs) -> int:
-    return sum(buffer.data.nbytes for buffer in _buffers(tile))
-
-
-def _release(tile: TensorInputs) -> None:
-    """Let go of a tile's mapped pages."""
-    for buffer in _buffers(tile):
-        advise(buffer.data, "dontneed")
+    return sum(buffer.data.nbytes for buffer in tile.buffers)

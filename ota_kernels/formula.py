@@ -102,6 +102,16 @@ def score_of_saliency(saliency: float) -> float:
         return float(np.float32(saliency * 2.0**SCORE_EXPONENT))
 
 
+def score_bits(score: float) -> int:
+    """The bits of a float32 score, which order like the scores."""
+    return int(np.float32(score).view(np.uint32))
+
+
+def score_of_bits(bits: int) -> float:
+    """The float32 score of these bits."""
+    return float(np.uint32(bits).view(np.float32))
+
+
 def saliency_of_score(score: float) -> float:
     """The saliency that a score stands for, finite also where the score overflowed."""
     return min(score, float(np.finfo(np.float32).max)) * 2.0**-SCORE_EXPONENT

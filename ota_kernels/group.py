@@ -19,7 +19,7 @@ import numpy as np
 from . import decide
 from .candidates import Held, Store
 from .factors import Map
-from .formula import ExpertTerms, Terms, close, is_open
+from .formula import ExpertTerms, Terms, close, is_open, score_bits, score_of_bits
 from .tally import Tally
 from .tensors import TensorInputs
 from .tiling import Segment
@@ -123,7 +123,7 @@ class Group:
 
     def _candidates_above(self, t: int, terms: ExpertTerms, run: Map) -> list[np.ndarray]:
         """The scores of candidates above a bracket of one value."""
-        next_above = decide.score_of_bits(decide.score_bits(terms.threshold) + 1)
+        next_above = score_of_bits(score_bits(terms.threshold) + 1)
         return [
             inside
             for inside, _ in run(
@@ -136,7 +136,7 @@ class Group:
 
     def _in_bracket(self, part: Part, t: int, terms: ExpertTerms) -> tuple[np.ndarray, int]:
         """The scores of a part's candidates in expert t's bracket, and how many are above it."""
-        highest = decide.score_of_bits(decide.score_bits(terms.threshold) + max(terms.span, 1) - 1)
+        highest = score_of_bits(score_bits(terms.threshold) + max(terms.span, 1) - 1)
         operands, own = self._operands(part), part.terms.experts[t]
         return self._backend.in_bracket(operands, t, own, terms.threshold, highest)
 
@@ -158,7 +158,7 @@ class Group:
         if rest <= decide.available(selection, counts, lows):
             digit = decide.digit_of_rest(selection, rest, counts, lows)
             found = decide.second_digit(selection, digit, self._histogram(t, digit.prefix, run)[0])
-        steps = decide.score_bits(found) - decide.score_bits(terms.threshold)
+        steps = score_bits(found) - score_bits(terms.threshold)
         return found if 0 <= steps < terms.span else None
 
     def _histogram(self, t: int, prefix: int, run: Map) -> tuple[np.ndarray, np.ndarray]:

@@ -27,7 +27,7 @@ from .errors import InputError, OutputError, RecipeError, RunError
 from .inputs import COPY, Inputs
 from .io import journal
 from .io.assets import Asset, plan_assets, recipe_asset, write_assets
-from .io.reader import advise
+from .io.reader import advise, release
 from .io.workfolder import WorkFolder
 from .io.writer import ShardWriter
 from .ledger import Ledger, record_of
@@ -163,7 +163,7 @@ class _Merge:
         options = self.options
         entries = enumerate(self.inputs.entries)
         self.tensors = {i: self.inputs.tensor(e) for i, e in entries if e.action != COPY}
-        self.survey = Survey(self.recipe, list(self.tensors.values()), self.backend, _release)
+        self.survey = Survey(self.recipe, list(self.tensors.values()), self.backend, release)
         self.plan = make_plan(
             self.inputs,
             self.survey,
@@ -374,12 +374,6 @@ def _json_asset(name: str, content: dict) -> Asset:
     return Asset(name, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
-def _release(tile: TensorInputs) -> None:
-    """Let go of a tile's mapped pages: resident memory stays what is in flight."""
-    for buffer in tile.buffers:
-        advise(buffer.data, "dontneed")
-
-
 class _FileSink:
     """Merged tiles go to the shards; each thread merges into one buffer of its own."""
 
@@ -404,4 +398,4 @@ class _FileSink:
         self._writer.write(tensor, segment.start, room)
 
     def done_with(self, tile: TensorInputs) -> None:
-        _release(tile)
+        release(tile)

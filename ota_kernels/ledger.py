@@ -49,7 +49,7 @@ class Ledger:
             made = record["decisions"]
             brackets = tuple(None if b is None else Bracket(**b) for b in made["brackets"])
             thresholds, means = tuple(made["thresholds"]), tuple(made["mean_weights"])
-            self.decisions = ModelDecisions(thresholds, brackets, means, made["passes"])
+            self.decisions = ModelDecisions(thresholds, brackets, means)
         if "unit" in record:
             self.add(Merged([(Segment(*place), Tally(**tally)) for *place, tally in record["unit"]]))
         if "open" in record:

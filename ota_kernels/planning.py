@@ -24,7 +24,7 @@ _SMALLEST_TILE = 1 << 14
 DEFAULT_MEMORY_LIMIT = 1 << 30
 
 # Measured resident sizes of a process that has imported what the backend needs and merged one tile.
-_PROCESS_BYTES = {"native": 100 << 20, "reference": 420 << 20}
+PROCESS_BYTES = {"native": 100 << 20, "reference": 420 << 20}
 _REFERENCE_TEMPORARIES = 12  # float32 arrays of a tile that the reference holds per expert
 _ASSUMED_BANDWIDTH = 8e9  # bytes per second per thread, for the estimated time from a warm page cache
 
@@ -85,7 +85,7 @@ def make_plan(
     candidates = survey.expected_candidates() * (per_element + 4)
     # A small limit leaves room for tiles first.
     held = min(candidates_memory, memory_limit // 4)
-    fixed = _PROCESS_BYTES[backend.NAME] + _survey_bytes(tensors, survey, threads, per_element)
+    fixed = PROCESS_BYTES[backend.NAME] + _survey_bytes(tensors, survey, threads, per_element)
     fixed += min(candidates, held)
     local = survey.brackets and not survey.model_scope
     largest = _LOCAL_TILE_ELEMENTS if local else TILE_ELEMENTS

@@ -45,13 +45,11 @@ _FACTOR_CACHE_BYTES = 64 << 20
 @dataclass(frozen=True)
 class ModelDecisions:
     """What is decided once for the whole model, per expert: the score threshold (None where it is decided
-    elsewhere), or the bracket in which it is expected; the mean weight that
-    `normalise: model` divides by. passes: reads of all inputs that this took."""
+    elsewhere), or the bracket in which it is expected; the mean weight that `normalise: model` divides by."""
 
     thresholds: tuple[float | None, ...]
     brackets: tuple[Bracket | None, ...]
     mean_weights: tuple[float | None, ...]
-    passes: int = 0
 
 
 class Survey:
@@ -136,16 +134,14 @@ class Survey:
         for t in self._surveyed_experts():
             if not decide.keeps_some(self.selections[t], elements):
                 thresholds[t] = decide.KEEP_NOTHING
-        experts, passes = [t for t in self._surveyed_experts() if thresholds[t] is None], 0
+        experts = [t for t in self._surveyed_experts() if thresholds[t] is None]
         if self.brackets and experts:
             taking_part = [self.prepare(t, run) for t in self.tensors if self.takes_part(t)]
             brackets = self._sampled_brackets(taking_part, run)
             experts = [t for t in experts if brackets[t] is None]
         if experts:
-            passes += self._histogram_thresholds(experts, thresholds, run)
-        means = self._model_means(run)
-        passes += self._wants_model_mean()
-        return ModelDecisions(tuple(thresholds), tuple(brackets), tuple(means), passes)
+            self._histogram_thresholds(experts, thresholds, run)
+        return ModelDecisions(tuple(thresholds), tuple(brackets), tuple(self._model_means(run)))
 
     def _sampled_brackets(self, tensors: Sequence[TensorInputs], run: Map) -> list[Bracket | None]:
         """Per expert, None where it needs none or none is worth it."""
@@ -153,7 +149,7 @@ class Survey:
         experts = [t for t, s in enumerate(self.selections) if s.surveyed and decide.keeps_some(s, elements)]
 
         def scores(tile: TensorInputs) -> list[np.ndarray]:
-            terms = [ExpertTerms(score_scale=_score_scale(tile, t)) for t in experts]
+            terms = [ExpertTerms(score_scale=score_scale_of(tile, t)) for t in experts]
             return [self.backend.scores(tile, t, e)[0] for t, e in zip(experts, terms, strict=True)]
 
         found: list[Bracket | None] = [None] * len(self.models)
@@ -166,8 +162,8 @@ class Survey:
                 found[t] = bracket
         return found
 
-    def _histogram_thresholds(self, experts: list[int], thresholds: list[float | None], run: Map) -> int:
-        """Sets the exact model-wide thresholds of experts; returns how many passes it took."""
+    def _histogram_thresholds(self, experts: list[int], thresholds: list[float | None], run: Map) -> None:
+        """Sets the exact model-wide thresholds of experts, in one or two passes."""
         digits: dict[int, decide.Digit] = {}
         histograms = self._model_histograms(experts, dict.fromkeys(experts, -1), run)
         for t in experts:
@@ -177,12 +173,11 @@ class Survey:
             else:
                 thresholds[t] = answer
         if not digits:
-            return 1
+            return
         prefixes = {t: digit.prefix for t, digit in digits.items()}
         histograms = self._model_histograms(list(digits), prefixes, run)
         for t, digit in digits.items():
             thresholds[t] = decide.second_digit(self.selections[t], digit, histograms[t][0])
-        return 2
 
     def exact_thresholds(self, tensor: TensorInputs | None, terms: Terms, run: Map) -> list[float | None]:
         """The thresholds of the experts whose bracket missed or may have (terms), by passes over one tensor,
@@ -230,7 +225,7 @@ class Survey:
     ) -> tuple[np.ndarray, np.ndarray]:
         counts, lows = np.zeros(_BINS, np.int64), np.zeros(_BINS, np.int64)
         for tile, start in unit:
-            scored = replace(terms, score_scale=_score_scale(tile, t))
+            scored = replace(terms, score_scale=score_scale_of(tile, t))
             bad = self.backend.histogram(tile, t, scored, of_edits, prefix, counts, lows)
             self.check(tile, start, bad)
         return counts, lows
@@ -309,7 +304,7 @@ class Survey:
             brackets = self._sampled_brackets([tensor], run)
         experts = []
         for t, selection in enumerate(self.selections):
-            e = ExpertTerms(score_scale=_score_scale(tensor, t))
+            e = ExpertTerms(score_scale=score_scale_of(tensor, t))
             bracket = brackets[t] if self.takes_part(tensor) or not self.model_scope else None
             if bracket is not None:
                 census = selection.rule == "mass" or bracket.span == 0
@@ -506,5 +501,6 @@ def _bias(tensor: TensorInputs, t: int) -> float:
     return curvature.bias_correction if isinstance(curvature, Full) else 1.0
 
 
-def _score_scale(tensor: TensorInputs, t: int) -> float:
+def score_scale_of(tensor: TensorInputs, t: int) -> float:
+    """score_scale of expert t's terms for a tensor or a tile of it."""
     return score_scale(tensor.base is not None, _bias(tensor, t))

@@ -18,8 +18,8 @@ from ota_kernels import RunError, engine, job, merge
 from ota_kernels.backends import native, reference
 from ota_kernels.bracket import Bracket, bracket_of
 from ota_kernels.candidates import Store, nbytes
-from ota_kernels.decide import SMALLEST, score_bits, score_of_bits
-from ota_kernels.formula import ExpertTerms, Formula, Terms, score_scale
+from ota_kernels.decide import SMALLEST
+from ota_kernels.formula import ExpertTerms, Formula, Terms, score_bits, score_of_bits, score_scale
 from ota_kernels.survey import Survey
 from ota_kernels.tensors import Full, LowRank, Rank1, TensorInputs
 

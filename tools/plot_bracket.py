@@ -20,7 +20,7 @@ from matplotlib import pyplot as plt
 from ota_kernels import decide
 from ota_kernels.backends import native
 from ota_kernels.bracket import bracket_of, cluster_count
-from ota_kernels.formula import ExpertTerms, saliency_of_score, score_scale
+from ota_kernels.formula import ExpertTerms, saliency_of_score, score_bits, score_of_bits, score_scale
 from ota_kernels.inputs import Inputs
 from ota_kernels.recipe import load_recipe
 from ota_kernels.sampling import sample
@@ -43,7 +43,7 @@ def main(recipe_path: str) -> None:
     selection = decide.selection_of(recipe.models[0].parameters)
     bracket = bracket_of(selection, sampled)
     lowest = bracket.lowest
-    highest = decide.score_of_bits(decide.score_bits(lowest) + bracket.span - 1)
+    highest = score_of_bits(score_bits(lowest) + bracket.span - 1)
     k = decide.count_of_density(selection.value, every.size)
     exact = every[k - 1]
     inside = int(((every >= lowest) & (every <= highest)).sum())

@@ -11,10 +11,9 @@ import threading
 
 import numpy as np
 
-from ..dtypes import BY_NAME, DType
 from ..errors import BackendError, InputError
 from ..formula import ExpertTerms, Terms
-from ..tensors import Buffer, Curvature, Full, LowRank, Rank1, TensorInputs, Uniform
+from ..tensors import Buffer, Curvature, Full, LowRank, Rank1, TensorInputs
 from .stats import CENSUS, Candidates, MergeStats, NonFinite
 
 NAME = "native"
@@ -119,59 +118,31 @@ def merge(tile: TensorInputs, terms: Terms, out: np.ndarray) -> MergeStats:
         ),
         out,
         tile.out_dtype.code,
-        room,
+        None if room is None else (*room[:2], room[2 : 2 + len(tile.experts)], room[2 + len(tile.experts) :]),
         instruction_set(),
     )
     nonfinite = [NonFinite("base", -1, *base)] if base[0] else []
     for t, (bad_weights, bad_curvature) in enumerate(zip(weights, curvatures, strict=True)):
         nonfinite += [NonFinite("weights", t, *bad_weights)] if bad_weights[0] else []
         nonfinite += [NonFinite("curvature", t, *bad_curvature)] if bad_curvature[0] else []
-    candidates = None if room is None else _candidates(tile, room, undecided)
+    candidates = None
+    if room is not None:
+        used = zip(room, Candidates.columns(tile), strict=True)
+        candidates = Candidates.of(tile, [column[: undecided * size] for column, size in used])
     return MergeStats(tuple(kept), unkept, overflow, repaired, tuple(nonfinite), candidates, censuses)
 
 
 _local = threading.local()
 
 
-def _candidate_room(tile: TensorInputs) -> tuple:
-    """Buffers that would hold the whole tile, of which only what is used becomes memory. Each thread keeps
-    its own: mapping new ones for every tile would cost as much as filling them."""
-    sizes = (
-        4,
-        0 if tile.base is None else tile.base.dtype.itemsize,
-        *(w.dtype.itemsize for w in tile.experts),
-        *(0 if isinstance(c, Uniform) else 4 for c in tile.curvatures),
-    )
+def _candidate_room(tile: TensorInputs) -> list[np.ndarray]:
+    """Columns of candidates that would hold the whole tile, of which only what is used becomes memory. Each
+    thread keeps its own: mapping new ones for every tile would cost as much as filling them."""
+    sizes = Candidates.columns(tile)
     kept = getattr(_local, "room", None)
     if kept is None or kept[0] != sizes or kept[1] < tile.numel:
         kept = _local.room = sizes, tile.numel, [np.empty(n * tile.numel, np.uint8) for n in sizes]
-    index, base, *rest = kept[2]
-    experts = len(tile.experts)
-    return index, base, rest[:experts], rest[experts:]
-
-
-def _candidates(tile: TensorInputs, room: tuple, count: int) -> Candidates:
-    index, base, weights, curvatures = room
-
-    def used(data: np.ndarray, dtype: DType, origin: str) -> Buffer:
-        return Buffer(data[: count * dtype.itemsize], dtype, origin)
-
-    def curvature(t: int) -> Curvature:
-        given = tile.curvatures[t]
-        if isinstance(given, Uniform):
-            return given
-        bias = given.bias_correction if isinstance(given, Full) else 1.0
-        return Full(used(curvatures[t], BY_NAME["float32"], "curvature"), bias)
-
-    operands = TensorInputs(
-        tile.name,
-        tile.shape,
-        tile.out_dtype,
-        None if tile.base is None else used(base, tile.base.dtype, tile.base.origin),
-        tuple(used(w, x.dtype, x.origin) for w, x in zip(weights, tile.experts, strict=True)),
-        tuple(curvature(t) for t in range(len(curvatures))),
-    )
-    return Candidates(index[: 4 * count].view(np.uint32), operands)
+    return kept[2]
 
 
 def histogram(

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..dtypes import BY_NAME
-from ..formula import ExpertTerms, Terms
+from ..formula import ExpertTerms, Terms, score_bits
 from ..tensors import Buffer, Curvature, Full, LowRank, Rank1, TensorInputs, Uniform
 from .stats import CENSUS, EXPONENTS, Candidates, MergeStats, NonFinite
 
@@ -139,20 +139,16 @@ def _bits(s: torch.Tensor) -> torch.Tensor:
     return s.view(torch.int32).long()
 
 
-def _bits_of(score: float) -> int:
-    return int(np.float32(score).view(np.uint32))
-
-
 def _in_bracket(s: torch.Tensor, e: ExpertTerms) -> torch.Tensor:
     if not e.span:
         return torch.zeros(s.shape, dtype=torch.bool)
-    steps = _bits(s) - _bits_of(e.threshold)
+    steps = _bits(s) - score_bits(e.threshold)
     return (steps >= 0) & (steps < e.span)
 
 
 def _census(s: torch.Tensor, e: ExpertTerms) -> np.ndarray:
     bits = _bits(s)
-    above = bits >= _bits_of(e.threshold) + max(e.span, 1)
+    above = bits >= score_bits(e.threshold) + max(e.span, 1)
     exponent = bits >> 23
     significand = (bits & 0x7FFFFF) + torch.where(exponent > 0, 1 << 23, 0)
     sums = torch.zeros(CENSUS, dtype=torch.int64)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 
-from ..tensors import TensorInputs
+from ..dtypes import BY_NAME
+from ..tensors import Buffer, Curvature, Full, TensorInputs, Uniform
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,9 @@ EXPONENTS = 256
 CENSUS = 2 * EXPONENTS + 1
 
 
+_INDEX, _CURVATURE = 4, BY_NAME["float32"]
+
+
 class Candidates(NamedTuple):
     """Elements of a tile that some expert's bracket leaves undecided.
 
@@ -35,6 +40,39 @@ class Candidates(NamedTuple):
 
     positions: np.ndarray
     operands: TensorInputs
+
+    @staticmethod
+    def columns(tile: TensorInputs) -> list[int]:
+        """Bytes of one candidate of `tile`: index, base, each expert's weights and curvature (0: none)."""
+        weights = [0 if b is None else b.dtype.itemsize for b in (tile.base, *tile.experts)]
+        return [
+            _INDEX,
+            *weights,
+            *(0 if isinstance(c, Uniform) else _CURVATURE.itemsize for c in tile.curvatures),
+        ]
+
+    @classmethod
+    def of(cls, tile: TensorInputs, data: Sequence[np.ndarray]) -> Candidates:
+        """Candidates of `tile` (or of its tensor) from their columns, uint8 each."""
+        index, base, *rest = data
+        experts, curvatures = rest[: len(tile.experts)], rest[len(tile.experts) :]
+
+        def like(buffer: Buffer, column: np.ndarray) -> Buffer:
+            return Buffer(column, buffer.dtype, buffer.origin)
+
+        def curvature(given: Curvature, column: np.ndarray) -> Curvature:
+            if isinstance(given, Uniform):
+                return given
+            bias = given.bias_correction if isinstance(given, Full) else 1.0
+            return Full(Buffer(column, _CURVATURE, "curvature"), bias)
+
+        operands = replace(
+            tile,
+            base=None if tile.base is None else like(tile.base, base),
+            experts=tuple(map(like, tile.experts, experts)),
+            curvatures=tuple(map(curvature, tile.curvatures, curvatures)),
+        )
+        return cls(index.view(np.uint32), operands)
 
     def copy(self) -> Candidates:
         """In memory of their own."""

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from ..tensors import Buffer
+from ..tensors import Buffer, TensorInputs
 from .header import Header, TensorInfo, parse_json_object, quoted, read_header
 
 FILE_SUFFIX = ".safetensors"
@@ -207,6 +207,12 @@ def advise(array: np.ndarray, advice: str) -> None:
     start = max(address - address % _WINDOW, bounds[0])
     end = min(-(-(address + array.nbytes) // _WINDOW) * _WINDOW, bounds[1])
     madvise(start, end - start, _ADVICE[advice])
+
+
+def release(tile: TensorInputs) -> None:
+    """Let go of a tile's mapped pages: resident memory stays what is in flight."""
+    for buffer in tile.buffers:
+        advise(buffer.data, "dontneed")
 
 
 def _file_map(array: np.ndarray) -> tuple[int, int] | None:
