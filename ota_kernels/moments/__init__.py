@@ -1,0 +1,1 @@
+"""Second moments: get them out of checkpoints, shrink them, look at them, or estimate them."""

@@ -1,0 +1,63 @@
+"""What a checkpoint's reader finds: second moments by parameter name, in pieces that are read when written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Elements [start, start + numel) of a parameter in row-major order.
+
+    read: returns them as float32[numel]; called once, and its result is dropped once it is written.
+    """
+
+    start: int
+    numel: int
+    read: Callable[[], np.ndarray]
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """The second moments of one parameter, one value per element.
+
+    shape: the parameter's; pieces: cover every element once, ordered by start; step, beta2: of Adam's bias
+    correction, None where the checkpoint does not say.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    step: float | None = None
+    beta2: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FactoredMoment:
+    """The second moments R_i C_j / sum(R) of one matrix, as Adafactor keeps them.
+
+    shape: (m, n); rows: returns row sums R, float32[m]; columns: column sums C, float32[n].
+    """
+
+    name: str
+    shape: tuple[int, int]
+    rows: Callable[[], np.ndarray]
+    columns: Callable[[], np.ndarray]
+    step: float | None = None
+    beta2: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """All second moments of one checkpoint.
+
+    format: the name of `--format` that read it; skipped: parameters that the checkpoint knows but has no
+    second moments for, with the reason ("frozen", "never stepped").
+    """
+
+    format: str
+    moments: tuple[Moment | FactoredMoment, ...]
+    skipped: dict[str, str]
