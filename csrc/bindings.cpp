@@ -147,9 +147,9 @@ using Count = std::pair<int64_t, int64_t>;  // how many, first index in the tile
 
 Count pair(const ota::NonFinite& bad) { return {bad.count, bad.first}; }
 
-// (index, base or None, [weights], [curvature or None]): room for every element of the tile.
+// (index, base, [weights], [curvature], [steps]): room for every element of the tile; empty where not wanted.
 ota::Candidates candidates(const nb::tuple& spec, const ota::MergeArgs& args) {
-    require(spec.size() == 4, "candidates have 4 parts");
+    require(spec.size() == 5, "candidates have 5 parts");
     const auto room = [&](const OutBytes& a, int size) {
         require(static_cast<int64_t>(a.size()) >= size * args.n, "too little room for candidates");
         return a.data();
@@ -157,14 +157,16 @@ ota::Candidates candidates(const nb::tuple& spec, const ota::MergeArgs& args) {
     ota::Candidates c;
     c.index = reinterpret_cast<uint32_t*>(room(nb::cast<OutBytes>(spec[0]), 4));
     if (args.has_base) c.base = room(nb::cast<OutBytes>(spec[1]), item_size(static_cast<int>(args.base.dtype)));
-    const auto weights = nb::cast<nb::list>(spec[2]), curvature = nb::cast<nb::list>(spec[3]);
-    require(static_cast<int>(weights.size()) == args.n_experts && static_cast<int>(curvature.size()) == args.n_experts,
-            "candidates of another number of experts");
+    const auto weights = nb::cast<nb::list>(spec[2]), curvature = nb::cast<nb::list>(spec[3]),
+               steps = nb::cast<nb::list>(spec[4]);
+    for (const nb::list& of_experts : {weights, curvature, steps})
+        require(static_cast<int>(of_experts.size()) == args.n_experts, "candidates of another number of experts");
     for (int t = 0; t < args.n_experts; ++t) {
         const ota::Expert& e = args.experts[t];
         c.weights[t] = room(nb::cast<OutBytes>(weights[t]), item_size(static_cast<int>(e.weights.dtype)));
         if (e.curvature.kind != ota::CurvatureKind::uniform)
             c.curvature[t] = reinterpret_cast<float*>(room(nb::cast<OutBytes>(curvature[t]), 4));
+        if (e.span) c.steps[t] = reinterpret_cast<uint32_t*>(room(nb::cast<OutBytes>(steps[t]), 4));
     }
     return c;
 }
@@ -196,14 +198,16 @@ nb::tuple merge(const std::optional<Bytes>& base, int base_code, const nb::list&
         nb::gil_scoped_release release;
         table.merge(args, stats);
     }
-    std::vector<int64_t> kept(stats.kept, stats.kept + args.n_experts);
+    const std::vector<int64_t> kept(stats.kept, stats.kept + args.n_experts);
+    const std::vector<int64_t> reached(stats.reached, stats.reached + args.n_experts);
+    const std::vector<int64_t> n_steps(undecided.n_steps, undecided.n_steps + args.n_experts);
     std::vector<Count> weights, curvatures;
     for (int t = 0; t < args.n_experts; ++t) {
         weights.push_back(pair(stats.weights[t]));
         curvatures.push_back(pair(stats.curvature[t]));
     }
-    return nb::make_tuple(kept, stats.unkept, stats.overflow, stats.repaired, pair(stats.base), weights,
-                          curvatures, undecided.count);
+    return nb::make_tuple(kept, reached, stats.unkept, stats.overflow, stats.repaired, pair(stats.base), weights,
+                          curvatures, undecided.count, n_steps);
 }
 
 ota::SurveyArgs survey_args(const std::optional<Bytes>& base, int base_code, const nb::tuple& expert_spec,
@@ -248,19 +252,6 @@ std::vector<Count> per_element(const std::optional<Bytes>& base, int base_code, 
         (table.*Kernel)(args, out.data(), stats);
     }
     return counts_of(stats);
-}
-
-// (scores inside, scores above); out has room for every score and begins with those inside.
-Count in_bracket(const std::optional<Bytes>& base, int base_code, const nb::tuple& expert_spec, double lowest,
-                 double highest, OutFloats out, const std::string& isa) {
-    const ota::SurveyArgs args = survey_args(base, base_code, expert_spec, static_cast<int64_t>(out.size()) - 1);
-    const ota::Kernels& table = kernels(isa);
-    int64_t inside = 0, above = 0;
-    {
-        nb::gil_scoped_release release;
-        table.in_bracket(args, static_cast<float>(lowest), static_cast<float>(highest), out.data(), inside, above);
-    }
-    return {inside, above};
 }
 
 template <typename T>
@@ -351,8 +342,6 @@ NB_MODULE(_native, m) {
     m.def("edits", &per_element<&ota::Kernels::edits>, "base"_a.none(), "base_code"_a, "expert"_a, "out"_a,
           "isa"_a);
     m.def("scores", &per_element<&ota::Kernels::scores>, "base"_a.none(), "base_code"_a, "expert"_a, "out"_a,
-          "isa"_a);
-    m.def("in_bracket", &in_bracket, "base"_a.none(), "base_code"_a, "expert"_a, "lowest"_a, "highest"_a, "out"_a,
           "isa"_a);
     m.def("scatter", &scatter_elements, "data"_a, "positions"_a, "elements"_a, "size"_a);
     m.def("copy_runs", &copy_runs, "data"_a, "starts"_a, "out"_a, "run_bytes"_a);

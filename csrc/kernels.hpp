@@ -42,19 +42,22 @@ struct Expert {
     int64_t* census = nullptr;  // kCensus counts of the scores, or none
 };
 
-// A census of scores, undecided ones left out: sums of significands by exponent, of scores up to the bracket's
-// end, then of those above it; last, how many are above.
+// A census of scores outside the expert's own bracket: sums of significands by exponent, of scores up to the
+// bracket's end, then of those above it; last, how many are above.
 constexpr int kExponents = 256;
 constexpr int kCensus = 2 * kExponents + 1;
 
 // Where elements go that some expert's bracket leaves undecided: their index in the tile and their operands,
-// weights as they are stored, curvature as float32 (nowhere for uniform curvature). Room for a whole tile.
+// weights as they are stored, curvature as float32 (nowhere for uniform curvature). steps: for experts with a
+// bracket, how many float32 numbers each score in it lies above its lowest. Room for a whole tile.
 struct Candidates {
     int64_t count = 0;
     uint32_t* index = nullptr;
     uint8_t* base = nullptr;
     uint8_t* weights[kMaxExperts] = {};
     float* curvature[kMaxExperts] = {};
+    uint32_t* steps[kMaxExperts] = {};
+    int64_t n_steps[kMaxExperts] = {};
 };
 
 struct Formula {
@@ -79,9 +82,10 @@ struct NonFinite {
     }
 };
 
-// Undecided elements count nowhere but as not finite.
+// Undecided elements count nowhere but as not finite, and in `reached`.
 struct MergeStats {
     int64_t kept[kMaxExperts] = {};
+    int64_t reached[kMaxExperts] = {};  // scores from the threshold, or from the bracket's lowest, up
     int64_t unkept = 0;    // elements kept by nobody
     int64_t overflow = 0;  // finite results beyond the output type's range
     int64_t repaired = 0;  // elements set to the base value
@@ -121,7 +125,6 @@ struct Kernels {
     void (*histogram)(const SurveyArgs&, int64_t prefix, int64_t* counts, int64_t* lows, SurveyStats&);
     void (*edits)(const SurveyArgs&, float* out, SurveyStats&);
     void (*scores)(const SurveyArgs&, float* out, SurveyStats&);
-    void (*in_bracket)(const SurveyArgs&, float lowest, float highest, float* out, int64_t& inside, int64_t& above);
     double (*power_sum)(const Curvature&, int64_t n, double power, NonFinite&);
     void (*row_column_sums)(const Operand&, int64_t rows, int64_t columns, double* row_sums,
                             double* column_sums, NonFinite&);

@@ -362,21 +362,24 @@ float usable_score(const MergeArgs& args, int t, float w, float h, Acc base) {
     return s > 0.0f ? s : 0.0f;  // -0, and a curvature above 2^96 times an edit of 0
 }
 
-// Sums the scores of expert t, undecided elements left out.
+// Adds a score (its bits) that is not in its bracket to the census.
+inline void count_score(const Expert& expert, uint32_t bits) {
+    const uint32_t first_above = bit_cast<uint32_t>(expert.threshold) + (expert.span ? expert.span : 1);
+    const uint32_t exponent = bits >> 23, above = bits >= first_above ? 1 : 0;
+    const uint32_t significand = (bits & 0x7fffffu) + (exponent > 0 ? 1u << 23 : 0u);
+    expert.census[above * kExponents + exponent] += significand;
+    expert.census[2 * kExponents] += above;
+}
+
+// Sums the scores of expert t, but those of undecided elements, which append_undecided counts.
 template <typename Acc>
 void take_census(const MergeArgs& args, int t, int64_t offset, int n, Block<Acc>& block) {
     const Expert& expert = args.experts[t];
     const float* w = load(expert.weights, offset, n, block.weight_room);
     const float* h = load(expert.curvature, offset, n, block.curvature_room);
-    const uint32_t first_above = bit_cast<uint32_t>(expert.threshold) + (expert.span ? expert.span : 1);
-    for (int i = 0; i < n; ++i) {
-        if (block.undecided[i]) continue;
-        const uint32_t bits = bit_cast<uint32_t>(usable_score(args, t, w[i], h[i], block.base[i]));
-        const uint32_t exponent = bits >> 23, above = bits >= first_above ? 1 : 0;
-        const uint32_t significand = (bits & 0x7fffffu) + (exponent > 0 ? 1u << 23 : 0u);
-        expert.census[above * kExponents + exponent] += significand;
-        expert.census[2 * kExponents] += above;
-    }
+    for (int i = 0; i < n; ++i)
+        if (!block.undecided[i])
+            count_score(expert, bit_cast<uint32_t>(usable_score(args, t, w[i], h[i], block.base[i])));
 }
 
 // Where flags (0 or 1) are 1. flags may be read and `at` written up to kLanes further than n.
@@ -415,13 +418,47 @@ void pick(const Operand& x, int64_t offset, const int32_t* at, int m, uint8_t* o
     }
 }
 
+// What an expert's scores of undecided elements count, m of them with inputs w, h and base.
+template <bool HasBase>
+void account(const MergeArgs& args, int t, int m, const float* w, const float* h, const float* base,
+             MergeStats& stats) {
+    const Expert& expert = args.experts[t];
+    Candidates& c = *args.candidates;
+    float s[kBlock];
+    int32_t kept = 0;
+    for (int j = 0; j < m; ++j) {
+        s[j] = score<HasBase>(h[j], w[j], base[j], expert.score_scale);
+        kept += s[j] >= expert.threshold ? 1 : 0;
+    }
+    stats.kept[t] -= kept;
+    int64_t reached = 0, n_steps = c.n_steps[t];
+    const uint32_t lowest = bit_cast<uint32_t>(expert.threshold), span = expert.span;
+    for (int j = 0; j < m; ++j) {
+        const bool usable = is_finite(w[j]) & is_curvature(h[j]) & is_finite(base[j]);
+        const float used = usable & (s[j] > 0.0f) ? s[j] : 0.0f;  // as usable_score
+        const uint32_t step = bit_cast<uint32_t>(used) - lowest;
+        reached += used >= expert.threshold ? 1 : 0;
+        if (span) {
+            c.steps[t][n_steps] = step;
+            n_steps += step < span ? 1 : 0;
+        }
+        if (expert.census && step >= span) count_score(expert, bit_cast<uint32_t>(used));
+    }
+    stats.reached[t] += reached;
+    c.n_steps[t] = n_steps;
+}
+
 // Appends the block's undecided elements to the candidates, and takes back that experts kept them.
 template <typename Acc>
 void append_undecided(const MergeArgs& args, int64_t offset, int n, Block<Acc>& block, MergeStats& stats) {
     int32_t at[kBlock + kLanes];
     const int m = positions_of_ones(block.undecided, n, at);
     Candidates& c = *args.candidates;
-    for (int j = 0; j < m; ++j) c.index[c.count + j] = static_cast<uint32_t>(offset + at[j]);
+    float base[kBlock];
+    for (int j = 0; j < m; ++j) {
+        c.index[c.count + j] = static_cast<uint32_t>(offset + at[j]);
+        base[j] = static_cast<float>(block.base[at[j]]);
+    }
     if (args.has_base) pick(args.base, offset, at, m, c.base + item_size(args.base.dtype) * c.count);
     for (int t = 0; t < args.n_experts; ++t) {
         const Expert& expert = args.experts[t];
@@ -432,16 +469,8 @@ void append_undecided(const MergeArgs& args, int64_t offset, int n, Block<Acc>& 
         float picked_h[kBlock];
         float* curvature = expert.curvature.kind == CurvatureKind::uniform ? picked_h : c.curvature[t] + c.count;
         for (int j = 0; j < m; ++j) curvature[j] = h[at[j]];
-        int32_t kept = 0;
-        if (args.has_base)
-            for (int j = 0; j < m; ++j) {
-                const float b = static_cast<float>(block.base[at[j]]);
-                kept += score<true>(curvature[j], w[j], b, expert.score_scale) >= expert.threshold ? 1 : 0;
-            }
-        else
-            for (int j = 0; j < m; ++j)
-                kept += score<false>(curvature[j], w[j], 0.0f, expert.score_scale) >= expert.threshold ? 1 : 0;
-        stats.kept[t] -= kept;
+        args.has_base ? account<true>(args, t, m, w, curvature, base, stats)
+                      : account<false>(args, t, m, w, curvature, base, stats);
     }
     c.count += m;
 }
@@ -504,6 +533,7 @@ void merge_tile(const MergeArgs& args, MergeStats& stats) {
         stats.overflow += beyond;
         if (beyond && args.candidates) uncount_overflow(args, n, block, stats);
     }
+    for (int t = 0; t < args.n_experts; ++t) stats.reached[t] += stats.kept[t];
 }
 
 }  // namespace

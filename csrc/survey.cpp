@@ -66,21 +66,6 @@ void scores(const SurveyArgs& args, float* out, SurveyStats& stats) {
     });
 }
 
-// Appends the scores from `lowest` to `highest` to `out` (room for args.n); returns how many, and how many are
-// above.
-void in_bracket(const SurveyArgs& args, float lowest, float highest, float* out, int64_t& inside, int64_t& above) {
-    SurveyStats unused;
-    for_scores(args, unused, [&](int64_t, int n, const float*, const float* s) {
-        int32_t higher = 0;
-        for (int i = 0; i < n; ++i) higher += s[i] > highest ? 1 : 0;
-        above += higher;
-        for (int i = 0; i < n; ++i) {
-            out[inside] = s[i];
-            inside += (s[i] >= lowest) & (s[i] <= highest) ? 1 : 0;
-        }
-    });
-}
-
 void histogram(const SurveyArgs& args, int64_t prefix, int64_t* counts, int64_t* lows, SurveyStats& stats) {
     const float threshold = args.expert.threshold;
     const bool of_edits = args.score == Score::edit;
@@ -145,7 +130,7 @@ void row_column_sums(const Operand& v, int64_t rows, int64_t columns, double* ro
 
 }  // namespace
 
-const Kernels kernels = {merge, histogram, edits, scores, in_bracket, power_sum, row_column_sums};
+const Kernels kernels = {merge, histogram, edits, scores, power_sum, row_column_sums};
 
 }  // namespace OTA_ISA
 }  // namespace ota

@@ -16,13 +16,28 @@ from .tensors import TensorInputs
 DEFAULT_BUDGET = 256 << 20
 
 
+_STEP = 4  # bytes
+
+
 @dataclass(frozen=True)
 class Held:
-    """The candidates of one tile: in memory, or `count` of them at `offset` of the store's file."""
+    """The candidates of one tile: in memory, or at `offset` of the store's file. count: how many; steps: how
+    many scores each expert's bracket holds."""
 
     count: int
+    steps: tuple[int, ...]
     memory: Candidates | None = None
     offset: int = -1
+
+    @classmethod
+    def of(cls, candidates: Candidates, offset: int = -1) -> Held:
+        """In memory, unless an offset is given."""
+        steps = tuple(map(len, candidates.steps))
+        return cls(len(candidates.positions), steps, None if offset >= 0 else candidates, offset)
+
+    def nbytes(self, tensor: TensorInputs) -> int:
+        """Bytes that they take; tensor: the one (or the tile) they are elements of."""
+        return self.count * sum(Candidates.columns(tensor)) + _STEP * sum(self.steps)
 
 
 class Store:
@@ -36,11 +51,12 @@ class Store:
 
     def put(self, candidates: Candidates) -> Held:
         """Keep candidates: in memory where the budget allows it."""
-        size = nbytes(candidates)
+        held = Held.of(candidates)
+        size = held.nbytes(candidates.operands)
         if size > self._budget:
             return self._write(candidates)
         self._budget -= size
-        return Held(len(candidates.positions), candidates)
+        return held
 
     def spill(self, held: Held) -> Held:
         """Move candidates from memory to the file. Raises RunError where it cannot be written."""
@@ -58,35 +74,55 @@ class Store:
                     view, self._end = view[written:], self._end + written
         except OSError as error:
             raise RunError(
-                f"cannot write {self._path or 'candidates'}: {error.strerror}; free some room and --resume"
+                f"cannot write {self._name}: {error.strerror}; free some room and --resume"
             ) from error
-        return Held(len(candidates.positions), offset=offset)
+        return Held.of(candidates, offset)
 
     def restore(self, held: Held, tensor: TensorInputs) -> Held:
         """Candidates of `tensor` that an earlier process put into the file."""
         self._open()
-        self._end = max(self._end, held.offset + held.count * _bytes_each(tensor))
+        self._end = max(self._end, held.offset + held.nbytes(tensor))
         return held
 
     def get(self, held: Held, tensor: TensorInputs) -> Candidates:
-        """The candidates; tensor: the one (or the tile) they are elements of."""
+        """The candidates; tensor: the one (or the tile) they are elements of. Raises RunError where the file
+        cannot be read."""
         if held.memory is not None:
             return held.memory
-        data = np.empty(held.count * _bytes_each(tensor), np.uint8)
-        view, position = memoryview(data), held.offset
+        sizes = [held.count * size for size in Candidates.columns(tensor)]
+        sizes += [_STEP * n for n in held.steps]
+        parts = np.split(self._read(held.offset, sum(sizes)), np.cumsum(sizes[:-1]))
+        experts = len(held.steps)
+        return Candidates.of(tensor, parts[:-experts], parts[-experts:])
+
+    def steps(self, held: Held, tensor: TensorInputs, t: int) -> np.ndarray:
+        """The steps of expert t, uint32; without reading the candidates."""
+        if held.memory is not None:
+            return held.memory.steps[t]
+        before = held.count * sum(Candidates.columns(tensor)) + _STEP * sum(held.steps[:t])
+        return self._read(held.offset + before, _STEP * held.steps[t]).view(np.uint32)
+
+    def _read(self, offset: int, size: int) -> np.ndarray:
+        data = np.empty(size, np.uint8)
+        view = memoryview(data)
         while view:
-            read = os.preadv(self._fd, [view], position)
+            try:
+                read = os.preadv(self._fd, [view], offset)
+            except OSError as error:
+                raise RunError(f"cannot read {self._name}: {error.strerror}; --resume when it can") from error
             if read == 0:
-                raise RunError(
-                    f"{self._path or 'the file of candidates'} was cut: start again with --overwrite"
-                )
-            view, position = view[read:], position + read
-        return _from_bytes(data, held.count, tensor)
+                raise RunError(f"{self._name} was cut: start again with --overwrite")
+            view, offset = view[read:], offset + read
+        return data
 
     def drop(self, held: Held) -> None:
         """The candidates will not be asked for again."""
         if held.memory is not None:
-            self._budget += nbytes(held.memory)
+            self._budget += held.nbytes(held.memory.operands)
+
+    @property
+    def _name(self) -> str:
+        return str(self._path or "the file of candidates")
 
     def sync(self) -> None:
         """Wait until the file is on the disk."""
@@ -108,19 +144,7 @@ class Store:
             self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
 
 
-def nbytes(candidates: Candidates) -> int:
-    return len(candidates.positions) * _bytes_each(candidates.operands)
-
-
-def _bytes_each(tensor: TensorInputs) -> int:
-    return sum(Candidates.columns(tensor))
-
-
 def _arrays(candidates: Candidates) -> list[np.ndarray]:
-    positions = candidates.positions.view(np.uint8)
-    return [a for a in (positions, *(b.data for b in candidates.operands.buffers)) if a.size]
-
-
-def _from_bytes(data: np.ndarray, count: int, tensor: TensorInputs) -> Candidates:
-    ends = np.cumsum([count * size for size in Candidates.columns(tensor)])
-    return Candidates.of(tensor, np.split(data, ends[:-1]))
+    """In the order of Candidates.columns, then the steps."""
+    positions, steps = candidates.positions.view(np.uint8), [s.view(np.uint8) for s in candidates.steps]
+    return [a for a in (positions, *(b.data for b in candidates.operands.buffers), *steps) if a.size]

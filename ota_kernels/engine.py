@@ -20,7 +20,6 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from .backends import native
-from .backends.stats import Candidates
 from .candidates import Held, Store
 from .factors import CHUNK, Map
 from .formula import Terms, close, is_open
@@ -61,6 +60,7 @@ class Open(NamedTuple):
 
     segment: Segment
     tally: Tally
+    reached: list[int]
     censuses: list[list[int] | None]
     held: Held
 
@@ -81,13 +81,13 @@ _CHECKPOINT_SECONDS = 10.0
 
 
 def _opened(part: Part) -> Open:
-    return Open(part.segment, part.tally, part.censuses, part.held)
+    return Open(part.segment, part.tally, part.reached, part.censuses, part.held)
 
 
 def _owned(result: tuple[Segment, Tally] | Part) -> tuple[Segment, Tally] | Part:
     """Candidates are views until the thread's next tile."""
     if isinstance(result, Part):
-        result.held = Held(result.held.count, result.held.memory.copy())
+        result.held = Held.of(result.held.memory.copy())
     return result
 
 
@@ -208,10 +208,7 @@ class Engine:
         tally = Tally.of(stats, self._saliencies(terms))
         if not any(map(is_open, terms.experts)):
             return room, (segment, tally)
-        candidates = stats.candidates or Candidates(np.zeros(0, np.uint32), tile.slice(0, 0))
-        censuses = [None if c is None else c.tolist() for c in stats.censuses]
-        held = Held(len(candidates.positions), candidates)
-        return room, Part(segment, tensor, terms, tally, censuses, held)
+        return room, Part.of(segment, tensor, terms, stats, tally)
 
     def _saliencies(self, terms: Terms) -> list[float | None]:
         return [self._survey.saliency_threshold(terms, t) for t in range(len(terms.experts))]
@@ -255,7 +252,7 @@ class Engine:
         tensor = self._survey.prepare(self._tensors[index], self._pool.run)
         terms = self._survey.terms(tensor, self._decisions, self._pool.run)
         held = self._store.restore(event.held, tensor)
-        part = Part(event.segment, tensor, terms, event.tally, event.censuses, held)
+        part = Part(event.segment, tensor, terms, event.tally, event.reached, event.censuses, held)
         thresholds = self._decided.get(self._key(index))
         if thresholds is None:
             group = self._group(index)

@@ -1,44 +1,52 @@
 """Tiles whose masks wait for the same thresholds: decide exactly from counts and candidates, then settle.
 
-    tile merged with brackets --> Part: its counts, its undecided elements (candidates)
-    all parts --> thresholds: the (k - elements above the bracket)-th largest candidate, if it lies inside
-    each part --> its candidates merged again with the exact thresholds, and patched into the output
-
-The scores of candidates are never stored: a candidate's operands are, a tile like any other.
+tile merged with brackets --> Part: its counts, the scores in brackets, its undecided elements (candidates)
+all parts --> thresholds: the (k - scores above the bracket)-th largest score in the bracket, if it is there
+each part --> its candidates merged again with the exact thresholds, and patched into the output
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
 import numpy as np
 
 from . import decide
+from .backends.stats import Candidates, MergeStats
 from .candidates import Held, Store
 from .factors import Map
-from .formula import ExpertTerms, Terms, close, is_open, score_bits, score_of_bits
+from .formula import ExpertTerms, Terms, close, is_open, score_bits
 from .tally import Tally
 from .tensors import TensorInputs
 from .tiling import Segment
 
 _BINS = 1 << 16
-_FEW = 1 << 26  # candidates whose scores are held in memory: those in one expert's bracket, a fraction
-_BATCH = 32  # parts that share a histogram
+_BATCH = 1 << 20  # scores that are counted at once
 
 
 @dataclass
 class Part:
-    """One merged tile of a group. tally, censuses (per expert): of what is decided; held: its candidates."""
+    """One merged tile of a group. tally: of what is decided; reached, censuses: per expert, as in MergeStats;
+    held: its candidates."""
 
     segment: Segment
     tensor: TensorInputs
     terms: Terms
     tally: Tally
+    reached: list[int]
     censuses: list[list[int] | None]
     held: Held
+
+    @classmethod
+    def of(
+        cls, segment: Segment, tensor: TensorInputs, terms: Terms, stats: MergeStats, tally: Tally
+    ) -> Part:
+        """What `stats` says of a tile merged with brackets."""
+        censuses = [None if c is None else c.tolist() for c in stats.censuses]
+        candidates = stats.candidates or Candidates.none(tensor)
+        return cls(segment, tensor, terms, tally, list(stats.reached), censuses, Held.of(candidates))
 
 
 class Group:
@@ -64,7 +72,7 @@ class Group:
         terms = self.parts[0].terms.experts
         wanted = [t for t, e in enumerate(terms) if is_open(e)]
         # One expert a task: each goes through the candidates on its own.
-        answers = dict(zip(wanted, run(lambda t: self._threshold(t, terms[t], map), wanted), strict=True))
+        answers = dict(zip(wanted, run(lambda t: self._threshold(t, terms[t]), wanted), strict=True))
         if None in answers.values():
             return None
         return [answers.get(t) for t in range(len(terms))]
@@ -72,106 +80,60 @@ class Group:
     def settle(self, part: Part, thresholds: Sequence[float | None]) -> tuple[np.ndarray, np.ndarray, Tally]:
         """A part's candidates merged with the exact thresholds: (positions, merged values as uint8, what they
         count)."""
-        positions, operands = self._store.get(part.held, part.tensor)
+        positions, operands, _ = self._store.get(part.held, part.tensor)
         out = np.empty(operands.numel * operands.out_dtype.itemsize, np.uint8)
         stats = self._backend.merge(operands, close(part.terms, thresholds), out)
         return positions, out, Tally.of(stats, [])
 
-    def _operands(self, part: Part) -> TensorInputs:
-        return self._store.get(part.held, part.tensor).operands
-
-    def _threshold(self, t: int, terms: ExpertTerms, run: Map) -> float | None:
-        """Expert t's threshold: the least kept score of the k largest, or of the share of mass."""
-        if self._selections[t].rule == "mass":
-            return self._of_mass(t, terms, run)
-        wanted = decide.wanted(self._selections[t], self._elements, 0)
-        if terms.span == 0:
-            tied, above = self._tied(t, terms, run)
-            enough = wanted <= above + tied or terms.threshold == decide.SMALLEST
-            return terms.threshold if above < wanted and enough else None
-        rest = wanted - sum(p.tally.kept[t] for p in self.parts)  # all above the bracket
-        if rest <= 0:
-            return None
-        if sum(p.held.count for p in self.parts) <= _FEW:
-            return self._largest_in_bracket(t, terms, rest, run)
-        return self._among_candidates(t, terms, rest, run)
-
-    def _of_mass(self, t: int, terms: ExpertTerms, run: Map) -> float | None:
-        census = np.sum([p.censuses[t] for p in self.parts], axis=0)
-        at_most, above = (decide.total_mass(c) for c in np.split(census[:-1], 2))
-        counts, lows = self._histogram(t, -1, run)
-        of_candidates = decide.available(self._selections[t], counts, lows)
-        wanted = decide.wanted(self._selections[t], 0, at_most + above + of_candidates)
+    def _threshold(self, t: int, terms: ExpertTerms) -> float | None:
+        """Expert t's threshold: the least kept score of the k largest, or of the share of mass; None where it
+        lies outside the bracket."""
+        selection, lowest = self._selections[t], terms.threshold
+        counts, lows = self._histogram(t, lowest, -1)
+        wanted, above, inside = self._account(t, terms, decide.available(selection, counts, lows))
         if wanted == 0:
             return decide.KEEP_NOTHING
-        if terms.span == 0:
-            tied, _ = self._tied(t, terms, run)
-            above += sum(map(decide.mass, self._candidates_above(t, terms, run)))
-            enough = wanted <= above + tied * decide.mass(np.float32([terms.threshold]))
-            return terms.threshold if above < wanted and enough else None
         rest = wanted - above
-        return self._among_candidates(t, terms, rest, run) if rest > 0 else None
-
-    def _tied(self, t: int, terms: ExpertTerms, run: Map) -> tuple[int, int]:
-        """How many scores equal the threshold of a bracket of one value, and how many are above."""
-        above = sum(p.censuses[t][-1] for p in self.parts)
-        tied = sum(p.tally.kept[t] for p in self.parts) - above
-        for inside, higher in run(lambda p: self._in_bracket(p, t, terms), self.parts):
-            tied += len(inside)
-            above += higher
-        return tied, above
-
-    def _candidates_above(self, t: int, terms: ExpertTerms, run: Map) -> list[np.ndarray]:
-        """The scores of candidates above a bracket of one value."""
-        next_above = score_of_bits(score_bits(terms.threshold) + 1)
-        return [
-            inside
-            for inside, _ in run(
-                lambda p: self._backend.in_bracket(
-                    self._operands(p), t, p.terms.experts[t], next_above, math.inf
-                ),
-                self.parts,
-            )
-        ]
-
-    def _in_bracket(self, part: Part, t: int, terms: ExpertTerms) -> tuple[np.ndarray, int]:
-        """The scores of a part's candidates in expert t's bracket, and how many are above it."""
-        highest = score_of_bits(score_bits(terms.threshold) + max(terms.span, 1) - 1)
-        operands, own = self._operands(part), part.terms.experts[t]
-        return self._backend.in_bracket(operands, t, own, terms.threshold, highest)
-
-    def _largest_in_bracket(self, t: int, terms: ExpertTerms, rest: int, run: Map) -> float | None:
-        """The rest-th largest candidate, if it lies in the bracket of expert t."""
-        parts, above = zip(*run(lambda p: self._in_bracket(p, t, terms), self.parts), strict=True)
-        scores, rest = np.concatenate(parts), rest - sum(above)
-        if rest > len(scores) and terms.threshold == decide.SMALLEST:
-            return decide.SMALLEST
-        if not 0 < rest <= len(scores):
+        if rest <= 0:
             return None
-        return float(np.partition(scores, len(scores) - rest)[len(scores) - rest])
+        if rest > inside:  # scores of 0 are never kept
+            return lowest if lowest == decide.SMALLEST else None
+        if terms.span == 0:
+            return lowest
+        digit = decide.digit_of_rest(selection, rest, counts, lows)
+        return decide.second_digit(selection, digit, self._histogram(t, lowest, digit.prefix)[0])
 
-    def _among_candidates(self, t: int, terms: ExpertTerms, rest: int, run: Map) -> float | None:
-        """The score that keeps the `rest` largest candidates, or candidates of that mass, if it lies in the
-        bracket; in two passes over them, none of which holds more than histograms."""
-        selection, found = self._selections[t], decide.SMALLEST
-        counts, lows = self._histogram(t, -1, run)
-        if rest <= decide.available(selection, counts, lows):
-            digit = decide.digit_of_rest(selection, rest, counts, lows)
-            found = decide.second_digit(selection, digit, self._histogram(t, digit.prefix, run)[0])
-        steps = score_bits(found) - score_bits(terms.threshold)
-        return found if 0 <= steps < terms.span else None
+    def _account(self, t: int, terms: ExpertTerms, listed: int) -> tuple[int, int, int]:
+        """What is wanted of expert t's scores, what is above its bracket and what inside: counts, or masses.
+        listed: what the steps hold: all that is inside, unless the bracket is one value."""
+        selection, reached = self._selections[t], sum(p.reached[t] for p in self.parts)
+        if not terms.census:
+            return decide.wanted(selection, self._elements, 0), reached - listed, listed
+        census = np.sum([p.censuses[t] for p in self.parts], axis=0)
+        tied = reached - int(census[-1])
+        if selection.rule == "density":
+            return decide.wanted(selection, self._elements, 0), int(census[-1]), tied
+        at_most, above = map(decide.total_mass, np.split(census[:-1], 2))
+        inside = listed if terms.span else tied * decide.mass(np.float32([terms.threshold]))
+        return decide.wanted(selection, 0, at_most + above + listed), above, inside
 
-    def _histogram(self, t: int, prefix: int, run: Map) -> tuple[np.ndarray, np.ndarray]:
-        def of_parts(parts: list[Part]) -> tuple[np.ndarray, np.ndarray]:
-            counts, lows = np.zeros(_BINS, np.int64), np.zeros(_BINS, np.int64)
-            for part in parts:
-                e = part.terms.experts[t]
-                self._backend.histogram(self._operands(part), t, e, False, prefix, counts, lows)
-            return counts, lows
-
-        batches = [self.parts[i : i + _BATCH] for i in range(0, len(self.parts), _BATCH)]
+    def _histogram(self, t: int, lowest: float, prefix: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of the scores in expert t's bracket, as a backend's `histogram`."""
         counts, lows = np.zeros(_BINS, np.int64), np.zeros(_BINS, np.int64)
-        for more_counts, more_lows in run(of_parts, batches):
-            counts += more_counts
-            lows += more_lows
+        for bits in self._in_bracket(t, lowest):
+            high, low = bits >> 16, bits & (_BINS - 1)
+            if prefix < 0:
+                counts += np.bincount(high, minlength=_BINS)
+                lows += np.bincount(high, weights=low, minlength=_BINS).astype(np.int64)
+            else:
+                counts += np.bincount(low[high == prefix], minlength=_BINS)
         return counts, lows
+
+    def _in_bracket(self, t: int, lowest: float) -> Iterator[np.ndarray]:
+        """The bits of the scores in expert t's bracket, int64, many at a time."""
+        batch: list[np.ndarray] = []
+        for part in self.parts:
+            batch.append(self._store.steps(part.held, part.tensor, t))
+            if part is self.parts[-1] or sum(map(len, batch)) >= _BATCH:
+                yield np.concatenate(batch).astype(np.int64) + score_bits(lowest)
+                batch = []

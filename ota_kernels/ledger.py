@@ -19,8 +19,8 @@ def record_of(event: Event) -> dict | None:
     if isinstance(event, Open):
         if event.held.memory is not None:
             return None
-        held = [event.held.count, event.held.offset]
-        return {"open": [*event.segment, asdict(event.tally), event.censuses, held]}
+        held = [event.held.count, event.held.steps, event.held.offset]
+        return {"open": [*event.segment, asdict(event.tally), event.reached, event.censuses, held]}
     return {"decided": [event.index, event.thresholds, event.repeat]}
 
 
@@ -53,8 +53,9 @@ class Ledger:
         if "unit" in record:
             self.add(Merged([(Segment(*place), Tally(**tally)) for *place, tally in record["unit"]]))
         if "open" in record:
-            *place, tally, censuses, (count, offset) = record["open"]
-            self.add(Open(Segment(*place), Tally(**tally), censuses, Held(count, offset=offset)))
+            *place, tally, reached, censuses, (count, steps, offset) = record["open"]
+            held = Held(count, tuple(steps), offset=offset)
+            self.add(Open(Segment(*place), Tally(**tally), reached, censuses, held))
         if "decided" in record:
             self.add(Decided(*record["decided"]))
 

@@ -10,7 +10,7 @@ import numpy as np
 import reference64
 import torch
 
-from ota_kernels.backends.stats import Candidates, MergeStats
+from ota_kernels.backends.stats import MergeStats
 from ota_kernels.candidates import Store
 from ota_kernels.dtypes import BY_NAME
 from ota_kernels.formula import Terms, close, is_open
@@ -178,11 +178,10 @@ def close_group(
     group = Group(survey.selections, elements, backend, store)
     for i in waiting:
         _, stats = merge_tile(tensors[i], terms_of[i], backend)
-        none = Candidates(np.zeros(0, np.uint32), tensors[i].slice(0, 0))
-        held = store.put((stats.candidates or none).copy())
-        censuses = [None if c is None else c.tolist() for c in stats.censuses]
         segment = Segment(i, 0, tensors[i].numel)
-        group.parts.append(Part(segment, tensors[i], terms_of[i], Tally.of(stats, []), censuses, held))
+        part = Part.of(segment, tensors[i], terms_of[i], stats, Tally.of(stats, []))
+        part.held = store.put(part.held.memory.copy())
+        group.parts.append(part)
     thresholds = group.thresholds(map)
     if thresholds is None:
         whole = None if survey.model_scope else tensors[waiting[0]]

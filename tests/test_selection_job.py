@@ -17,7 +17,7 @@ from models import random_experts
 from ota_kernels import RunError, engine, job, merge
 from ota_kernels.backends import native, reference
 from ota_kernels.bracket import Bracket, bracket_of
-from ota_kernels.candidates import Store, nbytes
+from ota_kernels.candidates import Held, Store
 from ota_kernels.decide import SMALLEST
 from ota_kernels.formula import ExpertTerms, Formula, Terms, score_bits, score_of_bits, score_scale
 from ota_kernels.survey import Survey
@@ -333,8 +333,12 @@ def candidates_of(tile: TensorInputs, backend, share: float = 0.5):
     return backend.merge(tile, Terms(Formula(), 1e-26, tuple(experts)), out).candidates.copy()
 
 
+def nbytes(candidates) -> int:
+    return Held.of(candidates).nbytes(candidates.operands)
+
+
 def raw(candidates) -> list[bytes]:
-    arrays = [candidates.positions, *(b.data for b in candidates.operands.buffers)]
+    arrays = [candidates.positions, *(b.data for b in candidates.operands.buffers), *candidates.steps]
     return [a.tobytes() for a in arrays]
 
 
@@ -373,6 +377,8 @@ class TestStore:
         for source, one in [(store, written), (memory, held), (memory, spilled), (after, restored)]:
             found = source.get(one, tile)
             assert raw(found) == raw(candidates)
+            of_experts = [source.steps(one, tile, t).tobytes() for t in range(len(tile.experts))]
+            assert of_experts == [steps.tobytes() for steps in candidates.steps]
             corrections = [getattr(c, "bias_correction", 1.0) for c in found.operands.curvatures]
             assert corrections == [getattr(c, "bias_correction", 1.0) for c in tile.curvatures]
         for one in (store, memory, after):
@@ -381,7 +387,7 @@ class TestStore:
     def test_keeps_what_the_budget_allows(self, tmp_path):
         candidates = candidates_of(tile_of("float32"), native)
         size = nbytes(candidates)
-        assert size == len(candidates.positions) * (4 + 3 * 4 + 2 * 4)
+        assert size == len(candidates.positions) * (4 + 3 * 4 + 2 * 4) + 4 * sum(map(len, candidates.steps))
         store = Store(2 * size, tmp_path / "file")
         first, second, third = (store.put(candidates) for _ in range(3))
         assert [held.memory is None for held in (first, second, third)] == [False, False, True]
@@ -402,6 +408,21 @@ class TestStore:
         held = store.put(candidates_of(tile, native))
         os.truncate(tmp_path / "file", nbytes(candidates_of(tile, native)) - 1)
         with pytest.raises(RunError, match=r"file was cut: start again with --overwrite"):
+            store.get(held, tile)
+        os.truncate(tmp_path / "file", 1)
+        with pytest.raises(RunError, match=r"file was cut: start again with --overwrite"):
+            store.steps(held, tile, 1)
+        store.close()
+
+    def test_a_disk_that_cannot_be_read_is_an_error(self, tmp_path, monkeypatch):
+        def broken(*arguments):
+            raise OSError(5, os.strerror(5))
+
+        tile = tile_of("float32")
+        store = Store(0, tmp_path / "file")
+        held = store.put(candidates_of(tile, native))
+        monkeypatch.setattr(os, "preadv", broken)
+        with pytest.raises(RunError, match=r"cannot read .*file: Input/output error"):
             store.get(held, tile)
         store.close()
 

@@ -97,8 +97,8 @@ def merge(tile: TensorInputs, terms: Terms, out: np.ndarray) -> MergeStats:
     """
     f = terms.formula
     censuses = tuple(np.zeros(CENSUS, np.int64) if e.census else None for e in terms.experts)
-    room = _candidate_room(tile) if any(e.span for e in terms.experts) else None
-    kept, unkept, overflow, repaired, base, weights, curvatures, undecided = _extension().merge(
+    room = _candidate_room(tile, terms) if any(e.span for e in terms.experts) else None
+    found = _extension().merge(
         *_base(tile),
         [
             _expert(tile, t, e, census)
@@ -118,27 +118,40 @@ def merge(tile: TensorInputs, terms: Terms, out: np.ndarray) -> MergeStats:
         ),
         out,
         tile.out_dtype.code,
-        None if room is None else (*room[:2], room[2 : 2 + len(tile.experts)], room[2 + len(tile.experts) :]),
+        None if room is None else (*room[:2], *_thirds(room[2:])),
         instruction_set(),
     )
+    kept, reached, unkept, overflow, repaired, base, weights, curvatures, undecided, n_steps = found
     nonfinite = [NonFinite("base", -1, *base)] if base[0] else []
     for t, (bad_weights, bad_curvature) in enumerate(zip(weights, curvatures, strict=True)):
         nonfinite += [NonFinite("weights", t, *bad_weights)] if bad_weights[0] else []
         nonfinite += [NonFinite("curvature", t, *bad_curvature)] if bad_curvature[0] else []
     candidates = None
     if room is not None:
-        used = zip(room, Candidates.columns(tile), strict=True)
-        candidates = Candidates.of(tile, [column[: undecided * size] for column, size in used])
-    return MergeStats(tuple(kept), unkept, overflow, repaired, tuple(nonfinite), candidates, censuses)
+        sizes = Candidates.columns(tile)
+        columns = [column[: undecided * size] for column, size in zip(room[: len(sizes)], sizes, strict=True)]
+        steps = [listed[: _STEP * n] for listed, n in zip(room[len(sizes) :], n_steps, strict=True)]
+        candidates = Candidates.of(tile, columns, steps)
+    return MergeStats(
+        tuple(kept), tuple(reached), unkept, overflow, repaired, tuple(nonfinite), candidates, censuses
+    )
 
 
 _local = threading.local()
+_STEP = 4  # bytes
 
 
-def _candidate_room(tile: TensorInputs) -> list[np.ndarray]:
-    """Columns of candidates that would hold the whole tile, of which only what is used becomes memory. Each
-    thread keeps its own: mapping new ones for every tile would cost as much as filling them."""
-    sizes = Candidates.columns(tile)
+def _thirds(room: list[np.ndarray]) -> list[list[np.ndarray]]:
+    """Weights, curvatures and steps, per expert."""
+    n = len(room) // 3
+    return [room[:n], room[n : 2 * n], room[2 * n :]]
+
+
+def _candidate_room(tile: TensorInputs, terms: Terms) -> list[np.ndarray]:
+    """Columns of candidates, then steps of each expert, that would hold the whole tile, of which only what is
+    used becomes memory. Each thread keeps its own: mapping new ones for every tile would cost as much as
+    filling them."""
+    sizes = [*Candidates.columns(tile), *(_STEP if e.span else 0 for e in terms.experts)]
     kept = getattr(_local, "room", None)
     if kept is None or kept[0] != sizes or kept[1] < tile.numel:
         kept = _local.room = sizes, tile.numel, [np.empty(n * tile.numel, np.uint8) for n in sizes]
@@ -184,17 +197,6 @@ def scores(tile: TensorInputs, t: int, terms: ExpertTerms) -> tuple[np.ndarray, 
     out = np.empty(tile.numel, np.float32)
     bad = _extension().scores(*_base(tile), _expert(tile, t, terms), out, instruction_set())
     return out, _nonfinite(t, bad)
-
-
-def in_bracket(
-    tile: TensorInputs, t: int, terms: ExpertTerms, lowest: float, highest: float
-) -> tuple[np.ndarray, int]:
-    """(the scores of expert t from lowest to highest, float32[m]; how many are above)."""
-    out = np.empty(tile.numel + 1, np.float32)  # the kernel writes one score too many
-    inside, above = _extension().in_bracket(
-        *_base(tile), _expert(tile, t, terms), lowest, highest, out, instruction_set()
-    )
-    return out[:inside], above
 
 
 def scatter(data: np.ndarray, positions: np.ndarray, elements: np.ndarray, size: int) -> None:

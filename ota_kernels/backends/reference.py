@@ -119,17 +119,19 @@ def merge(tile: TensorInputs, terms: Terms, out: np.ndarray) -> MergeStats:
     merged = torch.where(nobody | (denominator == 0), fallback, merged)
     if f.repair_nonfinite:
         merged = torch.where(unusable, base, merged)
+    steps = tuple(_steps(s, e) for s, e in zip(usable_scores, terms.experts, strict=True))
     written = merged.to(getattr(torch, tile.out_dtype.name))
     out[:] = written.view(torch.uint8).numpy()
     return MergeStats(
         kept=tuple(int((m & ~undecided).sum()) for m in counted),
+        reached=tuple(int(m.sum()) for m in counted),
         unkept=int((nobody & ~undecided).sum()),
         overflow=int((~torch.isfinite(written) & ~undecided).sum()),
         repaired=int((unusable & ~undecided).sum()) if f.repair_nonfinite else 0,
         nonfinite=nonfinite,
-        candidates=_gather(tile, undecided) if any(e.span for e in terms.experts) else None,
+        candidates=_gather(tile, undecided, steps) if any(e.span for e in terms.experts) else None,
         censuses=tuple(
-            _census(s[~undecided], e) if e.census else None
+            _census(s[~_in_bracket(s, e)], e) if e.census else None
             for s, e in zip(usable_scores, terms.experts, strict=True)
         ),
     )
@@ -146,6 +148,10 @@ def _in_bracket(s: torch.Tensor, e: ExpertTerms) -> torch.Tensor:
     return (steps >= 0) & (steps < e.span)
 
 
+def _steps(s: torch.Tensor, e: ExpertTerms) -> np.ndarray:
+    return (_bits(s[_in_bracket(s, e)]) - score_bits(e.threshold)).numpy().astype(np.uint32)
+
+
 def _census(s: torch.Tensor, e: ExpertTerms) -> np.ndarray:
     bits = _bits(s)
     above = bits >= score_bits(e.threshold) + max(e.span, 1)
@@ -157,7 +163,7 @@ def _census(s: torch.Tensor, e: ExpertTerms) -> np.ndarray:
     return sums.numpy()
 
 
-def _gather(tile: TensorInputs, wanted: torch.Tensor) -> Candidates:
+def _gather(tile: TensorInputs, wanted: torch.Tensor, steps: tuple[np.ndarray, ...]) -> Candidates:
     positions = wanted.nonzero().reshape(-1).numpy()
     operands = tile.gather(positions)
 
@@ -168,7 +174,7 @@ def _gather(tile: TensorInputs, wanted: torch.Tensor) -> Candidates:
         return Full(Buffer(h.view(np.uint8), BY_NAME["float32"], c.values.origin), c.bias_correction)
 
     curvatures = tuple(widened(c) for c in operands.curvatures)
-    return Candidates(positions.astype(np.uint32), replace(operands, curvatures=curvatures))
+    return Candidates(positions.astype(np.uint32), replace(operands, curvatures=curvatures), steps)
 
 
 def _scores(
@@ -215,15 +221,6 @@ def scores(tile: TensorInputs, t: int, terms: ExpertTerms) -> tuple[np.ndarray, 
     """The scores s_t of expert t, float32[n], 0 where an input is not usable."""
     _, s, nonfinite = _scores(tile, t, terms)
     return s.numpy(), nonfinite
-
-
-def in_bracket(
-    tile: TensorInputs, t: int, terms: ExpertTerms, lowest: float, highest: float
-) -> tuple[np.ndarray, int]:
-    """See `native.in_bracket`."""
-    _, s, _ = _scores(tile, t, terms)
-    inside = (s >= np.float32(lowest)) & (s <= np.float32(highest))
-    return s[inside].numpy(), int((s > np.float32(highest)).sum())
 
 
 def edits(tile: TensorInputs, t: int, terms: ExpertTerms) -> tuple[np.ndarray, tuple[NonFinite, ...]]:

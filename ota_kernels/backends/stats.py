@@ -23,8 +23,8 @@ class NonFinite:
     first: int
 
 
-# A census of one expert's scores, undecided ones left out, int64[CENSUS]: sums of significands by exponent,
-# of the scores up to the end of the bracket and of those above it; last, how many are above.
+# A census of one expert's scores outside its bracket, int64[CENSUS]: sums of significands by exponent, of the
+# scores up to the end of the bracket and of those above it; last, how many are above.
 EXPONENTS = 256
 CENSUS = 2 * EXPONENTS + 1
 
@@ -35,11 +35,20 @@ _INDEX, _CURVATURE = 4, BY_NAME["float32"]
 class Candidates(NamedTuple):
     """Elements of a tile that some expert's bracket leaves undecided.
 
-    positions: uint32[m], ascending; operands: their inputs, m elements each, curvature as float32.
+    positions: uint32[m], ascending; operands: their inputs, m elements each, curvature as float32; steps: per
+    expert, of each score in its bracket, how many float32 numbers it lies above the lowest one (uint32, empty
+    for experts without a bracket).
     """
 
     positions: np.ndarray
     operands: TensorInputs
+    steps: tuple[np.ndarray, ...]
+
+    @classmethod
+    def none(cls, tile: TensorInputs) -> Candidates:
+        """A tile without candidates."""
+        empty = np.zeros(0, np.uint32)
+        return cls(empty, tile.slice(0, 0), (empty,) * len(tile.experts))
 
     @staticmethod
     def columns(tile: TensorInputs) -> list[int]:
@@ -52,9 +61,9 @@ class Candidates(NamedTuple):
         ]
 
     @classmethod
-    def of(cls, tile: TensorInputs, data: Sequence[np.ndarray]) -> Candidates:
-        """Candidates of `tile` (or of its tensor) from their columns, uint8 each."""
-        index, base, *rest = data
+    def of(cls, tile: TensorInputs, columns: Sequence[np.ndarray], steps: Sequence[np.ndarray]) -> Candidates:
+        """Candidates of `tile` (or of its tensor) from their columns and steps, uint8 each."""
+        index, base, *rest = columns
         experts, curvatures = rest[: len(tile.experts)], rest[len(tile.experts) :]
 
         def like(buffer: Buffer, column: np.ndarray) -> Buffer:
@@ -72,21 +81,23 @@ class Candidates(NamedTuple):
             experts=tuple(map(like, tile.experts, experts)),
             curvatures=tuple(map(curvature, tile.curvatures, curvatures)),
         )
-        return cls(index.view(np.uint32), operands)
+        return cls(index.view(np.uint32), operands, tuple(s.view(np.uint32) for s in steps))
 
     def copy(self) -> Candidates:
         """In memory of their own."""
-        return Candidates(self.positions.copy(), self.operands.copy())
+        return Candidates(self.positions.copy(), self.operands.copy(), tuple(s.copy() for s in self.steps))
 
 
 @dataclass(frozen=True, slots=True)
 class MergeStats:
-    """kept: elements each expert keeps; unkept: kept by nobody; overflow: results beyond the output type's
-    range; repaired: set to the base value because an input was not finite. Undecided elements count nowhere
-    but as not finite. candidates: None where every threshold is known; censuses: per expert, None where not
+    """kept: elements each expert keeps; reached: elements whose score reaches the threshold, or the lowest
+    score of the bracket; unkept: kept by nobody; overflow: results beyond the output type's range; repaired:
+    set to the base value because an input was not finite. Undecided elements count nowhere but in `reached`
+    and as not finite. candidates: None where every threshold is known; censuses: per expert, None where not
     asked for."""
 
     kept: tuple[int, ...]
+    reached: tuple[int, ...]
     unkept: int
     overflow: int
     repaired: int
