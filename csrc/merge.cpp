@@ -371,7 +371,7 @@ inline void count_score(const Expert& expert, uint32_t bits) {
     expert.census[2 * kExponents] += above;
 }
 
-// Sums the scores of expert t, but those of undecided elements, which append_undecided counts.
+// Sums the scores of expert t, but those of undecided elements, which `account` counts.
 template <typename Acc>
 void take_census(const MergeArgs& args, int t, int64_t offset, int n, Block<Acc>& block) {
     const Expert& expert = args.experts[t];
@@ -418,61 +418,67 @@ void pick(const Operand& x, int64_t offset, const int32_t* at, int m, uint8_t* o
     }
 }
 
-// What an expert's scores of undecided elements count, m of them with inputs w, h and base.
-template <bool HasBase>
-void account(const MergeArgs& args, int t, int m, const float* w, const float* h, const float* base,
-             MergeStats& stats) {
-    const Expert& expert = args.experts[t];
-    Candidates& c = *args.candidates;
-    float s[kBlock];
-    int32_t kept = 0;
-    for (int j = 0; j < m; ++j) {
-        s[j] = score<HasBase>(h[j], w[j], base[j], expert.score_scale);
-        kept += s[j] >= expert.threshold ? 1 : 0;
-    }
-    stats.kept[t] -= kept;
-    int64_t reached = 0, n_steps = c.n_steps[t];
-    const uint32_t lowest = bit_cast<uint32_t>(expert.threshold), span = expert.span;
-    for (int j = 0; j < m; ++j) {
-        const bool usable = is_finite(w[j]) & is_curvature(h[j]) & is_finite(base[j]);
-        const float used = usable & (s[j] > 0.0f) ? s[j] : 0.0f;  // as usable_score
-        const uint32_t step = bit_cast<uint32_t>(used) - lowest;
-        reached += used >= expert.threshold ? 1 : 0;
-        if (span) {
-            c.steps[t][n_steps] = step;
-            n_steps += step < span ? 1 : 0;
-        }
-        if (expert.census && step >= span) count_score(expert, bit_cast<uint32_t>(used));
-    }
-    stats.reached[t] += reached;
-    c.n_steps[t] = n_steps;
-}
-
-// Appends the block's undecided elements to the candidates, and takes back that experts kept them.
+// Appends the block's undecided elements to the candidates.
 template <typename Acc>
-void append_undecided(const MergeArgs& args, int64_t offset, int n, Block<Acc>& block, MergeStats& stats) {
+void append_undecided(const MergeArgs& args, int64_t offset, int n, Block<Acc>& block) {
     int32_t at[kBlock + kLanes];
     const int m = positions_of_ones(block.undecided, n, at);
     Candidates& c = *args.candidates;
-    float base[kBlock];
-    for (int j = 0; j < m; ++j) {
-        c.index[c.count + j] = static_cast<uint32_t>(offset + at[j]);
-        base[j] = static_cast<float>(block.base[at[j]]);
-    }
+    for (int j = 0; j < m; ++j) c.index[c.count + j] = static_cast<uint32_t>(offset + at[j]);
     if (args.has_base) pick(args.base, offset, at, m, c.base + item_size(args.base.dtype) * c.count);
     for (int t = 0; t < args.n_experts; ++t) {
         const Expert& expert = args.experts[t];
-        uint8_t* picked = c.weights[t] + item_size(expert.weights.dtype) * c.count;
-        pick(expert.weights, offset, at, m, picked);
-        const float* w = load({picked, expert.weights.dtype}, 0, m, block.weight_room);
+        pick(expert.weights, offset, at, m, c.weights[t] + item_size(expert.weights.dtype) * c.count);
+        if (expert.curvature.kind == CurvatureKind::uniform) continue;
         const float* h = load(expert.curvature, offset, n, block.curvature_room);
-        float picked_h[kBlock];
-        float* curvature = expert.curvature.kind == CurvatureKind::uniform ? picked_h : c.curvature[t] + c.count;
-        for (int j = 0; j < m; ++j) curvature[j] = h[at[j]];
-        args.has_base ? account<true>(args, t, m, w, curvature, base, stats)
-                      : account<false>(args, t, m, w, curvature, base, stats);
+        for (int j = 0; j < m; ++j) c.curvature[t][c.count + j] = h[at[j]];
     }
     c.count += m;
+}
+
+// Of n candidates from `offset` on, what expert t's scores count: takes back that it kept them.
+template <bool HasBase>
+void account(const MergeArgs& args, int t, int64_t offset, int n, MergeStats& stats) {
+    const Expert& expert = args.experts[t];
+    Candidates& c = *args.candidates;
+    float base_room[kBlock], weight_room[kBlock], curvature_room[kBlock], used[kBlock];
+    const float* base = HasBase ? load({c.base, args.base.dtype}, offset, n, base_room) : nullptr;
+    const float* w = load({c.weights[t], expert.weights.dtype}, offset, n, weight_room);
+    const float* h = c.curvature[t] + offset;
+    if (expert.curvature.kind == CurvatureKind::uniform) h = load(expert.curvature, offset, n, curvature_room);
+    int32_t kept = 0, reached = 0;
+    for (int j = 0; j < n; ++j) {
+        const float b = HasBase ? base[j] : 0.0f, s = score<HasBase>(h[j], w[j], b, expert.score_scale);
+        const bool usable = is_finite(w[j]) & is_curvature(h[j]) & is_finite(b);
+        used[j] = usable & (s > 0.0f) ? s : 0.0f;  // as usable_score
+        kept += s >= expert.threshold ? 1 : 0;
+        reached += used[j] >= expert.threshold ? 1 : 0;
+    }
+    stats.kept[t] -= kept;
+    stats.reached[t] += reached;
+    const uint32_t lowest = bit_cast<uint32_t>(expert.threshold), span = expert.span;
+    if (span) {
+        int64_t n_steps = c.n_steps[t];
+        for (int j = 0; j < n; ++j) {
+            const uint32_t step = bit_cast<uint32_t>(used[j]) - lowest;
+            c.steps[t][n_steps] = step;
+            n_steps += step < span ? 1 : 0;
+        }
+        c.n_steps[t] = n_steps;
+    }
+    if (expert.census)
+        for (int j = 0; j < n; ++j)
+            if (bit_cast<uint32_t>(used[j]) - lowest >= span) count_score(expert, bit_cast<uint32_t>(used[j]));
+}
+
+// The candidates' scores: at the end, because a block alone has too few of them for a loop to be worth it.
+void account(const MergeArgs& args, MergeStats& stats) {
+    const int64_t count = args.candidates->count;
+    for (int64_t offset = 0; offset < count; offset += kBlock) {
+        const int n = static_cast<int>(count - offset < kBlock ? count - offset : kBlock);
+        for (int t = 0; t < args.n_experts; ++t)
+            args.has_base ? account<true>(args, t, offset, n, stats) : account<false>(args, t, offset, n, stats);
+    }
 }
 
 // Takes back what undecided elements counted when they were stored.
@@ -524,7 +530,7 @@ void merge_tile(const MergeArgs& args, MergeStats& stats) {
                     args.has_base ? disjoint_sum<true>(expert, view, block)
                                   : disjoint_sum<false>(expert, view, block);
                 });
-        if (args.candidates) append_undecided(args, offset, n, block, stats);
+        if (args.candidates) append_undecided(args, offset, n, block);
         for (int t = 0; t < args.n_experts; ++t)
             if (args.experts[t].census) take_census(args, t, offset, n, block);
         combine(args, offset, n, block, stats);
@@ -533,6 +539,7 @@ void merge_tile(const MergeArgs& args, MergeStats& stats) {
         stats.overflow += beyond;
         if (beyond && args.candidates) uncount_overflow(args, n, block, stats);
     }
+    if (args.candidates) account(args, stats);
     for (int t = 0; t < args.n_experts; ++t) stats.reached[t] += stats.kept[t];
 }
 

@@ -43,7 +43,7 @@ def bracket_share(elements: int) -> float:
 
 
 def bracket_of(selection: Selection, scores: np.ndarray) -> Bracket | None:
-    """The bracket of a selection, from sampled scores float32[clusters, CLUSTER]; None where so many scores
+    """The bracket of a selection, from sampled scores float32[clusters, elements]; None where so many scores
     lie close together that it would not be worth it.
 
     The elements of a cluster are alike, so that the error is estimated between clusters.

@@ -28,7 +28,7 @@ from .planning import DEFAULT_MEMORY_LIMIT, PROCESS_BYTES
 from .pool import Pool, default_threads
 from .recipe import Recipe
 from .roles import DETAILED_ROLES, detailed_role, layer_of
-from .sampling import CLUSTER, sample
+from .sampling import CLUSTER, are_cached, sample
 from .survey import Survey, score_scale_of
 from .tensors import TensorInputs
 from .tiling import units
@@ -131,7 +131,7 @@ class _Target:
 
 
 class _Sample:
-    """One expert's sampled scores, float32[clusters, CLUSTER], and where they expect its thresholds."""
+    """One expert's sampled scores, float32[clusters, elements], and where they expect its thresholds."""
 
     def __init__(self, rows: np.ndarray) -> None:
         self.rows = np.abs(rows)  # no -0, whose bits are not those of 0
@@ -392,7 +392,7 @@ class _Search:
         return [_united([b[:each] for b in of_expert]) for of_expert in brackets], expected
 
     def _sample(self) -> list[np.ndarray]:
-        """Scores of random runs, float32[clusters, CLUSTER] per expert; a batch of tensors at a time."""
+        """Scores of random runs, float32[clusters, elements] per expert; a batch of tensors at a time."""
         bytes_per_cluster = CLUSTER * (
             8 * self.experts + 64
         )  # the parts and their whole; one expert in order
@@ -401,11 +401,11 @@ class _Search:
         def scores(tile: TensorInputs) -> list[np.ndarray]:
             return [self.backend.scores(tile, t, _terms(tile, t))[0] for t in range(self.experts)]
 
-        found = []
+        spread, found = are_cached([b for t in self.tensors for b in t.buffers]), []
         for batch in _batches(self.tensors, self.elements // _SAMPLE_BATCHES):
             prepared = [self.survey.prepare(tensor, self.pool.run) for tensor in batch]
             count = math.ceil(runs * sum(t.numel for t in batch) / self.elements)
-            found.append(sample(prepared, count, scores, self.pool.run, release))
+            found.append(sample(prepared, count, scores, self.pool.run, release, spread))
         return [np.concatenate(of_expert) for of_expert in zip(*found, strict=True)]
 
     def _fits(self, wanted: list[np.ndarray], expected: float) -> bool:

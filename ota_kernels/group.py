@@ -17,12 +17,13 @@ from . import decide
 from .backends.stats import Candidates, MergeStats
 from .candidates import Held, Store
 from .factors import Map
-from .formula import ExpertTerms, Terms, close, is_open, score_bits
+from .formula import ExpertTerms, Terms, close, is_open, score_bits, score_of_bits
 from .tally import Tally
 from .tensors import TensorInputs
 from .tiling import Segment
 
 _BINS = 1 << 16
+_FEW = 1 << 24  # scores in a bracket that are held in memory
 _BATCH = 1 << 20  # scores that are counted at once
 
 
@@ -89,8 +90,11 @@ class Group:
         """Expert t's threshold: the least kept score of the k largest, or of the share of mass; None where it
         lies outside the bracket."""
         selection, lowest = self._selections[t], terms.threshold
-        counts, lows = self._histogram(t, lowest, -1)
-        wanted, above, inside = self._account(t, terms, decide.available(selection, counts, lows))
+        listed, histogram = sum(p.held.steps[t] for p in self.parts), None
+        if selection.rule == "mass" or listed > _FEW:
+            histogram = self._histogram(t, lowest, -1)
+            listed = decide.available(selection, *histogram)
+        wanted, above, inside = self._account(t, terms, listed)
         if wanted == 0:
             return decide.KEEP_NOTHING
         rest = wanted - above
@@ -100,7 +104,9 @@ class Group:
             return lowest if lowest == decide.SMALLEST else None
         if terms.span == 0:
             return lowest
-        digit = decide.digit_of_rest(selection, rest, counts, lows)
+        if histogram is None:
+            return self._largest(t, lowest, rest)
+        digit = decide.digit_of_rest(selection, rest, *histogram)
         return decide.second_digit(selection, digit, self._histogram(t, lowest, digit.prefix)[0])
 
     def _account(self, t: int, terms: ExpertTerms, listed: int) -> tuple[int, int, int]:
@@ -116,6 +122,12 @@ class Group:
         at_most, above = map(decide.total_mass, np.split(census[:-1], 2))
         inside = listed if terms.span else tied * decide.mass(np.float32([terms.threshold]))
         return decide.wanted(selection, 0, at_most + above + listed), above, inside
+
+    def _largest(self, t: int, lowest: float, rest: int) -> float:
+        """The rest-th largest score in expert t's bracket."""
+        steps = np.concatenate([self._store.steps(p.held, p.tensor, t) for p in self.parts])
+        step = np.partition(steps, len(steps) - rest)[len(steps) - rest]
+        return score_of_bits(score_bits(lowest) + int(step))
 
     def _histogram(self, t: int, lowest: float, prefix: int) -> tuple[np.ndarray, np.ndarray]:
         """Of the scores in expert t's bracket, as a backend's `histogram`."""

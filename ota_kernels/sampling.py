@@ -1,15 +1,17 @@
 """A small stratified sample of scores, from which a threshold is bracketed.
 
-Tensors are laid end to end on one line and the line is cut into equal strata. Each stratum gives a cluster:
-short runs of neighbouring elements, spread over a window at a random place. Rows and columns of a matrix are
-alike in their curvature, so that many short runs say more than few long ones; a window is read at once, so
-that many runs in it cost little more than one. What is sampled decides how much work a selection is, never
-its result.
+Tensors are laid end to end on one line and the line is cut into equal strata. Each stratum gives a cluster of
+short runs of neighbouring elements. Rows and columns of a matrix are alike in their curvature, so that many
+short runs say more than few long ones, and those far apart more than those of one row: from memory, and from
+files that the page cache holds, a cluster is one run. A disk would read a page for each run: there a cluster
+is many runs, spread over a window that is read at once. What is sampled decides how much work a selection
+is, never its result.
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -20,31 +22,32 @@ from .factors import CHUNK, Map
 from .tensors import Buffer, Full, TensorInputs
 
 RUN = 16  # elements of a run: one cache line of float32
-RUNS = 16  # of a cluster
-CLUSTER = RUN * RUNS  # elements of a cluster
+RUNS = 16  # of a window
+CLUSTER = RUN * RUNS  # elements of a window's runs
+_PROBES = 64  # pages that tell whether files are cached
 _STEP = 512  # elements between runs: a window spans 8192
 
 Scores = Callable[[TensorInputs], Sequence[np.ndarray]]  # a gathered tile -> float32[n] per expert
 
 
-def clusters(sizes: Sequence[int], count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(tensor number, int64[count']; flat indices at which runs begin, int64[count', RUNS]) of one cluster in
+def clusters(sizes: Sequence[int], count: int, runs: int = RUNS) -> tuple[np.ndarray, np.ndarray]:
+    """(tensor number, int64[count']; flat indices at which runs begin, int64[count', runs]) of one cluster in
     each of `count` strata, in order. sizes: elements of each tensor; runs of small ones overlap."""
     sizes = np.asarray(sizes, np.int64)
     ends = np.cumsum(sizes)
     total = int(ends[-1]) if len(ends) else 0
     count = min(count, total)
     if count == 0:
-        return np.zeros(0, np.int64), np.zeros((0, RUNS), np.int64)
+        return np.zeros(0, np.int64), np.zeros((0, runs), np.int64)
     random = np.random.default_rng(count)
     place = ((np.arange(count) + random.random(count)) * (total / count)).astype(np.int64)
     index = np.searchsorted(ends, np.minimum(place, total - 1), side="right")
     numel = sizes[index]
-    step = np.clip(numel // RUNS, 1, _STEP)
+    step = np.clip(numel // runs, 1, _STEP)
     window = place - (ends - sizes)[index]
-    window = np.maximum(np.minimum(window, numel - RUNS * step), 0)
-    offsets = random.random((count, RUNS)) * np.maximum(step - RUN, 1)[:, None]
-    starts = window[:, None] + np.arange(RUNS) * step[:, None] + offsets.astype(np.int64)
+    window = np.maximum(np.minimum(window, numel - runs * step), 0)
+    offsets = random.random((count, runs)) * np.maximum(step - RUN, 1)[:, None]
+    starts = window[:, None] + np.arange(runs) * step[:, None] + offsets.astype(np.int64)
     return index, np.maximum(np.minimum(starts, (numel - RUN)[:, None]), 0)
 
 
@@ -54,31 +57,48 @@ def sample(
     scores: Scores,
     run: Map,
     release: Callable[[TensorInputs], None] | None = None,
+    spread: bool = True,
 ) -> list[np.ndarray]:
-    """Scores of `count` clusters over all tensors, float32[count', CLUSTER] per expert.
+    """Scores of `count` * RUNS runs over all tensors, float32[clusters, elements] per expert.
 
-    release: given where mapped pages may not stay. Windows are then read from the files, and only what is no
-    file is mapped, and released piece by piece.
+    release: given where mapped pages may not stay. Runs are then read from the files, and only what is no
+    file is mapped, and released piece by piece. spread: one run in a cluster; else RUNS runs in a window.
     """
-    index, starts = clusters([t.numel for t in tensors], count)
+    runs = 1 if spread else RUNS
+    index, starts = clusters([t.numel for t in tensors], count * RUNS // runs, runs)
     changes = (np.diff(index) != 0) | (np.diff(starts[:, 0] // CHUNK) != 0)
     bounds = [0, *(np.flatnonzero(changes) + 1).tolist(), len(index)]
 
     def of_piece(part: tuple[int, int]) -> Sequence[np.ndarray]:
         begin, end = part
         tensor, of_part = tensors[index[begin]], starts[begin:end].reshape(-1)
-        gathered = gather_runs(tensor, of_part, from_files=release is not None)
+        gathered = gather_runs(tensor, of_part, together=0 if release is None else runs)
         if release is not None and any(b.offset < 0 for b in tensor.buffers):
             release(tensor.slice(int(of_part.min()), min(int(of_part.max()) + RUN, tensor.numel)))
         return scores(gathered)
 
     found = list(run(of_piece, itertools.pairwise(bounds)))
-    return [np.concatenate(of_expert).reshape(-1, CLUSTER) for of_expert in zip(*found, strict=True)]
+    return [np.concatenate(of_expert).reshape(-1, runs * RUN) for of_expert in zip(*found, strict=True)]
 
 
-def gather_runs(tensor: TensorInputs, starts: np.ndarray, from_files: bool) -> TensorInputs:
-    """The runs that begin at `starts` (int64[m]) as a tile of m * RUN elements. A tensor shorter than a run
-    is repeated."""
+def are_cached(buffers: Sequence[Buffer]) -> bool:
+    """Whether the page cache holds what buffers of files show, as far as a few of their pages tell."""
+    of_files = [b for b in buffers if b.offset >= 0 and b.data.size]
+    step = max(1, len(of_files) // _PROBES)
+    return all(_is_cached(b, b.data.size // (2 + i % 7)) for i, b in enumerate(of_files[::step]))
+
+
+def _is_cached(buffer: Buffer, position: int) -> bool:
+    with open(buffer.origin, "rb", buffering=0) as file:
+        try:
+            return os.preadv(file.fileno(), [bytearray(1)], buffer.offset + position, os.RWF_NOWAIT) == 1
+        except (OSError, AttributeError):  # it would wait; or the file system, or the platform, cannot tell
+            return False
+
+
+def gather_runs(tensor: TensorInputs, starts: np.ndarray, together: int) -> TensorInputs:
+    """The runs that begin at `starts` (int64[m]) as a tile of m * RUN elements; so many `together` with one
+    read of a file, 0: from mapped pages. A tensor shorter than a run is repeated."""
 
     def places() -> np.ndarray:
         return (starts[:, None] + np.arange(RUN)).reshape(-1) % tensor.numel
@@ -87,8 +107,8 @@ def gather_runs(tensor: TensorInputs, starts: np.ndarray, from_files: bool) -> T
         return tensor.gather(places())
 
     def gathered(buffer: Buffer) -> Buffer:
-        if from_files and buffer.offset >= 0:
-            return native.read_runs(buffer, starts, RUN, RUNS)
+        if together and buffer.offset >= 0:
+            return native.read_runs(buffer, starts, RUN, together)
         return native.gather_runs(buffer, starts, RUN)
 
     return replace(

@@ -24,7 +24,7 @@ from .errors import InputError, RecipeError
 from .factors import CHUNK, as_float32
 from .functional import buffer_of
 from .pool import Pool, default_threads
-from .sampling import CLUSTER, RUN, clusters
+from .sampling import RUN, RUNS, clusters
 from .tensors import Buffer
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -136,8 +136,8 @@ class _Bracket:
 
 def _brackets(scores: Buffer, positions: Iterable[int]) -> list[_Bracket]:
     """From a sample of clusters."""
-    _, starts = clusters([len(scores)], cluster_count(len(scores)))
-    sample = _values(native.gather_runs(scores, starts.reshape(-1), RUN)).reshape(-1, CLUSTER)
+    _, starts = clusters([len(scores)], RUNS * cluster_count(len(scores)), 1)
+    sample = _values(native.gather_runs(scores, starts.reshape(-1), RUN)).reshape(-1, RUN)
     ascending = np.sort(sample, axis=None)
     return [_bracket(ascending, sample, position, len(scores)) for position in positions]
 

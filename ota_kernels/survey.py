@@ -32,7 +32,7 @@ from .formula import (
 from .norms import edit_norm
 from .recipe import Recipe
 from .roles import EMBEDDING, role_of
-from .sampling import sample
+from .sampling import are_cached, sample
 from .tensors import Full, TensorInputs, Uniform
 from .tiling import units
 
@@ -156,7 +156,8 @@ class Survey:
         if experts:
             # What is sampled from a small tensor is merged next, while its pages are still mapped.
             release = self._release if elements > _MAPPED else None
-            sampled = sample(tensors, cluster_count(elements), scores, run, release)
+            spread = release is None or are_cached([b for t in tensors for b in t.buffers])
+            sampled = sample(tensors, cluster_count(elements), scores, run, release, spread)
             of_expert = [(self.selections[t], s) for t, s in zip(experts, sampled, strict=True)]
             for t, bracket in zip(experts, run(lambda pair: bracket_of(*pair), of_expert), strict=True):
                 found[t] = bracket

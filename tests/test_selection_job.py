@@ -104,6 +104,15 @@ def test_model_scope_is_the_merge_with_these_thresholds(models, tmp_path, expect
     assert again["tensors"] == report["tensors"]
 
 
+@pytest.mark.parametrize("options", [{}, {"candidates_memory": 0}], ids=str)
+@pytest.mark.parametrize("scope", SCOPES)
+def test_brackets_of_more_scores_than_memory_holds(models, tmp_path, expected, monkeypatch, scope, options):
+    monkeypatch.setattr("ota_kernels.group._FEW", 0)
+    monkeypatch.setattr("ota_kernels.group._BATCH", 1000)
+    report = merge(recipe_of(models, scope), tmp_path / "out", **options)
+    assert_as_expected(tmp_path / "out", report, expected[scope])
+
+
 @pytest.fixture
 def misplaced_brackets(monkeypatch):
     """Brackets of the right width above the thresholds."""
