@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import math
 import os
-import re
-import zipfile
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..dtypes import BY_NAME, DType
 from ..errors import InputError
 from ..tensors import Buffer
+from . import torchfile
 from .header import quoted
-from .reader import FILE_SUFFIX, INDEX_SUFFIX, Checkpoint, MappedMemory, fingerprint
+from .reader import FILE_SUFFIX, INDEX_SUFFIX, Checkpoint, fingerprint
 
 _MOMENT = "exp_avg_sq"
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -191,16 +188,7 @@ class _TorchCurvature(CurvatureFile):
         self._moments, self._states = {}, {}
 
     def _load(self) -> dict[Any, Any]:
-        import torch
-
-        if not os.path.isfile(self.path):
-            raise InputError(f"{self.label}: {self.path}: no such file")
-        try:
-            _check_archive(self.path)
-            content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:
-            # A hostile pickle or archive can fail anywhere inside torch or zipfile, with any exception.
-            raise InputError(f"{self.label}: {self.path}: {_load_failure(error)}") from error
+        content = torchfile.load(self.path, self.label)
         if not isinstance(content, dict) or not isinstance(content.get("state"), dict):
             raise InputError(
                 f"{self.label}: {self.path}: not an optimizer file, "
@@ -221,12 +209,7 @@ class _TorchCurvature(CurvatureFile):
 
     def _check_plain(self, name: str, moment: Any) -> None:
         """Only a dense tensor in one piece of the file can be viewed without a copy."""
-        import torch
-
-        plain = (
-            type(moment) is torch.Tensor and moment.layout is torch.strided and moment.device.type == "cpu"
-        )
-        if not plain or moment.is_quantized or not moment.is_contiguous():
+        if not torchfile.is_plain(moment):
             raise InputError(
                 f"{self.label}: {self.path}: {_MOMENT} of {quoted(name)} is not a plain contiguous tensor"
             )
@@ -241,9 +224,7 @@ class _TorchCurvature(CurvatureFile):
         return str(self._moments[key].dtype).removeprefix("torch.")
 
     def _buffer(self, key: str) -> Buffer:
-        moment = self._moments[key]
-        mapped = np.asarray(MappedMemory(moment, moment.data_ptr(), moment.nbytes))
-        return Buffer(mapped, BY_NAME[self._dtype_name(key)], str(self.path))
+        return torchfile.buffer(self._moments[key], self.path)
 
     def _step_and_beta2(self, key: str) -> tuple[float, float]:
         step = self._number(self._states[key].get("step"), f"step of {quoted(key)}")
@@ -258,20 +239,3 @@ class _TorchCurvature(CurvatureFile):
         if len(values) > 1:
             raise InputError(f"{self.label}: {self.path}: bias_correction: param_groups differ in beta2")
         return values.pop()
-
-
-def _check_archive(path: Path) -> None:
-    """BadZipFile unless all entries are stored: torch may map compressed bytes and call them moments."""
-    with zipfile.ZipFile(path) as archive:
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-            raise zipfile.BadZipFile
-
-
-def _load_failure(error: Exception) -> str:
-    text = str(error)
-    refused = re.search(r"(?:unsupported GLOBAL|Unsupported global: GLOBAL) (\S+)", text)
-    if refused:
-        return f"would run code to load ({refused[1]}): save plain tensors, or use safetensors"
-    if isinstance(error, zipfile.BadZipFile):
-        return "not a complete, uncompressed torch file: torch.save it again, or use safetensors"
-    return f"torch cannot load it: {' '.join(text.split())[:200]}"

@@ -1,4 +1,4 @@
-"""What a checkpoint's reader finds: second moments by parameter name, in pieces that are read when written."""
+"""What a reader of checkpoints finds: second moments by name, in pieces that are read when written."""
 
 from __future__ import annotations
 

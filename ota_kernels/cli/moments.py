@@ -1,0 +1,129 @@
+"""`ota-merge moments`: second moments, out of checkpoints and on the screen."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from ..moments import Overview, Summary
+
+_WIDTH = 100
+_LISTED = 5  # names that a line lists before it says how many more there are
+_FORMATS = ("auto", "torch", "trainer", "deepspeed", "deepspeed-universal", "dcp")
+
+
+@click.group()
+def moments() -> None:
+    """Get second moments out of checkpoints, and look at them."""
+
+
+@moments.command()
+@click.argument("checkpoint", type=click.Path(), metavar="CHECKPOINT")
+@click.argument("out", type=click.Path(), metavar="OUT.safetensors")
+@click.option(
+    "--model",
+    type=click.Path(),
+    metavar="MODEL_DIR",
+    help="The trained model: names, shapes, order of parameters.  [default: CHECKPOINT, if it has one]",
+)
+@click.option(
+    "--format",
+    "format_name",
+    type=click.Choice(_FORMATS),
+    default="auto",
+    show_default=True,
+    help="What CHECKPOINT is.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace OUT.")
+def extract(checkpoint: str, out: str, model: str | None, format_name: str, overwrite: bool) -> None:
+    """Write Adam's second moments in CHECKPOINT, a folder or a file, to OUT.safetensors.
+
+    OUT is what `preconditioner_path` in a recipe takes; it appears only when it is complete and every value
+    was checked.
+    """
+    from .. import moments as package
+
+    summary = package.extract(checkpoint, out, model, format_name, overwrite)
+    for line in _summary_lines(summary, out):
+        click.echo(line)
+
+
+@moments.command()
+@click.argument("file", type=click.Path(), metavar="FILE")
+@click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
+def show(file: str, as_json: bool) -> None:
+    """Show the second moments in FILE: each tensor's range, zeros and size."""
+    from .. import moments as package
+
+    overview = package.show(file)
+    if as_json:
+        click.echo(json.dumps(overview.as_dict(), indent=2, allow_nan=False))
+    else:
+        _print_table(overview, file)
+
+
+def _summary_lines(summary: Summary, out: str) -> list[str]:
+    from ..units import format_bytes, format_count
+
+    lines = [
+        f"extracted {summary.format} into {out}: {summary.tensors} tensors, "
+        f"{format_count(summary.elements)} parameters, {format_bytes(summary.nbytes)}",
+        "  " + ", ".join(_number(name, summary) for name in ("step", "beta2")),
+    ]
+    if summary.step is None or summary.beta2 is None:
+        lines.append("  without both, a recipe cannot ask for bias_correction of this file")
+    if summary.missing:
+        names = [f"{name} ({reason})" for name, reason in summary.missing.items()]
+        lines.append(
+            f"  no second moments for {len(names)} of {summary.parameters} parameters: {_listed(names)}"
+        )
+    if summary.extra:
+        lines.append(f"  not in the model: {_listed(summary.extra)}")
+    return lines
+
+
+def _number(name: str, summary: Summary) -> str:
+    if name in summary.varying:
+        return f"{name} differs between parameters"
+    value = getattr(summary, name)
+    return f"{name} unknown" if value is None else f"{name} {value:g}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
+def _print_table(overview: Overview, file: str) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from ..units import format_bytes, format_count
+
+    # A table that is cut to a narrow terminal loses digits; one that wraps does not.
+    console = Console(width=max(Console().width, _WIDTH), highlight=False)
+    said = (("from", overview.source_format), ("step", overview.step), ("beta2", overview.beta2))
+    facts = [f"{name} {value}" for name, value in said if value is not None]
+    size = format_bytes(sum(tensor.nbytes for tensor in overview.tensors))
+    header = ", ".join([f"{file}: {len(overview.tensors)} tensors", size, *facts])
+    console.print(escape(header), soft_wrap=True)
+    table = Table(box=None, padding=(0, 0, 0, 1), pad_edge=False)
+    table.add_column("tensor", overflow="fold")
+    for heading in ("shape", "dtype", "min", "median", "max", "zeros", "size"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for tensor in overview.tensors:
+        values = (tensor.minimum, tensor.median, tensor.maximum)
+        table.add_row(
+            escape(tensor.name),
+            " x ".join(map(str, tensor.shape)) or "scalar",
+            tensor.dtype,
+            *("-" if value is None else f"{value:.3g}" for value in values),
+            format_count(tensor.zeros),
+            format_bytes(tensor.nbytes),
+        )
+    console.print(table)

@@ -1,0 +1,175 @@
+"""DeepSpeed ZeRO checkpoints of stages 1, 2 and 3: second moments out of the flat partitions of all ranks.
+
+Which element is whose is not written beside the values. It follows from the order and shapes of parameters in
+the model's file, and is taken only where every partition has the size that they imply and, in checkpoints
+that list places (param_slice_mappings), where every parameter lies where DeepSpeed itself says.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from ..errors import InputError
+from ..io.header import quoted
+from ..io.reader import Checkpoint
+from ..tensors import Buffer
+from . import zero_files
+from .source import Moment, Piece, Source
+from .state import State, cut, read_once
+from .zero_files import LABEL, ModelStates, Shape, with_aliases
+from .zero_flat import Fragment, concatenated, share_size, spread
+from .zero_rank import Rank
+from .zero_universal import read_universal, recognise_universal
+
+__all__ = ["read_universal", "read_zero", "recognise_universal", "recognise_zero"]
+
+_MOMENT = "exp_avg_sq"
+_POINTER = "latest"
+
+
+def recognise_zero(path: Path) -> bool:
+    """Whether `path` holds ZeRO optimizer files, or a file `latest` that names the folder of them."""
+    return zero_files.has_optimizer_files(path) or os.path.isfile(path / _POINTER)
+
+
+def read_zero(path: Path, model: Checkpoint | None) -> Source:
+    """The second moments of a checkpoint folder, or of the step that its file `latest` names.
+
+    model: a parameter that shares another's values gets moments of its own where the model stores it too.
+    Raises InputError for files that are missing, damaged or of different steps, for tensor, pipeline and
+    expert parallelism, and where sizes do not fit.
+    """
+    folder = path if zero_files.has_optimizer_files(path) else zero_files.latest_folder(path, _POINTER)
+    ranks = [Rank.load(file) for file in zero_files.optimizer_files(folder)]
+    states = zero_files.model_states(folder)
+    _check_ranks(ranks, states, folder)
+    moments: dict[str, Moment] = {}
+    skipped = dict.fromkeys(states.frozen, "frozen")
+    for index, shapes in enumerate(states.groups):
+        partitions = [rank.partition(index) for rank in ranks]
+        reason = _absence(partitions, index, folder)
+        if reason is None:
+            moments |= _group_moments(ranks, partitions, index, shapes)
+        else:
+            skipped |= dict.fromkeys(shapes, reason)
+    return Source("deepspeed", with_aliases(moments, states, model), skipped)
+
+
+def _check_ranks(ranks: Sequence[Rank], states: ModelStates, folder: Path) -> None:
+    """Raise InputError unless the files are those of all ranks of one run."""
+    if len({(rank.spreads, rank.is_lean) for rank in ranks}) > 1:
+        raise InputError(f"{LABEL}: {folder}: files of different ZeRO stages: remove the older run's files")
+    for rank in ranks:
+        counts = rank.partition_counts
+        if max(counts) > len(ranks):
+            raise zero_files.missing_rank(folder, len(ranks))
+        if min(counts) < len(ranks):
+            raise InputError(
+                f"{rank.where}: {min(counts)} ranks share some parameters, {len(ranks)} there are: "
+                "experts spread over ranks and sharing within sub-groups are not supported"
+            )
+        if rank.group_count != len(states.groups):
+            raise InputError(
+                f"{rank.where}: has {rank.group_count} flat groups, {states.path.name} {len(states.groups)}: "
+                "they are not of one checkpoint"
+            )
+
+
+def _absence(partitions: Sequence[State | None], index: int, folder: Path) -> str | None:
+    """Why a group has no second moments; None where it has. Raises InputError where the ranks differ."""
+    present = {partition is not None and _MOMENT in partition for partition in partitions}
+    if len(present) > 1:
+        raise InputError(f"{LABEL}: {folder}: only some ranks have {_MOMENT} of group {index}: save it again")
+    if present == {True}:
+        return None
+    return "never stepped" if partitions[0] is None else f"only {', '.join(partitions[0].keys)}"
+
+
+def _group_moments(
+    ranks: Sequence[Rank], partitions: Sequence[State], index: int, shapes: Mapping[str, Shape]
+) -> dict[str, Moment]:
+    """The moments of flat group `index`, by name. Raises InputError where sizes or steps do not fit."""
+    buffers = [partition.buffer(_MOMENT) for partition in partitions]
+    sizes = [len(buffer) for buffer in buffers]
+    numels = {name: math.prod(shape) for name, shape in shapes.items()}
+    locate = _locate_spread if ranks[0].spreads else _locate_concatenated
+    fragments = locate(ranks, index, numels, sizes)
+    step, *others = (rank.step(index, partition) for rank, partition in zip(ranks, partitions, strict=True))
+    if any(other != step for other in others):
+        raise InputError(
+            f"{ranks[0].where}: other ranks' files are of another step: save the checkpoint again"
+        )
+    return {
+        name: Moment(name, shape, tuple(_pieces(fragments[name], buffers)), step, ranks[0].beta2(index))
+        for name, shape in shapes.items()
+    }
+
+
+def _locate_spread(
+    ranks: Sequence[Rank], index: int, numels: Mapping[str, int], sizes: Sequence[int]
+) -> dict[str, list[Fragment]]:
+    """Fragments under ZeRO-3, where partitions are shares in a row and nothing else."""
+    expected = sum(share_size(numel, len(ranks)) for numel in numels.values())
+    for rank, size in zip(ranks, sizes, strict=True):
+        if size != expected:
+            raise _misfit(rank, index, size, f"the shares of its parameters are {expected}")
+    return spread(numels, len(ranks))
+
+
+def _locate_concatenated(
+    ranks: Sequence[Rank], index: int, numels: Mapping[str, int], sizes: Sequence[int]
+) -> dict[str, list[Fragment]]:
+    """Fragments under ZeRO-1 and 2, where partitions are one row with padding behind it."""
+    gaps = ranks[0].gaps(index, len(numels))
+    row = sum(numels.values()) + sum(gaps)
+    total = sum(sizes)
+    paddings = [rank.padding(index) for rank in ranks]
+    # Old files do not say: padding fills the row up to a multiple of twice the ranks.
+    most = 2 * len(ranks) - 1
+    fits = 0 <= total - row <= most if None in paddings else total - row == sum(paddings)
+    if not fits:
+        raise _misfit(ranks[-1], index, total, f"its parameters are {row}, padding {quoted(paddings)}")
+    if not ranks[0].is_lean and len(set(sizes)) > 1:
+        raise _misfit(ranks[-1], index, sizes[-1], f"the first rank's is {sizes[0]}")
+    fragments = concatenated(numels, gaps, sizes)
+    for number, rank in enumerate(ranks):
+        _check_listed(rank, index, number, fragments)
+    return fragments
+
+
+def _check_listed(rank: Rank, index: int, number: int, fragments: Mapping[str, list[Fragment]]) -> None:
+    """Raise InputError if DeepSpeed lists another place for some parameter in this rank's partition."""
+    listed = rank.listed_fragments(index)
+    if listed is None:
+        return
+    found = {
+        name: (fragment.offset, fragment.numel)
+        for name, parts in fragments.items()
+        for fragment in parts
+        if fragment.rank == number
+    }
+    if listed != found:
+        name = next(name for name in (*found, *listed) if found.get(name) != listed.get(name))
+        raise InputError(
+            f"{rank.where}: param_slice_mappings has {quoted(name)} at {listed.get(name)} of group {index}, "
+            f"the model's file at {found.get(name)} (start, elements): they are not of one checkpoint"
+        )
+
+
+def _misfit(rank: Rank, index: int, size: int, expected: str) -> InputError:
+    return InputError(
+        f"{rank.where}: {_MOMENT} of group {index} has {size} elements where {expected}: "
+        "the files are damaged or not of one checkpoint"
+    )
+
+
+def _pieces(fragments: Sequence[Fragment], buffers: Sequence[Buffer]) -> Iterator[Piece]:
+    """Pieces of one parameter, in its order."""
+    for part in fragments:
+        stored = buffers[part.rank].slice(part.offset, part.offset + part.numel)
+        for start, stop in cut(part.numel):
+            yield Piece(part.start + start, stop - start, partial(read_once, stored.slice(start, stop)))

@@ -1,0 +1,268 @@
+"""Distributed checkpoints: written by torch on two ranks, read without a process group."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.multiprocessing as mp
+from torch import nn
+
+from ota_kernels.errors import InputError
+from ota_kernels.moments.dcp import read_dcp, recognise_dcp
+
+RANKS = 2
+STEPS = 3
+BETA2S = {"matrix": 0.99, "vector": 0.95}
+
+
+class Model(nn.Module):
+    """Rows that two ranks cannot share evenly, a matrix of one row, and a layer that the loss ignores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 6)
+        self.state = nn.Linear(6, 7)
+        self.out = nn.Linear(7, 1, bias=False)
+        self.idle = nn.Linear(6, 6, bias=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.tanh(self.state(self.embed(tokens)))).mean()
+
+
+def adam(model: nn.Module) -> torch.optim.Optimizer:
+    parameters = list(model.parameters())
+    return torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters if p.dim() > 1], "betas": (0.9, BETA2S["matrix"])},
+            {"params": [p for p in parameters if p.dim() == 1], "betas": (0.9, BETA2S["vector"])},
+        ],
+        lr=1e-2,
+    )
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> None:
+    generator = torch.Generator().manual_seed(rank)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        model(torch.randint(0, 11, (8,), generator=generator)).backward()
+        optimizer.step()
+
+
+def write_checkpoints(rank: int, port: int, folder: str) -> None:
+    """What one rank does: FSDP2 training, then a save in every layout; rank 0 keeps the gathered state."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=RANKS)
+    torch.manual_seed(0)
+    mesh = init_device_mesh("cpu", (RANKS,))
+    model = fully_shard(Model(), mesh=mesh)
+    optimizer = adam(model)
+    train(model, optimizer, rank)
+    live = {
+        name: optimizer.state[parameter]["exp_avg_sq"].full_tensor()
+        for name, parameter in model.named_parameters()
+        if parameter in optimizer.state
+    }
+    if rank == 0:
+        torch.save(live, f"{folder}/live.pt")
+    nested = get_optimizer_state_dict(model, optimizer)
+    flat = get_optimizer_state_dict(
+        model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True)
+    )
+    dcp.save({"optimizer": nested}, checkpoint_id=f"{folder}/accelerate/optimizer_0")
+    dcp.save({"optimizer": flat, "model": model.state_dict()}, checkpoint_id=f"{folder}/titan")
+    dcp.save(nested, checkpoint_id=f"{folder}/bare")
+    columns = distribute_tensor(torch.arange(12.0).view(3, 4), mesh, [Shard(1)])
+    dcp.save({"optim": {"state": {"w": {"exp_avg_sq": columns}}}}, checkpoint_id=f"{folder}/columns")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("dcp")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(write_checkpoints, (port, str(folder)), nprocs=RANKS)
+    return folder
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    """A small checkpoint of one process, to be damaged."""
+    state = {"w": {"exp_avg_sq": torch.arange(6.0).view(2, 3), "step": torch.tensor(2.0)}}
+    dcp.save({"optimizer": {"state": state}}, checkpoint_id=tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def values(moment) -> np.ndarray:
+    ends = [0]
+    for piece in moment.pieces:
+        assert piece.start == ends[-1]
+        ends.append(piece.start + piece.numel)
+    assert ends[-1] == np.prod(moment.shape)
+    return np.concatenate([piece.read() for piece in moment.pieces]).reshape(moment.shape)
+
+
+@pytest.mark.parametrize("layout", ["accelerate", "titan", "bare"])
+def test_moments_are_those_of_the_live_optimizer(written, layout):
+    live = torch.load(written / "live.pt")
+    assert recognise_dcp(written / layout)
+    source = read_dcp(written / layout, None)
+    assert source.format == "dcp"
+    found = {moment.name: moment for moment in source.moments}
+    assert set(found) == set(live)
+    assert source.skipped == {"idle.weight": "never stepped"}
+    for name, expected in live.items():
+        np.testing.assert_array_equal(values(found[name]), expected.numpy())
+        kind = "matrix" if expected.dim() > 1 else "vector"
+        assert (found[name].step, found[name].beta2) == (STEPS, BETA2S[kind])
+
+
+def test_shards_of_rows_are_read_one_by_one(written):
+    (embed,) = (m for m in read_dcp(written / "bare", None).moments if m.name == "embed.weight")
+    # 11 rows over two ranks: 6 and 5.
+    assert [(piece.start, piece.numel) for piece in embed.pieces] == [(0, 36), (36, 30)]
+
+
+def test_shards_of_columns_are_put_together(written):
+    (moment,) = read_dcp(written / "columns", None).moments
+    assert [piece.numel for piece in moment.pieces] == [12]
+    np.testing.assert_array_equal(values(moment), np.arange(12, dtype=np.float32).reshape(3, 4))
+    assert (moment.step, moment.beta2) == (None, None)
+
+
+def test_param_groups_of_one_list(tmp_path, monkeypatch):
+    """As torch < 2.4 stored them."""
+    monkeypatch.setattr(dcp._version, "_derived_version", "2_3")
+    state = {
+        "state": {"a": {"exp_avg_sq": torch.ones(3, dtype=torch.bfloat16), "step": 4}},
+        "param_groups": [{"params": ["a", "b"], "betas": (0.9, 0.98)}],
+    }
+    dcp.save(state, checkpoint_id=tmp_path)
+    assert "param_groups" in dcp.FileSystemReader(tmp_path).read_metadata().state_dict_metadata
+    source = read_dcp(tmp_path, None)
+    (moment,) = source.moments
+    assert (moment.name, moment.step, moment.beta2) == ("a", 4, 0.98)
+    assert values(moment).dtype == np.float32
+    assert source.skipped == {"b": "never stepped"}
+
+
+@pytest.mark.parametrize("name", ["empty", "file"])
+def test_other_paths_are_not_recognised(tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_bytes(b"")
+    assert not recognise_dcp(tmp_path / name)
+    with pytest.raises(InputError, match=r"holds neither \.metadata nor optimizer_0/"):
+        read_dcp(tmp_path / name, None)
+
+
+class Bomb:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.write_text, (self.path, "boom"))
+
+
+def test_metadata_with_code_is_refused(saved, tmp_path):
+    (saved / ".metadata").write_bytes(pickle.dumps(Bomb(tmp_path / "boom")))
+    with pytest.raises(InputError, match=r"\.metadata: .*would run code to load") as error:
+        read_dcp(saved, None)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "boom").exists()
+
+
+def test_an_object_with_code_is_refused(tmp_path):
+    state = {"state.a.exp_avg_sq": torch.ones(3), "state.a.step": Bomb(tmp_path / "boom")}
+    dcp.save(state, checkpoint_id=tmp_path / "saved")
+    with pytest.raises(InputError, match=r"state\.a\.step.*cannot be read"):
+        read_dcp(tmp_path / "saved", None)
+    assert not (tmp_path / "boom").exists()
+
+
+def test_metadata_of_another_kind_is_refused(saved):
+    (saved / ".metadata").write_bytes(pickle.dumps({"state_dict_metadata": {}}))
+    with pytest.raises(InputError, match="not the metadata of a torch distributed checkpoint"):
+        read_dcp(saved, None)
+
+
+def test_a_missing_shard_is_named(saved):
+    (shard,) = saved.glob("*.distcp")
+    shard.unlink()
+    with pytest.raises(InputError, match=rf"{shard.name}: no such file: copy the files of all ranks"):
+        read_dcp(saved, None)
+
+
+def test_a_truncated_shard_is_named(saved):
+    (shard,) = saved.glob("*.distcp")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(InputError, match=rf"{shard.name}: has \d+ bytes, not \d+: is cut short"):
+        read_dcp(saved, None)
+
+
+def test_damaged_bytes_are_an_error_when_they_are_read(saved):
+    (shard,) = saved.glob("*.distcp")
+    content = bytearray(shard.read_bytes())
+    metadata = dcp.FileSystemReader(saved).read_metadata()
+    index = next(i for i in metadata.storage_data if i.fqn == "optimizer.state.w.exp_avg_sq")
+    start = metadata.storage_data[index].offset
+    content[start : start + 64] = bytes(64)
+    shard.write_bytes(content)
+    (moment,) = read_dcp(saved, None).moments
+    with pytest.raises(InputError, match=r"exp_avg_sq.*cannot be read"):
+        values(moment)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda entry: entry.chunks.clear(), "its parts have 0 elements"),
+        (lambda entry: setattr(entry, "size", torch.Size((2, 2))), r"is not in \[2, 2\]"),
+    ],
+    ids=["no parts", "part outside"],
+)
+def test_parts_that_do_not_fit_are_refused(saved, change, message):
+    metadata = dcp.FileSystemReader(saved).read_metadata()
+    change(metadata.state_dict_metadata["optimizer.state.w.exp_avg_sq"])
+    (saved / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(InputError, match=message):
+        read_dcp(saved, None)
+
+
+def test_parts_that_overlap_leave_nan(saved):
+    """Two parts over each other add up to the tensor, but not every element has a value."""
+    metadata = dcp.FileSystemReader(saved).read_metadata()
+    key = "optimizer.state.w.exp_avg_sq"
+    entry = metadata.state_dict_metadata[key]
+    entry.chunks.append(entry.chunks[0])
+    entry.size = torch.Size((4, 3))
+    (saved / ".metadata").write_bytes(pickle.dumps(metadata))
+    (moment,) = read_dcp(saved, None).moments
+    assert np.isnan(values(moment)[2:]).all()
+
+
+def test_parameters_by_number_are_refused(tmp_path):
+    dcp.save({"optimizer": {"state": {"0": {"exp_avg_sq": torch.ones(3)}}}}, checkpoint_id=tmp_path)
+    with pytest.raises(InputError, match="keyed by number, not by name: save what get_optimizer_state_dict"):
+        read_dcp(tmp_path, None)
+
+
+def test_a_model_alone_is_refused(tmp_path):
+    dcp.save({"model": {"w": torch.ones(3)}}, checkpoint_id=tmp_path)
+    with pytest.raises(InputError, match="holds no optimizer state with exp_avg_sq"):
+        read_dcp(tmp_path, None)
