@@ -1,0 +1,176 @@
+"""A tile in device memory, as the kernels want it, and the table of addresses and numbers they read."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import triton.language as tl
+
+from ..stats import NonFinite
+
+ALIGNMENT = 16  # bytes of the widest load
+WARPS = 4
+
+
+def block_size(threads_of_warp: int) -> int:
+    """Elements of a program's block: 8 per thread, one 16-byte load of 16-bit weights."""
+    return 8 * threads_of_warp * WARPS
+
+
+BLOCK = block_size(64 if torch.version.hip else 32)
+
+TYPES = {
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+_EXACT_IN_BF16 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@dataclass(frozen=True, slots=True)
+class Rank1:
+    """Curvature rows[i] * columns[j] of a matrix. rows: float32[m]; columns: float32[k], divided by the
+    total; start: flat index of the tile's first element."""
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+    start: int = 0
+
+    def full(self, n: int) -> torch.Tensor:
+        """The first n elements, float32[n]."""
+        index = torch.arange(self.start, self.start + n, device=self.rows.device)
+        return self.rows[index // self.columns.numel()] * self.columns[index % self.columns.numel()]
+
+
+def low_rank(left: torch.Tensor, right: torch.Tensor, start: int, n: int) -> torch.Tensor:
+    """Curvature max(0, left @ right) of the elements [start, start + n) of a matrix, float32[n], summed in
+    the order of the other backends. left: float32[m, r], right: float32[r, k]."""
+    index = torch.arange(start, start + n, device=left.device)
+    row, column = index // right.shape[1], index % right.shape[1]
+    h = torch.zeros(n, device=left.device)
+    for r in range(right.shape[0]):
+        h = h + left[row, r] * right[r, column]
+    return torch.where(h > 0, h, 0.0)
+
+
+Curvature = torch.Tensor | Rank1 | None  # one value per element; factors; 1 everywhere
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceTile:
+    """The inputs of one tile, contiguous tensors on one device.
+
+    base: [n], None where the method has none; experts: [n] each; curvatures: one per expert.
+    """
+
+    base: torch.Tensor | None
+    experts: tuple[torch.Tensor, ...]
+    curvatures: tuple[Curvature, ...]
+
+    @property
+    def numel(self) -> int:
+        return self.experts[0].numel()
+
+    @property
+    def device(self) -> torch.device:
+        return self.experts[0].device
+
+    def expert(self, t: int) -> DeviceTile:
+        """The tile of expert t alone."""
+        return DeviceTile(self.base, self.experts[t : t + 1], self.curvatures[t : t + 1])
+
+
+def unified(tile: DeviceTile) -> DeviceTile:
+    """The same values with one element type for all weights, one form and type for all curvature: kernels are
+    compiled for those. What differs is widened without loss, in a copy; models seldom differ.
+
+    Rows shorter than a block need a division per element: their rank-1 curvature is written out.
+    """
+    base = None if tile.base is None else _widened(tile.base)
+    experts = _one_type(tuple(map(_widened, tile.experts)))
+    forms = {type(c) for c in tile.curvatures}
+    narrow = any(isinstance(c, Rank1) and c.columns.numel() < BLOCK for c in tile.curvatures)
+    if len(forms) == 1 and not narrow:
+        curvatures = _one_type(tile.curvatures) if forms == {torch.Tensor} else tile.curvatures
+        return DeviceTile(base, experts, curvatures)
+    return DeviceTile(base, experts, _one_type(tuple(written_out(c, tile) for c in tile.curvatures)))
+
+
+def _widened(x: torch.Tensor) -> torch.Tensor:
+    return x.bfloat16() if x.dtype in _EXACT_IN_BF16 else x
+
+
+def _one_type(tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    found = {x.dtype for x in tensors}
+    if len(found) == 1:
+        return tensors
+    wide = torch.float64 if torch.float64 in found else torch.float32
+    return tuple(x.to(wide) for x in tensors)
+
+
+def written_out(c: Curvature, tile: DeviceTile) -> torch.Tensor:
+    """One curvature value per element of the tile: [n]."""
+    if c is None:
+        return torch.ones(tile.numel, device=tile.device)
+    return c.full(tile.numel) if isinstance(c, Rank1) else c
+
+
+def is_aligned(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether 16-byte loads may be used on all of them."""
+    return all(x.data_ptr() % ALIGNMENT == 0 for x in tensors)
+
+
+def launches(n: int) -> Iterator[tuple[int, int, bool]]:
+    """(first block, blocks, whether it is the tail) of the launches that cover n elements: full blocks, then
+    the rest. Only the tail has a mask: it would turn all 16-byte loads into loads of single elements."""
+    full = n // BLOCK
+    if full:
+        yield 0, full, False
+    if n % BLOCK:
+        yield full, 1, True
+
+
+def addresses(tile: DeviceTile, columns: Sequence[torch.Tensor | None] = ()) -> list[int]:
+    """The kernels' table for a unified tile: weights; curvatures, or row sums; column shares; `columns`."""
+
+    def address(x: torch.Tensor | None) -> int:
+        return 0 if x is None else x.data_ptr()
+
+    rank1 = [c for c in tile.curvatures if isinstance(c, Rank1)]
+    values = [c.rows for c in rank1] or tile.curvatures
+    shares = [c.columns for c in rank1] or [None] * len(tile.experts)
+    return [address(x) for x in (*tile.experts, *values, *shares, *columns)]
+
+
+def upload(table: Sequence[int], numbers: Sequence[float], device: torch.device) -> tuple:
+    """The kernels' table and numbers on the device: int64, and float64, which holds every float32 exactly."""
+    words = np.array(table, np.int64).tobytes() + np.array(numbers, np.float64).tobytes()
+    return _upload(words, len(table), device)
+
+
+@functools.lru_cache(maxsize=64)  # tiles of a ring have the same addresses again and again
+def _upload(data: bytes, n_addresses: int, device: torch.device) -> tuple:
+    words = torch.from_numpy(np.frombuffer(data, np.int64).copy()).to(device)
+    return words[:n_addresses], words[n_addresses:].view(torch.float64)
+
+
+def nonfinite(tile: DeviceTile) -> tuple[NonFinite, ...]:
+    """The inputs that cannot be used, in plain torch: kernels only tell whether there may be any."""
+    found = []
+    if tile.base is not None:
+        found.append(_count("base", -1, ~torch.isfinite(tile.base.float())))
+    for t, (w, c) in enumerate(zip(tile.experts, tile.curvatures, strict=True)):
+        found.append(_count("weights", t, ~torch.isfinite(w.float())))
+        if c is not None:
+            h = written_out(c, tile)
+            found.append(_count("curvature", t, ~(torch.isfinite(h) & (h >= 0))))
+    return tuple(x for x in found if x.count)
+
+
+def _count(role: str, t: int, bad: torch.Tensor) -> NonFinite:
+    return NonFinite(role, t, int(bad.sum()), int(bad.byte().argmax()) if bad.numel() else -1)

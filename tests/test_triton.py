@@ -1,0 +1,330 @@
+"""The Triton kernels against the reference: equal decisions and counts, values within the tolerance.
+
+They run on a GPU where there is one, else under Triton's interpreter, which must be chosen before Triton is
+imported: then one test runs this file's classes in a process of their own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from models import OUTPUT_DTYPES, Experts, buffer, decode, merge_tile, random_experts
+from tolerances import assert_close
+
+from ota_kernels.backends import reference
+from ota_kernels.backends import triton as backend
+from ota_kernels.formula import ExpertTerms, Formula, Terms, score_bits, score_scale
+from ota_kernels.tensors import Full, LowRank, Rank1, TensorInputs, Uniform
+
+RUNS_HERE = backend.verify()[0]
+
+
+@pytest.mark.skipif(RUNS_HERE, reason="the tests below run in this process")
+def test_under_the_interpreter():
+    command = [sys.executable, "-W", "ignore", "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(
+        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
+
+
+def terms_of(tile: TensorInputs, formula: Formula, quantile: float = 0.6, **of_expert) -> Terms:
+    """Terms whose thresholds keep about 1 - quantile of each expert's edits."""
+    experts = []
+    for t in range(len(tile.experts)):
+        e = ExpertTerms(
+            score_scale=score_scale(tile.base is not None), weight_scale=2.0**40 * (t + 1), **of_expert
+        )
+        scores, _ = reference.scores(tile, t, e)
+        kept = float(np.quantile(scores, quantile)) if len(scores) else 0.0
+        experts.append(replace(e, threshold=float(np.float32(kept))))
+    return Terms(formula, 1e-26 * 2.0**40, tuple(experts))
+
+
+def operand_of(tile: TensorInputs, terms: Terms) -> np.ndarray:
+    """The largest magnitude that is added up, as `tolerances` wants it."""
+
+    def values(b) -> np.ndarray:
+        return decode(b.data, b.dtype.name, (tile.numel,))
+
+    base = np.zeros(tile.numel) if tile.base is None else values(tile.base)
+    factor = abs(terms.formula.lambda_) * max(e.edit_scale for e in terms.experts)
+    found = [np.abs(base)]
+    for w in map(values, tile.experts):
+        found += [np.abs(w), factor * np.abs(w - base)]
+    return np.max(found, axis=0)
+
+
+def check(tile: TensorInputs, terms: Terms) -> None:
+    """Both backends agree on everything that they report, exactly, and on the values within tolerance."""
+    expected, truth = merge_tile(tile, terms, reference)
+    merged, stats = merge_tile(tile, terms, backend)
+    for name in ("kept", "reached", "unkept", "overflow", "repaired", "nonfinite"):
+        assert getattr(stats, name) == getattr(truth, name), name
+    for census, other in zip(stats.censuses, truth.censuses, strict=True):
+        np.testing.assert_array_equal(census, other)
+    assert (stats.candidates is None) == (truth.candidates is None)
+    final = np.ones(tile.numel, bool)
+    if truth.candidates is not None:
+        np.testing.assert_array_equal(stats.candidates.positions, truth.candidates.positions)
+        for one, other in zip(stats.candidates.steps, truth.candidates.steps, strict=True):
+            np.testing.assert_array_equal(one, other)
+        for one, other in zip(
+            stats.candidates.operands.buffers, truth.candidates.operands.buffers, strict=True
+        ):
+            assert one.data.tobytes() == other.data.tobytes()
+        final[truth.candidates.positions] = False
+    dtype = tile.out_dtype.name
+    one, other = (decode(x, dtype, (tile.numel,))[final] for x in (merged, expected))
+    assert_close(dtype, one, other, operand_of(tile, terms)[final], len(tile.experts))
+
+
+FORMULAS = {
+    "precond": Formula(),
+    "unmasked": Formula(masked=False),
+    "power-1": Formula(power=1.0),
+    "power-0.3": Formula(power=0.3),
+    "lambda": Formula(lambda_=-0.7),
+    "weights-unmasked": Formula(mask_weights=False),
+    "mean": Formula(fallback_to_base=False),
+    "linear": Formula(curvature_weights=False, denominator=3.0),
+    "linear-mean": Formula(curvature_weights=False, denominator=3.0, fallback_to_base=False),
+    "ties": Formula(curvature_weights=False, denominator=3.0, elect_signs=True),
+    "repair": Formula(repair_nonfinite=True),
+}
+
+
+class TestMerge:
+    __test__ = RUNS_HERE
+
+    @pytest.mark.parametrize("out_dtype", OUTPUT_DTYPES)
+    @pytest.mark.parametrize("formula", FORMULAS)
+    def test_formulas(self, formula, out_dtype):
+        tile = random_experts(1, (900,)).inputs(out_dtype)
+        check(tile, terms_of(tile, FORMULAS[formula]))
+
+    @pytest.mark.parametrize("formula", ["precond", "unmasked", "mean", "linear", "ties"])
+    def test_without_a_base(self, formula):
+        tile = random_experts(2, (1030,), base_dtype=None).inputs("bfloat16")
+        check(tile, terms_of(tile, FORMULAS[formula]))
+
+    @pytest.mark.parametrize("n", [1, 15, 1024, 1025, 2048 + 7])
+    @pytest.mark.parametrize("formula", ["precond", "ties"])
+    def test_sizes(self, formula, n):
+        tile = random_experts(3, (n,)).inputs("float32")
+        check(tile, terms_of(tile, FORMULAS[formula]))
+
+    @pytest.mark.parametrize(
+        ("n_experts", "formula"),
+        [
+            *itertools.product([1, 2, 5], ["precond", "mean", "ties", "repair"]),
+            *itertools.product([16, 17], ["mean", "ties"]),
+            (64, "precond"),
+        ],
+    )
+    def test_numbers_of_experts(self, n_experts, formula):
+        tile = random_experts(4, (200,), n_experts).inputs("bfloat16")
+        check(tile, terms_of(tile, FORMULAS[formula], 0.9))
+
+    @pytest.mark.parametrize(
+        "dtypes",
+        [("float32",), ("float16",), ("float64",), ("float8_e4m3fn", "bfloat16"), ("float16", "float32")],
+        ids="-".join,
+    )
+    def test_types(self, dtypes):
+        experts = random_experts(
+            5, (300,), dtypes=dtypes, base_dtype="float16", curvature_dtypes=("bfloat16", "float16")
+        )
+        tile = experts.inputs("float32")
+        check(tile, terms_of(tile, Formula()))
+
+    @pytest.mark.parametrize("shape", [(3, 1024), (2, 1500), (3, 1301), (40, 33)], ids=str)
+    @pytest.mark.parametrize("form", ["rank1", "low-rank", "uniform", "mixed"])
+    def test_forms_of_curvature(self, form, shape):
+        """Whole matrices and tiles of them that begin and end within rows."""
+        rng = np.random.default_rng(6)
+        rows, columns = (np.float32(rng.random(k) * 1e-6) for k in shape)
+        rank1 = Rank1(rows, columns)
+        factors = (np.float32(rng.normal(size=size)) for size in ((shape[0], 2), (2, shape[1])))
+        forms = {
+            "rank1": (rank1,) * 3,
+            "low-rank": (LowRank(*factors),) * 3,
+            "uniform": (Uniform(),) * 3,
+            "mixed": (rank1, Uniform(), Full(buffer(torch.rand(shape)))),
+        }  # fmt: skip
+        whole = replace(random_experts(6, shape).inputs("bfloat16"), curvatures=forms[form])
+        for start, stop in ((0, whole.numel), (700, whole.numel - 5)):
+            tile = whole.slice(start, stop)
+            check(tile, terms_of(tile, Formula()))
+
+    def test_heavy_ties(self):
+        """Scores of four values: those that equal the threshold are kept."""
+        rng = np.random.default_rng(7)
+        base = torch.zeros(900)
+        experts = tuple(torch.as_tensor(rng.integers(-1, 3, 900), dtype=torch.float32) for _ in range(3))
+        tile = Experts(base, experts, (torch.ones(900),) * 3).inputs("float32")
+        for threshold in (0.0, 1.0, 4.0):
+            e = ExpertTerms(threshold * 2.0**64, score_scale(True))
+            check(tile, Terms(Formula(), 1e-26, (e,) * 3))
+
+    def test_thresholds_that_keep_all_and_nothing(self):
+        tile = random_experts(8, (600,)).inputs("bfloat16")
+        terms = terms_of(tile, Formula())
+        for threshold in (0.0, np.nan, np.inf):
+            check(tile, replace(terms, experts=tuple(replace(e, threshold=threshold) for e in terms.experts)))
+
+    @pytest.mark.parametrize("trim", [0.0, 0.004])
+    def test_trim_and_rescaled_edits(self, trim):
+        tile = random_experts(9, (600,)).inputs("float32")
+        check(tile, terms_of(tile, FORMULAS["ties"], 0.3, trim=trim, edit_scale=1.7))
+        check(tile, terms_of(tile, FORMULAS["precond"], 0.3, edit_scale=0.0))
+
+    def test_subnormal_scores(self):
+        """Saliencies whose scores are float32 subnormals are ordered too."""
+        n = 500
+        h = torch.full((n,), 1e-44)
+        d = torch.linspace(1e-10, 4e-9, n)
+        tile = Experts(torch.zeros(n), (d,), (h,)).inputs("float32")
+        scores, _ = backend.scores(tile, 0, ExpertTerms(score_scale=score_scale(True)))
+        assert 0 < np.median(scores) < np.finfo(np.float32).tiny
+        np.testing.assert_array_equal(
+            scores, reference.scores(tile, 0, ExpertTerms(score_scale=score_scale(True)))[0]
+        )
+        check(tile, terms_of(tile, Formula()))
+
+    @pytest.mark.parametrize("repair", [False, True])
+    @pytest.mark.parametrize("formula", ["precond", "unmasked", "ties"])
+    @pytest.mark.parametrize(
+        "bad",
+        [("base", np.nan), ("experts", np.inf), ("curvatures", np.nan), ("curvatures", -1e-30)],
+        ids=str,
+    )
+    def test_values_that_are_not_finite(self, bad, formula, repair):
+        role, value = bad
+        experts = random_experts(10, (900,), dtypes=("float32",), base_dtype="float32")
+        target = experts.base if role == "base" else getattr(experts, role)[1]
+        target[[3, 600, 890]] = value
+        tile = experts.inputs("float32")
+        terms = terms_of(tile, replace(FORMULAS[formula], repair_nonfinite=repair))
+        truth = merge_tile(tile, terms, reference)[1]
+        assert [(x.count, x.first) for x in truth.nonfinite] == [(3, 3)]
+        stats = merge_tile(tile, terms, backend)[1]
+        assert stats.nonfinite == truth.nonfinite
+        if repair:
+            check(tile, terms)
+
+    @pytest.mark.parametrize("census", [False, True])
+    @pytest.mark.parametrize("form", ["full", "rank1", "uniform"])
+    def test_brackets(self, form, census):
+        """What lies inside is reported with its operands, the rest is counted."""
+        tile = random_experts(11, (2, 1300), dtypes=("bfloat16",)).inputs("bfloat16")
+        if form != "full":
+            rank1 = Rank1(np.float32([1e-9, 3e-9]), np.float32(np.linspace(0.1, 1, 1300)))
+            tile = replace(tile, curvatures=(rank1 if form == "rank1" else Uniform(),) * 3)
+        tile = tile.slice(800, 2500)
+        terms = terms_of(tile, Formula(), census=census)
+        experts = []
+        for t, e in enumerate(terms.experts):  # the lowest score of a bracket, and the first above it, occur
+            scores = np.sort(reference.scores(tile, t, e)[0])
+            lowest, above = (float(scores[int(q * len(scores))]) for q in (0.6, 0.8))
+            span = 0 if t == 1 else score_bits(above) - score_bits(lowest)
+            experts.append(replace(e, threshold=lowest, span=span))
+        terms = replace(terms, experts=tuple(experts))
+        assert 0 < len(merge_tile(tile, terms, reference)[1].candidates.positions) < tile.numel
+        check(tile, terms)
+
+    def test_overflow_is_counted(self):
+        experts = random_experts(12, (1100,), 1, dtypes=("float32",), base_dtype="float32")
+        tile = Experts(experts.base, (experts.experts[0] * 1e6,), experts.curvatures).inputs("float16")
+        terms = terms_of(tile, Formula())
+        assert merge_tile(tile, terms, reference)[1].overflow > 0
+        check(tile, terms)
+
+    def test_unaligned_slices_give_the_same_bytes(self):
+        from ota_kernels.backends.triton.merge_kernel import Variant, merge
+        from ota_kernels.backends.triton.tiles import DeviceTile
+
+        experts = random_experts(13, (1101,))
+        tile = experts.inputs("bfloat16")
+        terms = terms_of(tile, Formula())
+        to = backend.device()
+        whole = DeviceTile(experts.base.to(to), tuple(w.to(to) for w in experts.experts),
+                           tuple(h.to(to) for h in experts.curvatures))  # fmt: skip
+        out = torch.full((1101,), torch.nan, dtype=torch.bfloat16, device=to)
+        merge(whole, terms, out)
+        part = DeviceTile(
+            whole.base[1:], tuple(w[1:] for w in whole.experts), tuple(h[1:] for h in whole.curvatures)
+        )
+        moved = torch.full_like(out, torch.nan)[1:]
+        assert Variant.of(whole, terms, out).aligned
+        assert not Variant.of(part, terms, moved).aligned
+        merge(part, terms, moved)
+        assert torch.equal(moved, out[1:])
+
+    def test_nothing(self):
+        tile = random_experts(14, (5,)).inputs("bfloat16")
+        check(tile.slice(2, 2), terms_of(tile, Formula()))
+
+
+class TestSurvey:
+    __test__ = RUNS_HERE
+
+    @pytest.mark.parametrize("has_base", [True, False])
+    def test_scores_and_edits(self, has_base):
+        experts = random_experts(20, (1100,), base_dtype="bfloat16" if has_base else None)
+        experts.experts[1][[5, 1050]] = torch.nan
+        tile = experts.inputs("bfloat16")
+        for t in range(3):
+            e = terms_of(tile, Formula()).experts[t]
+            for one in ("scores", "edits"):
+                found, bad = getattr(backend, one)(tile, t, e)
+                expected, truth = getattr(reference, one)(tile, t, e)
+                np.testing.assert_array_equal(found, expected)
+                assert bad == truth
+                assert bool(bad) == (t == 1)
+
+    @pytest.mark.parametrize("of_edits", [False, True])
+    def test_histograms(self, of_edits):
+        tile = random_experts(21, (1500,)).inputs("bfloat16")
+        e = terms_of(tile, Formula()).experts[0]
+        found, expected = (np.ones((2, 1 << 16), np.int64) for _ in range(2))
+        backend.histogram(tile, 0, e, of_edits, -1, *found)
+        reference.histogram(tile, 0, e, of_edits, -1, *expected)
+        np.testing.assert_array_equal(found, expected)
+        prefix = int(expected[0][1:].argmax()) + 1
+        backend.histogram(tile, 0, e, of_edits, prefix, *found)
+        reference.histogram(tile, 0, e, of_edits, prefix, *expected)
+        np.testing.assert_array_equal(found, expected)
+
+    @pytest.mark.parametrize("power", [0.5, 1.0, 0.3, 2.0])
+    def test_power_sum(self, power):
+        experts = random_experts(22, (1100,), 1)
+        experts.curvatures[0][7] = -1.0
+        tile = experts.inputs("bfloat16")
+        found, bad = backend.power_sum(tile, 0, power)
+        expected, truth = reference.power_sum(tile, 0, power)
+        assert found == pytest.approx(expected, rel=1e-14)
+        assert bad == truth != ()
+
+    def test_row_and_column_sums(self):
+        v = torch.rand(130, 70)
+        v[3, 5], v[100, 69] = -1.0, torch.nan
+        row_sums, column_sums = np.full(130, np.nan), np.ones(70)
+        backend.row_column_sums(buffer(v), row_sums, column_sums)
+        usable = torch.where(v >= 0, v, 0.0).double().numpy()
+        np.testing.assert_allclose(row_sums, usable.sum(1), rtol=1e-14)
+        np.testing.assert_allclose(column_sums, usable.sum(0) + 1, rtol=1e-14)
+
+    def test_gram_matrix(self):
+        from ota_kernels.backends.triton.survey_kernels import gram
+
+        x = torch.randn(4, 1100)
+        found = gram(tuple(row.to(backend.device()) for row in x)).cpu()
+        torch.testing.assert_close(found, x.double() @ x.double().T, rtol=1e-14, atol=1e-12)
