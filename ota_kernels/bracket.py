@@ -34,7 +34,7 @@ class Bracket:
 def cluster_count(elements: int) -> int:
     """How many clusters to sample of so many elements: sampling costs time in proportion to their number, and
     candidates to the root of its inverse. The windows of large models are at most 1 % of their elements."""
-    return max(1, int(min(elements ** (2 / 3) / 80, max(3_000, elements / 800_000))))
+    return max(1, int(min(elements ** (2 / 3) / 80, max(2_000, elements / 800_000))))
 
 
 def bracket_share(elements: int) -> float:
