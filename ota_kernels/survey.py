@@ -33,7 +33,7 @@ from .norms import edit_norm
 from .recipe import Recipe
 from .roles import EMBEDDING, role_of
 from .sampling import sample
-from .tensors import Full, TensorInputs, Uniform
+from .tensors import Full, Log8, TensorInputs, Uniform
 from .tiling import units
 
 _BINS = 1 << 16
@@ -256,7 +256,7 @@ class Survey:
         return total * self._gain(tile, t)
 
     def _gain(self, tile: TensorInputs, t: int) -> float:
-        return self.models[t].scaling_factor * _bias(tile, t) ** -self.formula.power
+        return self.models[t].scaling_factor * tile.curvatures[t].bias_correction ** -self.formula.power
 
     def prepare(self, tensor: TensorInputs, run: Map) -> TensorInputs:
         """The tensor with low-rank curvature where the recipe asks for it (matrices only; rank r not for
@@ -269,7 +269,7 @@ class Survey:
     def _factor(self, tensor: TensorInputs, t: int, curvature, run: Map):
         rank = self.models[t].rank
         by_sums = self.models[t].rank1_approx
-        if not isinstance(curvature, Full) or not (by_sums or rank):
+        if not isinstance(curvature, Full | Log8) or not (by_sums or rank):
             return curvature
         if not by_sums and role_of(tensor.name, tensor.shape) == EMBEDDING:
             return curvature
@@ -280,9 +280,7 @@ class Survey:
         factors = (
             rank1(curvature, tensor.shape, run) if by_sums else low_rank(curvature, tensor.shape, rank, run)
         )
-        size = sum(
-            a.nbytes for a in ((factors.rows, factors.columns) if by_sums else (factors.left, factors.right))
-        )
+        size = sum(array.nbytes for array in factors.factors)
         if self._factor_bytes + size <= _FACTOR_CACHE_BYTES:
             self._factors[key] = factors
             self._factor_bytes += size
@@ -448,7 +446,7 @@ class Survey:
         elif bad.role == "weights":
             origin = tensor.experts[bad.expert].origin
         else:
-            origin = _origin(tensor.curvatures[bad.expert])
+            origin = tensor.curvatures[bad.expert].origin
         what = "negative or not finite" if bad.role == "curvature" else "not finite"
         kind = "curvature" if bad.role == "curvature" else "weight"
         hint = "; `on_nonfinite: base` would write the base value there" if tensor.base is not None else ""
@@ -492,15 +490,6 @@ class Survey:
         return selection.value if selection.rule == "threshold" else saliency_of_score(score)
 
 
-def _origin(curvature) -> str:
-    return curvature.values.origin if isinstance(curvature, Full) else "curvature"
-
-
-def _bias(tensor: TensorInputs, t: int) -> float:
-    curvature = tensor.curvatures[t]
-    return curvature.bias_correction if isinstance(curvature, Full) else 1.0
-
-
 def score_scale_of(tensor: TensorInputs, t: int) -> float:
     """score_scale of expert t's terms for a tensor or a tile of it."""
-    return score_scale(tensor.base is not None, _bias(tensor, t))
+    return score_scale(tensor.base is not None, tensor.curvatures[t].bias_correction)
