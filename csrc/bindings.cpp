@@ -62,7 +62,7 @@ ota::Curvature log8(const nb::tuple& spec, int64_t n) {
     c.n_columns = nb::cast<int64_t>(spec[2]);
     c.start = nb::cast<int64_t>(spec[3]);
     require(static_cast<int64_t>(codes.size()) == n, "as many codes as elements");
-    require(c.n_columns > 0 && c.start >= 0, "rows of no columns");
+    require((c.n_columns > 0 || n == 0) && c.start >= 0, "rows of no columns");
     require(static_cast<int64_t>(scales.size()) * c.n_columns >= c.start + n, "scales that end before the tile");
     c.codes = codes.data();
     c.rows = scales.data();
@@ -86,7 +86,7 @@ ota::Curvature curvature(const nb::tuple& spec, int64_t n) {
     c.rank = nb::cast<int64_t>(spec[3]);
     c.start = nb::cast<int64_t>(spec[4]);
     c.kind = nb::cast<bool>(spec[5]) ? ota::CurvatureKind::low_rank : ota::CurvatureKind::rank1;
-    require(c.n_columns > 0 && c.rank > 0 && c.start >= 0, "factors of no columns or no rank");
+    require((c.n_columns > 0 || n == 0) && c.rank > 0 && c.start >= 0, "factors of no columns or no rank");
     require(static_cast<int64_t>(columns.size()) == c.rank * c.n_columns, "column factors of the wrong size");
     require(static_cast<int64_t>(rows.size()) / c.rank * c.n_columns >= c.start + n,
             "row factors that end before the tile");

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from .backends import native
-from .tensors import Full, Log8, LowRank, Rank1
+from .tensors import Curvature, Full, Log8, LowRank, Rank1
 
 # Elements of one piece of work. Fixed, so that float64 sums do not depend on tiles, threads or memory.
 CHUNK = 1 << 20
@@ -30,21 +30,25 @@ def rank1(curvature: Full | Log8, shape: tuple[int, ...], run: Map) -> Rank1:
     """R_i C_j / sum(R) of a curvature matrix of `shape`."""
     rows, columns = row_column_sums(curvature, shape, run)
     with np.errstate(over="ignore"):  # infinity, which the kernels report
-        return Rank1.of_sums(
-            rows.astype(np.float32), columns.astype(np.float32), curvature.bias_correction
-        )
+        return Rank1.of_sums(rows.astype(np.float32), columns.astype(np.float32), curvature.bias_correction)
 
 
 def row_column_sums(
-    curvature: Full | Log8, shape: tuple[int, ...], run: Map
+    curvature: Full | Log8,
+    shape: tuple[int, ...],
+    run: Map,
+    release: Callable[[Curvature], None] = lambda part: None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(R float64[m], C float64[n]) of a curvature matrix of `shape`."""
+    """(R float64[m], C float64[n]) of a curvature matrix of `shape`. release: called with each part that was
+    read."""
     columns = shape[1]
 
     def sums(chunk: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         start, stop = chunk
         of_rows, of_columns = np.zeros(stop - start), np.zeros(columns)
-        native.row_column_sums(curvature.slice(start * columns, stop * columns), of_rows, of_columns)
+        part = curvature.slice(start * columns, stop * columns)
+        native.row_column_sums(part, of_rows, of_columns)
+        release(part)
         return of_rows, of_columns
 
     row_sums, column_sums = [], np.zeros(columns)

@@ -4,13 +4,15 @@
     level(c) = the float32 with the bits ((32 c - (m (45 - 11 m) >> 2)) << 16) + (64 << 23), m = c & 3
     level(0) = 0
 
-A code is a small float, 6 bits of exponent and 2 of significand, whose significands 1, 1.25, 1.5, 1.75 are bent
-to 128, 152, 181, 215 (of 128): of all significands of 8 bits these have the least largest ratio of neighbours,
-181/152, and lie where a lookup by 17 bits of v finds the nearest level. Decoding is integer arithmetic and one
-exact product, so that every backend gets the same float32, and no product is subnormal.
+A code is a small float, 6 bits of exponent and 2 of significand, whose significands 1, 1.25, 1.5, 1.75 are
+bent to 128, 152, 181, 215 of 128. Of all significands of 8 bits these have the least largest ratio of
+neighbours, 181/152, and 17 bits of v tell which is nearest. Decoding is integer arithmetic and one exact
+product, never subnormal, so that every backend gets the same float32.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import numpy as np
 
@@ -19,7 +21,7 @@ LARGEST_ERROR = 29 / 333  # (r - 1) / (r + 1) of neighbours of ratio r = 181/152
 _OCTAVES = 64
 _SIGNIFICANDS = (128, 152, 181, 215, 256)
 # Twice the significands midway between neighbours: there a nearest level changes.
-_MIDWAY = np.array([a + b for a, b in zip(_SIGNIFICANDS, _SIGNIFICANDS[1:], strict=False)])
+_MIDWAY = np.array([a + b for a, b in itertools.pairwise(_SIGNIFICANDS)])
 _SHIFT = 15  # bits of a float32 below those that tell its nearest level
 _LOWEST_SCALE, _HIGHEST_SCALE = BIAS, 254  # exponent bits: products are normal and finite
 

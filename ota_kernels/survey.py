@@ -33,7 +33,7 @@ from .norms import edit_norm
 from .recipe import Recipe
 from .roles import EMBEDDING, role_of
 from .sampling import sample
-from .tensors import Full, Log8, TensorInputs, Uniform
+from .tensors import Curvature, Full, Log8, TensorInputs, Uniform
 from .tiling import units
 
 _BINS = 1 << 16
@@ -114,7 +114,8 @@ class Survey:
         passes += 1 if self.formula.curvature_weights and p.normalise == "global" else 0
         passes += 2 if p.rescale else 0
         passes += 2 if self.formula.elect_signs and p.ties_density < 1 else 0
-        return passes + max((2 if m.rank else 1 for m in self.models if m.rank or m.rank1_approx), default=0)
+        factored = (t for t in range(len(self.models)) if any(self._is_factored(x, t) for x in self.tensors))
+        return passes + max((2 if self.models[t].rank else 1 for t in factored), default=0)
 
     def _surveyed_experts(self) -> list[int]:
         return [t for t, s in enumerate(self.selections) if s.surveyed] if self.model_scope else []
@@ -259,20 +260,23 @@ class Survey:
         return self.models[t].scaling_factor * tile.curvatures[t].bias_correction ** -self.formula.power
 
     def prepare(self, tensor: TensorInputs, run: Map) -> TensorInputs:
-        """The tensor with low-rank curvature where the recipe asks for it (matrices only; rank r not for
-        embeddings)."""
-        if len(tensor.shape) != 2 or tensor.numel == 0:
-            return tensor
+        """The tensor with low-rank curvature where the recipe asks for it."""
         changed = tuple(self._factor(tensor, t, c, run) for t, c in enumerate(tensor.curvatures))
         return replace(tensor, curvatures=changed)
 
-    def _factor(self, tensor: TensorInputs, t: int, curvature, run: Map):
-        rank = self.models[t].rank
-        by_sums = self.models[t].rank1_approx
-        if not isinstance(curvature, Full | Log8) or not (by_sums or rank):
+    def _is_factored(self, tensor: TensorInputs, t: int) -> bool:
+        """Whether the recipe asks for a low-rank form of expert t's curvature, which is none yet (matrices
+        only; rank r not for embeddings)."""
+        curvature, parameters = tensor.curvatures[t], self.models[t]
+        if len(tensor.shape) != 2 or tensor.numel == 0 or not isinstance(curvature, Full | Log8):
+            return False
+        by_rank = parameters.rank is not None and role_of(tensor.name, tensor.shape) != EMBEDDING
+        return parameters.rank1_approx or by_rank
+
+    def _factor(self, tensor: TensorInputs, t: int, curvature: Curvature, run: Map) -> Curvature:
+        if not self._is_factored(tensor, t):
             return curvature
-        if not by_sums and role_of(tensor.name, tensor.shape) == EMBEDDING:
-            return curvature
+        rank, by_sums = self.models[t].rank, self.models[t].rank1_approx
         key = (tensor.name, t)
         if key in self._factors:
             return self._factors[key]

@@ -48,8 +48,9 @@ class Buffer:
 class Curvature:
     """h_t of a tensor or of one tile of it, in one of the forms below.
 
-    bias_correction: what h_t must be divided by (1 - beta2^step; 1 where it is used as it is); origin: what an
-    error calls it; buffers: those with one value per element; factors: arrays beside them, of the whole tensor.
+    bias_correction: what h_t must be divided by (1 - beta2^step; 1 where it is used as it is); origin: what
+    an error calls it; buffers: those with one value per element; factors: arrays beside them, which slices
+    share.
     """
 
     __slots__ = ()

@@ -55,10 +55,10 @@ def curvature(c: Curvature, n: int) -> torch.Tensor:
         return _decode(c.values, torch.float32)
     if isinstance(c, Log8):
         row, _ = _places(c, c.columns, n)
-        return _levels(torch.from_numpy(c.codes.data.copy())) * torch.from_numpy(c.scales)[row]
+        return _levels(torch.tensor(c.codes.data)) * torch.tensor(c.scales)[row]
     if isinstance(c, Rank1):
         row, column = _places(c, c.columns.size, n)
-        return torch.from_numpy(c.rows)[row] * torch.from_numpy(c.columns)[column]
+        return torch.tensor(c.rows)[row] * torch.tensor(c.columns)[column]
     row, column = _places(c, c.right.shape[1], n)
     left, right = torch.from_numpy(c.left), torch.from_numpy(c.right)
     h = torch.zeros(n)
