@@ -3,9 +3,9 @@
     python -m bench.rank1 [--runs 5] [--json]
 
 Whole `ota-merge run` processes on the set of `bench.end_to_end`, absolute thresholds, with the same second
-moments as float32, bfloat16, log8, and row and column sums (`ota-merge moments compress`). Each form merges once
-and its result is checked; then they run in turn, every file read once before each run. A ratio is the median of
-the ratios within turns.
+moments as float32, bfloat16, log8, and row and column sums (`ota-merge moments compress`). Each form merges
+once and its result is checked; then they run in turn, every file read once before each run. A ratio is the
+median of the ratios within turns.
 """
 
 from __future__ import annotations

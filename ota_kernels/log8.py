@@ -67,4 +67,4 @@ def encode(h: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def decode(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """float32 of codes (uint8) and the scales of their rows (float32, of a shape that broadcasts)."""
-    return LEVELS[codes] * scales
+    return LEVELS.take(codes) * scales

@@ -26,13 +26,14 @@ class Errors:
     def add(self, values: np.ndarray, decoded: np.ndarray) -> None:
         """values: float32[n], finite and >= 0; decoded: what became of them, float32[n]."""
         zero = values == 0
+        zeros = values.size - int(np.count_nonzero(values))
         with np.errstate(divide="ignore", invalid="ignore"):
             errors = np.abs(decoded - values) / values
-        errors[zero] = 0
+        if zeros:
+            errors[zero] = 0
         counts = np.bincount(errors.view(np.uint32) >> _SHIFT, minlength=_BINS)
-        zeros = int(np.count_nonzero(zero))
         counts[0] -= zeros
-        kept = zeros - int(np.count_nonzero(decoded[zero]))
+        kept = int(np.count_nonzero(zero & (decoded == 0)))
         with self._lock:
             self.elements += values.size
             self.zeros += zeros
