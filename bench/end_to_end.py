@@ -88,25 +88,38 @@ def check_merge(recipe: dict, out: Path) -> None:
     from safetensors import safe_open
 
     from ota_kernels import merge_tensors
+    from ota_kernels.backends import reference
+    from ota_kernels.io.curvature import CurvatureFile
     from ota_kernels.planning import TILE_ELEMENTS
 
+    def ranges(n: int, columns: int = 1) -> list[tuple[int, int]]:
+        """Rows about the first border of two tiles, where the tensor has one, and the end."""
+        border = TILE_ELEMENTS // columns
+        found = ((border - _CHECKED_ROWS, border + _CHECKED_ROWS), (n - _CHECKED_ROWS, n))
+        return [(max(0, start), min(stop, n)) for start, stop in found if start < n]
+
     def rows(path: Path, name: str) -> torch.Tensor:
-        """About the first border of two tiles, where the tensor has one, and the end."""
         part = safe_open(path, framework="pt").get_slice(name)
-        n, *columns = part.get_shape()
-        border = TILE_ELEMENTS // (columns or [1])[0]
-        ranges = ((border - _CHECKED_ROWS, border + _CHECKED_ROWS), (n - _CHECKED_ROWS, n))
-        return torch.cat([part[max(0, start) : stop] for start, stop in ranges if start < n])
+        return torch.cat([part[start:stop] for start, stop in ranges(*part.get_shape())])
+
+    def moments(file: CurvatureFile, name: str) -> torch.Tensor:
+        whole, (_, *columns) = file.curvature(name), file.shape(name)
+        size = (columns or [1])[0]
+        parts = [(start * size, stop * size) for start, stop in ranges(*file.shape(name))]
+        found = [reference.curvature(whole.slice(start, stop), stop - start) for start, stop in parts]
+        return torch.cat(found).reshape(-1, *columns)
 
     experts = [Path(model["model"]) for model in recipe["models"]]
     names = safe_open(experts[0] / WEIGHTS, framework="pt").keys()
     report = _report(out)
+    paths = [Path(x["parameters"]["preconditioner_path"]) for x in recipe["models"] if "parameters" in x]
+    files = [CurvatureFile.open(path, path.name) for path in paths]
     for name in names:
         base = curvatures = None
         parameters = {}
         if recipe["merge_method"] == "ota":
             base = rows(Path(recipe["base_model"]) / WEIGHTS, name)
-            curvatures = [rows(e / CURVATURE, name) for e in experts]
+            curvatures = [moments(file, name) for file in files]
             by_recipe = [model["parameters"].get("precond_threshold") for model in recipe["models"]]
             thresholds = report["tensors"][name]["thresholds"] if report else by_recipe
             parameters = {"precond_threshold": [x or 0.0 for x in thresholds]}

@@ -54,8 +54,23 @@ ota::Operand operand(const Bytes& data, int code, int64_t n) {
     return {data.data(), static_cast<ota::DType>(code)};
 }
 
-// () uniform; (bytes, code) full; (rows, columns, n_columns, rank, start) rank-1 and low rank. low_rank tells
-// the last two apart: its values are clamped at 0.
+ota::Curvature log8(const nb::tuple& spec, int64_t n) {
+    ota::Curvature c;
+    c.kind = ota::CurvatureKind::log8;
+    const auto codes = nb::cast<Bytes>(spec[0]);
+    const auto scales = nb::cast<Floats>(spec[1]);
+    c.n_columns = nb::cast<int64_t>(spec[2]);
+    c.start = nb::cast<int64_t>(spec[3]);
+    require(static_cast<int64_t>(codes.size()) == n, "as many codes as elements");
+    require((c.n_columns > 0 || n == 0) && c.start >= 0, "rows of no columns");
+    require(static_cast<int64_t>(scales.size()) * c.n_columns >= c.start + n, "scales that end before the tile");
+    c.codes = codes.data();
+    c.rows = scales.data();
+    return c;
+}
+
+// () uniform; (bytes, code) full; (codes, scales, n_columns, start) log8; (rows, columns, n_columns, rank, start,
+// low_rank) rank-1 and low rank. low_rank tells the last two apart: its values are clamped at 0.
 ota::Curvature curvature(const nb::tuple& spec, int64_t n) {
     ota::Curvature c;
     if (spec.size() == 0) return c;
@@ -64,13 +79,14 @@ ota::Curvature curvature(const nb::tuple& spec, int64_t n) {
         c.values = operand(nb::cast<Bytes>(spec[0]), nb::cast<int>(spec[1]), n);
         return c;
     }
-    require(spec.size() == 6, "a curvature has 0, 2 or 6 parts");
+    if (spec.size() == 4) return log8(spec, n);
+    require(spec.size() == 6, "a curvature has 0, 2, 4 or 6 parts");
     const auto rows = nb::cast<Floats>(spec[0]), columns = nb::cast<Floats>(spec[1]);
     c.n_columns = nb::cast<int64_t>(spec[2]);
     c.rank = nb::cast<int64_t>(spec[3]);
     c.start = nb::cast<int64_t>(spec[4]);
     c.kind = nb::cast<bool>(spec[5]) ? ota::CurvatureKind::low_rank : ota::CurvatureKind::rank1;
-    require(c.n_columns > 0 && c.rank > 0 && c.start >= 0, "factors of no columns or no rank");
+    require((c.n_columns > 0 || n == 0) && c.rank > 0 && c.start >= 0, "factors of no columns or no rank");
     require(static_cast<int64_t>(columns.size()) == c.rank * c.n_columns, "column factors of the wrong size");
     require(static_cast<int64_t>(rows.size()) / c.rank * c.n_columns >= c.start + n,
             "row factors that end before the tile");
@@ -317,10 +333,10 @@ nb::tuple power_sum(const nb::tuple& curvature_spec, int64_t n, double power, co
     return nb::make_tuple(sum, pair(bad));
 }
 
-Count row_column_sums(const Bytes& values, int code, OutDoubles row_sums, OutDoubles column_sums,
+Count row_column_sums(const nb::tuple& curvature_spec, OutDoubles row_sums, OutDoubles column_sums,
                       const std::string& isa) {
     const auto rows = static_cast<int64_t>(row_sums.size()), columns = static_cast<int64_t>(column_sums.size());
-    const ota::Operand v = operand(values, code, rows * columns);
+    const ota::Curvature v = curvature(curvature_spec, rows * columns);
     const ota::Kernels& table = kernels(isa);
     ota::NonFinite bad;
     {
@@ -347,5 +363,5 @@ NB_MODULE(_native, m) {
     m.def("copy_runs", &copy_runs, "data"_a, "starts"_a, "out"_a, "run_bytes"_a);
     m.def("read_runs", &read_runs, "fd"_a, "starts"_a, "out"_a, "run_bytes"_a, "together"_a);
     m.def("power_sum", &power_sum, "curvature"_a, "n"_a, "power"_a, "isa"_a);
-    m.def("row_column_sums", &row_column_sums, "values"_a, "code"_a, "row_sums"_a, "column_sums"_a, "isa"_a);
+    m.def("row_column_sums", &row_column_sums, "curvature"_a, "row_sums"_a, "column_sums"_a, "isa"_a);
 }

@@ -129,10 +129,10 @@ inline int item_size(DType dtype) {
 class Ahead {
 public:
     Ahead() = default;
-    Ahead(const Operand& x, int64_t offset, int64_t total) {
-        if (offset + 2 * kBlock > total) return;
-        size_ = item_size(x.dtype);
-        next_ = x.data + (offset + kBlock) * size_;
+    Ahead(const Operand& x, int64_t offset, int64_t total) : Ahead(x.data, item_size(x.dtype), offset, total) {}
+    Ahead(const Curvature& c, int64_t offset, int64_t total) {
+        if (c.kind == CurvatureKind::full) *this = Ahead(c.values, offset, total);
+        if (c.kind == CurvatureKind::log8) *this = Ahead(c.codes, 1, offset, total);
     }
     void fetch(int chunk) const {
         const int end = (chunk + kChunk) * size_;
@@ -140,6 +140,12 @@ public:
     }
 
 private:
+    Ahead(const uint8_t* data, int size, int64_t offset, int64_t total) {
+        if (offset + 2 * kBlock > total) return;
+        size_ = size;
+        next_ = data + (offset + kBlock) * size;
+    }
+
     const uint8_t* next_ = nullptr;
     int size_ = 0;  // bytes of an element
 };
@@ -184,6 +190,13 @@ inline const float* load(const Operand& x, int64_t offset, int n, float* room) {
     return room;
 }
 
+// What a log8 code stands for, before it is scaled: see ota_kernels/log8.py.
+inline float level(uint8_t code) {
+    const uint32_t c = code, m = c & 3u;
+    const uint32_t bits = ((32u * c - (m * (45u - 11u * m) >> 2)) << 16) + (64u << 23);
+    return bit_cast<float>(c == 0 ? 0u : bits);
+}
+
 // Curvature of elements [offset, offset + n) of the tile.
 inline const float* load(const Curvature& c, int64_t offset, int n, float* room) {
     if (c.kind == CurvatureKind::full) return load(c.values, offset, n, room);
@@ -196,7 +209,11 @@ inline const float* load(const Curvature& c, int64_t offset, int n, float* room)
         const int64_t left = c.n_columns - column;
         const int run = left < n - done ? static_cast<int>(left) : n - done;
         float* h = room + done;
-        if (c.kind == CurvatureKind::rank1) {
+        if (c.kind == CurvatureKind::log8) {
+            const uint8_t* codes = c.codes + offset + done;
+            const float scale = c.rows[row];
+            for (int i = 0; i < run; ++i) h[i] = level(codes[i]) * scale;
+        } else if (c.kind == CurvatureKind::rank1) {
             const float scale = c.rows[row];
             for (int i = 0; i < run; ++i) h[i] = scale * c.columns[column + i];
         } else {

@@ -17,12 +17,14 @@ struct Operand {
     DType dtype = DType::f32;
 };
 
-enum class CurvatureKind : int { uniform = 0, full = 1, rank1 = 2, low_rank = 3 };
+enum class CurvatureKind : int { uniform = 0, full = 1, rank1 = 2, low_rank = 3, log8 = 4 };
 
 // full: values. rank1: h = rows[i] * columns[j]. low_rank: h = max(0, sum_r rows[i, r] * columns[r, j]).
+// log8: h = level(codes[i, j]) * rows[i].
 struct Curvature {
     CurvatureKind kind = CurvatureKind::uniform;
     Operand values;
+    const uint8_t* codes = nullptr;  // element 0 of the tile
     const float* rows = nullptr;
     const float* columns = nullptr;
     int64_t n_columns = 0;
@@ -126,7 +128,7 @@ struct Kernels {
     void (*edits)(const SurveyArgs&, float* out, SurveyStats&);
     void (*scores)(const SurveyArgs&, float* out, SurveyStats&);
     double (*power_sum)(const Curvature&, int64_t n, double power, NonFinite&);
-    void (*row_column_sums)(const Operand&, int64_t rows, int64_t columns, double* row_sums,
+    void (*row_column_sums)(const Curvature&, int64_t rows, int64_t columns, double* row_sums,
                             double* column_sums, NonFinite&);
 };
 

@@ -235,8 +235,7 @@ auto with_view(const MergeArgs& args, int t, int64_t offset, int n, Block<Acc>& 
         using W = std::remove_const_t<std::remove_pointer_t<decltype(w)>>;
         View<W> view{n, padded(w, n, room<W>(block), W{}), h, {}, {}};
         view.next_w = Ahead(expert.weights, offset, args.n);
-        if (expert.curvature.kind == CurvatureKind::full)
-            view.next_h = Ahead(expert.curvature.values, offset, args.n);
+        view.next_h = Ahead(expert.curvature, offset, args.n);
         return step(view);
     });
 }

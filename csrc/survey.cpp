@@ -107,7 +107,7 @@ double power_sum(const Curvature& curvature, int64_t total, double p, NonFinite&
     return fold(lanes);
 }
 
-void row_column_sums(const Operand& v, int64_t rows, int64_t columns, double* row_sums, double* column_sums,
+void row_column_sums(const Curvature& v, int64_t rows, int64_t columns, double* row_sums, double* column_sums,
                      NonFinite& bad) {
     float room[kBlock];
     for (int64_t row = 0; row < rows; ++row) {

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from .backends import native
-from .tensors import Buffer, Full, LowRank, Rank1
+from .tensors import Curvature, Full, Log8, LowRank, Rank1
 
 # Elements of one piece of work. Fixed, so that float64 sums do not depend on tiles, threads or memory.
 CHUNK = 1 << 20
@@ -26,46 +26,50 @@ def row_chunks(shape: tuple[int, ...]) -> list[tuple[int, int]]:
     return [(row, min(row + step, rows)) for row in range(0, rows, step)]
 
 
-def as_float32(buffer: Buffer) -> np.ndarray:
-    """The elements of a float32, bfloat16 or float16 buffer as float32[n]."""
-    if buffer.dtype.name == "bfloat16":
-        return (buffer.data.copy().view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    return buffer.data.copy().view(buffer.dtype.name).astype(np.float32, copy=False)
+def rank1(curvature: Full | Log8, shape: tuple[int, ...], run: Map) -> Rank1:
+    """R_i C_j / sum(R) of a curvature matrix of `shape`."""
+    rows, columns = row_column_sums(curvature, shape, run)
+    with np.errstate(over="ignore"):  # infinity, which the kernels report
+        return Rank1.of_sums(rows.astype(np.float32), columns.astype(np.float32), curvature.bias_correction)
 
 
-def rank1(curvature: Full, shape: tuple[int, ...], run: Map) -> Rank1:
-    """R_i C_j / sum(R) of a curvature matrix of `shape`, bias correction divided out."""
+def row_column_sums(
+    curvature: Full | Log8,
+    shape: tuple[int, ...],
+    run: Map,
+    release: Callable[[Curvature], None] = lambda part: None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(R float64[m], C float64[n]) of a curvature matrix of `shape`. release: called with each part that was
+    read."""
     columns = shape[1]
 
     def sums(chunk: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         start, stop = chunk
         of_rows, of_columns = np.zeros(stop - start), np.zeros(columns)
-        native.row_column_sums(curvature.values.slice(start * columns, stop * columns), of_rows, of_columns)
+        part = curvature.slice(start * columns, stop * columns)
+        native.row_column_sums(part, of_rows, of_columns)
+        release(part)
         return of_rows, of_columns
 
     row_sums, column_sums = [], np.zeros(columns)
     for of_rows, of_columns in run(sums, row_chunks(shape)):
         row_sums.append(of_rows)
         column_sums += of_columns
-    r = np.concatenate(row_sums) / curvature.bias_correction
-    total = column_sums.sum()
-    c = column_sums / total if total > 0 else column_sums
-    return Rank1(r.astype(np.float32), c.astype(np.float32))
+    return np.concatenate(row_sums), column_sums
 
 
-def low_rank(curvature: Full, shape: tuple[int, ...], rank: int, run: Map) -> LowRank:
+def low_rank(curvature: Full | Log8, shape: tuple[int, ...], rank: int, run: Map) -> LowRank:
     """The rank-r truncated SVD of a curvature matrix, as left float32[m, r] @ right float32[r, n].
 
     Found from the eigenvectors of the float64 Gram matrix of the smaller side: streams over the rows, and
     holds min(m, n)^2 float64.
     """
     rows, columns = shape
-    values = curvature.values
 
     def matrix(chunk: tuple[int, int]) -> np.ndarray:
         start, stop = chunk
-        part = as_float32(values.slice(start * columns, stop * columns)).astype(np.float64)
-        return part.reshape(stop - start, columns) / curvature.bias_correction
+        part = curvature.slice(start * columns, stop * columns).float32().astype(np.float64)
+        return part.reshape(stop - start, columns)
 
     if columns <= rows:
         gram = np.zeros((columns, columns))
@@ -77,7 +81,11 @@ def low_rank(curvature: Full, shape: tuple[int, ...], rank: int, run: Map) -> Lo
         whole = np.concatenate(list(map(matrix, row_chunks(shape))))
         left = _leading_eigenvectors(whole @ whole.T, rank)
         right = left.T @ whole
-    return LowRank(np.ascontiguousarray(left, np.float32), np.ascontiguousarray(right, np.float32))
+    return LowRank(
+        np.ascontiguousarray(left, np.float32),
+        np.ascontiguousarray(right, np.float32),
+        bias_correction=curvature.bias_correction,
+    )
 
 
 def _leading_eigenvectors(gram: np.ndarray, rank: int) -> np.ndarray:

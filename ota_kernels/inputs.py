@@ -1,4 +1,5 @@
-"""Opens everything a recipe names and checks that it fits together. Reads headers only."""
+"""Opens everything a recipe names and checks that it fits together. Reads headers, and what compressed
+curvature has beside its elements."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from .io.hub import resolve_file, resolve_model
 from .io.reader import Checkpoint
 from .recipe import Recipe
 from .roles import EMBEDDING, OUTPUT, embedding_for, role_of
-from .tensors import Curvature, Full, TensorInputs, Uniform
+from .tensors import Curvature, Rank1, TensorInputs, Uniform
 
 MERGE, COPY, KEEP_BASE = "merge", "copy", "keep base"
 _LISTED = 8  # names an error lists before it says how many more there are
@@ -113,7 +114,7 @@ class Inputs:
         if entry.action == MERGE:
             names = [self._curvature_name(t, entry) for t in range(len(self.experts))]
             if None not in names:
-                size += sum(f.dtype(n).itemsize for f, n in zip(self.curvatures, names, strict=True))
+                size += sum(f.bytes_per_element(n) for f, n in zip(self.curvatures, names, strict=True))
         return size
 
     @property
@@ -148,10 +149,7 @@ class Inputs:
         ):  # `missing_curvature: uniform`: no expert's curvature can be compared with 1
             return (Uniform(),) * len(names)
         correct = self.recipe.parameters.bias_correction
-        return tuple(
-            Full(file.buffer(name), file.bias_correction(name) if correct else 1.0)
-            for file, name in zip(self.curvatures, names, strict=True)
-        )
+        return tuple(file.curvature(name, correct) for file, name in zip(self.curvatures, names, strict=True))
 
     def _curvature_name(self, t: int, entry: TensorEntry) -> str | None:
         """The name under which expert t's curvature file knows the tensor: its own, or that of the embeddings
@@ -257,7 +255,7 @@ class Inputs:
         return checked
 
     def _check_curvature(self, entry: TensorEntry) -> list[str]:
-        """Labels of the experts without curvature for the tensor; InputError for a wrong shape or type."""
+        """Labels of the experts without curvature for the tensor; InputError for one that does not fit."""
         lacking = []
         for t, expert in enumerate(self.experts):
             name = self._curvature_name(t, entry)
@@ -265,14 +263,17 @@ class Inputs:
                 lacking.append(expert.label)
                 continue
             file = self.curvatures[t]
-            file.dtype(name)
+            found = file.curvature(name, self.recipe.parameters.bias_correction)
             if tuple(file.shape(name)) != entry.shape:
                 raise InputError(
                     f"{file.path}: the curvature of {entry.name} has shape {list(file.shape(name))}, "
                     f"the tensor {list(entry.shape)}"
                 )
-            if self.recipe.parameters.bias_correction:
-                file.bias_correction(name)
+            if self.recipe.models[t].parameters.rank and isinstance(found, Rank1):
+                raise InputError(
+                    f"{file.path}: holds row and column sums of {entry.name}, which have rank 1: leave out "
+                    "`rank`, or give a file of all second moments"
+                )
         return lacking
 
 

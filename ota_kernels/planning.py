@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from types import ModuleType
 
+from .backends.stats import Candidates
 from .candidates import DEFAULT_BUDGET
 from .errors import RecipeError
 from .factors import CHUNK
@@ -82,11 +83,11 @@ def make_plan(
     """The plan of a merge of open inputs. Raises RecipeError when the memory limit is too small."""
     tensors = survey.tensors
     per_element = max((_bytes_per_element(t, backend) for t in tensors), default=1)
-    candidates = survey.expected_candidates() * (per_element + 4)
+    candidates = survey.expected_candidates() * max((sum(Candidates.columns(t)) for t in tensors), default=0)
     # A small limit leaves room for tiles first.
     held = min(candidates_memory, memory_limit // 4)
     fixed = PROCESS_BYTES[backend.NAME] + _survey_bytes(tensors, survey, threads, per_element)
-    fixed += min(candidates, held)
+    fixed += min(candidates, held) + sum(_factor_bytes(t) for t in tensors)
     local = survey.brackets and not survey.model_scope
     largest = _LOCAL_TILE_ELEMENTS if local else TILE_ELEMENTS
     tile = tile_elements or _fitting_tile(memory_limit - fixed, threads * per_element, largest)
@@ -129,6 +130,11 @@ def _bytes_per_element(tensor: TensorInputs, backend: ModuleType) -> int:
     if backend.NAME == "reference":
         size += 4 * _REFERENCE_TEMPORARIES * len(tensor.experts)
     return size
+
+
+def _factor_bytes(tensor: TensorInputs) -> int:
+    """Sums and scales that compressed curvature has beside its elements."""
+    return sum(array.nbytes for c in tensor.curvatures for array in c.factors)
 
 
 def _survey_bytes(tensors: list[TensorInputs], survey: Survey, threads: int, per_element: int) -> int:

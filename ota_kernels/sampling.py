@@ -13,13 +13,12 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import numpy as np
 
 from .backends import native
 from .factors import CHUNK, Map
-from .tensors import Buffer, Full, TensorInputs
+from .tensors import Buffer, TensorInputs
 
 RUN = 16  # elements of a run: one cache line of float32
 RUNS = 16  # of a window
@@ -111,12 +110,4 @@ def gather_runs(tensor: TensorInputs, starts: np.ndarray, together: int) -> Tens
             return native.read_runs(buffer, starts, RUN, together)
         return native.gather_runs(buffer, starts, RUN)
 
-    return replace(
-        tensor,
-        base=None if tensor.base is None else gathered(tensor.base),
-        experts=tuple(map(gathered, tensor.experts)),
-        curvatures=tuple(
-            replace(c, values=gathered(c.values)) if isinstance(c, Full) else c.gather(places())
-            for c in tensor.curvatures
-        ),
-    )
+    return tensor.pick(gathered, places)

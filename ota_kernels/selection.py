@@ -21,7 +21,7 @@ import numpy as np
 from .backends import native
 from .bracket import DEVIATIONS, cluster_count, error_of_sum
 from .errors import InputError, RecipeError
-from .factors import CHUNK, as_float32
+from .factors import CHUNK
 from .functional import buffer_of
 from .pool import Pool, default_threads
 from .sampling import RUN, RUNS, clusters
@@ -103,7 +103,7 @@ def _at_positions(scores: Buffer, positions: Sequence[int]) -> dict[int, float]:
 def _values(scores: Buffer) -> np.ndarray:
     """The scores as numbers that numpy compares fast: float64, or float32 for the narrower types."""
     wide = scores.dtype.itemsize >= 4
-    return scores.data.view(scores.dtype.name) if wide else as_float32(scores)
+    return scores.data.view(scores.dtype.name) if wide else scores.float32()
 
 
 def _refuse_nan(part: Buffer, scores: Buffer) -> np.ndarray:

@@ -33,7 +33,7 @@ from .norms import edit_norm
 from .recipe import Recipe
 from .roles import EMBEDDING, role_of
 from .sampling import are_cached, sample
-from .tensors import Full, TensorInputs, Uniform
+from .tensors import Curvature, Full, Log8, TensorInputs, Uniform
 from .tiling import units
 
 _BINS = 1 << 16
@@ -114,7 +114,8 @@ class Survey:
         passes += 1 if self.formula.curvature_weights and p.normalise == "global" else 0
         passes += 2 if p.rescale else 0
         passes += 2 if self.formula.elect_signs and p.ties_density < 1 else 0
-        return passes + max((2 if m.rank else 1 for m in self.models if m.rank or m.rank1_approx), default=0)
+        factored = (t for t in range(len(self.models)) if any(self._is_factored(x, t) for x in self.tensors))
+        return passes + max((2 if self.models[t].rank else 1 for t in factored), default=0)
 
     def _surveyed_experts(self) -> list[int]:
         return [t for t, s in enumerate(self.selections) if s.surveyed] if self.model_scope else []
@@ -257,23 +258,26 @@ class Survey:
         return total * self._gain(tile, t)
 
     def _gain(self, tile: TensorInputs, t: int) -> float:
-        return self.models[t].scaling_factor * _bias(tile, t) ** -self.formula.power
+        return self.models[t].scaling_factor * tile.curvatures[t].bias_correction ** -self.formula.power
 
     def prepare(self, tensor: TensorInputs, run: Map) -> TensorInputs:
-        """The tensor with low-rank curvature where the recipe asks for it (matrices only; rank r not for
-        embeddings)."""
-        if len(tensor.shape) != 2 or tensor.numel == 0:
-            return tensor
+        """The tensor with low-rank curvature where the recipe asks for it."""
         changed = tuple(self._factor(tensor, t, c, run) for t, c in enumerate(tensor.curvatures))
         return replace(tensor, curvatures=changed)
 
-    def _factor(self, tensor: TensorInputs, t: int, curvature, run: Map):
-        rank = self.models[t].rank
-        by_sums = self.models[t].rank1_approx
-        if not isinstance(curvature, Full) or not (by_sums or rank):
+    def _is_factored(self, tensor: TensorInputs, t: int) -> bool:
+        """Whether the recipe asks for a low-rank form of expert t's curvature, which is none yet (matrices
+        only; rank r not for embeddings)."""
+        curvature, parameters = tensor.curvatures[t], self.models[t]
+        if len(tensor.shape) != 2 or tensor.numel == 0 or not isinstance(curvature, Full | Log8):
+            return False
+        by_rank = parameters.rank is not None and role_of(tensor.name, tensor.shape) != EMBEDDING
+        return parameters.rank1_approx or by_rank
+
+    def _factor(self, tensor: TensorInputs, t: int, curvature: Curvature, run: Map) -> Curvature:
+        if not self._is_factored(tensor, t):
             return curvature
-        if not by_sums and role_of(tensor.name, tensor.shape) == EMBEDDING:
-            return curvature
+        rank, by_sums = self.models[t].rank, self.models[t].rank1_approx
         key = (tensor.name, t)
         if key in self._factors:
             return self._factors[key]
@@ -281,9 +285,7 @@ class Survey:
         factors = (
             rank1(curvature, tensor.shape, run) if by_sums else low_rank(curvature, tensor.shape, rank, run)
         )
-        size = sum(
-            a.nbytes for a in ((factors.rows, factors.columns) if by_sums else (factors.left, factors.right))
-        )
+        size = sum(array.nbytes for array in factors.factors)
         if self._factor_bytes + size <= _FACTOR_CACHE_BYTES:
             self._factors[key] = factors
             self._factor_bytes += size
@@ -449,7 +451,7 @@ class Survey:
         elif bad.role == "weights":
             origin = tensor.experts[bad.expert].origin
         else:
-            origin = _origin(tensor.curvatures[bad.expert])
+            origin = tensor.curvatures[bad.expert].origin
         what = "negative or not finite" if bad.role == "curvature" else "not finite"
         kind = "curvature" if bad.role == "curvature" else "weight"
         hint = "; `on_nonfinite: base` would write the base value there" if tensor.base is not None else ""
@@ -493,15 +495,6 @@ class Survey:
         return selection.value if selection.rule == "threshold" else saliency_of_score(score)
 
 
-def _origin(curvature) -> str:
-    return curvature.values.origin if isinstance(curvature, Full) else "curvature"
-
-
-def _bias(tensor: TensorInputs, t: int) -> float:
-    curvature = tensor.curvatures[t]
-    return curvature.bias_correction if isinstance(curvature, Full) else 1.0
-
-
 def score_scale_of(tensor: TensorInputs, t: int) -> float:
     """score_scale of expert t's terms for a tensor or a tile of it."""
-    return score_scale(tensor.base is not None, _bias(tensor, t))
+    return score_scale(tensor.base is not None, tensor.curvatures[t].bias_correction)

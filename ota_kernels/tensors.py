@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from . import log8
 from .dtypes import BY_NAME, DType
 
 
@@ -36,35 +38,129 @@ class Buffer:
         elements = self.data.view(f"u{self.dtype.itemsize}")[positions]
         return Buffer(elements.view(np.uint8), self.dtype, self.origin)
 
+    def float32(self) -> np.ndarray:
+        """A copy of float32, bfloat16 or float16 elements as float32[n]."""
+        if self.dtype.name == "bfloat16":
+            return (self.data.copy().view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        return self.data.copy().view(self.dtype.name).astype(np.float32, copy=False)
+
+
+class Curvature:
+    """h_t of a tensor or of one tile of it, in one of the forms below.
+
+    bias_correction: what h_t must be divided by (1 - beta2^step; 1 where it is used as it is); origin: what
+    an error calls it; buffers: those with one value per element; factors: arrays beside them, which slices
+    share.
+    """
+
+    __slots__ = ()
+    bias_correction: float = 1.0
+    origin: str = "curvature"
+    buffers: tuple[Buffer, ...] = ()
+    factors: tuple[np.ndarray, ...] = ()
+
+    def slice(self, start: int, stop: int) -> Curvature:
+        """Elements [start, stop)."""
+        raise NotImplementedError
+
+    def pick(self, read: Read, positions: Positions) -> Uniform | Full:
+        """The elements at `positions()` (int64[m]), which `read` copies out of a buffer, each a value."""
+        raise NotImplementedError
+
+    def mapped(self, change: Read) -> Curvature:
+        """The same curvature with other buffers of the same elements."""
+        return self
+
+
+Read = Callable[[Buffer], Buffer]
+Positions = Callable[[], np.ndarray]
+
 
 @dataclass(frozen=True, slots=True)
-class Uniform:
+class Uniform(Curvature):
     """Curvature 1 everywhere: no second moments are used."""
 
     def slice(self, start: int, stop: int) -> Uniform:
         return self
 
-    def gather(self, positions: np.ndarray) -> Uniform:
+    def pick(self, read: Read, positions: Positions) -> Uniform:
         return self
 
 
 @dataclass(frozen=True, slots=True)
-class Full:
-    """One curvature value per element: float32, bfloat16 or float16, to be divided by bias_correction
-    (1 - beta2^step; 1 where the stored values are used as they are)."""
+class Full(Curvature):
+    """One curvature value per element: float32, bfloat16 or float16."""
 
     values: Buffer
     bias_correction: float = 1.0
 
+    @property
+    def origin(self) -> str:
+        return self.values.origin
+
+    @property
+    def buffers(self) -> tuple[Buffer, ...]:
+        return (self.values,)
+
     def slice(self, start: int, stop: int) -> Full:
         return Full(self.values.slice(start, stop), self.bias_correction)
 
-    def gather(self, positions: np.ndarray) -> Full:
-        return Full(self.values.gather(positions), self.bias_correction)
+    def pick(self, read: Read, positions: Positions) -> Full:
+        return Full(read(self.values), self.bias_correction)
+
+    def mapped(self, change: Read) -> Full:
+        return Full(change(self.values), self.bias_correction)
+
+    def float32(self) -> np.ndarray:
+        """The values, float32[n]."""
+        return self.values.float32()
 
 
 @dataclass(frozen=True, slots=True)
-class Rank1:
+class Log8(Curvature):
+    """One code per element and one scale per row (see log8).
+
+    codes: uint8; scales: float32[rows] of the whole tensor; columns: elements of a row; start: flat index of
+    the first element of this slice.
+    """
+
+    codes: Buffer
+    scales: np.ndarray
+    columns: int
+    start: int = 0
+    bias_correction: float = 1.0
+
+    @property
+    def origin(self) -> str:
+        return self.codes.origin
+
+    @property
+    def buffers(self) -> tuple[Buffer, ...]:
+        return (self.codes,)
+
+    @property
+    def factors(self) -> tuple[np.ndarray, ...]:
+        return (self.scales,)
+
+    def slice(self, start: int, stop: int) -> Log8:
+        return replace(self, codes=self.codes.slice(start, stop), start=self.start + start)
+
+    def pick(self, read: Read, positions: Positions) -> Full:
+        return _full(self._decoded(read(self.codes), positions()), self.bias_correction, self.origin)
+
+    def mapped(self, change: Read) -> Log8:
+        return replace(self, codes=change(self.codes))
+
+    def float32(self) -> np.ndarray:
+        """The values, float32[n]."""
+        return self._decoded(self.codes, np.arange(len(self.codes)))
+
+    def _decoded(self, codes: Buffer, positions: np.ndarray) -> np.ndarray:
+        return log8.decode(codes.data, self.scales[(self.start + positions) // self.columns])
+
+
+@dataclass(frozen=True, slots=True)
+class Rank1(Curvature):
     """Curvature rows[i] * columns[j] of a matrix: R_i C_j / sum(R).
 
     rows: float32[m] row sums; columns: float32[n] column sums divided by the total; start: flat index of
@@ -74,39 +170,53 @@ class Rank1:
     rows: np.ndarray
     columns: np.ndarray
     start: int = 0
+    bias_correction: float = 1.0
+
+    @classmethod
+    def of_sums(cls, rows: np.ndarray, columns: np.ndarray, bias_correction: float = 1.0) -> Rank1:
+        """From the sums of a matrix, float32[m] and float32[n], as a file holds them."""
+        total = rows.sum(dtype=np.float64)
+        shares = columns / total if total > 0 else columns
+        return cls(rows, shares.astype(np.float32), bias_correction=bias_correction)
+
+    @property
+    def factors(self) -> tuple[np.ndarray, ...]:
+        return (self.rows, self.columns)
 
     def slice(self, start: int, stop: int) -> Rank1:
-        return Rank1(self.rows, self.columns, self.start + start)
+        return replace(self, start=self.start + start)
 
-    def gather(self, positions: np.ndarray) -> Full:
-        row, column = np.divmod(self.start + positions, self.columns.size)
-        return _full(self.rows[row] * self.columns[column])
+    def pick(self, read: Read, positions: Positions) -> Full:
+        row, column = np.divmod(self.start + positions(), self.columns.size)
+        return _full(self.rows[row] * self.columns[column], self.bias_correction)
 
 
 @dataclass(frozen=True, slots=True)
-class LowRank:
+class LowRank(Curvature):
     """Curvature max(0, left @ right) of a matrix. left: float32[m, r] (C order), right: float32[r, n]."""
 
     left: np.ndarray
     right: np.ndarray
     start: int = 0
+    bias_correction: float = 1.0
+
+    @property
+    def factors(self) -> tuple[np.ndarray, ...]:
+        return (self.left, self.right)
 
     def slice(self, start: int, stop: int) -> LowRank:
-        return LowRank(self.left, self.right, self.start + start)
+        return replace(self, start=self.start + start)
 
-    def gather(self, positions: np.ndarray) -> Full:
-        row, column = np.divmod(self.start + positions, self.right.shape[1])
-        h = np.zeros(len(positions), np.float32)
+    def pick(self, read: Read, positions: Positions) -> Full:
+        row, column = np.divmod(self.start + positions(), self.right.shape[1])
+        h = np.zeros(len(row), np.float32)
         for r in range(self.right.shape[0]):  # the kernels' order, so that scores are the same bits
             h += self.left[row, r] * self.right[r, column]
-        return _full(np.where(h > 0, h, np.float32(0)))
+        return _full(np.where(h > 0, h, np.float32(0)), self.bias_correction)
 
 
-def _full(h: np.ndarray) -> Full:
-    return Full(Buffer(h.view(np.uint8), BY_NAME["float32"], "curvature"))
-
-
-Curvature = Uniform | Full | Rank1 | LowRank
+def _full(h: np.ndarray, bias_correction: float, origin: str = Curvature.origin) -> Full:
+    return Full(Buffer(h.view(np.uint8), BY_NAME["float32"], origin), bias_correction)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +240,9 @@ class TensorInputs:
 
     @property
     def buffers(self) -> list[Buffer]:
-        """Every buffer that has one value per element: base, experts, full curvature."""
+        """Every buffer that has one value per element: base, experts, curvature that is not factored."""
         weights = [b for b in (self.base, *self.experts) if b is not None]
-        return [*weights, *(c.values for c in self.curvatures if isinstance(c, Full))]
+        return [*weights, *(b for c in self.curvatures for b in c.buffers)]
 
     def slice(self, start: int, stop: int) -> TensorInputs:
         """The tile of elements [start, stop); name and shape stay those of the whole tensor."""
@@ -146,15 +256,17 @@ class TensorInputs:
         )
 
     def gather(self, positions: np.ndarray) -> TensorInputs:
-        """The elements at `positions` (int64[m]) as a tile of their own, copied; factored curvature becomes
+        """The elements at `positions` (int64[m]) as a tile of their own, copied; compressed curvature becomes
         one float32 value per element."""
-        return TensorInputs(
-            self.name,
-            self.shape,
-            self.out_dtype,
-            None if self.base is None else self.base.gather(positions),
-            tuple(e.gather(positions) for e in self.experts),
-            tuple(c.gather(positions) for c in self.curvatures),
+        return self.pick(lambda buffer: buffer.gather(positions), lambda: positions)
+
+    def pick(self, read: Read, positions: Positions) -> TensorInputs:
+        """The same where `read` copies the elements at `positions()` out of a buffer."""
+        return replace(
+            self,
+            base=None if self.base is None else read(self.base),
+            experts=tuple(map(read, self.experts)),
+            curvatures=tuple(c.pick(read, positions) for c in self.curvatures),
         )
 
     def copy(self) -> TensorInputs:
@@ -167,7 +279,5 @@ class TensorInputs:
             self,
             base=None if self.base is None else own(self.base),
             experts=tuple(map(own, self.experts)),
-            curvatures=tuple(
-                replace(c, values=own(c.values)) if isinstance(c, Full) else c for c in self.curvatures
-            ),
+            curvatures=tuple(c.mapped(own) for c in self.curvatures),
         )

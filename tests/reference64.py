@@ -112,12 +112,13 @@ def score(h: np.ndarray, d: np.ndarray | None, bias_correction: float = 1.0) -> 
     return (h * np.float32(2.0**32 / bias_correction)) * (scaled * scaled)
 
 
-def rank1(v: np.ndarray, bias_correction: float = 1.0) -> np.ndarray:
-    """R_i C_j / sum(R) of a matrix, float32: R and C / sum(R) are rounded to float32, then multiplied."""
+def rank1(v: np.ndarray) -> np.ndarray:
+    """R_i C_j / sum(R) of a matrix, float32: sums are rounded to float32, as a file holds them, and so is
+    C / sum(R); then they are multiplied."""
     v = v.astype(np.float64)
-    rows, columns = v.sum(axis=1), v.sum(axis=0)
-    share = columns / columns.sum() if columns.sum() > 0 else columns
-    return np.outer((rows / bias_correction).astype(np.float32), share.astype(np.float32))
+    rows, columns = np.float32(v.sum(axis=1)), np.float32(v.sum(axis=0))
+    total = rows.sum(dtype=np.float64)
+    return np.outer(rows, np.float32(columns / total) if total > 0 else columns)
 
 
 def _curvatures(tensor: Tensor, own: list[dict]) -> list[tuple[np.ndarray, float]]:
@@ -129,7 +130,7 @@ def _curvatures(tensor: Tensor, own: list[dict]) -> list[tuple[np.ndarray, float
         if tensor.curvatures is None:
             found.append((np.ones(tensor.experts[t].shape, np.float32), 1.0))
         elif own[t]["rank1_approx"] and tensor.experts[t].ndim == 2 and tensor.experts[t].size:
-            found.append((rank1(tensor.curvatures[t], corrections[t]), 1.0))
+            found.append((rank1(tensor.curvatures[t]), corrections[t]))
         else:
             found.append((tensor.curvatures[t], corrections[t]))
     return found

@@ -24,8 +24,9 @@ from models import (
 )
 from tolerances import assert_close
 
+from ota_kernels.dtypes import BY_NAME
 from ota_kernels.formula import ExpertTerms, Formula, Terms, score_scale
-from ota_kernels.tensors import LowRank, Rank1, Uniform
+from ota_kernels.tensors import Buffer, Log8, LowRank, Rank1, Uniform
 
 # A saliency in the middle of those that random_experts makes: h near 1e-10, d near 5e-3.
 MIDDLE = 2e-15
@@ -284,15 +285,17 @@ def test_low_rank_curvature(backend, shape):
 
 # Rows of 5 elements put tile borders into rows of the low-rank forms.
 @pytest.mark.parametrize("size", [7, 512, 1000])
-@pytest.mark.parametrize("curvature", ["full", "rank1", "low-rank", "uniform"])
+@pytest.mark.parametrize("curvature", ["full", "log8", "rank1", "low-rank", "uniform"])
 def test_tiles_give_the_same_bytes(backend, curvature, size):
     shape = (301, 5)
     experts = random_experts(5, shape, 2, dtypes=("bfloat16", "float64"))
     tensor = experts.inputs("bfloat16")
     rng = np.random.default_rng(5)
     rows, columns = np.float32(rng.random(shape[0])), np.float32(rng.random(shape[1]))
+    codes = Buffer(rng.integers(0, 256, tensor.numel, np.uint8), BY_NAME["uint8"])
     forms = {
         "full": tensor.curvatures,
+        "log8": (Log8(codes, rows, shape[1]),) * 2,
         "rank1": (Rank1(rows, columns),) * 2,
         "low-rank": (LowRank(rows.reshape(-1, 1), columns.reshape(1, -1)),) * 2,
         "uniform": (Uniform(),) * 2,

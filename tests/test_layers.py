@@ -58,11 +58,13 @@ def test_io_knows_files_only(path):
 @pytest.mark.parametrize("path", modules("backends"), ids=lambda path: path.stem)
 def test_backends_know_tiles_only(path):
     own = {name for name in imports(path) if name.startswith("ota_kernels.")}
-    allowed = ("errors", "formula", "tensors", "dtypes", "backends", "_native")
+    allowed = ("errors", "formula", "log8", "tensors", "dtypes", "backends", "_native")
     assert [name for name in own if name.split(".")[1] not in allowed] == []
 
 
-@pytest.mark.parametrize("name", ["engine", "survey", "decide", "formula", "tensors", "norms", "factors"])
+@pytest.mark.parametrize(
+    "name", ["engine", "survey", "decide", "formula", "log8", "tensors", "norms", "factors"]
+)
 def test_the_engine_knows_neither_files_nor_the_command_line(name):
     found = imports(PACKAGE / f"{name}.py")
     assert not {n for n in found if n.startswith(("ota_kernels.io", "ota_kernels.cli", "ota_kernels.job"))}

@@ -488,9 +488,9 @@ class TestCurvature:
         assert curvature.find("fc.weight") == key
         assert curvature.find("fc") is None
         assert curvature.shape("fc.weight") == (2, 3)
-        assert curvature.dtype("fc.weight") == BY_NAME[dtype]
+        assert curvature.bytes_per_element("fc.weight") == BY_NAME[dtype].itemsize
         assert curvature.total_bytes == moments.nbytes
-        buffer = curvature.buffer("fc.weight")
+        buffer = curvature.curvature("fc.weight").values
         assert len(buffer) == 6
         assert buffer.dtype == BY_NAME[dtype]
         assert buffer.origin == str(tmp_path / file)
@@ -507,7 +507,7 @@ class TestCurvature:
         index = make_sharded(tmp_path)
         curvature = CurvatureFile.open(tmp_path if entry == "folder" else index, "models[0]")
         assert curvature.shape("b") == (2, 2)
-        assert len(curvature.buffer("c")) == 3
+        assert len(curvature.curvature("c").values) == 3
         assert [name for name, _, _ in curvature.fingerprint()] == [
             "model-1.safetensors",
             "model-2.safetensors",
@@ -519,7 +519,7 @@ class TestCurvature:
         path = save_moments(tmp_path / file, "w", torch.ones(50_000))
         before = descriptors_and_maps()
         curvature = CurvatureFile.open(path, "models[0]")
-        buffer = curvature.buffer("w")
+        buffer = curvature.curvature("w").values
         start, stop = mapped_range(path)
         assert start <= buffer.data.ctypes.data
         assert buffer.data.ctypes.data + buffer.data.nbytes <= stop
@@ -534,7 +534,7 @@ class TestCurvature:
 
     def test_a_torch_buffer_outlives_its_file(self, tmp_path):
         curvature = CurvatureFile.open(save_moments(tmp_path / "v.pt", "w", MOMENTS), "models[0]")
-        data = curvature.buffer("w").data
+        data = curvature.curvature("w").values.data
         curvature.close()
         del curvature
         gc.collect()
@@ -544,8 +544,8 @@ class TestCurvature:
         state = {"s": {"exp_avg_sq": torch.tensor(2.0)}, "e": {"exp_avg_sq": torch.ones(0, 3)}}
         torch.save({"state": state}, tmp_path / "v.pt")
         curvature = CurvatureFile.open(tmp_path / "v.pt", "models[0]")
-        assert (curvature.shape("s"), len(curvature.buffer("s"))) == ((), 1)
-        assert (curvature.shape("e"), len(curvature.buffer("e"))) == ((0, 3), 0)
+        assert (curvature.shape("s"), len(curvature.curvature("s").values)) == ((), 1)
+        assert (curvature.shape("e"), len(curvature.curvature("e").values)) == ((0, 3), 0)
 
     def test_states_without_moments_are_passed_over(self, tmp_path):
         state = {"w": {"exp_avg_sq": torch.ones(2)}, "frozen": {}}
@@ -561,13 +561,13 @@ class TestCurvature:
         with pytest.raises(
             InputError, match=f"models.*{file}: tensor 'w' is {dtype}; curvature must be float32"
         ):
-            curvature.buffer("w")
+            curvature.curvature("w")
 
     @pytest.mark.parametrize("file", ["v.safetensors", "v.pt"])
     def test_a_name_without_moments_is_an_error(self, tmp_path, file):
         curvature = CurvatureFile.open(save_moments(tmp_path / file, "w", MOMENTS), "models[0]")
         with pytest.raises(InputError, match="no curvature for tensor 'v'"):
-            curvature.buffer("v")
+            curvature.curvature("v")
 
     @pytest.mark.parametrize("file", ["v.safetensors", "v.pt"])
     def test_the_fingerprint_is_name_size_and_time(self, tmp_path, file):

@@ -19,9 +19,10 @@ from ota_kernels.backends import native, reference
 from ota_kernels.bracket import Bracket, bracket_of
 from ota_kernels.candidates import Held, Store
 from ota_kernels.decide import SMALLEST
+from ota_kernels.dtypes import BY_NAME
 from ota_kernels.formula import ExpertTerms, Formula, Terms, score_bits, score_of_bits, score_scale
 from ota_kernels.survey import Survey
-from ota_kernels.tensors import Full, LowRank, Rank1, TensorInputs
+from ota_kernels.tensors import Buffer, Log8, LowRank, Rank1, TensorInputs
 
 # Two tensors whose own thresholds are bracketed, and small ones.
 SHAPES = {
@@ -322,8 +323,10 @@ def tile_of(kind: str, dtypes=("float32",), base: str | None = "float32") -> Ten
     )
     tensor = experts.inputs("float32", bias_corrections=(1.0, 0.5))
     rows, columns = (rng.random((n, 3)).astype(np.float32) for n in SHAPE)
+    codes = Buffer(rng.integers(0, 256, tensor.numel, np.uint8), BY_NAME["uint8"])
     factors = {
-        "rank 1": Rank1(rows[:, 0].copy(), columns[:, 0].copy()),
+        "log8": Log8(codes, rows[:, 1].copy(), SHAPE[1], bias_correction=0.25),
+        "rank 1": Rank1(rows[:, 0].copy(), columns[:, 0].copy(), bias_correction=0.5),
         "rank 3": LowRank(rows, np.ascontiguousarray(columns.T)),
     }
     return replace(tensor, curvatures=(factors[kind],) * 2) if kind in factors else tensor
@@ -333,8 +336,7 @@ def candidates_of(tile: TensorInputs, backend, share: float = 0.5):
     """Those of a bracket from the middle score of each expert on."""
     experts = []
     for t, curvature in enumerate(tile.curvatures):
-        bias = curvature.bias_correction if isinstance(curvature, Full) else 1.0
-        e = ExpertTerms(score_scale=score_scale(tile.base is not None, bias))
+        e = ExpertTerms(score_scale=score_scale(tile.base is not None, curvature.bias_correction))
         scores = np.sort(backend.scores(tile, t, e)[0])
         lowest = max(float(scores[int(len(scores) * share)]), SMALLEST)
         experts.append(replace(e, threshold=lowest, span=score_bits(np.inf) - score_bits(lowest) + 1))
@@ -351,7 +353,7 @@ def raw(candidates) -> list[bytes]:
     return [a.tobytes() for a in arrays]
 
 
-KINDS = ("uniform", "float32", "bfloat16", "float16", "rank 1", "rank 3")
+KINDS = ("uniform", "float32", "bfloat16", "float16", "log8", "rank 1", "rank 3")
 DTYPES = (
     ("float32",),
     ("bfloat16",),
@@ -388,8 +390,8 @@ class TestStore:
             assert raw(found) == raw(candidates)
             of_experts = [source.steps(one, tile, t).tobytes() for t in range(len(tile.experts))]
             assert of_experts == [steps.tobytes() for steps in candidates.steps]
-            corrections = [getattr(c, "bias_correction", 1.0) for c in found.operands.curvatures]
-            assert corrections == [getattr(c, "bias_correction", 1.0) for c in tile.curvatures]
+            corrections = [c.bias_correction for c in found.operands.curvatures]
+            assert corrections == [c.bias_correction for c in tile.curvatures]
         for one in (store, memory, after):
             one.close()
 

@@ -317,7 +317,7 @@ class TestSurvey:
         v = torch.rand(130, 70)
         v[3, 5], v[100, 69] = -1.0, torch.nan
         row_sums, column_sums = np.full(130, np.nan), np.ones(70)
-        backend.row_column_sums(buffer(v), row_sums, column_sums)
+        backend.row_column_sums(Full(buffer(v)), row_sums, column_sums)
         usable = torch.where(v >= 0, v, 0.0).double().numpy()
         np.testing.assert_allclose(row_sums, usable.sum(1), rtol=1e-14)
         np.testing.assert_allclose(column_sums, usable.sum(0) + 1, rtol=1e-14)

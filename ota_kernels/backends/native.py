@@ -13,7 +13,7 @@ import numpy as np
 
 from ..errors import BackendError, InputError
 from ..formula import ExpertTerms, Terms
-from ..tensors import Buffer, Curvature, Full, LowRank, Rank1, TensorInputs
+from ..tensors import Buffer, Curvature, Full, Log8, LowRank, Rank1, TensorInputs
 from .stats import CENSUS, Candidates, MergeStats, NonFinite
 
 NAME = "native"
@@ -52,6 +52,8 @@ def verify() -> tuple[bool, str]:
 def _curvature(c: Curvature) -> tuple:
     if isinstance(c, Full):
         return (c.values.data, c.values.dtype.code)
+    if isinstance(c, Log8):
+        return (c.codes.data, c.scales, c.columns, c.start)
     if isinstance(c, Rank1):
         return (c.rows, c.columns, c.columns.size, 1, c.start, False)
     if isinstance(c, LowRank):
@@ -227,7 +229,7 @@ def read_runs(buffer: Buffer, starts: np.ndarray, length: int, together: int) ->
     raise InputError(f"{buffer.origin}: changed while in use: it is shorter than before")
 
 
-def row_column_sums(values: Buffer, row_sums: np.ndarray, column_sums: np.ndarray) -> None:
-    """Add the sums of a row-major matrix: row_sums float64[rows] is set, column_sums float64[columns] grows.
-    Values that are not finite or negative count as 0 (the kernels that use the result report them)."""
-    _extension().row_column_sums(values.data, values.dtype.code, row_sums, column_sums, instruction_set())
+def row_column_sums(matrix: Curvature, row_sums: np.ndarray, column_sums: np.ndarray) -> None:
+    """Add the sums of whole rows of curvature: row_sums float64[rows] is set, column_sums float64[columns]
+    grows. Values that are not finite or negative count as 0 (the kernels that use the result report them)."""
+    _extension().row_column_sums(_curvature(matrix), row_sums, column_sums, instruction_set())

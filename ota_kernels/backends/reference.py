@@ -11,9 +11,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from .. import log8
 from ..dtypes import BY_NAME
 from ..formula import ExpertTerms, Terms, score_bits
-from ..tensors import Buffer, Curvature, Full, LowRank, Rank1, TensorInputs, Uniform
+from ..tensors import Buffer, Curvature, Full, Log8, LowRank, Rank1, TensorInputs, Uniform
 from .stats import CENSUS, EXPONENTS, Candidates, MergeStats, NonFinite
 
 NAME = "reference"
@@ -32,10 +33,18 @@ def _decode(buffer: Buffer, dtype: torch.dtype) -> torch.Tensor:
     return stored.to(dtype)
 
 
-def _factors(c: Rank1 | LowRank, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _places(c: Log8 | Rank1 | LowRank, n_columns: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row and column of each element."""
     index = torch.arange(c.start, c.start + n)
-    n_columns = c.columns.size if isinstance(c, Rank1) else c.right.shape[1]
     return index // n_columns, index % n_columns
+
+
+def _levels(codes: torch.Tensor) -> torch.Tensor:
+    """The float32 that log8 codes stand for, before they are scaled; see ota_kernels.log8."""
+    c = codes.int()
+    m = c & 3
+    bits = ((32 * c - (m * (45 - 11 * m) >> 2)) << 16) + (log8.BIAS << 23)
+    return torch.where(c > 0, bits.view(torch.float32), torch.zeros(()))
 
 
 def curvature(c: Curvature, n: int) -> torch.Tensor:
@@ -44,9 +53,13 @@ def curvature(c: Curvature, n: int) -> torch.Tensor:
         return torch.ones(n)
     if isinstance(c, Full):
         return _decode(c.values, torch.float32)
-    row, column = _factors(c, n)
+    if isinstance(c, Log8):
+        row, _ = _places(c, c.columns, n)
+        return _levels(torch.tensor(c.codes.data)) * torch.tensor(c.scales)[row]
     if isinstance(c, Rank1):
-        return torch.from_numpy(c.rows)[row] * torch.from_numpy(c.columns)[column]
+        row, column = _places(c, c.columns.size, n)
+        return torch.tensor(c.rows)[row] * torch.tensor(c.columns)[column]
+    row, column = _places(c, c.right.shape[1], n)
     left, right = torch.from_numpy(c.left), torch.from_numpy(c.right)
     h = torch.zeros(n)
     for r in range(c.right.shape[0]):

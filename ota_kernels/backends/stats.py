@@ -72,8 +72,7 @@ class Candidates(NamedTuple):
         def curvature(given: Curvature, column: np.ndarray) -> Curvature:
             if isinstance(given, Uniform):
                 return given
-            bias = given.bias_correction if isinstance(given, Full) else 1.0
-            return Full(Buffer(column, _CURVATURE, "curvature"), bias)
+            return Full(Buffer(column, _CURVATURE, given.origin), given.bias_correction)
 
         operands = replace(
             tile,

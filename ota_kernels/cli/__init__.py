@@ -15,7 +15,7 @@ _COMMANDS = {
     "run": "Merge models as a recipe says.",
     "plan": "Show what a merge would read, write and hold in memory.",
     "densities": "Show what each density would keep of each expert, and where.",
-    "moments": "Get Adam's second moments out of checkpoints, and look at them.",
+    "moments": "Get second moments: extract, compress, show, estimate.",
     "demo": "Train small experts on digits, merge them, print what came out.",
 }
 INTERRUPTED = 130

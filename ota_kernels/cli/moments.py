@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from .moments_compress import compress
+from .moments_estimate import estimate
+
 if TYPE_CHECKING:
     from ..moments import Overview, Summary
 
@@ -18,7 +21,11 @@ _FORMATS = ("auto", "torch", "trainer", "deepspeed", "deepspeed-universal", "dcp
 
 @click.group()
 def moments() -> None:
-    """Get second moments out of checkpoints, and look at them."""
+    """Get second moments out of checkpoints, shrink them, look at them, or estimate them."""
+
+
+moments.add_command(compress)
+moments.add_command(estimate)
 
 
 @moments.command()
@@ -98,6 +105,10 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:_LISTED]) + more
 
 
+def _fact(value: str | float) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
+
+
 def _print_table(overview: Overview, file: str) -> None:
     from rich.console import Console
     from rich.markup import escape
@@ -108,20 +119,20 @@ def _print_table(overview: Overview, file: str) -> None:
     # A table that is cut to a narrow terminal loses digits; one that wraps does not.
     console = Console(width=max(Console().width, _WIDTH), highlight=False)
     said = (("from", overview.source_format), ("step", overview.step), ("beta2", overview.beta2))
-    facts = [f"{name} {value}" for name, value in said if value is not None]
+    facts = [f"{name} {_fact(value)}" for name, value in said if value is not None]
     size = format_bytes(sum(tensor.nbytes for tensor in overview.tensors))
     header = ", ".join([f"{file}: {len(overview.tensors)} tensors", size, *facts])
     console.print(escape(header), soft_wrap=True)
     table = Table(box=None, padding=(0, 0, 0, 1), pad_edge=False)
     table.add_column("tensor", overflow="fold")
-    for heading in ("shape", "dtype", "min", "median", "max", "zeros", "size"):
+    for heading in ("shape", "form", "min", "median", "max", "zeros", "size"):
         table.add_column(heading, justify="right", no_wrap=True)
     for tensor in overview.tensors:
         values = (tensor.minimum, tensor.median, tensor.maximum)
         table.add_row(
             escape(tensor.name),
             " x ".join(map(str, tensor.shape)) or "scalar",
-            tensor.dtype,
+            tensor.form,
             *("-" if value is None else f"{value:.3g}" for value in values),
             format_count(tensor.zeros),
             format_bytes(tensor.nbytes),

@@ -1,22 +1,21 @@
-"""Curvature files: the second moments of one expert, named as its parameters or `<parameter>.exp_avg_sq`."""
+"""Curvature files: the second moments of one expert, as they are or compressed (see stored.py)."""
 
 from __future__ import annotations
 
 import math
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..dtypes import BY_NAME, DType
 from ..errors import InputError
-from ..tensors import Buffer
-from . import torchfile
+from ..tensors import Buffer, Full, Log8, Rank1
+from . import stored, torchfile
 from .header import quoted
 from .reader import FILE_SUFFIX, INDEX_SUFFIX, Checkpoint, fingerprint
+from .stored import MOMENT
 
-_MOMENT = "exp_avg_sq"
-_DTYPES = ("float32", "bfloat16", "float16")
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 
 
@@ -44,42 +43,63 @@ class CurvatureFile(ABC):
             raise InputError(f"{label}: {path}: not a folder, and not one of {accepted}")
         return _TorchCurvature(label, path)
 
+    @property
+    def where(self) -> str:
+        """What errors begin with."""
+        return f"{self.label}: {self.path}"
+
+    @property
+    def names(self) -> list[str]:
+        """The parameters whose curvature the file holds, in its order."""
+        return list(dict.fromkeys(map(stored.parameter_of, self.keys())))
+
     def find(self, name: str) -> str | None:
-        """The key that holds the curvature of parameter `name`, or None."""
-        return next((key for key in (f"{name}.{_MOMENT}", name) if self._has(key)), None)
+        """The key that holds the curvature of parameter `name` (the first one, if there are two), or None.
+        Raises InputError where the file contradicts itself about it."""
+        found = stored.find(self, name)
+        return None if found is None else found.keys[0]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of the curvature of `name`. Raises InputError if there is none."""
-        return self._shape(self._key(name))
+        return self._stored(name).shape
 
-    def dtype(self, name: str) -> DType:
-        """float32, bfloat16 or float16. Raises InputError for any other type."""
-        key = self._key(name)
-        dtype_name = self._dtype_name(key)
-        if dtype_name not in _DTYPES:
-            raise InputError(
-                f"{self.label}: {self.path}: tensor {quoted(key)} is {dtype_name}; "
-                f"curvature must be {', '.join(_DTYPES)}"
-            )
-        return BY_NAME[dtype_name]
+    def bytes_per_element(self, name: str) -> int:
+        """Bytes that each element of `name` takes; 0 where the file holds row and column sums only. Raises
+        InputError for a type that is no curvature."""
+        return self._stored(name).itemsize
 
-    def buffer(self, name: str) -> Buffer:
-        """A zero-copy view of the curvature of `name`; errors as in `dtype`."""
-        self.dtype(name)
-        return self._buffer(self._key(name))
+    def curvature(self, name: str, bias_correction: bool = False) -> Full | Rank1 | Log8:
+        """A zero-copy view of the curvature of `name`, in the form in which the file holds it.
+
+        bias_correction: whether it is to be divided by 1 - beta2^step. Reads sums and scales, and no element.
+        Raises InputError for what is missing, of a wrong type or shape, negative or not finite among those.
+        """
+        return self._stored(name).curvature(self.bias_correction(name) if bias_correction else 1.0)
+
+    def keys_of(self, name: str) -> tuple[str, ...]:
+        """The tensors that hold the curvature of `name`. Raises InputError if there are none."""
+        return self._stored(name).keys
 
     def bias_correction(self, name: str) -> float:
         """1 - beta2^step, which Adam divides the second moments of `name` by.
 
         Raises InputError where the file does not say step and beta2, or says an impossible one.
         """
-        step, beta2 = self._step_and_beta2(self._key(name))
+        step, beta2 = self.step_and_beta2(name)
         if not (math.isfinite(step) and step > 0 and 0 < beta2 < 1):
             raise InputError(
-                f"{self.label}: {self.path}: bias_correction needs step > 0 and 0 < beta2 < 1, "
+                f"{self.where}: bias_correction needs step > 0 and 0 < beta2 < 1, "
                 f"not step {step} and beta2 {beta2}"
             )
         return 1.0 - beta2**step
+
+    def step_and_beta2(self, name: str) -> tuple[float, float]:
+        """What the file says of Adam's step and beta2 for `name`. Raises InputError where it does not."""
+        return self._step_and_beta2(self.keys_of(name)[0])
+
+    def metadata(self, name: str) -> dict[str, str]:
+        """What the file that holds the curvature of `name` says besides; nothing in a torch file."""
+        return self._metadata(self.keys_of(name)[0])
 
     @property
     @abstractmethod
@@ -95,35 +115,42 @@ class CurvatureFile(ABC):
         """Let go of all maps; buffers that are still held keep theirs."""
 
     @abstractmethod
-    def _has(self, key: str) -> bool: ...
+    def keys(self) -> Iterable[str]:
+        """The names of all tensors, in the file's order."""
 
     @abstractmethod
-    def _shape(self, key: str) -> tuple[int, ...]: ...
+    def has(self, key: str) -> bool: ...
 
     @abstractmethod
-    def _dtype_name(self, key: str) -> str: ...
+    def key_shape(self, key: str) -> tuple[int, ...]: ...
 
     @abstractmethod
-    def _buffer(self, key: str) -> Buffer: ...
+    def key_dtype(self, key: str) -> str: ...
+
+    @abstractmethod
+    def key_buffer(self, key: str) -> Buffer: ...
 
     @abstractmethod
     def _step_and_beta2(self, key: str) -> tuple[float, float]: ...
 
-    def _key(self, name: str) -> str:
-        key = self.find(name)
-        if key is None:
+    def _metadata(self, key: str) -> dict[str, str]:
+        return {}
+
+    def _stored(self, name: str) -> stored.Stored:
+        found = stored.find(self, name)
+        if found is None:
             raise InputError(
-                f"{self.label}: {self.path}: no curvature for tensor {quoted(name)} "
-                f"(looked for that name and {quoted(f'{name}.{_MOMENT}')})"
+                f"{self.where}: no curvature for tensor {quoted(name)} "
+                f"(looked for that name and {quoted(f'{name}.{MOMENT}')})"
             )
-        return key
+        return found
 
     def _number(self, value: Any, what: str) -> float:
         try:
             return float(value)
         except (TypeError, ValueError, OverflowError, RuntimeError) as error:
             fault = "is missing" if value is None else f"is not a number: {quoted(value)}"
-            raise InputError(f"{self.label}: {self.path}: bias_correction: {what} {fault}") from error
+            raise InputError(f"{self.where}: bias_correction: {what} {fault}") from error
 
 
 class _SafetensorsCurvature(CurvatureFile):
@@ -143,24 +170,30 @@ class _SafetensorsCurvature(CurvatureFile):
     def close(self) -> None:
         self._checkpoint.close()
 
-    def _has(self, key: str) -> bool:
+    def keys(self) -> Iterable[str]:
+        return self._checkpoint.tensors
+
+    def has(self, key: str) -> bool:
         return key in self._checkpoint.tensors
 
-    def _shape(self, key: str) -> tuple[int, ...]:
+    def key_shape(self, key: str) -> tuple[int, ...]:
         return self._checkpoint.tensors[key].shape
 
-    def _dtype_name(self, key: str) -> str:
+    def key_dtype(self, key: str) -> str:
         return self._checkpoint.tensors[key].dtype.name
 
-    def _buffer(self, key: str) -> Buffer:
+    def key_buffer(self, key: str) -> Buffer:
         return self._checkpoint.buffer(key)
 
     def _step_and_beta2(self, key: str) -> tuple[float, float]:
-        metadata = self._checkpoint.metadata_of(key)
+        metadata = self._metadata(key)
         return (
             self._number(metadata.get("step"), 'metadata "step"'),
             self._number(metadata.get("beta2"), 'metadata "beta2"'),
         )
+
+    def _metadata(self, key: str) -> dict[str, str]:
+        return self._checkpoint.metadata_of(key)
 
 
 class _TorchCurvature(CurvatureFile):
@@ -171,9 +204,9 @@ class _TorchCurvature(CurvatureFile):
         content = self._load()
         self._states = self._check_states(content)
         self._groups = content.get("param_groups")
-        self._moments = {name: state[_MOMENT] for name, state in self._states.items() if _MOMENT in state}
+        self._moments = {name: state[MOMENT] for name, state in self._states.items() if MOMENT in state}
         if not self._moments:
-            raise InputError(f"{label}: {path}: its optimizer state holds no {_MOMENT}")
+            raise InputError(f"{label}: {path}: its optimizer state holds no {MOMENT}")
         for name, moment in self._moments.items():
             self._check_plain(name, moment)
 
@@ -191,8 +224,8 @@ class _TorchCurvature(CurvatureFile):
         content = torchfile.load(self.path, self.label)
         if not isinstance(content, dict) or not isinstance(content.get("state"), dict):
             raise InputError(
-                f"{self.label}: {self.path}: not an optimizer file, "
-                f'which is {{"state": {{parameter name: {{"{_MOMENT}": tensor}}}}}}'
+                f"{self.where}: not an optimizer file, "
+                f'which is {{"state": {{parameter name: {{"{MOMENT}": tensor}}}}}}'
             )
         return content
 
@@ -200,30 +233,31 @@ class _TorchCurvature(CurvatureFile):
         for name, state in content["state"].items():
             if not isinstance(name, str):
                 raise InputError(
-                    f"{self.label}: {self.path}: its state is keyed by {quoted(name)}, "
+                    f"{self.where}: its state is keyed by {quoted(name)}, "
                     "not by parameter names: save {name: state[p] for name, p in model.named_parameters()}"
                 )
             if not isinstance(state, dict):
-                raise InputError(f"{self.label}: {self.path}: state[{quoted(name)}] is not a dict")
+                raise InputError(f"{self.where}: state[{quoted(name)}] is not a dict")
         return content["state"]
 
     def _check_plain(self, name: str, moment: Any) -> None:
         """Only a dense tensor in one piece of the file can be viewed without a copy."""
         if not torchfile.is_plain(moment):
-            raise InputError(
-                f"{self.label}: {self.path}: {_MOMENT} of {quoted(name)} is not a plain contiguous tensor"
-            )
+            raise InputError(f"{self.where}: {MOMENT} of {quoted(name)} is not a plain contiguous tensor")
 
-    def _has(self, key: str) -> bool:
+    def keys(self) -> Iterable[str]:
+        return self._moments
+
+    def has(self, key: str) -> bool:
         return key in self._moments
 
-    def _shape(self, key: str) -> tuple[int, ...]:
+    def key_shape(self, key: str) -> tuple[int, ...]:
         return tuple(self._moments[key].shape)
 
-    def _dtype_name(self, key: str) -> str:
+    def key_dtype(self, key: str) -> str:
         return str(self._moments[key].dtype).removeprefix("torch.")
 
-    def _buffer(self, key: str) -> Buffer:
+    def key_buffer(self, key: str) -> Buffer:
         return torchfile.buffer(self._moments[key], self.path)
 
     def _step_and_beta2(self, key: str) -> tuple[float, float]:
@@ -237,5 +271,5 @@ class _TorchCurvature(CurvatureFile):
             betas = []
         values = {self._number(beta2, "betas[1] of param_groups") for beta2 in betas or [None]}
         if len(values) > 1:
-            raise InputError(f"{self.label}: {self.path}: bias_correction: param_groups differ in beta2")
+            raise InputError(f"{self.where}: bias_correction: param_groups differ in beta2")
         return values.pop()

@@ -8,10 +8,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..io.new_file import check_new_file
 from ..io.reader import Checkpoint
 from . import formats
 from .checking import check_source
-from .writing import check_out, write_moments
+from .writing import write_moments
 
 _MODEL_FILES = ("model.safetensors", "model.safetensors.index.json")
 
@@ -54,7 +55,7 @@ def extract(
     unknown format. `out` then is as it was.
     """
     path, target = Path(checkpoint), Path(out)
-    check_out(target, overwrite=overwrite)
+    check_new_file(target, overwrite=overwrite)
     chosen = formats.choose(path, format)
     trained = _open_model(path, model)
     source = chosen.read(path, trained)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,26 +12,29 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from ..factors import as_float32
+from ..io.curvature import CurvatureFile
 from ..io.header import quoted
-from ..io.reader import Checkpoint, advise
-from ..tensors import Buffer
+from ..io.hub import resolve_file
+from ..io.reader import advise
+from ..tensors import Full, Log8, Rank1
 from .checking import ValueCheck
 
 _LABEL = "second moments"
-_DTYPES = ("float32", "bfloat16", "float16")
 _PIECE_ELEMENTS = 1 << 22
 _DIGIT = 1 << 16
 
 
 @dataclass(frozen=True)
 class TensorOverview:
-    """One tensor. median: the lower of the middle two; minimum, median, maximum: None where it is empty;
-    zeros: elements that are 0; nbytes: in the file."""
+    """The second moments of one parameter.
+
+    form: a dtype, "log8" or "rank-1"; median: the lower of the middle two; minimum, median, maximum: None
+    where there are no elements, median also for rank-1; zeros: elements that are 0; nbytes: in the file.
+    """
 
     name: str
     shape: tuple[int, ...]
-    dtype: str
+    form: str
     minimum: float | None
     median: float | None
     maximum: float | None
@@ -39,11 +44,11 @@ class TensorOverview:
 
 @dataclass(frozen=True)
 class Overview:
-    """A file. source_format, step, beta2: as its metadata says, None where it does not."""
+    """A file. source_format, step, beta2: what all its tensors share, None where they or it do not say."""
 
     source_format: str | None
-    step: str | None
-    beta2: str | None
+    step: float | None
+    beta2: float | None
     tensors: tuple[TensorOverview, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -52,59 +57,81 @@ class Overview:
 
 
 def show(file: str | Path) -> Overview:
-    """Read a safetensors file (an index, a folder) of second moments, each tensor two times, in pieces.
+    """Read a file of second moments, whatever `preconditioner_path` takes, each tensor two times, in pieces.
 
     Raises InputError for anything else: another format, type, negative or non-finite values.
     """
-    checkpoint = Checkpoint.open(Path(file), _LABEL)
-    metadata = [checkpoint.metadata_of(name) for name in checkpoint.tensors]
-
-    def common(key: str) -> str | None:
-        values = {entry.get(key) for entry in metadata}
-        return values.pop() if len(values) == 1 else None
-
-    tensors = tuple(_overview(checkpoint, name) for name in checkpoint.tensors)
-    return Overview(common("source_format"), common("step"), common("beta2"), tensors)
+    with contextlib.closing(CurvatureFile.open(resolve_file(str(file)), _LABEL)) as opened:
+        said = [_step_and_beta2(opened, name) for name in opened.names]
+        step, beta2 = map(_only, zip(*said, strict=True)) if said else (None, None)
+        source_format = _only(opened.metadata(name).get("source_format") for name in opened.names)
+        return Overview(source_format, step, beta2, tuple(_overview(opened, name) for name in opened.names))
 
 
-def _overview(checkpoint: Checkpoint, name: str) -> TensorOverview:
-    info = checkpoint.tensors[name]
-    where = f"{_LABEL}: {checkpoint.path_of(name)}: tensor {quoted(name)}"
-    if info.dtype.name not in _DTYPES:
-        raise InputError(f"{where} is {info.dtype.name}; second moments are {', '.join(_DTYPES)}")
-    values = checkpoint.buffer(name)
+def _step_and_beta2(file: CurvatureFile, name: str) -> tuple[float | None, float | None]:
+    with contextlib.suppress(InputError):  # not said
+        return file.step_and_beta2(name)
+    return None, None
+
+
+def _only(values: Iterable[Any]) -> Any:
+    found = set(values)
+    return found.pop() if len(found) == 1 else None
+
+
+def _overview(file: CurvatureFile, name: str) -> TensorOverview:
+    curvature, shape = file.curvature(name), file.shape(name)
+    if isinstance(curvature, Rank1):
+        form, (minimum, median, maximum), zeros = "rank-1", _range_of_product(curvature), _zeros(curvature)
+    else:
+        where = f"{file.where}: tensor {quoted(name)}"
+        (minimum, median, maximum), zeros = _range(curvature, math.prod(shape), where)
+        form = "log8" if isinstance(curvature, Log8) else curvature.values.dtype.name
+    nbytes = sum(file.key_buffer(key).data.nbytes for key in file.keys_of(name))
+    return TensorOverview(name, shape, form, minimum, median, maximum, zeros, nbytes)
+
+
+Range = tuple[float | None, float | None, float | None]  # minimum, median, maximum
+
+
+def _range_of_product(curvature: Rank1) -> Range:
+    rows, columns = curvature.factors
+    if not rows.size or not columns.size:
+        return None, None, None
+    return float(rows.min() * columns.min()), None, float(rows.max() * columns.max())
+
+
+def _zeros(curvature: Rank1) -> int:
+    rows, columns = curvature.factors
+    return rows.size * columns.size - np.count_nonzero(rows) * np.count_nonzero(columns)
+
+
+def _range(values: Full | Log8, numel: int, where: str) -> tuple[Range, int]:
+    """The range, and how many elements are 0."""
     check, zeros = ValueCheck(), 0
     minimum, maximum = np.float32(np.inf), np.float32(0)
     digits = np.zeros(_DIGIT, np.int64)
-    for piece in _pieces(values):
+    for piece in _pieces(values, numel):
         check.add(piece)
         minimum, maximum = min(minimum, piece.min()), max(maximum, piece.max())
         zeros += int(piece.size - np.count_nonzero(piece))
         digits += np.bincount(_bits(piece) >> 16, minlength=_DIGIT)
     check.finish(where)
-    empty = info.numel == 0
-    return TensorOverview(
-        name,
-        info.shape,
-        info.dtype.name,
-        None if empty else float(minimum),
-        None if empty else _median(values, digits),
-        None if empty else float(maximum),
-        zeros,
-        info.nbytes,
-    )
+    if numel == 0:
+        return (None, None, None), 0
+    return (float(minimum), _median(values, numel, digits), float(maximum)), zeros
 
 
-def _median(values: Buffer, high: np.ndarray) -> float:
+def _median(values: Full | Log8, numel: int, high: np.ndarray) -> float:
     """The element in the middle: numbers >= 0 are ordered as their bits are, of which two digits select it.
 
     high: int64[65536], how many elements have each upper digit.
     """
-    rank = (len(values) - 1) // 2
+    rank = (numel - 1) // 2
     upper = int(np.searchsorted(np.cumsum(high), rank, side="right"))
     rank -= int(high[:upper].sum())
     low = np.zeros(_DIGIT, np.int64)
-    for piece in _pieces(values):
+    for piece in _pieces(values, numel):
         bits = _bits(piece)
         low += np.bincount(bits[bits >> 16 == upper] & 0xFFFF, minlength=_DIGIT)
     lower = int(np.searchsorted(np.cumsum(low), rank, side="right"))
@@ -116,8 +143,9 @@ def _bits(values: np.ndarray) -> np.ndarray:
     return np.abs(values).view(np.uint32)  # -0 is 0
 
 
-def _pieces(values: Buffer) -> Iterator[np.ndarray]:
-    for start in range(0, len(values), _PIECE_ELEMENTS):
-        part = values.slice(start, start + _PIECE_ELEMENTS)
-        yield as_float32(part)
-        advise(part.data, "dontneed")
+def _pieces(values: Full | Log8, numel: int) -> Iterator[np.ndarray]:
+    for start in range(0, numel, _PIECE_ELEMENTS):
+        part = values.slice(start, min(start + _PIECE_ELEMENTS, numel))
+        yield part.float32()
+        for buffer in part.buffers:
+            advise(buffer.data, "dontneed")

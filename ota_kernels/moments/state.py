@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from ..factors import as_float32
 from ..io import torchfile
 from ..io.header import quoted
 from ..io.reader import advise
@@ -80,7 +79,7 @@ def cut(numel: int) -> list[tuple[int, int]]:
 
 def read_once(buffer: Buffer) -> np.ndarray:
     """The elements as float32; the mapped pages are let go of."""
-    values = as_float32(buffer)
+    values = buffer.float32()
     advise(buffer.data, "dontneed")
     return values
 

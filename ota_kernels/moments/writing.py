@@ -7,24 +7,22 @@ bias per file, so a file without them cannot be corrected wrongly.
 
 from __future__ import annotations
 
-import os
-import secrets
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import math
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from ..dtypes import BY_NAME
-from ..errors import InputError, OutputError
-from ..io.assets import sync_folder
-from ..io.header import build_header, quoted
-from ..io.reader import FILE_SUFFIX
+from ..errors import InputError
+from ..io.header import quoted
+from ..io.new_file import NewFile, new_file
+from ..io.stored import COLUMN, ROW
 from .checking import ValueCheck
 from .source import FactoredMoment, Moment, Source
 
-ROW_SUFFIX, COLUMN_SUFFIX = ".exp_avg_sq_row", ".exp_avg_sq_col"
 _FLOAT32 = BY_NAME["float32"]
 
 
@@ -37,18 +35,6 @@ class _Tensor:
     parts: Iterable[tuple[int, np.ndarray]]
 
 
-def check_out(out: Path, *, overwrite: bool) -> None:
-    """Raise OutputError where `out` cannot become a file of second moments."""
-    if out.suffix != FILE_SUFFIX:
-        raise OutputError(f"{out}: the output is a safetensors file: let its name end in {FILE_SUFFIX}")
-    if os.path.isdir(out):
-        raise OutputError(f"{out}: is a folder; name a file")
-    if os.path.lexists(out) and not overwrite:
-        raise OutputError(f"{out}: exists: choose another name, or add --overwrite")
-    if not os.path.isdir(out.parent):
-        raise OutputError(f"{out}: its folder does not exist; make it first")
-
-
 def write_moments(source: Source, out: Path, step: float | None, beta2: float | None, where: str) -> int:
     """Write all second moments of `source` to `out`, which appears when it is whole; returns its bytes.
 
@@ -58,26 +44,26 @@ def write_moments(source: Source, out: Path, step: float | None, beta2: float | 
     metadata = {"format": "pt", "source_format": source.format}
     metadata |= {key: _text(n) for key, n in (("step", step), ("beta2", beta2)) if n is not None}
     tensors = [tensor for moment in source.moments for tensor in _tensors(moment)]
-    try:
-        header, ranges = build_header(((t.name, _FLOAT32, t.shape) for t in tensors), metadata)
-    except ValueError as error:
-        raise InputError(f"{where}: {error}: every parameter needs a name of its own") from error
-    size = ranges[-1][1]
-    with _published(out, header, size) as descriptor:
-        for tensor, (begin, end) in zip(tensors, ranges, strict=True):
-            what = f"{where}: {quoted(tensor.name)}"
-            check, position = ValueCheck(), 0
-            for start, values in tensor.parts:
-                if start != position or values.dtype != np.float32:
-                    raise InputError(f"{what}: elements {position} to {start} are missing")
-                check.add(values)
-                with _refusals(out):
-                    _write(descriptor, values.view(np.uint8), begin + start * _FLOAT32.itemsize)
-                position += values.size
-            if begin + position * _FLOAT32.itemsize != end:
-                raise InputError(f"{what}: has {position} second moments for shape {list(tensor.shape)}")
-            check.finish(what)
-    return size
+    twice = [name for name, count in Counter(tensor.name for tensor in tensors).items() if count > 1]
+    if twice:
+        raise InputError(f"{where}: {quoted(twice[0])} occurs twice: every parameter needs a name of its own")
+    with new_file(out, [(t.name, _FLOAT32, t.shape) for t in tensors], metadata) as new:
+        for tensor in tensors:
+            _write(tensor, new, f"{where}: {quoted(tensor.name)}")
+        return new.size
+
+
+def _write(tensor: _Tensor, new: NewFile, what: str) -> None:
+    check, position = ValueCheck(), 0
+    for start, values in tensor.parts:
+        if start != position or values.dtype != np.float32:
+            raise InputError(f"{what}: elements {position} to {start} are missing")
+        check.add(values)
+        new.write(tensor.name, start, values)
+        position += values.size
+    if position != math.prod(tensor.shape):
+        raise InputError(f"{what}: has {position} second moments for shape {list(tensor.shape)}")
+    check.finish(what)
 
 
 def _tensors(moment: Moment | FactoredMoment) -> list[_Tensor]:
@@ -86,54 +72,11 @@ def _tensors(moment: Moment | FactoredMoment) -> list[_Tensor]:
         return [_Tensor(moment.name, moment.shape, parts)]
     rows, columns = moment.shape
     return [
-        _Tensor(moment.name + ROW_SUFFIX, (rows,), ((0, read()) for read in (moment.rows,))),
-        _Tensor(moment.name + COLUMN_SUFFIX, (columns,), ((0, read()) for read in (moment.columns,))),
+        _Tensor(f"{moment.name}.{ROW}", (rows,), ((0, read()) for read in (moment.rows,))),
+        _Tensor(f"{moment.name}.{COLUMN}", (columns,), ((0, read()) for read in (moment.columns,))),
     ]
 
 
 def _text(number: float) -> str:
     """The number as metadata holds it: the shortest text that reads back as the same float."""
     return str(int(number)) if number == int(number) else repr(number)
-
-
-@contextmanager
-def _published(out: Path, header: bytes, size: int) -> Iterator[int]:
-    """A descriptor of a new file of `size` bytes that begins with `header`; it is synced and renamed to `out`
-    at the end, and removed on any exception."""
-    hidden = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
-    with _refusals(out):
-        descriptor = os.open(hidden, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        try:
-            with _refusals(out):
-                os.posix_fallocate(descriptor, 0, size)
-                _write(descriptor, header, 0)
-            yield descriptor
-            with _refusals(out):
-                os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        with _refusals(out):
-            os.replace(hidden, out)
-            sync_folder(out.parent)
-    except BaseException:
-        hidden.unlink(missing_ok=True)
-        raise
-
-
-@contextmanager
-def _refusals(out: Path) -> Iterator[None]:
-    """The disk's refusals to write, as OutputError."""
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(
-            f"{out}: cannot be written: {error.strerror}; make room there, or name another folder"
-        ) from error
-
-
-def _write(descriptor: int, data: bytes | np.ndarray, offset: int) -> None:
-    view = memoryview(data).cast("B")
-    while view:
-        written = os.pwrite(descriptor, view, offset)
-        view, offset = view[written:], offset + written

@@ -15,7 +15,7 @@ from dataclasses import replace
 import numpy as np
 
 from ...formula import ExpertTerms, Terms
-from ...tensors import Buffer, Curvature, Full, LowRank, Rank1, TensorInputs
+from ...tensors import Buffer, Curvature, Full, Log8, LowRank, Rank1, TensorInputs
 from ..stats import Candidates, MergeStats, NonFinite
 
 NAME = "triton"
@@ -65,6 +65,8 @@ def _curvature(c: Curvature, n: int):
 
     if isinstance(c, Full):
         return _buffer(c.values)
+    if isinstance(c, Log8):  # no kernel decodes it yet
+        return _tensor(c.float32(), "float32")
     if isinstance(c, Rank1):
         return tiles.Rank1(_tensor(c.rows, "float32"), _tensor(c.columns, "float32"), c.start)
     if isinstance(c, LowRank):
@@ -180,11 +182,11 @@ def power_sum(tile: TensorInputs, t: int, power: float) -> tuple[float, tuple[No
     return total, tuple(bad for bad in _nonfinite(inputs, t, True) if bad.role == "curvature")
 
 
-def row_column_sums(values: Buffer, row_sums: np.ndarray, column_sums: np.ndarray) -> None:
-    """Add the sums of a row-major matrix: see `native.row_column_sums`."""
+def row_column_sums(matrix: Full | Log8, row_sums: np.ndarray, column_sums: np.ndarray) -> None:
+    """Add the sums of whole rows of curvature: see `native.row_column_sums`."""
     from . import survey_kernels
 
-    matrix = _buffer(values).view(len(row_sums), len(column_sums))
-    of_rows, of_columns = survey_kernels.row_column_sums(matrix)
+    shape = len(row_sums), len(column_sums)
+    of_rows, of_columns = survey_kernels.row_column_sums(_curvature(matrix, row_sums.size).view(shape))
     row_sums[:] = of_rows.cpu().numpy()
     column_sums += of_columns.cpu().numpy()

@@ -1,0 +1,79 @@
+"""One safetensors file, written in pieces of any order and published whole."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from ..dtypes import DType
+from ..errors import OutputError
+from .assets import sync_folder
+from .header import build_header
+from .reader import FILE_SUFFIX
+
+Entry = tuple[str, DType, tuple[int, ...]]  # name, type, shape of a tensor
+
+
+def check_new_file(out: Path, *, overwrite: bool) -> None:
+    """Raise OutputError where `out` cannot become a safetensors file."""
+    if out.suffix != FILE_SUFFIX:
+        raise OutputError(f"{out}: the output is a safetensors file: let its name end in {FILE_SUFFIX}")
+    if os.path.isdir(out):
+        raise OutputError(f"{out}: is a folder: name a file")
+    if os.path.lexists(out) and not overwrite:
+        raise OutputError(f"{out}: exists: name another file, or give --overwrite")
+    if not os.path.isdir(out.parent):
+        raise OutputError(f"{out}: its folder does not exist: make it first")
+
+
+class NewFile:
+    """The file while it is written, from any thread. size: its bytes."""
+
+    def __init__(self, descriptor: int, entries: Sequence[Entry], metadata: dict[str, str]) -> None:
+        self._descriptor = descriptor
+        # Wider types first: then every tensor is aligned to its element size.
+        ordered = sorted(entries, key=lambda entry: -entry[1].itemsize)
+        header, ranges = build_header(ordered, metadata)
+        placed = zip(ordered, ranges, strict=True)
+        self._places = {name: (begin, dtype.itemsize) for (name, dtype, _), (begin, _) in placed}
+        self.size = ranges[-1][1] if ranges else len(header)
+        os.posix_fallocate(descriptor, 0, self.size)
+        self._write(0, header)
+
+    def write(self, name: str, start: int, values: np.ndarray) -> None:
+        """Write the bytes of `values` from flat index `start` of tensor `name` on."""
+        begin, itemsize = self._places[name]
+        self._write(begin + start * itemsize, values.reshape(-1).view(np.uint8))
+
+    def _write(self, offset: int, data: bytes | np.ndarray) -> None:
+        view = memoryview(data)
+        while view:
+            written = os.pwrite(self._descriptor, view, offset)
+            view, offset = view[written:], offset + written
+
+
+@contextmanager
+def new_file(out: Path, entries: Sequence[Entry], metadata: dict[str, str]) -> Iterator[NewFile]:
+    """A file of these tensors under a hidden name beside `out`: synced and renamed to `out` at the end, or
+    removed on any exception. Raises OutputError where the disk refuses."""
+    hidden = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
+    try:
+        descriptor = os.open(hidden, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            yield NewFile(descriptor, entries, metadata)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(hidden, out)
+        sync_folder(out.parent)
+    except OSError as error:
+        raise OutputError(
+            f"{out}: cannot be written: {error.strerror}: make room there, or name another folder"
+        ) from error
+    finally:
+        hidden.unlink(missing_ok=True)
