@@ -111,15 +111,18 @@ def selections() -> dict[str, list[float]]:
 def _rows(density: float, results: dict[str, list[Usage]]) -> list[list[str]]:
     rows = []
     for scope, usages in results.items():
-        seconds = [u.seconds for u in usages]
-        pairs = zip(usages, results["thresholds"], strict=True)
+        seconds, processor = [u.seconds for u in usages], [u.processor_seconds for u in usages]
+        pairs = list(zip(usages, results["thresholds"], strict=True))
         ratio = statistics.median(u.seconds / base.seconds for u, base in pairs)
+        of_processor = statistics.median(u.processor_seconds / base.processor_seconds for u, base in pairs)
         rows.append(
             [
                 f"{density} {scope}",
                 f"{statistics.median(seconds):.2f}",
                 f"{min(seconds):.2f}-{max(seconds):.2f}",
                 f"{ratio:.2f}",
+                f"{statistics.median(processor):.2f}",
+                f"{of_processor:.2f}",
                 f"{max(u.peak_bytes for u in usages) / 2**20:.0f}",
             ]
         )
@@ -145,7 +148,7 @@ def main() -> None:
     merges = {
         float(d): race(data, arguments.data, float(d), arguments.runs) for d in arguments.densities.split(",")
     }
-    header = ("density, scope", "median s", "min-max", "over thresholds", "peak MiB")
+    header = ("density, scope", "median s", "min-max", "over thr.", "processor s", "over thr.", "peak MiB")
     print_table(header, [row for d, results in merges.items() for row in _rows(d, results)])
     seconds = in_child(selections)
     best = {name: statistics.median(s) for name, s in seconds.items()}

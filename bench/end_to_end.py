@@ -45,10 +45,12 @@ _DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 
 
 class Usage(NamedTuple):
-    """One process. peak_bytes: resident, mapped files included; disk_bytes: read from the disk; sync_seconds:
-    waiting for the disk to have the output (0 where the process does not)."""
+    """One process. processor_seconds: of all its threads, the kernel's included; peak_bytes: resident, mapped
+    files included; disk_bytes: read from the disk; sync_seconds: waiting for the disk to have the output (0
+    where the process does not)."""
 
     seconds: float
+    processor_seconds: float
     peak_bytes: int
     disk_bytes: int
     sync_seconds: float = 0.0
@@ -72,7 +74,8 @@ def run_process(command: list[str]) -> Usage:
             lines = stderr.read().strip().splitlines()
             raise RuntimeError(lines[-1] if lines else f"exit code {process.returncode}")
     # Linux counts memory in KiB, and disk reads (read_bytes of /proc/PID/io) in blocks of 512 bytes.
-    return Usage(seconds, usage.ru_maxrss * 1024, usage.ru_inblock * 512)
+    processor_seconds = usage.ru_utime + usage.ru_stime
+    return Usage(seconds, processor_seconds, usage.ru_maxrss * 1024, usage.ru_inblock * 512)
 
 
 def in_child(task: Callable, *arguments):
