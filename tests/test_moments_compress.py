@@ -22,7 +22,7 @@ from ota_kernels.io.curvature import CurvatureFile
 from ota_kernels.log8 import LARGEST_ERROR
 from ota_kernels.moments.agreement import mask_agreement
 from ota_kernels.moments.compress import compress
-from ota_kernels.moments.errors import Errors
+from ota_kernels.moments.relative_error import Errors
 
 FORMATS = ("rank1", "bf16", "log8")
 ADAM = {"step": "7", "beta2": "0.9"}

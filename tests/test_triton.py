@@ -18,10 +18,12 @@ import torch
 from models import OUTPUT_DTYPES, Experts, buffer, decode, merge_tile, random_experts
 from tolerances import assert_close
 
+from ota_kernels import log8
 from ota_kernels.backends import reference
 from ota_kernels.backends import triton as backend
+from ota_kernels.dtypes import BY_NAME
 from ota_kernels.formula import ExpertTerms, Formula, Terms, score_bits, score_scale
-from ota_kernels.tensors import Full, LowRank, Rank1, TensorInputs, Uniform
+from ota_kernels.tensors import Buffer, Full, Log8, LowRank, Rank1, TensorInputs, Uniform
 
 RUNS_HERE = backend.verify()[0]
 
@@ -46,6 +48,12 @@ def terms_of(tile: TensorInputs, formula: Formula, quantile: float = 0.6, **of_e
         kept = float(np.quantile(scores, quantile)) if len(scores) else 0.0
         experts.append(replace(e, threshold=float(np.float32(kept))))
     return Terms(formula, 1e-26 * 2.0**40, tuple(experts))
+
+
+def log8_of(h: np.ndarray) -> Log8:
+    """A float32 matrix in 8 bits."""
+    codes, scales = log8.encode(h)
+    return Log8(Buffer(codes.reshape(-1), BY_NAME["uint8"]), scales, h.shape[1])
 
 
 def operand_of(tile: TensorInputs, terms: Terms) -> np.ndarray:
@@ -146,18 +154,21 @@ class TestMerge:
         check(tile, terms_of(tile, Formula()))
 
     @pytest.mark.parametrize("shape", [(3, 1024), (2, 1500), (3, 1301), (40, 33)], ids=str)
-    @pytest.mark.parametrize("form", ["rank1", "low-rank", "uniform", "mixed"])
+    @pytest.mark.parametrize("form", ["rank1", "log8", "low-rank", "uniform", "mixed", "mixed rows"])
     def test_forms_of_curvature(self, form, shape):
         """Whole matrices and tiles of them that begin and end within rows."""
         rng = np.random.default_rng(6)
         rows, columns = (np.float32(rng.random(k) * 1e-6) for k in shape)
         rank1 = Rank1(rows, columns)
+        eight_bits = log8_of(np.float32(rng.random(shape) ** 8 * 1e-6))
         factors = (np.float32(rng.normal(size=size)) for size in ((shape[0], 2), (2, shape[1])))
         forms = {
             "rank1": (rank1,) * 3,
+            "log8": (eight_bits,) * 3,
             "low-rank": (LowRank(*factors),) * 3,
             "uniform": (Uniform(),) * 3,
             "mixed": (rank1, Uniform(), Full(buffer(torch.rand(shape)))),
+            "mixed rows": (rank1, eight_bits, rank1),
         }  # fmt: skip
         whole = replace(random_experts(6, shape).inputs("bfloat16"), curvatures=forms[form])
         for start, stop in ((0, whole.numel), (700, whole.numel - 5)):
@@ -221,13 +232,14 @@ class TestMerge:
             check(tile, terms)
 
     @pytest.mark.parametrize("census", [False, True])
-    @pytest.mark.parametrize("form", ["full", "rank1", "uniform"])
+    @pytest.mark.parametrize("form", ["full", "rank1", "log8", "uniform"])
     def test_brackets(self, form, census):
         """What lies inside is reported with its operands, the rest is counted."""
         tile = random_experts(11, (2, 1300), dtypes=("bfloat16",)).inputs("bfloat16")
+        factors = np.float32([1e-9, 3e-9]), np.float32(np.linspace(0.1, 1, 1300))
+        forms = {"rank1": Rank1(*factors), "log8": log8_of(np.outer(*factors)), "uniform": Uniform()}
         if form != "full":
-            rank1 = Rank1(np.float32([1e-9, 3e-9]), np.float32(np.linspace(0.1, 1, 1300)))
-            tile = replace(tile, curvatures=(rank1 if form == "rank1" else Uniform(),) * 3)
+            tile = replace(tile, curvatures=(forms[form],) * 3)
         tile = tile.slice(800, 2500)
         terms = terms_of(tile, Formula(), census=census)
         experts = []

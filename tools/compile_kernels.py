@@ -68,6 +68,7 @@ CHANGES = {
     "ota, census": {"brackets": True, "census": True},
     "ota, rank-1, odd rows": {"curvature": "rank1"},
     "ota, rank-1, brackets": {"curvature": "rank1", "aligned_rows": True, "brackets": True},
+    "ota, log8": {"curvature": "log8"},
     "ota, bfloat16 curvature": {"curvatures": tl.bfloat16},
     "ota, float16 curvature": {"curvatures": tl.float16},
     "ota, curvature 1": {"curvature": "uniform"},

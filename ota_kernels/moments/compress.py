@@ -28,7 +28,7 @@ from ..io.stored import MOMENT
 from ..pool import Pool, default_threads
 from ..tensors import Rank1
 from .encoders import FORMATS, Encoder
-from .errors import Errors
+from .relative_error import Errors
 
 _COPY_BYTES = 1 << 22
 

@@ -65,8 +65,8 @@ def _curvature(c: Curvature, n: int):
 
     if isinstance(c, Full):
         return _buffer(c.values)
-    if isinstance(c, Log8):  # no kernel decodes it yet
-        return _tensor(c.float32(), "float32")
+    if isinstance(c, Log8):
+        return tiles.Log8(_buffer(c.codes), _tensor(c.scales, "float32"), c.columns, c.start)
     if isinstance(c, Rank1):
         return tiles.Rank1(_tensor(c.rows, "float32"), _tensor(c.columns, "float32"), c.start)
     if isinstance(c, LowRank):

@@ -18,6 +18,15 @@ def rank1(row_sum, column_share):
 
 
 @triton.jit
+def log8(code, scale):
+    """h of an 8-bit code and its row's scale (ota_kernels/log8.py): integers, and one exact product."""
+    c = code.to(tl.int32)
+    m = c & 3
+    pattern = ((32 * c - ((m * (45 - 11 * m)) >> 2)) << 16) + (64 << 23)
+    return tl.where(c > 0, pattern.to(tl.float32, bitcast=True), 0.0) * scale
+
+
+@triton.jit
 def saliency(h, d, k):
     """s = (h k) (2^16 d)^2 in float32, the saliency h d^2 times 2^64 where k is 2^32."""
     scaled = d * 65536.0

@@ -67,15 +67,19 @@ def curvature(
     aligned: tl.constexpr,
     block_size: tl.constexpr,
 ):
-    """h_t of the block, float32. kind: "uniform" (1 everywhere), "full" or "rank1" (then the place in the
-    matrix is used)."""
+    """h_t of the block, float32. kind: "uniform" (1 everywhere), "full", or "rank1" and "log8", which use the
+    place in the matrix."""
     if kind == "uniform":
         h = tl.full((block_size,), 1.0, tl.float32)
     elif kind == "full":
         h = elements(table, n_experts + t, offset, lane, inside, dtype, aligned).to(tl.float32)
     else:
         rows = pointer(table, n_experts + t, tl.float32, False) + row
-        columns = pointer(table, 2 * n_experts + t, tl.float32, aligned)
-        row_sum = tl.where(wrapped, tl.load(rows + 1, mask=has_next, other=0), tl.load(rows))
-        h = f.rank1(row_sum, tl.load(columns + column, mask=inside, other=0))
+        of_row = tl.where(wrapped, tl.load(rows + 1, mask=has_next, other=0), tl.load(rows))
+        if kind == "rank1":
+            columns = pointer(table, 2 * n_experts + t, tl.float32, aligned)
+            h = f.rank1(of_row, tl.load(columns + column, mask=inside, other=0))
+        else:
+            codes = elements(table, 2 * n_experts + t, offset, lane, inside, tl.uint8, aligned)
+            h = f.log8(codes, of_row)
     return h

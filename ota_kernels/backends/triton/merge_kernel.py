@@ -21,11 +21,13 @@ from .tiles import (
     TYPES,
     WARPS,
     DeviceTile,
-    Rank1,
     addresses,
     is_aligned,
+    kind_of,
     launches,
     nonfinite,
+    place_of,
+    streamed,
     unified,
     upload,
 )
@@ -88,7 +90,7 @@ def _merge_kernel(
     zero = tl.zeros((block_size,), acc)
     inside = loads.inside(lane, n - offset, tail, block_size)
     row, has_next, column, wrapped = 0, False, lane, nowhere
-    if curvature == "rank1":
+    if curvature == "rank1" or curvature == "log8":
         place = loads.place_in_matrix(offset, n, lane, first_element, n_columns, aligned_rows)
         row, has_next, column, wrapped = place
 
@@ -271,14 +273,14 @@ class Variant:
     def of(cls, tile: DeviceTile, terms: Terms, out: torch.Tensor) -> Variant:
         """The full blocks' variant for a unified tile."""
         formula, c = terms.formula, tile.curvatures[0]
-        rank1, full = isinstance(c, Rank1), isinstance(c, torch.Tensor)
+        kind = kind_of(c)
         streams = [x for x in (tile.base, *tile.experts, out) if x is not None]
-        streams += [c.columns if rank1 else c for c in tile.curvatures if c is not None]
+        streams += [x for c in tile.curvatures for x in streamed(c)]
         return cls(
             n_experts=len(tile.experts),
             weights=TYPES[tile.experts[0].dtype],
-            curvature="rank1" if rank1 else "full" if full else "uniform",
-            curvatures=TYPES[c.dtype] if full else tl.float32,
+            curvature=kind,
+            curvatures=TYPES[c.dtype] if kind == "full" else tl.float32,
             acc=tl.float64 if out.dtype.itemsize >= 4 else tl.float32,
             power=_power(formula),
             has_base=tile.base is not None,
@@ -291,7 +293,7 @@ class Variant:
             fallback_to_base=formula.fallback_to_base and tile.base is not None,
             repair=formula.repair_nonfinite,
             aligned=is_aligned(streams),
-            aligned_rows=rank1 and c.columns.numel() % 4 == 0 and c.start % 4 == 0,
+            aligned_rows=kind == "rank1" and c.n_columns % 4 == 0 and c.start % 4 == 0,
         )
 
 
@@ -404,7 +406,6 @@ def merge(tile: DeviceTile, terms: Terms, out: torch.Tensor) -> Merged:
         appended = torch.zeros(1, dtype=torch.int32, device=tile.device)
     if variant.census:
         censuses = torch.zeros(len(tile.experts), CENSUS, dtype=torch.int64, device=tile.device)
-    place = (first.start, first.columns.numel()) if isinstance(first, Rank1) else (0, BLOCK)
     for first_block, programs, tail in launches(n):
         _merge_kernel[(programs,)](
             out if tile.base is None else tile.base,
@@ -417,7 +418,7 @@ def merge(tile: DeviceTile, terms: Terms, out: torch.Tensor) -> Merged:
             n,
             first_block,
             n_blocks,
-            *place,
+            *place_of(first),
             **constants(replace(variant, tail=tail) if tail else variant),
             num_warps=warps(variant),
             enable_fp_fusion=False,

@@ -11,7 +11,20 @@ import triton.language as tl
 from ...formula import ExpertTerms
 from . import formulas as f
 from . import loads
-from .tiles import BLOCK, TYPES, WARPS, DeviceTile, Rank1, addresses, is_aligned, launches, unified, upload
+from .tiles import (
+    BLOCK,
+    TYPES,
+    WARPS,
+    DeviceTile,
+    addresses,
+    is_aligned,
+    kind_of,
+    launches,
+    place_of,
+    streamed,
+    unified,
+    upload,
+)
 
 _ROWS, _COLUMNS = 64, 128  # of the block whose row and column sums one program forms
 _BINS = 1 << 16
@@ -42,7 +55,7 @@ def _edit_and_score(
     lane = tl.arange(0, block_size)
     inside = loads.inside(lane, n - offset, tail, block_size)
     row, has_next, column, wrapped = 0, False, lane, inside
-    if curvature == "rank1":
+    if curvature == "rank1" or curvature == "log8":
         place = loads.place_in_matrix(offset, n, lane, first_element, n_columns, False)
         row, has_next, column, wrapped = place
     d = loads.elements(table, 0, offset, lane, inside, weights, aligned).to(tl.float32)
@@ -200,18 +213,16 @@ class _Prepared:
     def __init__(self, tile: DeviceTile) -> None:
         self.tile = tile = unified(tile)
         (w,), (c,) = tile.experts, tile.curvatures
-        rank1, full = isinstance(c, Rank1), isinstance(c, torch.Tensor)
         self.table, _ = upload(addresses(tile), (), tile.device)
         self.base = w if tile.base is None else tile.base
-        self.place = (c.start, c.columns.numel()) if rank1 else (0, BLOCK)
+        self.place = place_of(c)
         self.suspects = torch.empty(triton.cdiv(tile.numel, BLOCK), dtype=torch.int32, device=tile.device)
-        streams = [w, self.base, *([c.columns] if rank1 else [c] if full else [])]
         self.constants = {
             "weights": TYPES[w.dtype],
-            "curvature": "rank1" if rank1 else "full" if full else "uniform",
-            "curvatures": TYPES[c.dtype] if full else tl.float32,
+            "curvature": kind_of(c),
+            "curvatures": TYPES[c.dtype] if kind_of(c) == "full" else tl.float32,
             "has_base": tile.base is not None,
-            "aligned": is_aligned(streams),
+            "aligned": is_aligned([w, self.base, *streamed(c)]),
             "block_size": BLOCK,
             "num_warps": WARPS,
             "enable_fp_fusion": False,

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import triton.language as tl
 
+from ... import log8
 from ..stats import NonFinite
 
 ALIGNMENT = 16  # bytes of the widest load
@@ -41,10 +42,31 @@ class Rank1:
     columns: torch.Tensor
     start: int = 0
 
+    @property
+    def n_columns(self) -> int:
+        return self.columns.numel()
+
     def full(self, n: int) -> torch.Tensor:
         """The first n elements, float32[n]."""
         index = torch.arange(self.start, self.start + n, device=self.rows.device)
         return self.rows[index // self.columns.numel()] * self.columns[index % self.columns.numel()]
+
+
+@dataclass(frozen=True, slots=True)
+class Log8:
+    """Curvature in 8 bits (ota_kernels.log8). codes: uint8[n]; scales: float32, one per row of the matrix;
+    n_columns: elements of a row; start: flat index of the tile's first element."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    n_columns: int
+    start: int = 0
+
+    def full(self, n: int) -> torch.Tensor:
+        """The first n elements, float32[n]."""
+        row = torch.arange(self.start, self.start + n, device=self.codes.device) // self.n_columns
+        levels = torch.from_numpy(log8.LEVELS.copy()).to(self.codes.device)
+        return levels[self.codes[:n].long()] * self.scales[row]
 
 
 def low_rank(left: torch.Tensor, right: torch.Tensor, start: int, n: int) -> torch.Tensor:
@@ -58,7 +80,23 @@ def low_rank(left: torch.Tensor, right: torch.Tensor, start: int, n: int) -> tor
     return torch.where(h > 0, h, 0.0)
 
 
-Curvature = torch.Tensor | Rank1 | None  # one value per element; factors; 1 everywhere
+Curvature = torch.Tensor | Rank1 | Log8 | None  # one value per element; by rows; 1 everywhere
+
+
+def kind_of(c: Curvature) -> str:
+    """What kernels call this form of curvature."""
+    return {Rank1: "rank1", Log8: "log8", type(None): "uniform"}.get(type(c), "full")
+
+
+def streamed(c: Curvature) -> list[torch.Tensor]:
+    """What of a curvature is read side by side with the weights: all but what belongs to rows."""
+    values, by_column = _addressed(c)
+    return [x for x in (values if by_column is None else None, by_column) if x is not None]
+
+
+def place_of(c: Curvature) -> tuple[int, int]:
+    """(flat index of the first element, elements of a row) of curvature by rows; else what nobody reads."""
+    return (c.start, c.n_columns) if isinstance(c, (Rank1, Log8)) else (0, BLOCK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +127,12 @@ def unified(tile: DeviceTile) -> DeviceTile:
     """The same values with one element type for all weights, one form and type for all curvature: kernels are
     compiled for those. What differs is widened without loss, in a copy; models seldom differ.
 
-    Rows shorter than a block need a division per element: their rank-1 curvature is written out.
+    Rows shorter than a block need a division per element: their curvature is written out.
     """
     base = None if tile.base is None else _widened(tile.base)
     experts = _one_type(tuple(map(_widened, tile.experts)))
     forms = {type(c) for c in tile.curvatures}
-    narrow = any(isinstance(c, Rank1) and c.columns.numel() < BLOCK for c in tile.curvatures)
+    narrow = any(place_of(c)[1] < BLOCK for c in tile.curvatures)
     if len(forms) == 1 and not narrow:
         curvatures = _one_type(tile.curvatures) if forms == {torch.Tensor} else tile.curvatures
         return DeviceTile(base, experts, curvatures)
@@ -117,7 +155,7 @@ def written_out(c: Curvature, tile: DeviceTile) -> torch.Tensor:
     """One curvature value per element of the tile: [n]."""
     if c is None:
         return torch.ones(tile.numel, device=tile.device)
-    return c.full(tile.numel) if isinstance(c, Rank1) else c
+    return c.full(tile.numel) if isinstance(c, (Rank1, Log8)) else c
 
 
 def is_aligned(tensors: Sequence[torch.Tensor]) -> bool:
@@ -136,15 +174,20 @@ def launches(n: int) -> Iterator[tuple[int, int, bool]]:
 
 
 def addresses(tile: DeviceTile, columns: Sequence[torch.Tensor | None] = ()) -> list[int]:
-    """The kernels' table for a unified tile: weights; curvatures, or row sums; column shares; `columns`."""
+    """The kernels' table for a unified tile: weights; curvatures, row sums or scales; column shares or codes;
+    `columns`."""
 
     def address(x: torch.Tensor | None) -> int:
         return 0 if x is None else x.data_ptr()
 
-    rank1 = [c for c in tile.curvatures if isinstance(c, Rank1)]
-    values = [c.rows for c in rank1] or tile.curvatures
-    shares = [c.columns for c in rank1] or [None] * len(tile.experts)
-    return [address(x) for x in (*tile.experts, *values, *shares, *columns)]
+    first, second = zip(*map(_addressed, tile.curvatures), strict=True)
+    return [address(x) for x in (*tile.experts, *first, *second, *columns)]
+
+
+def _addressed(c: Curvature) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    if isinstance(c, Rank1):
+        return c.rows, c.columns
+    return (c.scales, c.codes) if isinstance(c, Log8) else (c, None)
 
 
 def upload(table: Sequence[int], numbers: Sequence[float], device: torch.device) -> tuple:
