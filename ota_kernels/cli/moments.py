@@ -28,7 +28,7 @@ moments.add_command(compress)
 moments.add_command(estimate)
 
 
-@moments.command()
+@moments.command(short_help="Write a checkpoint's second moments to one file.")
 @click.argument("checkpoint", type=click.Path(), metavar="CHECKPOINT")
 @click.argument("out", type=click.Path(), metavar="OUT.safetensors")
 @click.option(
@@ -59,7 +59,7 @@ def extract(checkpoint: str, out: str, model: str | None, format_name: str, over
         click.echo(line)
 
 
-@moments.command()
+@moments.command(short_help="Show what a file of second moments holds.")
 @click.argument("file", type=click.Path(), metavar="FILE")
 @click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
 def show(file: str, as_json: bool) -> None:

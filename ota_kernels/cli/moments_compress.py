@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from ..moments.compress import Summary
 
 
-@click.command()
+@click.command(short_help="Write a file of second moments in less room.")
 @click.argument("source", type=click.Path(), metavar="IN")
 @click.argument("out", type=click.Path(), metavar="OUT.safetensors")
 @click.option(
@@ -67,7 +67,8 @@ def _print(summary: Summary, agreement: dict[float, float], out: str) -> None:
     table.add_row("compressed", f"{summary.tensors} tensors, {format_count(summary.elements)} elements")
     if summary.copied:
         table.add_row("copied", f"{summary.copied} tensors")
-    sizes = f"{summary.error_median:.2%}, {summary.error_99:.2%}, {summary.error_max:.2%}"
+    errors = (summary.error_median, summary.error_99, summary.error_max)
+    sizes = ", ".join(f"{100 * error:.3g} %" for error in errors)
     table.add_row("relative error: median, 99 %, largest", sizes)
     table.add_row("zeros", f"{summary.zeros}, of which {summary.zeros_kept} stay 0")
     for density, index in agreement.items():

@@ -12,7 +12,7 @@ import click
 _LINE_SECONDS = 10.0  # between lines where there is no terminal
 
 
-@click.command()
+@click.command(short_help="Estimate curvature where there is no optimizer state.")
 @click.argument("model", type=click.Path(), metavar="MODEL_DIR")
 @click.argument("data", type=click.Path(), metavar="DATA.jsonl")
 @click.argument("out", type=click.Path(), metavar="OUT.safetensors")
