@@ -443,8 +443,8 @@ void account(const MergeArgs& args, int t, int64_t offset, int n, MergeStats& st
     float base_room[kBlock], weight_room[kBlock], curvature_room[kBlock], used[kBlock];
     const float* base = HasBase ? load({c.base, args.base.dtype}, offset, n, base_room) : nullptr;
     const float* w = load({c.weights[t], expert.weights.dtype}, offset, n, weight_room);
-    const float* h = c.curvature[t] + offset;
-    if (expert.curvature.kind == CurvatureKind::uniform) h = load(expert.curvature, offset, n, curvature_room);
+    const bool uniform = expert.curvature.kind == CurvatureKind::uniform;
+    const float* h = uniform ? load(expert.curvature, offset, n, curvature_room) : c.curvature[t] + offset;
     int32_t kept = 0, reached = 0;
     for (int j = 0; j < n; ++j) {
         const float b = HasBase ? base[j] : 0.0f, s = score<HasBase>(h[j], w[j], b, expert.score_scale);

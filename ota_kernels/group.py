@@ -23,7 +23,7 @@ from .tensors import TensorInputs
 from .tiling import Segment
 
 _BINS = 1 << 16
-_FEW = 1 << 24  # scores in a bracket that are held in memory
+_FEW = 1 << 21  # scores in a bracket that a thread holds in memory
 _BATCH = 1 << 20  # scores that are counted at once
 
 
@@ -126,8 +126,8 @@ class Group:
     def _largest(self, t: int, lowest: float, rest: int) -> float:
         """The rest-th largest score in expert t's bracket."""
         steps = np.concatenate([self._store.steps(p.held, p.tensor, t) for p in self.parts])
-        step = np.partition(steps, len(steps) - rest)[len(steps) - rest]
-        return score_of_bits(score_bits(lowest) + int(step))
+        steps.partition(len(steps) - rest)
+        return score_of_bits(score_bits(lowest) + int(steps[len(steps) - rest]))
 
     def _histogram(self, t: int, lowest: float, prefix: int) -> tuple[np.ndarray, np.ndarray]:
         """Of the scores in expert t's bracket, as a backend's `histogram`."""

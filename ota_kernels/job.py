@@ -30,7 +30,7 @@ from .io.assets import Asset, plan_assets, recipe_asset, write_assets
 from .io.reader import advise, release
 from .io.workfolder import WorkFolder
 from .io.writer import ShardWriter
-from .ledger import Ledger, record_of
+from .ledger import FORMAT, Ledger, record_of
 from .planning import DEFAULT_MEMORY_LIMIT, Plan, make_plan
 from .pool import Pool, default_threads
 from .recipe import Recipe, load_recipe, parse_recipe
@@ -183,9 +183,10 @@ class _Merge:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Changes whenever the output's bytes might: recipe, inputs, layout, seed, version."""
+        """Changes whenever the output's bytes might: recipe, inputs, layout, seed, versions."""
         parts = [
             __version__,
+            FORMAT,
             self.recipe.as_dict(),
             self.options.seed,
             self.backend.NAME,

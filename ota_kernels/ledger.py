@@ -11,6 +11,8 @@ from .survey import ModelDecisions
 from .tally import Tally
 from .tiling import Segment
 
+FORMAT = 2  # of the records, and of the file of candidates
+
 
 def record_of(event: Event) -> dict | None:
     """The journal's record of something that happened; None for what a kill undoes."""
@@ -49,7 +51,7 @@ class Ledger:
             made = record["decisions"]
             brackets = tuple(None if b is None else Bracket(**b) for b in made["brackets"])
             thresholds, means = tuple(made["thresholds"]), tuple(made["mean_weights"])
-            self.decisions = ModelDecisions(thresholds, brackets, means)
+            self.decisions = ModelDecisions(thresholds, brackets, means, made["spread"])
         if "unit" in record:
             self.add(Merged([(Segment(*place), Tally(**tally)) for *place, tally in record["unit"]]))
         if "open" in record:

@@ -83,7 +83,9 @@ def make_plan(
     """The plan of a merge of open inputs. Raises RecipeError when the memory limit is too small."""
     tensors = survey.tensors
     per_element = max((_bytes_per_element(t, backend) for t in tensors), default=1)
-    candidates = survey.expected_candidates() * max((sum(Candidates.columns(t)) for t in tensors), default=0)
+    # Most candidates lie in one expert's bracket, which lists one step of 4 bytes.
+    each = max((sum(Candidates.columns(t)) + 4 for t in tensors), default=0)
+    candidates = survey.expected_candidates() * each
     # A small limit leaves room for tiles first.
     held = min(candidates_memory, memory_limit // 4)
     fixed = PROCESS_BYTES[backend.NAME] + _survey_bytes(tensors, survey, threads, per_element)

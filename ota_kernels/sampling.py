@@ -88,11 +88,11 @@ def are_cached(buffers: Sequence[Buffer]) -> bool:
 
 
 def _is_cached(buffer: Buffer, position: int) -> bool:
-    with open(buffer.origin, "rb", buffering=0) as file:
-        try:
+    try:
+        with open(buffer.origin, "rb", buffering=0) as file:
             return os.preadv(file.fileno(), [bytearray(1)], buffer.offset + position, os.RWF_NOWAIT) == 1
-        except (OSError, AttributeError):  # it would wait; or the file system, or the platform, cannot tell
-            return False
+    except (OSError, AttributeError):  # it would wait; or the file system, or the platform, cannot tell
+        return False
 
 
 def gather_runs(tensor: TensorInputs, starts: np.ndarray, together: int) -> TensorInputs:

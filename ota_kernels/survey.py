@@ -45,11 +45,14 @@ _FACTOR_CACHE_BYTES = 64 << 20
 @dataclass(frozen=True)
 class ModelDecisions:
     """What is decided once for the whole model, per expert: the score threshold (None where it is decided
-    elsewhere), or the bracket in which it is expected; the mean weight that `normalise: model` divides by."""
+    elsewhere), or the bracket in which it is expected; the mean weight that `normalise: model` divides by.
+    spread: how large tensors are sampled. A tensor may be sampled again, by a process that resumes: it must
+    find the same bracket, whatever the page cache holds then."""
 
     thresholds: tuple[float | None, ...]
     brackets: tuple[Bracket | None, ...]
     mean_weights: tuple[float | None, ...]
+    spread: bool
 
 
 class Survey:
@@ -132,19 +135,22 @@ class Survey:
         thresholds: list[float | None] = [None] * len(self.models)
         brackets: list[Bracket | None] = [None] * len(self.models)
         elements = self.elements
+        spread = self.brackets and are_cached([b for t in self.tensors for b in t.buffers])
         for t in self._surveyed_experts():
             if not decide.keeps_some(self.selections[t], elements):
                 thresholds[t] = decide.KEEP_NOTHING
         experts = [t for t in self._surveyed_experts() if thresholds[t] is None]
         if self.brackets and experts:
             taking_part = [self.prepare(t, run) for t in self.tensors if self.takes_part(t)]
-            brackets = self._sampled_brackets(taking_part, run)
+            brackets = self._sampled_brackets(taking_part, spread, run)
             experts = [t for t in experts if brackets[t] is None]
         if experts:
             self._histogram_thresholds(experts, thresholds, run)
-        return ModelDecisions(tuple(thresholds), tuple(brackets), tuple(self._model_means(run)))
+        return ModelDecisions(tuple(thresholds), tuple(brackets), tuple(self._model_means(run)), spread)
 
-    def _sampled_brackets(self, tensors: Sequence[TensorInputs], run: Map) -> list[Bracket | None]:
+    def _sampled_brackets(
+        self, tensors: Sequence[TensorInputs], spread: bool, run: Map
+    ) -> list[Bracket | None]:
         """Per expert, None where it needs none or none is worth it."""
         elements = sum(t.numel for t in tensors)
         experts = [t for t, s in enumerate(self.selections) if s.surveyed and decide.keeps_some(s, elements)]
@@ -157,8 +163,9 @@ class Survey:
         if experts:
             # What is sampled from a small tensor is merged next, while its pages are still mapped.
             release = self._release if elements > _MAPPED else None
-            spread = release is None or are_cached([b for t in tensors for b in t.buffers])
-            sampled = sample(tensors, cluster_count(elements), scores, run, release, spread)
+            sampled = sample(
+                tensors, cluster_count(elements), scores, run, release, spread or release is None
+            )
             of_expert = [(self.selections[t], s) for t, s in zip(experts, sampled, strict=True)]
             for t, bracket in zip(experts, run(lambda pair: bracket_of(*pair), of_expert), strict=True):
                 found[t] = bracket
@@ -304,7 +311,7 @@ class Survey:
         """The kernel's numbers for one prepared tensor; open (see formula) where a threshold follows."""
         brackets = model.brackets
         if self.brackets and not self.model_scope and tensor.numel > _DIRECT:
-            brackets = self._sampled_brackets([tensor], run)
+            brackets = self._sampled_brackets([tensor], model.spread, run)
         experts = []
         for t, selection in enumerate(self.selections):
             e = ExpertTerms(score_scale=score_scale_of(tensor, t))

@@ -189,6 +189,25 @@ def test_interrupted_while_merging(models, tmp_path, expected, monkeypatch, scop
     assert_as_expected(out, report, expected[scope])
 
 
+@pytest.mark.parametrize("cached", [True, False], ids=["then not", "then cached"])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_the_page_cache_changes_before_a_resume(models, tmp_path, expected, monkeypatch, scope, cached):
+    """A tensor that is half merged is sampled again: its bracket must be the one of its candidates."""
+    recipe, out = recipe_of(models, scope), tmp_path / "out"
+    options = {"tile_elements": TILE, "threads": 1, "candidates_memory": 0}
+    monkeypatch.setattr("ota_kernels.survey._MAPPED", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr("ota_kernels.survey.are_cached", lambda buffers: cached)
+        patch.setattr(engine.Engine, "_run_kernel", Interrupt(engine.Engine._run_kernel, 17))
+        with pytest.raises(KeyboardInterrupt):
+            merge(recipe, out, **options)
+    assert any("open" in record for record in records(out))
+    monkeypatch.setattr("ota_kernels.survey.are_cached", lambda buffers: not cached)
+    report = merge(recipe, out, resume=True, **options)
+    assert report["resumed"]
+    assert_as_expected(out, report, expected[scope])
+
+
 @pytest.mark.parametrize("options", MEMORY.values(), ids=MEMORY)
 @pytest.mark.parametrize("scope", SCOPES)
 def test_interrupted_while_settling(models, tmp_path, expected, monkeypatch, scope, options):
