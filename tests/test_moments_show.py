@@ -108,7 +108,26 @@ def test_json(ota_merge, tmp_path):
     assert json.loads(printed)["source_format"] == "dcp"
 
 
-def test_a_missing_file(ota_merge, tmp_path):
-    code, printed, errors = ota_merge("moments", "show", tmp_path / "none.safetensors")
-    assert (code, printed) == (2, "")
-    assert errors.startswith(f"error: '{tmp_path / 'none.safetensors'}' is not a local file")
+def test_a_missing_file(ota_merge, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    for name, fact in (
+        ("none.safetensors", "not a hub file"),
+        ("folder/none.safetensors", "its folder has none"),
+    ):
+        code, printed, errors = ota_merge("moments", "show", name)
+        assert (code, printed) == (2, "")
+        assert errors.startswith(f"error: '{name}' is not a local file")
+        assert fact in errors
+        assert errors.count("\n") == 1
+
+
+def test_a_file_without_tensors(ota_merge, tmp_path):
+    save_file({}, tmp_path / "v.safetensors")
+    code, _, errors = ota_merge("moments", "show", tmp_path / "v.safetensors")
+    assert (code, errors.endswith("v.safetensors: holds no second moments\n")) == (2, True)
+
+
+def test_a_step_without_beta2(tmp_path):
+    save_file({"w": torch.ones(3)}, tmp_path / "v.safetensors", metadata={"step": "5"})
+    assert (show(tmp_path / "v.safetensors").step, show(tmp_path / "v.safetensors").beta2) == (5, None)

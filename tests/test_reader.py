@@ -644,7 +644,10 @@ BAD_TORCH_FILES = {
     "a list": ([1], "not an optimizer file"),
     "no state": ({"model": {}}, "not an optimizer file"),
     "state is a tensor": ({"state": torch.ones(1)}, "not an optimizer file"),
-    "integer keys": ({"state": {0: {"exp_avg_sq": MOMENTS}}}, "keyed by 0, not by parameter names"),
+    "integer keys": (
+        {"state": {0: {"exp_avg_sq": MOMENTS}}},
+        "keyed by 0, .*moments extract",
+    ),
     "entry is a tensor": ({"state": {"w": MOMENTS}}, r"state\['w'\] is not a dict"),
     "no moments": ({"state": {"w": {"exp_avg": MOMENTS}}}, "holds no exp_avg_sq"),
     "moment is a number": (state_of(1.0), "'w' is not a plain contiguous tensor"),

@@ -14,7 +14,7 @@ from .moments_estimate import estimate
 if TYPE_CHECKING:
     from ..moments import Overview, Summary
 
-_WIDTH = 100
+_WIDTH, _UNLIMITED = 100, 1000
 _LISTED = 5  # names that a line lists before it says how many more there are
 _FORMATS = ("auto", "torch", "trainer", "deepspeed", "deepspeed-universal", "dcp")
 
@@ -50,7 +50,8 @@ def extract(checkpoint: str, out: str, model: str | None, format_name: str, over
     """Write Adam's second moments in CHECKPOINT, a folder or a file, to OUT.safetensors.
 
     OUT is what `preconditioner_path` in a recipe takes; it appears only when it is complete and every value
-    was checked.
+    was checked. Where an optimizer numbers its parameters, they are taken to be in the model's order, in each
+    group (as `model.parameters()` gives them); shapes must agree, and several possible orders are refused.
     """
     from .. import moments as package
 
@@ -117,7 +118,9 @@ def _print_table(overview: Overview, file: str) -> None:
     from ..units import format_bytes, format_count
 
     # A table that is cut to a narrow terminal loses digits; one that wraps does not.
-    console = Console(width=max(Console().width, _WIDTH), highlight=False)
+    screen = Console()
+    width = max(screen.width, _WIDTH) if screen.is_terminal else _UNLIMITED
+    console = Console(width=width, highlight=False)
     said = (("from", overview.source_format), ("step", overview.step), ("beta2", overview.beta2))
     facts = [f"{name} {_fact(value)}" for name, value in said if value is not None]
     size = format_bytes(sum(tensor.nbytes for tensor in overview.tensors))

@@ -39,11 +39,13 @@ def compress(
     OUT is what `preconditioner_path` takes, too: merges read it as it is, and never expand it. It appears
     only when it is complete.
     """
-    from ..moments.agreement import mask_agreement
+    from ..moments.agreement import check_models, mask_agreement
     from ..moments.compress import compress as run
 
     if (base is None) != (expert is None):
         raise click.UsageError("--base and --expert go together")
+    if base is not None:
+        check_models(base, expert, source)
     summary = run(source, out, format_name, overwrite)
     agreement = {} if base is None else mask_agreement(base, expert, source, out)
     if as_json:
@@ -63,7 +65,8 @@ def _print(summary: Summary, agreement: dict[float, float], out: str) -> None:
     table.add_column()
     table.add_column(justify="right")
     before, after = format_bytes(summary.bytes_before), format_bytes(summary.bytes_after)
-    table.add_row("size", f"{before} to {after}, {summary.ratio:.3g} times smaller")
+    ratio, sense = (summary.ratio, "smaller") if summary.ratio >= 1 else (1 / summary.ratio, "larger")
+    table.add_row("size", f"{before} to {after}, {ratio:.3g} times {sense}")
     table.add_row("compressed", f"{summary.tensors} tensors, {format_count(summary.elements)} elements")
     if summary.copied:
         table.add_row("copied", f"{summary.copied} tensors")

@@ -234,7 +234,7 @@ class _TorchCurvature(CurvatureFile):
             if not isinstance(name, str):
                 raise InputError(
                     f"{self.where}: its state is keyed by {quoted(name)}, "
-                    "not by parameter names: save {name: state[p] for name, p in model.named_parameters()}"
+                    "not by parameter names: `ota-merge moments extract` finds these"
                 )
             if not isinstance(state, dict):
                 raise InputError(f"{self.where}: state[{quoted(name)}] is not a dict")

@@ -51,11 +51,14 @@ def resolve_file(text: str) -> Path:
     path = os.path.expanduser(text)
     if os.path.exists(path):
         return Path(path)
-    if _MODEL.fullmatch(text):
-        return resolve_model(text)
     match = _FILE.fullmatch(text)
-    if match is None or ".." in PurePosixPath(match["file"]).parts:
+    is_model = _MODEL.fullmatch(text) is not None
+    if not is_model and (match is None or ".." in PurePosixPath(match["file"]).parts):
         raise InputError(f"{text!r} is not a local file, and not a hub file (org/name/path or org/name:path)")
+    if os.path.isdir(os.path.dirname(path)):  # a name mistyped, not a name of the hub
+        raise InputError(f"{text!r} is not a local file: its folder has none of that name")
+    if is_model:
+        return resolve_model(text)
     hub = _import_hub(text, "file")
     try:
         return Path(hub.hf_hub_download(match["repo"], match["file"], revision=match["revision"]))

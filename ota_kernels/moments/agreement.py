@@ -35,16 +35,7 @@ def mask_agreement(
     Thresholds are exact and over the whole model; tensors without curvature take no part. Reads everything
     twice. Raises InputError for files that do not fit.
     """
-    models = [
-        {"model": str(expert), "parameters": {"preconditioner_path": str(path)}}
-        for path in (source, compressed)
-    ]
-    recipe = {
-        "merge_method": "ota",
-        "base_model": str(base),
-        "models": models,
-        "parameters": {"missing_curvature": "base"},
-    }
+    recipe = _recipe(base, expert, [source, compressed])
     found = thresholds_of(recipe, densities)
     grid = found["grid"]
     thresholds = [[_score(row["threshold"]) for row in e["densities"]] for e in found["experts"]]
@@ -68,6 +59,21 @@ def mask_agreement(
             both += counts[0]
             either += counts[1]
     return {x: int(a) / int(b) if b else 1.0 for x, a, b in zip(grid, both, either, strict=True)}
+
+
+def check_models(base: str | PathLike, expert: str | PathLike, source: str | PathLike) -> None:
+    """Raise InputError where `mask_agreement` could not compare masks by `source`. Reads headers only."""
+    with Inputs(parse_recipe(_recipe(base, expert, [source]))):
+        pass
+
+
+def _recipe(base: str | PathLike, expert: str | PathLike, paths: Sequence[str | PathLike]) -> dict:
+    return {
+        "merge_method": "ota",
+        "base_model": str(base),
+        "models": [{"model": str(expert), "parameters": {"preconditioner_path": str(p)}} for p in paths],
+        "parameters": {"missing_curvature": "base"},
+    }
 
 
 def _score(threshold: float | None) -> np.float32:

@@ -10,6 +10,7 @@ Tensors that a form is not for, and those that are row and column sums already, 
 from __future__ import annotations
 
 import contextlib
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,8 @@ _COPY_BYTES = 1 << 22
 class Summary:
     """What became of a file.
 
-    tensors, elements: compressed; copied: tensors that stayed as they were; bytes_before: of the second
-    moments; bytes_after: of the new file; error_median, error_99, error_max: of the relative errors of
+    tensors, elements: compressed; copied: tensors that stayed as they were; bytes_before,
+    bytes_after: of the second moments; error_median, error_99, error_max: of the relative errors of
     compressed elements that are not 0 (quantiles to within 1.6 %); zeros: elements that were 0; zeros_kept:
     those that still are; step, beta2: what a recipe's `bias_correction` needs, None where the tensors do not
     share it.
@@ -60,7 +61,7 @@ class Summary:
 
     @property
     def ratio(self) -> float:
-        """How many times smaller the file is."""
+        """How many times smaller they are."""
         return self.bytes_before / self.bytes_after
 
     def as_dict(self) -> dict[str, Any]:
@@ -82,6 +83,8 @@ def compress(source: str | Path, out: str | Path, format: str, overwrite: bool =
     out = Path(out)
     check_new_file(out, overwrite=overwrite)
     with contextlib.closing(CurvatureFile.open(resolve_file(str(source)), "source")) as file:
+        if not file.names:
+            raise InputError(f"{file.where}: holds no second moments")
         encoders, copies = _sort(file, format)
         step, beta2 = _shared_step(file)
         entries = [entry for encoder in encoders for entry in encoder.entries]
@@ -98,7 +101,7 @@ def compress(source: str | Path, out: str | Path, format: str, overwrite: bool =
             copied=len(file.names) - len(encoders),
             elements=errors.elements,
             bytes_before=file.total_bytes,
-            bytes_after=new.size,
+            bytes_after=sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in entries),
             error_median=errors.quantile(0.5),
             error_99=errors.quantile(0.99),
             error_max=errors.largest,

@@ -47,7 +47,7 @@ FORMATS = {
     for row in (
         Format(
             "torch",
-            "optimizer.pt, .bin or .pth, or any torch file of an optimizer's state dict",
+            "optimizer.pt, .bin or .pth (another torch file of an optimizer: name it, not its folder)",
             "optimizer_file",
             "recognise_torch",
             "read_torch",

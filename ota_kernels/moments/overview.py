@@ -62,16 +62,25 @@ def show(file: str | Path) -> Overview:
     Raises InputError for anything else: another format, type, negative or non-finite values.
     """
     with contextlib.closing(CurvatureFile.open(resolve_file(str(file)), _LABEL)) as opened:
+        if not opened.names:
+            raise InputError(f"{opened.where}: holds no second moments")
         said = [_step_and_beta2(opened, name) for name in opened.names]
-        step, beta2 = map(_only, zip(*said, strict=True)) if said else (None, None)
+        step, beta2 = map(_only, zip(*said, strict=True))
         source_format = _only(opened.metadata(name).get("source_format") for name in opened.names)
         return Overview(source_format, step, beta2, tuple(_overview(opened, name) for name in opened.names))
 
 
 def _step_and_beta2(file: CurvatureFile, name: str) -> tuple[float | None, float | None]:
-    with contextlib.suppress(InputError):  # not said
+    with contextlib.suppress(InputError):  # one is not said
         return file.step_and_beta2(name)
-    return None, None
+    metadata = file.metadata(name)
+    return _number(metadata.get("step")), _number(metadata.get("beta2"))
+
+
+def _number(text: str | None) -> float | None:
+    with contextlib.suppress(TypeError, ValueError):  # not said, or no number
+        return float(text)
+    return None
 
 
 def _only(values: Iterable[Any]) -> Any:
