@@ -131,3 +131,11 @@ def test_a_file_without_tensors(ota_merge, tmp_path):
 def test_a_step_without_beta2(tmp_path):
     save_file({"w": torch.ones(3)}, tmp_path / "v.safetensors", metadata={"step": "5"})
     assert (show(tmp_path / "v.safetensors").step, show(tmp_path / "v.safetensors").beta2) == (5, None)
+
+
+def test_a_model_is_no_file_of_second_moments(ota_merge, tmp_path):
+    save_file({"w": torch.ones(3)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    code, _, errors = ota_merge("moments", "show", tmp_path)
+    assert (code, errors.count("\n")) == (2, 1)
+    assert f"{tmp_path}: is a model" in errors

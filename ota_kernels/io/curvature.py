@@ -36,6 +36,11 @@ class CurvatureFile(ABC):
         A torch file must be `{"state": {parameter name: {"exp_avg_sq": tensor}}}` and is read with
         `weights_only=True`. Raises InputError for anything else; no moments are read.
         """
+        if os.path.isfile(path / "config.json"):
+            raise InputError(
+                f"{label}: {path}: is a model, whose weights are no second moments: name the file that "
+                "`ota-merge moments extract` makes of its checkpoint"
+            )
         if os.path.isdir(path) or path.name.endswith((FILE_SUFFIX, INDEX_SUFFIX)):
             return _SafetensorsCurvature(label, path)
         if path.suffix not in _TORCH_SUFFIXES:
