@@ -187,8 +187,8 @@ def test_row_and_column_sums(backend):
 
 
 @pytest.mark.parametrize("form", ["log8", "rank 1"])
-@pytest.mark.parametrize("from_files", [False, True])
-def test_runs_are_read_from_files_alike(tmp_path, form, from_files):
+@pytest.mark.parametrize("together", [0, 1, RUNS])
+def test_runs_are_read_from_files_alike(tmp_path, form, together):
     """What the sampler does, by the buffers' offsets in their files."""
     shape = (40, 50)
     c = random_codes(6, *shape, bias_correction=0.5)
@@ -200,7 +200,7 @@ def test_runs_are_read_from_files_alike(tmp_path, form, from_files):
         c = Rank1(c.scales, np.float32(2.0 ** -np.arange(50)), bias_correction=0.5)
     tensor = tile_of(c, 2000)
     starts = np.random.default_rng(7).integers(0, 2000 - RUN, 2 * RUNS)
-    found = gather_runs(tensor, starts, from_files).curvatures[0]
+    found = gather_runs(tensor, starts, together).curvatures[0]
     positions = (starts[:, None] + np.arange(RUN)).reshape(-1)
     np.testing.assert_array_equal(found.values.data.view(np.float32), read(c, 2000, native)[positions])
     assert found.bias_correction == 0.5
