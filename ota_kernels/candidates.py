@@ -9,14 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from .backends.stats import Candidates
+from .backends.stats import STEP_BYTES, Candidates
 from .errors import RunError
 from .tensors import TensorInputs
 
 DEFAULT_BUDGET = 256 << 20
-
-
-_STEP = 4  # bytes
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ class Held:
 
     def nbytes(self, tensor: TensorInputs) -> int:
         """Bytes that they take; tensor: the one (or the tile) they are elements of."""
-        return self.count * sum(Candidates.columns(tensor)) + _STEP * sum(self.steps)
+        return self.count * sum(Candidates.columns(tensor)) + STEP_BYTES * sum(self.steps)
 
 
 class Store:
@@ -90,7 +87,7 @@ class Store:
         if held.memory is not None:
             return held.memory
         sizes = [held.count * size for size in Candidates.columns(tensor)]
-        sizes += [_STEP * n for n in held.steps]
+        sizes += [STEP_BYTES * n for n in held.steps]
         parts = np.split(self._read(held.offset, sum(sizes)), np.cumsum(sizes[:-1]))
         experts = len(held.steps)
         return Candidates.of(tensor, parts[:-experts], parts[-experts:])
@@ -99,8 +96,8 @@ class Store:
         """The steps of expert t, uint32; without reading the candidates."""
         if held.memory is not None:
             return held.memory.steps[t]
-        before = held.count * sum(Candidates.columns(tensor)) + _STEP * sum(held.steps[:t])
-        return self._read(held.offset + before, _STEP * held.steps[t]).view(np.uint32)
+        before = held.count * sum(Candidates.columns(tensor)) + STEP_BYTES * sum(held.steps[:t])
+        return self._read(held.offset + before, STEP_BYTES * held.steps[t]).view(np.uint32)
 
     def _read(self, offset: int, size: int) -> np.ndarray:
         data = np.empty(size, np.uint8)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from types import ModuleType
 
-from .backends.stats import Candidates
+from .backends.stats import STEP_BYTES, Candidates
 from .candidates import DEFAULT_BUDGET
 from .errors import RecipeError
 from .factors import CHUNK
@@ -83,8 +83,8 @@ def make_plan(
     """The plan of a merge of open inputs. Raises RecipeError when the memory limit is too small."""
     tensors = survey.tensors
     per_element = max((_bytes_per_element(t, backend) for t in tensors), default=1)
-    # Most candidates lie in one expert's bracket, which lists one step of 4 bytes.
-    each = max((sum(Candidates.columns(t)) + 4 for t in tensors), default=0)
+    # Most candidates lie in one expert's bracket, which lists one step.
+    each = max((sum(Candidates.columns(t)) + STEP_BYTES for t in tensors), default=0)
     candidates = survey.expected_candidates() * each
     # A small limit leaves room for tiles first.
     held = min(candidates_memory, memory_limit // 4)

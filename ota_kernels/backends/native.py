@@ -14,7 +14,7 @@ import numpy as np
 from ..errors import BackendError, InputError
 from ..formula import ExpertTerms, Terms
 from ..tensors import Buffer, Curvature, Full, Log8, LowRank, Rank1, TensorInputs
-from .stats import CENSUS, Candidates, MergeStats, NonFinite
+from .stats import CENSUS, STEP_BYTES, Candidates, MergeStats, NonFinite
 
 NAME = "native"
 
@@ -132,7 +132,7 @@ def merge(tile: TensorInputs, terms: Terms, out: np.ndarray) -> MergeStats:
     if room is not None:
         sizes = Candidates.columns(tile)
         columns = [column[: undecided * size] for column, size in zip(room[: len(sizes)], sizes, strict=True)]
-        steps = [listed[: _STEP * n] for listed, n in zip(room[len(sizes) :], n_steps, strict=True)]
+        steps = [listed[: STEP_BYTES * n] for listed, n in zip(room[len(sizes) :], n_steps, strict=True)]
         candidates = Candidates.of(tile, columns, steps)
     return MergeStats(
         tuple(kept), tuple(reached), unkept, overflow, repaired, tuple(nonfinite), candidates, censuses
@@ -140,7 +140,6 @@ def merge(tile: TensorInputs, terms: Terms, out: np.ndarray) -> MergeStats:
 
 
 _local = threading.local()
-_STEP = 4  # bytes
 
 
 def _thirds(room: list[np.ndarray]) -> list[list[np.ndarray]]:
@@ -153,7 +152,7 @@ def _candidate_room(tile: TensorInputs, terms: Terms) -> list[np.ndarray]:
     """Columns of candidates, then steps of each expert, that would hold the whole tile, of which only what is
     used becomes memory. Each thread keeps its own: mapping new ones for every tile would cost as much as
     filling them."""
-    sizes = [*Candidates.columns(tile), *(_STEP if e.span else 0 for e in terms.experts)]
+    sizes = [*Candidates.columns(tile), *(STEP_BYTES if e.span else 0 for e in terms.experts)]
     kept = getattr(_local, "room", None)
     if kept is None or kept[0] != sizes or kept[1] < tile.numel:
         kept = _local.room = sizes, tile.numel, [np.empty(n * tile.numel, np.uint8) for n in sizes]

@@ -28,7 +28,7 @@ class NonFinite:
 EXPONENTS = 256
 CENSUS = 2 * EXPONENTS + 1
 
-
+STEP_BYTES = 4  # of one score that is listed
 _INDEX, _CURVATURE = 4, BY_NAME["float32"]
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from ..tensors import Buffer, TensorInputs
+from ..tensors import Buffer, Curvature, TensorInputs
 from .header import Header, TensorInfo, parse_json_object, quoted, read_header
 
 FILE_SUFFIX = ".safetensors"
@@ -209,9 +209,9 @@ def advise(array: np.ndarray, advice: str) -> None:
     madvise(start, end - start, _ADVICE[advice])
 
 
-def release(tile: TensorInputs) -> None:
-    """Let go of a tile's mapped pages: resident memory stays what is in flight."""
-    for buffer in tile.buffers:
+def release(part: TensorInputs | Curvature) -> None:
+    """Let go of the mapped pages of a tile, or of its curvature: resident memory stays what is in flight."""
+    for buffer in part.buffers:
         advise(buffer.data, "dontneed")
 
 

@@ -13,9 +13,9 @@ from ..dtypes import BY_NAME
 from ..errors import InputError
 from ..factors import Map, row_column_sums
 from ..io.new_file import Entry
-from ..io.reader import advise
+from ..io.reader import release
 from ..io.stored import CODES, COLUMN, ROW, SCALE
-from ..tensors import Curvature, Full, Log8, Rank1
+from ..tensors import Full, Log8, Rank1
 
 _BLOCK = 1 << 17  # elements of a block, whose temporaries then stay in a core's cache
 
@@ -123,9 +123,3 @@ FORMATS: dict[str, tuple[type[Encoder], Callable[[tuple[int, ...]], bool]]] = {
     "bf16": (Bfloat16, lambda shape: True),
     "log8": (Log8Codes, lambda shape: len(shape) >= 2 and math.prod(shape) > 0),
 }
-
-
-def release(part: Curvature) -> None:
-    """Let go of mapped pages that will not be read again soon."""
-    for buffer in part.buffers:
-        advise(buffer.data, "dontneed")

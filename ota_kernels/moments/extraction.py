@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from ..io.new_file import check_new_file
 from ..io.reader import Checkpoint
 from . import formats
 from .checking import check_source
+from .source import only
 from .writing import write_moments
 
 _MODEL_FILES = ("model.safetensors", "model.safetensors.index.json")
@@ -63,7 +63,7 @@ def extract(
     coverage = check_source(source, trained, where)
     steps = {moment.step for moment in source.moments}
     beta2s = {moment.beta2 for moment in source.moments}
-    step, beta2 = _only(steps), _only(beta2s)
+    step, beta2 = only(steps), only(beta2s)
     nbytes = write_moments(source, target, step, beta2, where)
     return Summary(
         format=source.format,
@@ -85,9 +85,3 @@ def _open_model(path: Path, model: str | Path | None) -> Checkpoint | None:
     if any(os.path.isfile(path / name) for name in _MODEL_FILES):
         return Checkpoint.open(path, "model")
     return None
-
-
-def _only(values: Iterable[float | None]) -> float | None:
-    """The one value there is; None where there are several."""
-    first, *others = values
-    return None if others else first

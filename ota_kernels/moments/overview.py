@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from ..errors import InputError
 from ..io.curvature import CurvatureFile
 from ..io.header import quoted
 from ..io.hub import resolve_file
-from ..io.reader import advise
+from ..io.reader import release
 from ..tensors import Full, Log8, Rank1
 from .checking import ValueCheck
+from .source import only
 
 _LABEL = "second moments"
 _PIECE_ELEMENTS = 1 << 22
@@ -65,8 +66,8 @@ def show(file: str | Path) -> Overview:
         if not opened.names:
             raise InputError(f"{opened.where}: holds no second moments")
         said = [_step_and_beta2(opened, name) for name in opened.names]
-        step, beta2 = map(_only, zip(*said, strict=True))
-        source_format = _only(opened.metadata(name).get("source_format") for name in opened.names)
+        step, beta2 = map(only, zip(*said, strict=True))
+        source_format = only(opened.metadata(name).get("source_format") for name in opened.names)
         return Overview(source_format, step, beta2, tuple(_overview(opened, name) for name in opened.names))
 
 
@@ -81,11 +82,6 @@ def _number(text: str | None) -> float | None:
     with contextlib.suppress(TypeError, ValueError):  # not said, or no number
         return float(text)
     return None
-
-
-def _only(values: Iterable[Any]) -> Any:
-    found = set(values)
-    return found.pop() if len(found) == 1 else None
 
 
 def _overview(file: CurvatureFile, name: str) -> TensorOverview:
@@ -156,5 +152,4 @@ def _pieces(values: Full | Log8, numel: int) -> Iterator[np.ndarray]:
     for start in range(0, numel, _PIECE_ELEMENTS):
         part = values.slice(start, min(start + _PIECE_ELEMENTS, numel))
         yield part.float32()
-        for buffer in part.buffers:
-            advise(buffer.data, "dontneed")
+        release(part)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,3 +64,9 @@ class Source:
     format: str
     moments: tuple[Moment | FactoredMoment, ...]
     skipped: dict[str, str]
+
+
+def only(values: Iterable[T]) -> T | None:
+    """The one value that all share; None where there are several, or none."""
+    found = set(values)
+    return found.pop() if len(found) == 1 else None
