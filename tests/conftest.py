@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 import numpy as np
 import pytest
 import torch
+from checkpoints import digests
 from hypothesis import settings
 
 from ota_kernels.backends import native, reference
@@ -67,3 +69,24 @@ def ota_merge(monkeypatch, capsys):
     level = logging.getLogger("ota_kernels").level
     yield run
     logging.getLogger("ota_kernels").setLevel(level)  # what -v has set
+
+
+@pytest.fixture
+def refused_command(ota_merge, tmp_path):
+    """Runs `ota-merge` and asserts that it is refused as it should be: exit code, one line on stderr with all
+    facts, nothing printed, nothing changed in tmp_path. Returns the line."""
+
+    def refused(*command, facts=(), code=2):
+        before, entries = digests(tmp_path), sorted(os.listdir(tmp_path))
+        found, printed, errors = ota_merge(*command)
+        assert found == code, errors
+        (line,) = errors.splitlines()
+        assert line.startswith("error: ")
+        for fact in facts:
+            assert str(fact) in line, line
+        assert printed == ""
+        assert digests(tmp_path) == before
+        assert sorted(os.listdir(tmp_path)) == entries  # no output, no work folder, not even empty ones
+        return line
+
+    return refused
