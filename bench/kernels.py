@@ -24,7 +24,7 @@ from ota_kernels.formula import Terms
 from ota_kernels.planning import TILE_ELEMENTS
 from ota_kernels.pool import Pool, default_threads
 from ota_kernels.recipe import parse_recipe
-from ota_kernels.survey import ModelDecisions, Survey
+from ota_kernels.survey import Survey
 from ota_kernels.tensors import Buffer, Full, TensorInputs, Uniform
 
 from . import bandwidth, data
@@ -154,8 +154,7 @@ def _inputs(case: Case) -> tuple[TensorInputs, Terms]:
     inputs = TensorInputs("weight", shape, dtype, base if ota else None, tuple(experts), tuple(curvatures))
     head = {"merge_method": case.method} | ({"base_model": "base"} if ota else {})
     survey = Survey(parse_recipe(head | {"models": models}), [inputs], backends.select("reference"))
-    undecided = (None,) * case.experts
-    return inputs, survey.terms(inputs, ModelDecisions(undecided, undecided, undecided), map)
+    return inputs, survey.terms(inputs, survey.decide_model(map), map)
 
 
 def _measure(case: Case, pool: Pool, repeats: int) -> Iterator[dict]:
