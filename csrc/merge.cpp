@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "formulas.hpp"
+#include "streamed.hpp"
 
 namespace ota {
 namespace OTA_ISA {
@@ -417,11 +418,9 @@ void pick(const Operand& x, int64_t offset, const int32_t* at, int m, uint8_t* o
     }
 }
 
-// Appends the block's undecided elements to the candidates.
-template <typename Acc>
-void append_undecided(const MergeArgs& args, int64_t offset, int n, Block<Acc>& block) {
-    int32_t at[kBlock + kLanes];
-    const int m = positions_of_ones(block.undecided, n, at);
+// Appends the m elements `at` of a block of n to the candidates.
+void append(const MergeArgs& args, int64_t offset, int n, const int32_t* at, int m) {
+    float room[kBlock];
     Candidates& c = *args.candidates;
     for (int j = 0; j < m; ++j) c.index[c.count + j] = static_cast<uint32_t>(offset + at[j]);
     if (args.has_base) pick(args.base, offset, at, m, c.base + item_size(args.base.dtype) * c.count);
@@ -429,7 +428,7 @@ void append_undecided(const MergeArgs& args, int64_t offset, int n, Block<Acc>& 
         const Expert& expert = args.experts[t];
         pick(expert.weights, offset, at, m, c.weights[t] + item_size(expert.weights.dtype) * c.count);
         if (expert.curvature.kind == CurvatureKind::uniform) continue;
-        const float* h = load(expert.curvature, offset, n, block.curvature_room);
+        const float* h = load(expert.curvature, offset, n, room);
         for (int j = 0; j < m; ++j) c.curvature[t][c.count + j] = h[at[j]];
     }
     c.count += m;
@@ -517,8 +516,14 @@ template <typename Acc>
 void merge_tile(const MergeArgs& args, MergeStats& stats) {
     Block<Acc> block = {};
     block.counts_keepers = counts_keepers<Acc>(args);
+    const StreamedBlock streamed =
+        std::is_same<Acc, float>::value ? streamed_block(args, block.counts_keepers) : nullptr;
+    int32_t at[kBlock + kLanes];
     for (int64_t offset = 0; offset < args.n; offset += kBlock) {
         const int n = static_cast<int>(args.n - offset < kBlock ? args.n - offset : kBlock);
+        const int undecided = streamed && n == kBlock ? streamed(args, offset, at, stats) : -1;
+        if (undecided > 0) append(args, offset, n, at, undecided);
+        if (undecided >= 0) continue;
         bool bad = load_base(args, offset, n, block, stats.base);
         clear(block, args.formula.elect_signs, args.candidates != nullptr);
         for (int t = 0; t < args.n_experts; ++t) bad |= add_expert(args, t, offset, n, block, stats);
@@ -529,7 +534,7 @@ void merge_tile(const MergeArgs& args, MergeStats& stats) {
                     args.has_base ? disjoint_sum<true>(expert, view, block)
                                   : disjoint_sum<false>(expert, view, block);
                 });
-        if (args.candidates) append_undecided(args, offset, n, block);
+        if (args.candidates) append(args, offset, n, at, positions_of_ones(block.undecided, n, at));
         for (int t = 0; t < args.n_experts; ++t)
             if (args.experts[t].census) take_census(args, t, offset, n, block);
         combine(args, offset, n, block, stats);

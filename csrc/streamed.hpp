@@ -1,0 +1,260 @@
+// The common merge, element by element with all experts' sums in registers: a base, masks or none, weights of
+// one type, one kind of curvature to the power 1/2 or 1, a 16-bit result. What it does not take is merge.cpp's,
+// and so is any block in which an input is not usable, a result overflows, or an element gets the experts' mean.
+// Both do the same operations in the same order: their results are equal bit for bit.
+#pragma once
+
+#include "lanes.hpp"
+
+namespace ota {
+namespace OTA_ISA {
+
+// Merges the kBlock elements from `offset` on, adds what they count to `stats`, and writes where the undecided
+// ones are, relative to `offset`, to `at` (room for a block). Returns their number, or -1 where merge.cpp must.
+using StreamedBlock = int (*)(const MergeArgs& args, int64_t offset, int32_t* at, MergeStats& stats);
+
+#if defined(OTA_LANES)
+
+namespace streamed {
+
+using namespace lanes;
+
+constexpr int kStep = 16;  // elements whose sums are held in registers at once
+constexpr int kVectors = kStep / OTA_LANES;
+constexpr int kAhead = 128;  // elements between what is read and what is fetched
+
+enum class Masks { none, closed, open };
+
+// Element types: a vector from element i on.
+struct BF16 {
+    static constexpr int size = 2;
+    static Floats read(const uint8_t* p, int i) {
+        return floats(left<16>(widen(reinterpret_cast<const uint16_t*>(p) + i)));
+    }
+};
+struct F16 {
+    static constexpr int size = 2;
+    static Floats read(const uint8_t* p, int i) { return load_f16(reinterpret_cast<const uint16_t*>(p) + i); }
+};
+struct F32 {
+    static constexpr int size = 4;
+    static Floats read(const uint8_t* p, int i) { return load(reinterpret_cast<const float*>(p) + i); }
+};
+// log8: as `level`.
+struct Codes {
+    static constexpr int size = 1;
+    static Floats read(const uint8_t* p, int i) {
+        constexpr uint32_t top = 64u << 23;
+        const Bits c = widen(p + i);
+        const Bits of_quarter = look_up(c, top, top - (8u << 16), top - (11u << 16), top - (9u << 16));
+        return zero_where(is_zero(c), floats(add(left<21>(c), of_quarter)));
+    }
+};
+
+// Curvature: as it is stored, or times a number of the row.
+template <typename T>
+struct Plain : T {
+    static Floats curvature(const uint8_t* p, int i, float) { return T::read(p, i); }
+};
+template <typename T>
+struct Scaled : T {
+    static Floats curvature(const uint8_t* p, int i, float row) { return mul(T::read(p, i), all(row)); }
+};
+
+// One expert. w, h: element 0 of the block (h of rank-1 curvature: its column); row: its number of this row.
+struct Stream {
+    const uint8_t *w, *h;
+    float row, threshold, k, weight_scale;
+    uint32_t lowest, span;
+    int32_t kept;
+};
+
+// What a block found. top, top_merged: the largest suspicion of the inputs, and magnitude of the results.
+struct Seen {
+    Bits top = all(0u), top_merged = all(0u);
+    int32_t zeros = 0;  // elements whose weights sum to 0
+    int32_t undecided = 0;
+};
+
+// Into the first-level cache: a dozen streams are too many for the hardware's own prefetchers.
+template <typename T>
+inline void fetch(const uint8_t* p, int i) {
+    for (int byte = 0; byte < kStep * T::size; byte += 64)
+        __builtin_prefetch(p + (i + kAhead) * T::size + byte, 0, 3);
+}
+
+inline Bits magnitude(Floats x) { return both(bits(x), all(0x7fffffffu)); }
+
+// Elements [begin, end) of the block.
+template <Masks M, Power P, typename W, typename H>
+Seen run(const MergeArgs& args, const uint8_t* base, Stream* streams, int begin, int end, uint8_t* out,
+         int32_t* at, Seen seen) {
+    const Floats epsilon = all(static_cast<float>(args.formula.epsilon));
+    const Floats lambda = all(static_cast<float>(args.formula.lambda));
+    const int n_streams = args.n_experts;
+    const bool to_bf16 = args.out_dtype == DType::bf16;
+    for (int i = begin; i < end; i += kStep) {
+        Floats b[kVectors], numerator[kVectors], denominator[kVectors];
+        Mask undecided[kVectors];
+        fetch<W>(base, i);
+        for (int v = 0; v < kVectors; ++v) {
+            b[v] = W::read(base, i + v * OTA_LANES);
+            numerator[v] = denominator[v] = all(0.0f);
+            undecided[v] = nowhere();
+            if (M == Masks::none) seen.top = larger(seen.top, magnitude(b[v]));
+        }
+        for (int t = 0; t < n_streams; ++t) {
+            Stream& x = streams[t];
+            fetch<W>(x.w, i);
+            fetch<H>(x.h, i);
+            int32_t kept = 0;
+            for (int v = 0; v < kVectors; ++v) {
+                const int j = i + v * OTA_LANES;
+                const Floats w = W::read(x.w, j), h = H::curvature(x.h, j, x.row), d = sub(w, b[v]);
+                Floats weight = fma(P == Power::half ? sqrt(h) : h, all(x.weight_scale), epsilon);
+                if (M == Masks::none) {
+                    seen.top = larger(seen.top, larger(magnitude(w), bits(h)));
+                } else {
+                    const Floats scaled = mul(d, all(65536.0f));
+                    const Floats s = mul(mul(h, all(x.k)), mul(scaled, scaled));
+                    const Mask keep = at_least(s, all(x.threshold));
+                    weight = zero_unless(keep, weight);
+                    kept += count(keep);
+                    seen.top = larger(seen.top, bits(s));  // usable inputs have a score that is a number >= 0
+                    if (M == Masks::open)
+                        undecided[v] = either(undecided[v], below(sub(bits(s), all(x.lowest)), all(x.span)));
+                }
+                denominator[v] = add(denominator[v], weight);
+                numerator[v] = fma(weight, d, numerator[v]);
+            }
+            x.kept += kept;
+        }
+        for (int v = 0; v < kVectors; ++v) {
+            const int j = i + v * OTA_LANES;
+            const Mask zero = is_zero(denominator[v]);
+            const Floats edit = mul(lambda, div(numerator[v], denominator[v]));
+            const Floats merged = choose(zero, b[v], add(b[v], edit));
+            seen.zeros += count(zero);
+            seen.top_merged = larger(seen.top_merged, magnitude(merged));
+            if (to_bf16)
+                store_bf16(reinterpret_cast<uint16_t*>(out) + j, merged);
+            else
+                store_f16(reinterpret_cast<uint16_t*>(out) + j, merged);
+            if (M == Masks::open)
+                for (uint32_t rest = lanes_of(undecided[v]); rest != 0; rest &= rest - 1)
+                    at[seen.undecided++] = j + __builtin_ctz(rest);
+        }
+    }
+    return seen;
+}
+
+// Calls step(begin, end, row, column) for what a block has of each row.
+template <typename Step>
+void by_rows(const Curvature& c, int64_t offset, Step step) {
+    int64_t row = (c.start + offset) / c.n_columns, column = (c.start + offset) % c.n_columns;
+    for (int begin = 0, end; begin < kBlock; begin = end, ++row, column = 0) {
+        const int64_t left = c.n_columns - column;
+        end = left < kBlock - begin ? begin + static_cast<int>(left) : kBlock;
+        step(begin, end, row, column);
+    }
+}
+
+template <Masks M, Power P, typename W, typename H>
+int block(const MergeArgs& args, int64_t offset, int32_t* at, MergeStats& stats) {
+    const int n_experts = args.n_experts;
+    Stream streams[kMaxExperts];
+    for (int t = 0; t < n_experts; ++t) {
+        const Expert& e = args.experts[t];
+        const Curvature& c = e.curvature;
+        const uint8_t* h = c.kind == CurvatureKind::log8 ? c.codes + offset : c.values.data + offset * H::size;
+        streams[t] = {e.weights.data + offset * W::size, h, 0.0f, e.threshold, e.score_scale,
+                      static_cast<float>(e.weight_scale), bit_cast<uint32_t>(e.threshold), e.span, 0};
+    }
+    const uint8_t* base = args.base.data + offset * W::size;
+    uint8_t* out = args.out + offset * item_size(args.out_dtype);
+    const Curvature& first = args.experts[0].curvature;
+    Seen seen;
+    if (first.kind == CurvatureKind::full)
+        seen = run<M, P, W, H>(args, base, streams, 0, kBlock, out, at, seen);
+    else
+        by_rows(first, offset, [&](int begin, int end, int64_t row, int64_t column) {
+            for (int t = 0; t < n_experts; ++t) {
+                const Curvature& c = args.experts[t].curvature;
+                streams[t].row = c.rows[row];
+                if (c.kind == CurvatureKind::rank1)
+                    streams[t].h = reinterpret_cast<const uint8_t*>(c.columns + column - begin);
+            }
+            seen = run<M, P, W, H>(args, base, streams, begin, end, out, at, seen);
+        });
+    const uint32_t limit = bit_cast<uint32_t>(static_cast<float>(largest_finite(args.out_dtype)));
+    const bool mean_wanted = seen.zeros != 0 && !args.formula.fallback_to_base;
+    if (largest(seen.top) >= kSuspect || largest(seen.top_merged) > limit || mean_wanted) return -1;
+    for (int t = 0; t < n_experts; ++t) stats.kept[t] += M == Masks::none ? kBlock : streams[t].kept;
+    if (M != Masks::none) stats.unkept += seen.zeros;
+    return seen.undecided;
+}
+
+template <Masks M, Power P, typename W>
+StreamedBlock of_curvature(const Curvature& c) {
+    switch (c.kind) {
+        case CurvatureKind::rank1: return block<M, P, W, Scaled<F32>>;
+        case CurvatureKind::log8: return block<M, P, W, Scaled<Codes>>;
+        case CurvatureKind::full:
+            if (c.values.dtype == DType::f32) return block<M, P, W, Plain<F32>>;
+            return c.values.dtype == DType::bf16 ? block<M, P, W, Plain<BF16>> : nullptr;
+        default: return nullptr;
+    }
+}
+
+template <Masks M, Power P>
+StreamedBlock of_weights(const Expert& e) {
+    switch (e.weights.dtype) {
+        case DType::bf16: return of_curvature<M, P, BF16>(e.curvature);
+        case DType::f16: return of_curvature<M, P, F16>(e.curvature);
+        case DType::f32: return of_curvature<M, P, F32>(e.curvature);
+        default: return nullptr;
+    }
+}
+
+template <Masks M>
+StreamedBlock of_power(const MergeArgs& args) {
+    if (args.formula.power == 0.5) return of_weights<M, Power::half>(args.experts[0]);
+    return args.formula.power == 1.0 ? of_weights<M, Power::one>(args.experts[0]) : nullptr;
+}
+
+// Whether all inputs are read in one way, in whole steps of one row.
+inline bool are_alike(const MergeArgs& args) {
+    const Expert& first = args.experts[0];
+    bool alike = args.base.dtype == first.weights.dtype;
+    for (int t = 0; t < args.n_experts; ++t) {
+        const Expert& e = args.experts[t];
+        const Curvature& c = e.curvature;
+        alike &= e.weights.dtype == first.weights.dtype && c.kind == first.curvature.kind &&
+                 c.values.dtype == first.curvature.values.dtype;
+        alike &= c.kind == CurvatureKind::full || (c.start % kStep == 0 && c.n_columns % kStep == 0);
+    }
+    return alike;
+}
+
+}  // namespace streamed
+
+// The function that merges blocks of such a tile; none where merge.cpp must.
+inline StreamedBlock streamed_block(const MergeArgs& args, bool counts_keepers) {
+    using namespace streamed;
+    const Formula& f = args.formula;
+    bool census = false;
+    for (int t = 0; t < args.n_experts; ++t) census |= args.experts[t].census != nullptr;
+    const bool sums_weights = f.curvature_weights && f.denominator == 0 && !f.elect_signs && !counts_keepers;
+    if (!args.has_base || !sums_weights || census || !are_alike(args)) return nullptr;
+    if (!f.masked) return of_power<Masks::none>(args);
+    return args.candidates ? of_power<Masks::open>(args) : of_power<Masks::closed>(args);
+}
+
+#else
+
+inline StreamedBlock streamed_block(const MergeArgs&, bool) { return nullptr; }
+
+#endif
+
+}  // namespace OTA_ISA
+}  // namespace ota
