@@ -77,6 +77,12 @@ inline Floats choose(Mask m, Floats a, Floats b) { return _mm512_mask_mov_ps(b, 
 inline Mask nowhere() { return 0; }
 inline uint32_t lanes_of(Mask m) { return m; }
 
+constexpr int kVectors = 4;  // whose sums leave enough of 32 registers free
+inline int count(const Mask (&m)[kVectors]) {
+    const __mmask64 joined = _mm512_kunpackd(_mm512_kunpackw(m[3], m[2]), _mm512_kunpackw(m[1], m[0]));
+    return __builtin_popcountll(_cvtmask64_u64(joined));
+}
+
 #else
 
 using Floats = __m256;
@@ -145,9 +151,12 @@ inline Floats choose(Mask m, Floats a, Floats b) { return _mm256_blendv_ps(b, a,
 inline Mask nowhere() { return _mm256_setzero_ps(); }
 inline uint32_t lanes_of(Mask m) { return static_cast<uint32_t>(_mm256_movemask_ps(m)); }
 
-#endif
+constexpr int kVectors = 2;  // of 16 registers
+inline int count(const Mask (&m)[kVectors]) {
+    return __builtin_popcount(lanes_of(m[0]) | lanes_of(m[1]) << OTA_LANES);
+}
 
-inline int count(Mask m) { return __builtin_popcount(lanes_of(m)); }
+#endif
 
 // As to_bf16, of numbers.
 inline void store_bf16(uint16_t* p, Floats x) {

@@ -19,9 +19,8 @@ namespace streamed {
 
 using namespace lanes;
 
-constexpr int kStep = 16;  // elements whose sums are held in registers at once
-constexpr int kVectors = kStep / OTA_LANES;
-constexpr int kAhead = 128;  // elements between what is read and what is fetched
+constexpr int kStep = kVectors * OTA_LANES;  // elements whose sums are held in registers at once
+constexpr int kAhead = 128;                  // elements between what is read and what is fetched
 
 enum class Masks { none, closed, open };
 
@@ -107,7 +106,7 @@ Seen run(const MergeArgs& args, const uint8_t* base, Stream* streams, int begin,
             Stream& x = streams[t];
             fetch<W>(x.w, i);
             fetch<H>(x.h, i);
-            int32_t kept = 0;
+            Mask keep[kVectors];
             for (int v = 0; v < kVectors; ++v) {
                 const int j = i + v * OTA_LANES;
                 const Floats w = W::read(x.w, j), h = H::curvature(x.h, j, x.row), d = sub(w, b[v]);
@@ -117,9 +116,8 @@ Seen run(const MergeArgs& args, const uint8_t* base, Stream* streams, int begin,
                 } else {
                     const Floats scaled = mul(d, all(65536.0f));
                     const Floats s = mul(mul(h, all(x.k)), mul(scaled, scaled));
-                    const Mask keep = at_least(s, all(x.threshold));
-                    weight = zero_unless(keep, weight);
-                    kept += count(keep);
+                    keep[v] = at_least(s, all(x.threshold));
+                    weight = zero_unless(keep[v], weight);
                     seen.top = larger(seen.top, bits(s));  // usable inputs have a score that is a number >= 0
                     if (M == Masks::open)
                         undecided[v] = either(undecided[v], below(sub(bits(s), all(x.lowest)), all(x.span)));
@@ -127,14 +125,14 @@ Seen run(const MergeArgs& args, const uint8_t* base, Stream* streams, int begin,
                 denominator[v] = add(denominator[v], weight);
                 numerator[v] = fma(weight, d, numerator[v]);
             }
-            x.kept += kept;
+            if (M != Masks::none) x.kept += count(keep);
         }
+        Mask zero[kVectors];
         for (int v = 0; v < kVectors; ++v) {
             const int j = i + v * OTA_LANES;
-            const Mask zero = is_zero(denominator[v]);
+            zero[v] = is_zero(denominator[v]);
             const Floats edit = mul(lambda, div(numerator[v], denominator[v]));
-            const Floats merged = choose(zero, b[v], add(b[v], edit));
-            seen.zeros += count(zero);
+            const Floats merged = choose(zero[v], b[v], add(b[v], edit));
             seen.top_merged = larger(seen.top_merged, magnitude(merged));
             if (to_bf16)
                 store_bf16(reinterpret_cast<uint16_t*>(out) + j, merged);
@@ -144,6 +142,7 @@ Seen run(const MergeArgs& args, const uint8_t* base, Stream* streams, int begin,
                 for (uint32_t rest = lanes_of(undecided[v]); rest != 0; rest &= rest - 1)
                     at[seen.undecided++] = j + __builtin_ctz(rest);
         }
+        seen.zeros += count(zero);
     }
     return seen;
 }
