@@ -5,14 +5,15 @@ A bracket that misses is found out by the counts of the merge (group.py); it cos
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 
 import numpy as np
 
+from . import resident
 from .decide import SMALLEST, Selection
 from .formula import score_bits
+from .resident import Array
 
 # Half the width in standard errors of the sample: a bracket of one expert misses once in 2000.
 DEVIATIONS = 3.5
@@ -42,60 +43,65 @@ def bracket_share(elements: int) -> float:
     return min(1.0, 2 * DEVIATIONS * _CLUSTER_DEVIATION / math.sqrt(cluster_count(elements)))
 
 
-def bracket_of(selection: Selection, scores: np.ndarray) -> Bracket | None:
+def bracket_of(selection: Selection, scores: Array) -> Bracket | None:
     """The bracket of a selection, from sampled scores float32[clusters, elements]; None where so many scores
-    lie close together that it would not be worth it.
+    lie close together that it would not be worth it. Of resident scores, with one wait for the device.
 
     The elements of a cluster are alike, so that the error is estimated between clusters.
     """
-    ascending = np.sort(scores, axis=None)
+    lib = resident.library(scores)
+    ascending = resident.ascending(scores)
+    n, smallest = len(ascending), resident.scalar(SMALLEST, scores, "float32")
     if selection.rule == "mass":
         # A score that overflowed would leave no finite sum to compare with.
-        scores, ascending = (np.minimum(x, np.finfo(np.float32).max) for x in (scores, ascending))
-        from_top = np.cumsum(ascending[::-1], dtype=np.float64)
-        position = functools.partial(np.searchsorted, from_top)
-        total = float(from_top[-1])
-        least = total / scores.size  # what one element holds
+        largest = resident.scalar(np.finfo(np.float32).max, scores, "float32")
+        scores, ascending = (lib.minimum(x, largest) for x in (scores, ascending))
+        from_top = lib.cumsum(lib.flip(ascending, (0,)), 0, dtype=lib.float64)
+        total = from_top[-1]
+        least = total / n  # what one element holds
     else:
-        position = math.ceil
-        total, least = float(scores.size), 1.0
+        total, least = resident.scalar(n, scores, "float64"), 1.0
 
-    def score_at(target: float) -> float:
-        """The score at which the sum from the top reaches target."""
-        if target > total:
-            return 0.0
-        return float(ascending[-1 - max(int(position(target)) - (selection.rule != "mass"), 0)])
+    def score_at(target: Array) -> Array:
+        """The score at which the sum from the top reaches target; 0 where it does not."""
+        place = lib.searchsorted(from_top, target) if selection.rule == "mass" else lib.ceil(target) - 1
+        found = lib.take(ascending, n - 1 - resident.int64(lib.clip(place, 0, n - 1)))
+        return lib.where(target > total, lib.zeros_like(found), found)
 
     target = selection.value * total
     margin = DEVIATIONS * _standard_error(selection, scores, score_at(target)) + least
-    lowest = max(score_at(target + margin), SMALLEST)
-    highest = max(score_at(target - margin), SMALLEST) if target > margin else math.inf
+    lowest = lib.maximum(score_at(target + margin), smallest)
+    highest = lib.maximum(score_at(target - margin), smallest)
+    highest = lib.where(target > margin, highest, lib.full_like(highest, math.inf))
+    inside = lib.searchsorted(ascending, highest, side="right") - lib.searchsorted(ascending, lowest)
+    lowest, highest, inside = resident.numbers(lowest, highest, inside)
     if lowest == highest:
         return Bracket(lowest, 0)
-    inside = np.searchsorted(ascending, highest, "right") - np.searchsorted(ascending, lowest, "left")
-    if inside > _WORTH_IT * scores.size:
+    if inside > _WORTH_IT * n:
         return None
     return Bracket(lowest, score_bits(highest) - score_bits(lowest) + 1)
 
 
-def _standard_error(selection: Selection, scores: np.ndarray, threshold: float) -> float:
+def _standard_error(selection: Selection, scores: Array, threshold: Array) -> Array:
     """Of the sum above the threshold (a count, or a mass) less its expected share of everything."""
-    above = scores >= np.float32(threshold)
+    above = scores >= threshold
     if selection.rule == "mass":
-        worth = scores.astype(np.float64)
-        residuals = np.where(above, worth, 0.0).sum(axis=1) - selection.value * worth.sum(axis=1)
+        worth = resident.float64(scores)
+        residuals = (worth * above).sum(axis=1) - selection.value * worth.sum(axis=1)
         everything = worth.sum()
     else:
-        residuals, everything = above.sum(axis=1), scores.size
+        residuals = above.sum(axis=1)
+        everything = resident.scalar(above.shape[0] * above.shape[1], scores, "float64")
     if len(residuals) < 2:
-        return float(everything)
+        return everything
     # A few clusters tell little about their own deviation (Student's t).
     return (1 + 6 / len(residuals)) * error_of_sum(residuals)
 
 
-def error_of_sum(of_clusters: np.ndarray) -> float:
-    """Standard error of a sum over clusters. of_clusters: numbers[clusters], at least 2.
+def error_of_sum(of_clusters: Array) -> Array:
+    """Standard error of a sum over clusters, shape (). of_clusters: numbers[clusters], at least 2.
 
     From the differences of successive clusters, which leaves out what stratification evens out (Cochran,
     Sampling Techniques, 8.8)."""
-    return math.sqrt(np.mean(np.diff(of_clusters.astype(np.float64)) ** 2) / 2 * len(of_clusters))
+    lib = resident.library(of_clusters)
+    return lib.sqrt(lib.mean(lib.diff(resident.float64(of_clusters)) ** 2) / 2 * len(of_clusters))

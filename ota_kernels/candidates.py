@@ -1,4 +1,5 @@
-"""Holds undecided elements until their thresholds are known: in memory up to a budget, the rest in a file."""
+"""Holds undecided elements until their thresholds are known: in memory up to a budget, the rest in a file.
+Those on a device stay there: what holds the tensors has room for a few of their elements."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from .backends.stats import STEP_BYTES, Candidates
 from .errors import RunError
+from .resident import Array
 from .tensors import TensorInputs
 
 DEFAULT_BUDGET = 256 << 20
@@ -32,6 +34,11 @@ class Held:
         steps = tuple(map(len, candidates.steps))
         return cls(len(candidates.positions), steps, None if offset >= 0 else candidates, offset)
 
+    @property
+    def is_resident(self) -> bool:
+        """Whether they are on a device."""
+        return self.memory is not None and self.memory.operands.is_resident
+
     def nbytes(self, tensor: TensorInputs) -> int:
         """Bytes that they take; tensor: the one (or the tile) they are elements of."""
         return self.count * sum(Candidates.columns(tensor)) + STEP_BYTES * sum(self.steps)
@@ -49,6 +56,8 @@ class Store:
     def put(self, candidates: Candidates) -> Held:
         """Keep candidates: in memory where the budget allows it."""
         held = Held.of(candidates)
+        if held.is_resident:
+            return held
         size = held.nbytes(candidates.operands)
         if size > self._budget:
             return self._write(candidates)
@@ -56,7 +65,7 @@ class Store:
         return held
 
     def spill(self, held: Held) -> Held:
-        """Move candidates from memory to the file. Raises RunError where it cannot be written."""
+        """Move candidates from the host's memory to the file. Raises RunError where it cannot be written."""
         self.drop(held)
         return self._write(held.memory)
 
@@ -92,8 +101,8 @@ class Store:
         experts = len(held.steps)
         return Candidates.of(tensor, parts[:-experts], parts[-experts:])
 
-    def steps(self, held: Held, tensor: TensorInputs, t: int) -> np.ndarray:
-        """The steps of expert t, uint32; without reading the candidates."""
+    def steps(self, held: Held, tensor: TensorInputs, t: int) -> Array:
+        """The steps of expert t, integers of 32 bits; without reading the candidates."""
         if held.memory is not None:
             return held.memory.steps[t]
         before = held.count * sum(Candidates.columns(tensor)) + STEP_BYTES * sum(held.steps[:t])
@@ -114,7 +123,7 @@ class Store:
 
     def drop(self, held: Held) -> None:
         """The candidates will not be asked for again."""
-        if held.memory is not None:
+        if held.memory is not None and not held.is_resident:
             self._budget += held.nbytes(held.memory.operands)
 
     @property

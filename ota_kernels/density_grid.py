@@ -24,8 +24,8 @@ from .formula import ExpertTerms, saliency_of_score, score_bits
 from .inputs import COPY, MERGE, Inputs
 from .io.reader import release
 from .job import Options, Progress, Silent, as_recipe
-from .planning import DEFAULT_MEMORY_LIMIT, PROCESS_BYTES
-from .pool import Pool, default_threads
+from .planning import PROCESS_BYTES, memory_limit_of, pinned_bytes, worker_threads
+from .pool import Pool
 from .recipe import Recipe
 from .roles import DETAILED_ROLES, detailed_role, layer_of
 from .sampling import CLUSTER, are_cached, sample
@@ -50,7 +50,7 @@ _ESTIMATE_MARGIN = 1.25  # expected collections grow by this before they are com
 
 # A tile's histograms (1 MB) and its scores stay in a core's cache together.
 _TILE_ELEMENTS, _SMALLEST_TILE = 1 << 18, 1 << 14
-_TEMPORARY_BYTES = {"native": 24, "reference": 72}  # per element of a tile in flight
+_TEMPORARY_BYTES = {"native": 24, "reference": 72, "triton": 24}  # per element of a tile in flight
 _ENTRY_BYTES = 256  # Python's share of one collected tile
 
 
@@ -60,15 +60,16 @@ def densities(
     masses: Iterable[float | str] = DEFAULT_MASSES,
     *,
     backend: str = "auto",
+    device: str = "auto",
     threads: int | None = None,
-    memory_limit: int | str = DEFAULT_MEMORY_LIMIT,
+    memory_limit: int | str | None = None,
     progress: Progress | None = None,
 ) -> dict:
     """What each density of `grid` keeps of every expert of an `ota` recipe, with one threshold per expert
     over the whole model; the recipe's own densities and thresholds play no part. Exact: ties are kept.
 
-    recipe: a YAML file, a mapping of the same form, or a Recipe; grid, masses: numbers in (0, 1];
-    memory_limit: bytes or text ("512MiB"). Returns a dict that JSON can hold:
+    recipe: a YAML file, a mapping of the same form, or a Recipe; grid, masses: numbers in (0, 1]; backend,
+    device, threads, memory_limit: as in `job.Options`. Returns a dict that JSON can hold:
 
     elements: how many take part; always_kept: elements of tensors without curvature beside others that have
     it (`missing_curvature: uniform`), which every density keeps and no count below includes; roles, layers:
@@ -88,11 +89,16 @@ def densities(
             "give an `ota` recipe"
         )
     grid, masses = _shares("grid", grid), _shares("masses", masses)
-    options = Options.of(backend=backend, threads=threads, memory_limit=memory_limit)
-    with Inputs(recipe) as inputs, Pool(options.threads or default_threads()) as pool:
-        search = _Search(inputs, grid, masses, options, pool, progress or Silent())
-        search.run()
-        return search.result()
+    options = Options.of(backend=backend, device=device, threads=threads, memory_limit=memory_limit)
+    chosen = backends.select(options.backend, options.device)
+    limit = memory_limit_of(options.memory_limit, chosen)
+    with Inputs(recipe) as inputs, Pool(worker_threads(options.threads, chosen)) as pool:
+        try:
+            search = _Search(inputs, grid, masses, chosen, limit, pool, progress or Silent())
+            search.run()
+            return search.result()
+        finally:
+            chosen.release()
 
 
 def _shares(name: str, values: Iterable[float | str]) -> list[float]:
@@ -275,13 +281,14 @@ class _Search:
         inputs: Inputs,
         grid: list[float],
         masses: list[float],
-        options: Options,
+        backend: backends.Backend,
+        memory_limit: int,
         pool: Pool,
         progress: Progress,
     ) -> None:
         self.inputs, self.grid, self.masses = inputs, grid, masses
         self.pool, self.progress = pool, progress
-        self.backend = backends.select(options.backend)
+        self.backend = backend
         self.passes = 0
         self.experts = len(inputs.recipe.models)
         entries = [e for e in inputs.entries if e.action != COPY]
@@ -296,7 +303,7 @@ class _Search:
             if e.action == MERGE and not takes_part
         )
         self._group_tensors()
-        self._find_room(options)
+        self._find_room(memory_limit)
         self.targets = [self._target(t, s) for t in range(self.experts) for s in self._selections()]
 
     def _selections(self) -> Iterator[decide.Selection]:
@@ -318,25 +325,25 @@ class _Search:
         self.sizes = np.zeros(len(self.groups), np.int64)
         np.add.at(self.sizes, self.group_of, [t.numel for t in self.tensors])
 
-    def _find_room(self, options: Options) -> None:
+    def _find_room(self, memory_limit: int) -> None:
         """Shares the memory limit out between tiles in flight and what a pass keeps; RecipeError if it is too
         small. tile: elements; room: bytes."""
         threads, name = self.pool.threads, self.backend.NAME
         widest = max((_input_bytes(t) // max(t.numel, 1) for t in self.tensors), default=0)
-        per_element = _TEMPORARY_BYTES[name] + widest
+        in_flight = threads * (_TEMPORARY_BYTES[name] + widest) + pinned_bytes(self.backend, threads, widest)
         fixed = PROCESS_BYTES[name] + self._factor_bytes()
         fixed += 2 * _HISTOGRAM_BYTES * (self.experts + threads)
         least = self.experts * (len(self.grid) + len(self.masses)) * _HISTOGRAM_BYTES
-        need = fixed + least + threads * per_element * _SMALLEST_TILE
-        if options.memory_limit < need:
+        need = fixed + least + in_flight * _SMALLEST_TILE
+        if memory_limit < need:
             raise RecipeError(
-                f"a memory limit of {format_bytes(options.memory_limit)} is too small for these densities on "
+                f"a memory limit of {format_bytes(memory_limit)} is too small for these densities on "
                 f"{threads} threads: give it --memory-limit {math.ceil(need / 1e6)}MB, a shorter --grid, or "
                 "lower --threads"
             )
-        spare = options.memory_limit - fixed - least
-        self.tile = min(_TILE_ELEMENTS, max(_SMALLEST_TILE, spare // 2 // (threads * per_element)))
-        self.room = options.memory_limit - fixed - threads * per_element * self.tile
+        spare = memory_limit - fixed - least
+        self.tile = min(_TILE_ELEMENTS, max(_SMALLEST_TILE, spare // 2 // in_flight))
+        self.room = memory_limit - fixed - in_flight * self.tile
 
     def _factor_bytes(self) -> int:
         """What the truncated SVD of the largest matrix takes (factors.low_rank)."""

@@ -17,14 +17,13 @@ from dataclasses import replace
 from types import ModuleType
 from typing import NamedTuple, Protocol
 
-import numpy as np
-
-from .backends import native
+from . import resident
 from .candidates import Held, Store
 from .factors import CHUNK, Map
 from .formula import Terms, close, is_open
 from .group import Group, Part
 from .pool import Pool
+from .resident import Array
 from .survey import ModelDecisions, Survey
 from .tally import Tally
 from .tensors import TensorInputs
@@ -34,15 +33,15 @@ Range = tuple[int, int, int]  # tensor number, first element, end
 
 
 class Sink(Protocol):
-    """Where merged tiles go. Called from worker threads."""
+    """Where merged tiles go, on a device where they are resident. Called from worker threads."""
 
-    def room(self, segment: Segment, nbytes: int) -> np.ndarray:
+    def room(self, segment: Segment, nbytes: int) -> Array:
         """uint8[nbytes] to merge into, aligned to 8 bytes; used by one thread until `write` returns."""
 
-    def write(self, segment: Segment, merged: np.ndarray) -> None: ...
+    def write(self, segment: Segment, merged: Array) -> None: ...
 
-    def patch(self, segment: Segment, positions: np.ndarray, merged: np.ndarray) -> None:
-        """Replace the elements at `positions` (uint32[m], in the segment) by merged (uint8, m elements)."""
+    def patch(self, segment: Segment, positions: Array, merged: Array) -> None:
+        """Replace the elements at `positions` (integers[m], in the segment) by merged (uint8, m elements)."""
 
     def done_with(self, tile: TensorInputs) -> None:
         """The tile's inputs will not be read again."""
@@ -85,8 +84,8 @@ def _opened(part: Part) -> Open:
 
 
 def _owned(result: tuple[Segment, Tally] | Part) -> tuple[Segment, Tally] | Part:
-    """Candidates are views until the thread's next tile."""
-    if isinstance(result, Part):
+    """Candidates on the host are views until the thread's next tile."""
+    if isinstance(result, Part) and not result.held.is_resident:
         result.held = Held.of(result.held.memory.copy())
     return result
 
@@ -183,7 +182,7 @@ class Engine:
                 result[1].repeats = 1
             else:
                 positions, merged, tally = self._settle(group, result, thresholds)
-                native.scatter(room, positions, merged, tensor.out_dtype.itemsize)
+                resident.scatter(room, positions, merged, tensor.out_dtype.itemsize)
                 result = segment, tally
         self._sink.write(segment, room)
         self._sink.done_with(tensor)
@@ -199,7 +198,7 @@ class Engine:
 
     def _run_kernel(
         self, segment: Segment, tensor: TensorInputs, terms: Terms
-    ) -> tuple[np.ndarray, tuple[Segment, Tally] | Part]:
+    ) -> tuple[Array, tuple[Segment, Tally] | Part]:
         """The merged tile, and its final tally or what it adds to its group."""
         tile = tensor.slice(segment.start, segment.stop)
         room = self._sink.room(segment, tile.numel * tile.out_dtype.itemsize)
@@ -239,11 +238,12 @@ class Engine:
             yield from self._finish(index)
 
     def checkpoint(self) -> Iterator[Event]:
-        """Move the candidates in memory to the store's file: a killed merge need not find them again."""
+        """Move the candidates in the host's memory to the store's file: a killed merge need not find them
+        again."""
         self._checkpointed = time.monotonic()
         for group in self._groups.values():
             for part in group.parts:
-                if part.held.memory is not None:
+                if part.held.memory is not None and not part.held.is_resident:
                     part.held = self._store.spill(part.held)
                     yield _opened(part)
 
@@ -282,7 +282,7 @@ class Engine:
         for done in self._merge(p.segment for p in group.parts):
             yield Merged(done)
 
-    def _settle(self, group: Group, part: Part, thresholds) -> tuple[np.ndarray, np.ndarray, Tally]:
+    def _settle(self, group: Group, part: Part, thresholds) -> tuple[Array, Array, Tally]:
         positions, merged, change = group.settle(part, thresholds)
         tally = replace(part.tally)
         tally.add(change)

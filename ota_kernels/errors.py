@@ -28,7 +28,7 @@ class OutputError(OtaError):
 
 
 class BackendError(OtaError):
-    """A backend that was asked for cannot run; the text says why."""
+    """A backend that was asked for cannot run, or its device failed; the text says why."""
 
     exit_code = 2
 

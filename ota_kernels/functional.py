@@ -1,24 +1,30 @@
-"""Merging tensors in memory: torch tensors or numpy arrays in, the same kind out."""
+"""Merging tensors in memory: torch tensors or numpy arrays in, the same kind out.
+
+Tensors on a GPU are merged there: nothing of their size crosses to the host, and everything runs on the
+calling thread's current stream.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 
-from . import backends, methods
-from .backends import native
+from . import backends, methods, resident
+from .backends import Backend
 from .candidates import Store
 from .dtypes import BY_NAME, OUTPUT_NAMES, DType
 from .engine import Engine
 from .errors import BackendError, InputError, RecipeError
+from .interchange import array_like, buffer_of, device_of, numpy_dtype
+from .memory import GraftSink, Inline, MemorySink
 from .planning import TILE_ELEMENTS
 from .pool import Pool, default_threads
 from .recipe import Recipe, parse_recipe
 from .survey import Survey
 from .tensors import Buffer, Curvature, Full, TensorInputs, Uniform
-from .tiling import Segment
+from .tracing import traceable
 
 _UNLIMITED = 1 << 62  # inputs in memory leave room for their few candidates
 
@@ -47,9 +53,12 @@ def merge_tensors(
     `precond_threshold`, `power`, `lambda_` for `lambda`, ...); a key of one model may be a list with a value
     per expert. Densities are over this tensor.
 
-    Returns a new tensor like the first input, in out_dtype (default: the base's, or first expert's, type).
-    Raises RecipeError for a wrong parameter, InputError for tensors that do not fit or are not finite,
-    BackendError for a device that no backend serves.
+    Tensors on a GPU, all on one, are merged there by the backend `triton`, on the current stream. For others
+    `auto` is `native`; `triton` streams them through a GPU.
+
+    Returns a new tensor like the first input, on its device, in out_dtype (default: the base's, or first
+    expert's, type). Raises RecipeError for a wrong parameter, InputError for tensors that do not fit, are not
+    finite or lie on several devices, BackendError for a device that the backend does not serve.
     """
     merged = merge_state_dicts(
         None if base is None else {name: base},
@@ -64,6 +73,7 @@ def merge_tensors(
     return merged[name]
 
 
+@traceable
 def merge_state_dicts(
     base: Mapping[str, Tensor] | None,
     experts: Sequence[Mapping[str, Tensor]],
@@ -82,9 +92,10 @@ def merge_state_dicts(
     `missing_curvature` says otherwise.
     """
     recipe = _recipe(base is not None, len(experts), curvatures is not None, method, out_dtype, parameters)
-    return _merge_models(base, experts, curvatures, recipe, backend, threads, _MemorySink)
+    return _merge_models(base, experts, curvatures, recipe, backend, threads, MemorySink)
 
 
+@traceable
 def graft(
     base: Model,
     expert: Model,
@@ -133,7 +144,7 @@ def graft(
     recipe = _recipe(True, 1, curvature is not None, "ota", None, parameters)
     whole = kinds == {True}
     base, expert, *curvatures = models if whole else [{"weight": model} for model in models]
-    merged = _merge_models(base, [expert], curvatures or None, recipe, backend, threads, _GraftSink)
+    merged = _merge_models(base, [expert], curvatures or None, recipe, backend, threads, GraftSink)
     return merged if whole else merged["weight"]
 
 
@@ -144,7 +155,7 @@ def _merge_models(
     recipe: Recipe,
     backend: str,
     threads: int | None,
-    sink: type[_MemorySink],
+    sink: type[MemorySink],
 ) -> dict[str, Tensor]:
     if threads is not None and threads < 1:
         raise RecipeError(f"threads must be at least 1, not {threads}")
@@ -160,17 +171,20 @@ def _merge_models(
                 f"{label} and {first_label} differ in the tensors they have: {min(odd)!r} is in one only"
             )
 
+    if not first:
+        return {}
+    name, tensor = next(iter(first.items()))
+    chosen, read = _serving(backend, tensor, f"{first_label}[{name!r}]")
+
     merged: dict[str, Tensor] = {}
     tensors = []
     for tensor_name, like in first.items():
-        buffers = [
-            buffer_of(model[tensor_name], f"{label}[{tensor_name!r}]") for label, model in models.items()
-        ]
+        buffers = [read(model[tensor_name], f"{label}[{tensor_name!r}]") for label, model in models.items()]
         _check_alike(tensor_name, like, models)
         if not all(b.dtype.is_float for b in buffers):
             merged[tensor_name] = _agreed(tensor_name, like, buffers)
             continue
-        kept, found = _curvatures(tensor_name, tuple(like.shape), len(experts), curvatures, recipe)
+        kept, found = _curvatures(tensor_name, tuple(like.shape), len(experts), curvatures, recipe, read)
         weights = buffers if not kept else [buffers[0]] * len(buffers)
         out = _output_dtype(recipe, like, buffers[0])
         tensors.append(
@@ -186,8 +200,35 @@ def _merge_models(
     return (
         {name: merged[name] for name in first}
         if not tensors
-        else _merge(first, tensors, merged, recipe, backend, threads, sink(tensors))
+        else _merge(first, tensors, merged, recipe, chosen, threads, sink)
     )
+
+
+Read = Callable[[Any, str], Buffer]  # a tensor and what an error calls it
+
+
+def _serving(name: str, tensor: Any, origin: str) -> tuple[Backend, Read]:
+    """The backend for tensors that are where this one is, and how it takes them."""
+    device = device_of(tensor, origin)
+    if device == "cpu":
+        chosen = backends.select(name, "cpu" if name == "auto" else "auto")
+        # Under the interpreter, torch's CPU tensors are on the backend's device.
+        in_place = str(getattr(chosen, "device", "")) == "cpu" and not isinstance(tensor, np.ndarray)
+    elif name in ("auto", "triton"):
+        chosen, in_place = backends.select("triton", device), True
+    else:
+        chosen = backends.select(name)
+        raise BackendError(
+            f"{origin} is on {device}: the {chosen.NAME} backend works on the CPU; move it with .cpu()"
+        )
+
+    def read(other: Any, its_origin: str) -> Buffer:
+        where = device_of(other, its_origin)
+        if where != device:
+            raise InputError(f"{its_origin} is on {where}, {origin} on {device}: move them to one device")
+        return buffer_of(other, its_origin, in_place)
+
+    return chosen, read
 
 
 def _merge(
@@ -195,20 +236,30 @@ def _merge(
     tensors: list[TensorInputs],
     merged: dict[str, Tensor],
     recipe: Recipe,
-    backend: str,
+    backend: Backend,
     threads: int | None,
-    sink: _MemorySink,
+    sink_of: type[MemorySink],
 ) -> dict[str, Tensor]:
-    chosen = backends.select(backend)
-    survey = Survey(recipe, tensors, chosen)
-    with Pool(threads or default_threads()) as pool:
+    """Merge the tensors that are floating point, and return all.
+
+    With T experts, the host waits for a device at most 4 T + 4 times per tensor whose densities are its own:
+    for scores of the sample (T) and brackets (T); the merge's counts (1), candidates (1), their scores (T)
+    and which of these are in a bracket (T); thresholds (1); the counts of the candidates merged again (1).
+    Densities over the model: the first two and the thresholds once for all tensors. A saliency mass: twice
+    for each expert's threshold. Known thresholds: once per tensor.
+    """
+    on_device = tensors[0].is_resident
+    survey = Survey(recipe, tensors, backend)
+    device = tensors[0].experts[0].data.device if on_device else None
+    with Inline(device) if on_device else Pool(threads or default_threads()) as pool:
+        sink = sink_of(tensors)
         decisions = survey.decide_model(pool.run)
         engine = Engine(
             dict(enumerate(tensors)),
             sink,
-            backend=chosen,
+            backend=backend,
             pool=pool,
-            tile_elements=TILE_ELEMENTS,
+            tile_elements=resident.TILE if on_device else TILE_ELEMENTS,
             survey=survey,
             decisions=decisions,
             store=Store(_UNLIMITED),
@@ -216,62 +267,8 @@ def _merge(
         for _ in engine.run():
             pass
     for tensor, data in zip(tensors, sink.outputs, strict=True):
-        merged[tensor.name] = _like(first[tensor.name], data, tensor)
+        merged[tensor.name] = array_like(first[tensor.name], data, tensor.out_dtype, tensor.shape)
     return {name: merged[name] for name in first}
-
-
-class _MemorySink:
-    """Tiles are merged straight into the results."""
-
-    def __init__(self, tensors: list[TensorInputs]) -> None:
-        self._sizes = [t.out_dtype.itemsize for t in tensors]
-        self.outputs = [np.empty(t.numel * t.out_dtype.itemsize, np.uint8) for t in tensors]
-
-    def room(self, segment: Segment, nbytes: int) -> np.ndarray:
-        begin = segment.start * self._sizes[segment.index]
-        return self.outputs[segment.index][begin : begin + nbytes]
-
-    def write(self, segment: Segment, merged: np.ndarray) -> None:
-        pass
-
-    def patch(self, segment: Segment, positions: np.ndarray, merged: np.ndarray) -> None:
-        size = (segment.stop - segment.start) * self._sizes[segment.index]
-        native.scatter(self.room(segment, size), positions, merged, self._sizes[segment.index])
-
-    def done_with(self, tile: TensorInputs) -> None:
-        pass
-
-
-class _GraftSink(_MemorySink):
-    """Kept edits of the one expert become its own bits: w_0 + (w_t - w_0) is rounded."""
-
-    def __init__(self, tensors: list[TensorInputs]) -> None:
-        super().__init__(tensors)
-        self._tensors = tensors
-
-    def write(self, segment: Segment, merged: np.ndarray) -> None:
-        _restore_bits(*self._weights(segment), merged)
-
-    def patch(self, segment: Segment, positions: np.ndarray, merged: np.ndarray) -> None:
-        base, expert = self._weights(segment)
-        _restore_bits(base.gather(positions), expert.gather(positions), merged)
-        super().patch(segment, positions, merged)
-
-    def _weights(self, segment: Segment) -> tuple[Buffer, Buffer]:
-        tile = self._tensors[segment.index].slice(segment.start, segment.stop)
-        return tile.base, tile.experts[0]
-
-
-def _restore_bits(base: Buffer, expert: Buffer, merged: np.ndarray) -> None:
-    """Put the expert's elements where merged (uint8, in the base's type) is not the base.
-
-    That is where an edit is kept: w_0 + (w_t - w_0) is w_0 only if w_t is.
-    """
-    if expert.dtype != base.dtype:
-        return
-    elements = f"u{base.dtype.itemsize}"
-    out = merged.view(elements)
-    np.copyto(out, expert.data.view(elements), where=out != base.data.view(elements))
 
 
 def _recipe(
@@ -324,6 +321,7 @@ def _curvatures(
     n: int,
     curvatures: Sequence[Mapping[str, Tensor]] | None,
     recipe: Recipe,
+    read: Read,
 ) -> tuple[bool, tuple[Curvature, ...]]:
     """(whether the base is kept, one curvature per expert) of one tensor."""
     uniform = (Uniform(),) * n
@@ -341,40 +339,13 @@ def _curvatures(
     found = []
     for t, c in enumerate(curvatures):
         origin = f"curvatures[{t}][{name!r}]"
-        buffer = buffer_of(c[name], origin)
+        buffer = read(c[name], origin)
         if tuple(c[name].shape) != shape:
             raise InputError(f"{origin} has shape {list(c[name].shape)}, the tensor {list(shape)}")
         if buffer.dtype.name not in ("float32", "bfloat16", "float16"):
             raise InputError(f"{origin} is {buffer.dtype.name}; curvature is float32, bfloat16 or float16")
         found.append(Full(buffer))
     return False, tuple(found)
-
-
-def buffer_of(tensor: Any, origin: str) -> Buffer:
-    """A flat view of a tensor's bytes (a copy where it is not contiguous)."""
-    if isinstance(tensor, np.ndarray):
-        dtype = BY_NAME.get(tensor.dtype.name)
-        if dtype is None:
-            raise InputError(f"{origin}: elements of type {tensor.dtype} are not supported")
-        native = np.ascontiguousarray(tensor, tensor.dtype.newbyteorder("="))
-        return Buffer(native.reshape(-1).view(np.uint8), dtype, origin)
-    import torch
-
-    if not isinstance(tensor, torch.Tensor):
-        raise InputError(f"{origin} is a {type(tensor).__name__}, not a torch tensor or numpy array")
-    if tensor.layout != torch.strided:
-        raise InputError(f"{origin} is {tensor.layout}; make it dense with .to_dense()")
-    if tensor.device.type != "cpu":
-        raise BackendError(
-            f"{origin} is on {tensor.device}: no backend serves that device; move it with .cpu()"
-        )
-    dtype = BY_NAME.get(str(tensor.dtype).removeprefix("torch."))
-    if dtype is None:
-        raise InputError(f"{origin}: elements of type {tensor.dtype} are not supported")
-    dense = tensor.detach().resolve_neg().contiguous()
-    # A tensor of one element or none may have any stride, but only stride 1 can be viewed as bytes.
-    flat = dense.as_strided((dense.numel(),), (1,))
-    return Buffer(flat.view(torch.uint8).numpy(), dtype, origin)
 
 
 def _check_alike(name: str, like: Any, models: Mapping[str, Mapping[str, Any]]) -> None:
@@ -388,7 +359,7 @@ def _check_alike(name: str, like: Any, models: Mapping[str, Mapping[str, Any]]) 
 def _agreed(name: str, like: Tensor, buffers: list[Buffer]) -> Tensor:
     first = buffers[0]
     for other in buffers[1:]:
-        if other.dtype != first.dtype or not np.array_equal(other.data, first.data):
+        if other.dtype != first.dtype or not resident.is_equal(other.data, first.data):
             raise InputError(
                 f"{other.origin} differs from {first.origin}; only floating-point tensors are merged"
             )
@@ -399,34 +370,10 @@ def _output_dtype(recipe: Recipe, like: Tensor, own: Buffer) -> DType:
     if recipe.output_dtype is not None:
         dtype = BY_NAME[recipe.output_dtype]
         if isinstance(like, np.ndarray):
-            _numpy_dtype(like, dtype)  # raises before anything is merged
+            numpy_dtype(like, dtype)  # raises before anything is merged
         return dtype
     if own.dtype.name not in OUTPUT_NAMES:
         raise InputError(
             f"{own.origin} is {own.dtype.name}, which a merge cannot be written in; give out_dtype"
         )
     return own.dtype
-
-
-def _numpy_dtype(like: np.ndarray, dtype: DType) -> np.dtype:
-    """numpy's type of that name: its own, or one that `like` brings along (ml_dtypes)."""
-    if like.dtype.name == dtype.name:
-        return like.dtype.newbyteorder("=")
-    try:
-        return np.dtype(dtype.name)
-    except TypeError:
-        raise RecipeError(
-            f"numpy has no {dtype.name}: choose another out_dtype, or give torch tensors"
-        ) from None
-
-
-def _like(tensor: Tensor, data: np.ndarray, inputs: TensorInputs) -> Tensor:
-    """Result bytes as the kind of array that `tensor` is."""
-    if isinstance(tensor, np.ndarray):
-        return data.view(_numpy_dtype(tensor, inputs.out_dtype)).reshape(inputs.shape)
-    import torch
-
-    dtype = getattr(torch, inputs.out_dtype.name)
-    if data.size == 0:  # numpy 2.4 gives it stride 0, which torch does not view as another type
-        return torch.empty(inputs.shape, dtype=dtype)
-    return torch.from_numpy(data).view(dtype).reshape(inputs.shape)

@@ -13,17 +13,17 @@ from types import ModuleType
 
 import numpy as np
 
-from . import decide
+from . import decide, resident
 from .backends.stats import Candidates, MergeStats
 from .candidates import Held, Store
 from .factors import Map
 from .formula import ExpertTerms, Terms, close, is_open, score_bits, score_of_bits
+from .resident import BINS, Array
 from .tally import Tally
 from .tensors import TensorInputs
 from .tiling import Segment
 
-_BINS = 1 << 16
-_FEW = 1 << 21  # scores in a bracket that a thread holds in memory
+_FEW = 1 << 21  # scores in a bracket that a thread holds in memory; a device holds as many as there are
 _BATCH = 1 << 20  # scores that are counted at once
 
 
@@ -74,24 +74,29 @@ class Group:
         wanted = [t for t, e in enumerate(terms) if is_open(e)]
         # One expert a task: each goes through the candidates on its own.
         answers = dict(zip(wanted, run(lambda t: self._threshold(t, terms[t]), wanted), strict=True))
-        if None in answers.values():
+        if any(x is None for x in answers.values()):
             return None
+        listed = {t: x for t, x in answers.items() if not isinstance(x, float)}
+        if listed:
+            bits = resident.numbers(*listed.values())
+            answers |= {t: score_of_bits(int(b)) for t, b in zip(listed, bits, strict=True)}
         return [answers.get(t) for t in range(len(terms))]
 
-    def settle(self, part: Part, thresholds: Sequence[float | None]) -> tuple[np.ndarray, np.ndarray, Tally]:
+    def settle(self, part: Part, thresholds: Sequence[float | None]) -> tuple[Array, Array, Tally]:
         """A part's candidates merged with the exact thresholds: (positions, merged values as uint8, what they
         count)."""
         positions, operands, _ = self._store.get(part.held, part.tensor)
-        out = np.empty(operands.numel * operands.out_dtype.itemsize, np.uint8)
+        out = resident.empty(operands.numel * operands.out_dtype.itemsize, operands.experts[0].data)
         stats = self._backend.merge(operands, close(part.terms, thresholds), out)
         return positions, out, Tally.of(stats, [])
 
-    def _threshold(self, t: int, terms: ExpertTerms) -> float | None:
+    def _threshold(self, t: int, terms: ExpertTerms) -> float | Array | None:
         """Expert t's threshold: the least kept score of the k largest, or of the share of mass; None where it
-        lies outside the bracket."""
+        lies outside the bracket. Where it is among the steps, its bits, int64 of shape ()."""
         selection, lowest = self._selections[t], terms.threshold
         listed, histogram = sum(p.held.steps[t] for p in self.parts), None
-        if selection.rule == "mass" or listed > _FEW:
+        few = listed <= _FEW or self.parts[0].tensor.is_resident
+        if selection.rule == "mass" or not few:
             histogram = self._histogram(t, lowest, -1)
             listed = decide.available(selection, *histogram)
         wanted, above, inside = self._account(t, terms, listed)
@@ -123,29 +128,25 @@ class Group:
         inside = listed if terms.span else tied * decide.mass(np.float32([terms.threshold]))
         return decide.wanted(selection, 0, at_most + above + listed), above, inside
 
-    def _largest(self, t: int, lowest: float, rest: int) -> float:
-        """The rest-th largest score in expert t's bracket."""
-        steps = np.concatenate([self._store.steps(p.held, p.tensor, t) for p in self.parts])
-        steps.partition(len(steps) - rest)
-        return score_of_bits(score_bits(lowest) + int(steps[len(steps) - rest]))
+    def _largest(self, t: int, lowest: float, rest: int) -> Array:
+        """The bits of the rest-th largest score in expert t's bracket."""
+        steps = resident.joined([self._store.steps(p.held, p.tensor, t) for p in self.parts])
+        return resident.int64(resident.kth_largest(steps, rest)) + score_bits(lowest)
 
     def _histogram(self, t: int, lowest: float, prefix: int) -> tuple[np.ndarray, np.ndarray]:
         """Of the scores in expert t's bracket, as a backend's `histogram`."""
-        counts, lows = np.zeros(_BINS, np.int64), np.zeros(_BINS, np.int64)
+        counts, lows = np.zeros(BINS, np.int64), np.zeros(BINS, np.int64)
         for bits in self._in_bracket(t, lowest):
-            high, low = bits >> 16, bits & (_BINS - 1)
-            if prefix < 0:
-                counts += np.bincount(high, minlength=_BINS)
-                lows += np.bincount(high, weights=low, minlength=_BINS).astype(np.int64)
-            else:
-                counts += np.bincount(low[high == prefix], minlength=_BINS)
+            more_counts, more_lows = resident.histogram(bits, prefix)
+            counts += more_counts
+            lows += more_lows
         return counts, lows
 
-    def _in_bracket(self, t: int, lowest: float) -> Iterator[np.ndarray]:
+    def _in_bracket(self, t: int, lowest: float) -> Iterator[Array]:
         """The bits of the scores in expert t's bracket, int64, many at a time."""
-        batch: list[np.ndarray] = []
+        batch: list[Array] = []
         for part in self.parts:
             batch.append(self._store.steps(part.held, part.tensor, t))
             if part is self.parts[-1] or sum(map(len, batch)) >= _BATCH:
-                yield np.concatenate(batch).astype(np.int64) + score_bits(lowest)
+                yield resident.int64(resident.joined(batch)) + score_bits(lowest)
                 batch = []

@@ -23,7 +23,7 @@ from .backends import native
 from .candidates import DEFAULT_BUDGET, Store
 from .card import model_card
 from .engine import Engine, Event, Merged
-from .errors import InputError, OutputError, RecipeError, RunError
+from .errors import BackendError, InputError, OutputError, RecipeError, RunError
 from .inputs import COPY, Inputs
 from .io import journal
 from .io.assets import Asset, plan_assets, recipe_asset, write_assets
@@ -31,8 +31,8 @@ from .io.reader import advise, release
 from .io.workfolder import WorkFolder
 from .io.writer import ShardWriter
 from .ledger import FORMAT, Ledger, record_of
-from .planning import DEFAULT_MEMORY_LIMIT, Plan, make_plan
-from .pool import Pool, default_threads
+from .planning import Plan, make_plan, memory_limit_of, thread_choices
+from .pool import Pool
 from .recipe import Recipe, load_recipe, parse_recipe
 from .report import REPORT_NAME, build_report
 from .survey import Survey
@@ -75,14 +75,15 @@ class Silent:
 class Options:
     """How a merge runs; what it computes is the recipe's.
 
-    memory_limit: bytes resident at most; shard_size: bytes of one output file at most; threads: None for
-    every processor; seed: of methods that draw random numbers; tile_elements: None for what fits the limit;
+    device: "auto", "cpu", "cuda" or "cuda:N"; memory_limit: bytes resident on the host at most, None for
+    1 GiB, on a GPU 4 GiB; shard_size: bytes of one output file at most; threads: None for every processor;
+    seed: of methods that draw random numbers; tile_elements: None for what fits the limit;
     candidates_memory: bytes of undecided elements held in memory at most, the rest goes to the work folder.
     """
 
     backend: str = "auto"
     device: str = "auto"
-    memory_limit: int = DEFAULT_MEMORY_LIMIT
+    memory_limit: int | None = None
     threads: int | None = None
     shard_size: int = 5_000_000_000
     seed: int = 0
@@ -92,8 +93,7 @@ class Options:
     candidates_memory: int = DEFAULT_BUDGET
 
     def __post_init__(self) -> None:
-        if self.device not in ("auto", "cpu"):
-            raise RecipeError(f"unknown device {self.device!r}: choose auto or cpu")
+        backends.check_device(self.device)
         if self.threads is not None and self.threads < 1:
             raise RecipeError(f"--threads must be at least 1, not {self.threads}")
 
@@ -101,7 +101,8 @@ class Options:
     def of(cls, **given: Any) -> Options:
         """Options whose sizes may be text."""
         least = {"memory_limit": 1, "shard_size": 1, "candidates_memory": 0}
-        sizes = {key: parse_size(given[key], least[key]) for key in least.keys() & given.keys()}
+        sized = (key for key in least.keys() & given.keys() if given[key] is not None)
+        sizes = {key: parse_size(given[key], least[key]) for key in sized}
         return cls(**given | sizes)
 
 
@@ -151,7 +152,7 @@ class _Merge:
 
     def __init__(self, recipe: Recipe, options: Options) -> None:
         self.recipe, self.options = recipe, options
-        self.backend = backends.select(options.backend)
+        self.backend = backends.select(options.backend, options.device)
         self.inputs = Inputs(recipe)
         try:
             self._prepare()
@@ -168,8 +169,8 @@ class _Merge:
             self.inputs,
             self.survey,
             self.backend,
-            threads=options.threads or default_threads(),
-            memory_limit=options.memory_limit,
+            threads=thread_choices(options.threads, self.backend),
+            memory_limit=memory_limit_of(options.memory_limit, self.backend),
             shard_size=options.shard_size,
             tile_elements=options.tile_elements,
             candidates_memory=options.candidates_memory,
@@ -180,16 +181,17 @@ class _Merge:
 
     def __exit__(self, *_: object) -> None:
         self.inputs.close()
+        self.backend.release()
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Changes whenever the output's bytes might: recipe, inputs, layout, seed, versions."""
+        """Changes whenever the merge does: recipe, inputs, layout, seed, versions. Not with the backend: one
+        may go on where another was stopped, since masks are the same on all of them."""
         parts = [
             __version__,
             FORMAT,
             self.recipe.as_dict(),
             self.options.seed,
-            self.backend.NAME,
             self.inputs.fingerprint(),
             [asdict(shard) | {"header": shard.header.hex()} for shard in self.plan.layout.shards],
         ]
@@ -220,6 +222,10 @@ class _Merge:
             except InputError:
                 work.remove()  # nothing to resume: the inputs themselves must change
                 raise
+            except BackendError as error:
+                raise RunError(
+                    f"{error}; the journal is kept: --resume with --backend native goes on on the CPU"
+                ) from error
             work.publish()
         return report
 
@@ -278,6 +284,7 @@ class _Merge:
         try:
             if ledger.fresh:
                 log.append({"fingerprint": self.fingerprint})
+            log.append(ledger.begin(self.backend.NAME))
             with Pool(self.plan.threads) as pool:
                 if ledger.decisions is None:
                     progress.stage("survey", 0)
@@ -293,7 +300,7 @@ class _Merge:
                         log.append(record_of(event))
                         for segment in ledger.add(event):
                             progress.advance((segment.stop - segment.start) * weights[segment.index])
-                except (KeyboardInterrupt, RunError):
+                except (KeyboardInterrupt, RunError, BackendError):
                     with contextlib.suppress(RunError):
                         for event in engine.checkpoint():
                             log.append(record_of(event))

@@ -28,7 +28,8 @@ def record_of(event: Event) -> dict | None:
 
 class Ledger:
     """What is done of a merge: model-wide decisions, ranges that are final with their tallies, ranges that
-    wait for thresholds, thresholds of groups. repeats: groups that were merged again for their thresholds.
+    wait for thresholds, thresholds of groups. repeats: groups that were merged again for their thresholds;
+    backends: those that ran, the first one first.
 
     records: a journal's, empty for a new merge; tensors: how many the output has.
     """
@@ -39,6 +40,7 @@ class Ledger:
         self.tallies: list[Tally | None] = [None] * tensors
         self.decided: dict[int | None, list[float | None]] = {}
         self.repeats = 0
+        self.backends: list[str] = []
         self._final: dict[int, list[tuple[int, int]]] = {}
         self._open: dict[Segment, Open] = {}
         self._again: set[Segment] = set()  # merged before by this process, and to be merged once more
@@ -46,7 +48,15 @@ class Ledger:
             self._replay(record)
         self._again.clear()
 
+    def begin(self, backend: str) -> dict:
+        """Note that a process runs on `backend`; returns the record."""
+        if backend not in self.backends:
+            self.backends.append(backend)
+        return {"backend": backend}
+
     def _replay(self, record: dict) -> None:
+        if "backend" in record:
+            self.begin(record["backend"])
         if "decisions" in record:
             made = record["decisions"]
             brackets = tuple(None if b is None else Bracket(**b) for b in made["brackets"])

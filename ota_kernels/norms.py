@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-
+from . import resident
+from .resident import Array
 from .roles import EMBEDDING, MATRIX, OUTPUT
 
 _POWER_ITERATIONS = 20
 _ROWS = 1024
 
 
-def edit_norm(edits: np.ndarray, shape: tuple[int, ...], role: str, approximate: bool) -> float:
+def edit_norm(edits: Array, shape: tuple[int, ...], role: str, approximate: bool) -> float:
     """The norm of one tensor's edits, float32[n] in row-major order of `shape`. Holds, for matrices, the
     float64 Gram matrix of the smaller side, or with `approximate` only vectors."""
-    if edits.size == 0:
+    if len(edits) == 0:
         return 0.0
     if role == MATRIX:
         d_out, d_in = shape
@@ -28,24 +28,25 @@ def edit_norm(edits: np.ndarray, shape: tuple[int, ...], role: str, approximate:
         return math.sqrt(d_in / d_out) * spectral
     if role in (EMBEDDING, OUTPUT):
         # A token selects a row of the embedding; a hidden unit feeds a column of the output matrix.
-        squares = np.square(edits.reshape(shape), dtype=np.float64)
+        squares = resident.squares(edits).reshape(shape)
         return math.sqrt(squares.mean(axis=1 if role == EMBEDDING else 0).max())
-    return math.sqrt(np.square(edits, dtype=np.float64).mean())
+    return math.sqrt(resident.squares(edits).mean())
 
 
-def _spectral_norm(matrix: np.ndarray) -> float:
+def _spectral_norm(matrix: Array) -> float:
     """The largest singular value, from the float64 Gram matrix of the smaller side."""
     tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
-    gram = np.zeros((tall.shape[1], tall.shape[1]))
+    gram = 0.0
     for row in range(0, tall.shape[0], _ROWS):
-        part = tall[row : row + _ROWS].astype(np.float64)
+        part = resident.float64(tall[row : row + _ROWS])
         gram += part.T @ part
-    return math.sqrt(max(np.linalg.eigvalsh(gram)[-1], 0.0))
+    return math.sqrt(max(float(resident.library(matrix).linalg.eigvalsh(gram)[-1]), 0.0))
 
 
-def _power_iteration(matrix: np.ndarray) -> float:
+def _power_iteration(matrix: Array) -> float:
     """A lower bound of the largest singular value, close after a few steps from the largest edit's row."""
-    row = int(np.argmax(np.maximum(matrix.max(axis=1), -matrix.min(axis=1))))
+    lib = resident.library(matrix)
+    row = int(lib.argmax(lib.maximum(lib.amax(matrix, 1), -lib.amin(matrix, 1))))
     v, norm = _unit(matrix[row])
     for _ in range(_POWER_ITERATIONS):
         u, norm = _unit(matrix @ v)
@@ -53,7 +54,7 @@ def _power_iteration(matrix: np.ndarray) -> float:
     return norm
 
 
-def _unit(v: np.ndarray) -> tuple[np.ndarray, float]:
+def _unit(v: Array) -> tuple[Array, float]:
     """v at length 1 (0 stays 0), and its length, in float64: squares of small edits underflow in float32."""
-    length = float(np.linalg.norm(v.astype(np.float64)))
-    return v / np.float32(length or 1.0), length
+    length = float(resident.library(v).linalg.norm(resident.float64(v)))
+    return v / (length or 1.0), length

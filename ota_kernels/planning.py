@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
 
+from .backends import Backend
 from .backends.stats import STEP_BYTES, Candidates
+from .backends.triton import LEAST_SLOTS, MOST_SLOTS
 from .candidates import DEFAULT_BUDGET
 from .errors import RecipeError
 from .factors import CHUNK
 from .inputs import COPY, Inputs
 from .io.writer import Layout, layout
+from .pool import default_threads
 from .survey import Survey
 from .tensors import TensorInputs
 from .units import format_bytes
@@ -22,10 +25,12 @@ TILE_ELEMENTS = 1 << 20
 # Of a density per tensor: a tensor that is one tile is selected from, merged and settled by one worker.
 _LOCAL_TILE_ELEMENTS = 4 * TILE_ELEMENTS
 _SMALLEST_TILE = 1 << 14
-DEFAULT_MEMORY_LIMIT = 1 << 30
+# A GPU wants tiles in flight that are large enough to hide its latencies; its machine has the memory.
+_MEMORY_LIMITS = {"native": 1 << 30, "reference": 1 << 30, "triton": 4 << 30}
 
-# Measured resident sizes of a process that has imported what the backend needs and merged one tile.
-PROCESS_BYTES = {"native": 100 << 20, "reference": 420 << 20}
+# Measured resident sizes of a process that has imported what the backend needs and merged one tile; triton's
+# under its interpreter: what the driver of a GPU maps comes on top, and differs.
+PROCESS_BYTES = {"native": 100 << 20, "reference": 420 << 20, "triton": 420 << 20}
 _REFERENCE_TEMPORARIES = 12  # float32 arrays of a tile that the reference holds per expert
 _ASSUMED_BANDWIDTH = 8e9  # bytes per second per thread, for the estimated time from a warm page cache
 
@@ -69,18 +74,44 @@ class Plan:
         return {name: getattr(self, name) for name in names + more} | {"shards": shards}
 
 
+def memory_limit_of(asked: int | None, backend: Backend) -> int:
+    """Bytes resident at most: what was asked for, else what the backend wants."""
+    return asked or _MEMORY_LIMITS[backend.NAME]
+
+
+def worker_threads(asked: int | None, backend: Backend) -> int:
+    """Threads that merge: what was asked for, else every processor. On a GPU each has a tile in flight: it
+    takes three to overlap copies and kernels, and no bus carries more than sixteen threads copy."""
+    if backend.NAME != "triton":
+        return asked or default_threads()
+    return max(asked or min(default_threads(), MOST_SLOTS), LEAST_SLOTS)
+
+
+def thread_choices(asked: int | None, backend: Backend) -> range:
+    """Numbers of threads that may merge, the best first: fewer where nobody asked and memory is short."""
+    most = worker_threads(asked, backend)
+    least = LEAST_SLOTS if backend.NAME == "triton" else 1
+    return range(most, (most if asked else least) - 1, -1)
+
+
+def pinned_bytes(backend: Backend, threads: int, per_element: int) -> int:
+    """Page-locked memory per element of a tile, of all tiles in flight on a GPU."""
+    return per_element * min(threads, MOST_SLOTS) if backend.NAME == "triton" else 0
+
+
 def make_plan(
     inputs: Inputs,
     survey: Survey,
-    backend: ModuleType,
+    backend: Backend,
     *,
-    threads: int,
+    threads: Sequence[int],
     memory_limit: int,
     shard_size: int,
     tile_elements: int | None = None,
     candidates_memory: int = DEFAULT_BUDGET,
 ) -> Plan:
-    """The plan of a merge of open inputs. Raises RecipeError when the memory limit is too small."""
+    """The plan of a merge of open inputs, with the first number of threads that fits the memory limit. Raises
+    RecipeError when it is too small for any."""
     tensors = survey.tensors
     per_element = max((_bytes_per_element(t, backend) for t in tensors), default=1)
     # Most candidates lie in one expert's bracket, which lists one step.
@@ -88,16 +119,20 @@ def make_plan(
     candidates = survey.expected_candidates() * each
     # A small limit leaves room for tiles first.
     held = min(candidates_memory, memory_limit // 4)
-    fixed = PROCESS_BYTES[backend.NAME] + _survey_bytes(tensors, survey, threads, per_element)
-    fixed += min(candidates, held) + sum(_factor_bytes(t) for t in tensors)
-    local = survey.brackets and not survey.model_scope
-    largest = _LOCAL_TILE_ELEMENTS if local else TILE_ELEMENTS
-    tile = tile_elements or _fitting_tile(memory_limit - fixed, threads * per_element, largest)
-    if tile < 1:
-        need = fixed + threads * per_element * _SMALLEST_TILE
+    shared = PROCESS_BYTES[backend.NAME] + min(candidates, held) + sum(map(_factor_bytes, tensors))
+    largest = _LOCAL_TILE_ELEMENTS if survey.brackets and not survey.model_scope else TILE_ELEMENTS
+    for number in threads:
+        fixed = shared + _survey_bytes(tensors, survey, number, per_element)
+        in_flight = number * per_element + pinned_bytes(backend, number, per_element)
+        tile = tile_elements or _fitting_tile(memory_limit - fixed, in_flight, largest)
+        if tile:
+            break
+    else:
+        need = fixed + in_flight * _SMALLEST_TILE
+        on = f"{number} thread{'s' if number > 1 else ''}"
         raise RecipeError(
-            f"a memory limit of {format_bytes(memory_limit)} is too small for this merge on {threads} "
-            f"threads: give it --memory-limit {math.ceil(need / 1e6)}MB or lower --threads"
+            f"a memory limit of {format_bytes(memory_limit)} is too small for this merge on {on}: "
+            f"give it --memory-limit {math.ceil(need / 1e6)}MB{' or lower --threads' if number > 1 else ''}"
         )
     output = layout([(e.name, e.dtype, e.shape) for e in inputs.entries], shard_size)
     passes = 1 + survey.passes + survey.tensor_passes
@@ -105,7 +140,7 @@ def make_plan(
     return Plan(
         layout=output,
         backend=backend.NAME,
-        threads=threads,
+        threads=number,
         tile_elements=tile,
         tensors=len(inputs.entries),
         parameters=sum(e.numel for e in inputs.entries if e.action != COPY),
@@ -116,8 +151,8 @@ def make_plan(
         bytes_out=output.total_bytes,
         candidate_bytes=candidates,
         candidates_memory=held,
-        peak_memory=fixed + threads * per_element * tile,
-        seconds=(total * passes + output.total_bytes) / (_ASSUMED_BANDWIDTH * threads),
+        peak_memory=fixed + in_flight * tile,
+        seconds=(total * passes + output.total_bytes) / (_ASSUMED_BANDWIDTH * number),
     )
 
 
@@ -127,7 +162,7 @@ def _fitting_tile(room: int, bytes_per_tile_element: int, largest: int) -> int:
     return min(fits, largest) if fits >= _SMALLEST_TILE else 0
 
 
-def _bytes_per_element(tensor: TensorInputs, backend: ModuleType) -> int:
+def _bytes_per_element(tensor: TensorInputs, backend: Backend) -> int:
     size = sum(b.dtype.itemsize for b in tensor.buffers) + tensor.out_dtype.itemsize
     if backend.NAME == "reference":
         size += 4 * _REFERENCE_TEMPORARIES * len(tensor.experts)

@@ -26,7 +26,8 @@ def build_report(
     fingerprint: str,
     seconds: dict[str, float],
 ) -> dict:
-    """Per expert and per tensor what was kept, and how the merge ran.
+    """Per expert and per tensor what was kept, and how the merge ran. backend: the one that finished it;
+    backends: all that took part, where a merge was resumed.
 
     Thresholds are saliencies; an expert's is None where it differs between tensors, or where everything or
     nothing is kept. ties: edits kept beyond an expert's density because they equal the threshold.
@@ -62,6 +63,7 @@ def build_report(
         "repeats": ledger.repeats + sum(tally.repeats for _, tally in counted),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "backend": plan.backend,
+        "backends": ledger.backends,
         "threads": plan.threads,
         "tile_elements": plan.tile_elements,
         "resumed": not ledger.fresh,

@@ -10,15 +10,18 @@ is, never its result.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from . import resident
 from .backends import native
 from .factors import CHUNK, Map
-from .tensors import Buffer, TensorInputs
+from .resident import Array
+from .tensors import Buffer, TensorInputs, concatenated
 
 RUN = 16  # elements of a run: one cache line of float32
 RUNS = 16  # of a window
@@ -26,7 +29,7 @@ CLUSTER = RUN * RUNS  # elements of a window's runs
 _PROBES = 64  # pages that tell whether files are cached
 _STEP = 512  # elements between runs: a window spans 8192
 
-Scores = Callable[[TensorInputs], Sequence[np.ndarray]]  # a gathered tile -> float32[n] per expert
+Scores = Callable[[TensorInputs], Sequence[Array]]  # a gathered tile -> float32[n] per expert
 
 
 def clusters(sizes: Sequence[int], count: int, runs: int = RUNS) -> tuple[np.ndarray, np.ndarray]:
@@ -50,6 +53,10 @@ def clusters(sizes: Sequence[int], count: int, runs: int = RUNS) -> tuple[np.nda
     return index, np.maximum(np.minimum(starts, (numel - RUN)[:, None]), 0)
 
 
+# Of tensors on a device it would take as long as merging them.
+_clusters_again = functools.lru_cache(maxsize=16)(clusters)
+
+
 def sample(
     tensors: Sequence[TensorInputs],
     count: int,
@@ -57,12 +64,14 @@ def sample(
     run: Map,
     release: Callable[[TensorInputs], None] | None = None,
     spread: bool = True,
-) -> list[np.ndarray]:
+) -> list[Array]:
     """Scores of `count` * RUNS runs over all tensors, float32[clusters, elements] per expert.
 
     release: given where mapped pages may not stay. Runs are then read from the files, and only what is no
     file is mapped, and released piece by piece. spread: one run in a cluster; else RUNS runs in a window.
     """
+    if tensors and tensors[0].is_resident:
+        return _sample_resident(tensors, count * RUNS, scores)
     runs = 1 if spread else RUNS
     index, starts = clusters([t.numel for t in tensors], count * RUNS // runs, runs)
     changes = (np.diff(index) != 0) | (np.diff(starts[:, 0] // CHUNK) != 0)
@@ -80,6 +89,26 @@ def sample(
     return [np.concatenate(of_expert).reshape(-1, runs * RUN) for of_expert in zip(*found, strict=True)]
 
 
+def _sample_resident(tensors: Sequence[TensorInputs], count: int, scores: Scores) -> list[Array]:
+    """Scores of `count` runs over tensors on a device. All of a form are scored together, so that it is a few
+    launches for any number of tensors."""
+    index, starts = _clusters_again(tuple(t.numel for t in tensors), count, 1)
+    on_device = resident.beside(starts, tensors[0].experts[0].data)
+    bounds = [0, *(np.flatnonzero(np.diff(index)) + 1).tolist(), len(index)]
+    gathered = [
+        gather_runs(tensors[index[begin]], on_device[begin:end, 0], together=0)
+        for begin, end in itertools.pairwise(bounds)
+    ]
+    found = [scores(concatenated(list(alike))) for _, alike in itertools.groupby(gathered, _form)]
+    return [resident.joined(of_expert).reshape(-1, RUN) for of_expert in zip(*found, strict=True)]
+
+
+def _form(tile: TensorInputs) -> tuple:
+    """What tiles that are scored together have in common."""
+    curvatures = [(type(c), c.bias_correction) for c in tile.curvatures]
+    return tile.base is None, [b.dtype for b in tile.buffers], curvatures
+
+
 def are_cached(buffers: Sequence[Buffer]) -> bool:
     """Whether the page cache holds what buffers of files show, as far as a few of their pages tell."""
     of_files = [b for b in buffers if b.offset >= 0 and b.data.size]
@@ -95,14 +124,14 @@ def _is_cached(buffer: Buffer, position: int) -> bool:
         return False
 
 
-def gather_runs(tensor: TensorInputs, starts: np.ndarray, together: int) -> TensorInputs:
+def gather_runs(tensor: TensorInputs, starts: Array, together: int) -> TensorInputs:
     """The runs that begin at `starts` (int64[m]) as a tile of m * RUN elements; so many `together` with one
     read of a file, 0: from mapped pages. A tensor shorter than a run is repeated."""
 
-    def places() -> np.ndarray:
-        return (starts[:, None] + np.arange(RUN)).reshape(-1) % tensor.numel
+    def places() -> Array:
+        return (starts[:, None] + resident.arange(RUN, starts)).reshape(-1) % tensor.numel
 
-    if tensor.numel < RUN:
+    if tensor.numel < RUN or tensor.is_resident:
         return tensor.gather(places())
 
     def gathered(buffer: Buffer) -> Buffer:
@@ -111,3 +140,11 @@ def gather_runs(tensor: TensorInputs, starts: np.ndarray, together: int) -> Tens
         return native.gather_runs(buffer, starts, RUN)
 
     return tensor.pick(gathered, places)
+
+
+def runs_of(buffer: Buffer, starts: np.ndarray) -> Buffer:
+    """The runs that begin at `starts` (int64[m]) in a buffer of at least a run."""
+    if not resident.is_resident(buffer.data):
+        return native.gather_runs(buffer, starts, RUN)
+    starts = resident.beside(starts, buffer.data)
+    return buffer.gather((starts[:, None] + resident.arange(RUN, starts)).reshape(-1))

@@ -9,6 +9,7 @@ exactness.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import numbers
@@ -16,34 +17,36 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from .backends import native
+from . import resident
 from .bracket import DEVIATIONS, cluster_count, error_of_sum
 from .errors import InputError, RecipeError
 from .factors import CHUNK
-from .functional import buffer_of
+from .interchange import buffer_of
 from .pool import Pool, default_threads
-from .sampling import RUN, RUNS, clusters
+from .resident import Array
+from .sampling import RUN, RUNS, clusters, runs_of
 from .tensors import Buffer
+from .tracing import traceable
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _DIRECT = 1 << 15  # scores up to which partitioning takes less time than a sample and threads
 _MANY = 16  # ranks from which sorting everything is as fast: 1.1 s against 1.3 s of 30 million float32
 _BLOCK = 1 << 16  # scores whose comparisons stay in a core's cache
+_DEVICE_BLOCK = 1 << 28  # scores whose comparisons a device holds
 
 
+@traceable
 def topk_threshold(score: Any, k: int | Sequence[int], *, largest: bool = True) -> float | list[float]:
     """The exact k-th largest (or smallest) score: score >= threshold (or <=) keeps exactly k, but for ties.
 
-    score: a torch tensor or numpy array on the CPU of any shape, float32, bfloat16, float16 or float64;
-    infinities are scores like others. k: 0 to the number of scores n; 0 gives inf (-inf for the smallest). A
-    sequence of k gives a list from the same pass: for [k, n + 1 - k] the k-th largest and the k-th smallest,
-    strictly between which lies what a cut at both ends leaves.
+    score: a torch tensor or numpy array of any shape, float32, bfloat16, float16 or float64; infinities are
+    scores like others. One on a GPU is searched there, on the current stream. k: 0 to the number of scores n;
+    0 gives inf (-inf for the smallest). A sequence of k gives a list from the same pass: for [k, n + 1 - k]
+    the k-th largest and the k-th smallest, strictly between which lies what a cut at both ends leaves.
 
     One pass, and little memory beside the scores; a copy of them for more than 16 ranks. Raises RecipeError
     for a wrong k; InputError where a score is NaN or of another type; BackendError for a device that no
-    backend serves.
+    backend serves. Where torch.compile traces the call, each threshold is a float64 tensor (ops.py).
     """
     scores = buffer_of(score, "score")
     if scores.dtype.name not in _DTYPES:
@@ -84,14 +87,18 @@ def _at_positions(scores: Buffer, positions: Sequence[int]) -> dict[int, float]:
         return _sorted_at(scores, positions)
     brackets = _brackets(scores, positions)
 
+    on_device = resident.is_resident(scores.data)
+    chunk, size = (_DEVICE_BLOCK, _DEVICE_BLOCK) if on_device else (CHUNK, _BLOCK)
+
     def of_chunk(start: int) -> list[list[_Counted]]:
-        stop = min(start + CHUNK, n)
-        blocks = (scores.slice(i, min(i + _BLOCK, stop)) for i in range(start, stop, _BLOCK))
+        stop = min(start + chunk, n)
+        blocks = (scores.slice(i, min(i + size, stop)) for i in range(start, stop, size))
         values = (_refuse_nan(block, scores) for block in blocks)
         return [[_count(block, bracket) for bracket in brackets] for block in values]
 
-    with Pool(default_threads()) as pool:
-        blocks = list(itertools.chain.from_iterable(pool.run(of_chunk, range(0, n, CHUNK))))
+    with contextlib.nullcontext() if on_device else Pool(default_threads()) as pool:
+        run = map if on_device else pool.run
+        blocks = list(itertools.chain.from_iterable(run(of_chunk, range(0, n, chunk))))
     found = {
         bracket.position: _exact(bracket, [block[i] for block in blocks])
         for i, bracket in enumerate(brackets)
@@ -100,20 +107,22 @@ def _at_positions(scores: Buffer, positions: Sequence[int]) -> dict[int, float]:
     return found | _sorted_at(scores, missed)
 
 
-def _values(scores: Buffer) -> np.ndarray:
-    """The scores as numbers that numpy compares fast: float64, or float32 for the narrower types."""
+def _values(scores: Buffer) -> Array:
+    """The scores as numbers that are compared fast: float64, or float32 for the narrower types."""
     wide = scores.dtype.itemsize >= 4
-    return scores.data.view(scores.dtype.name) if wide else scores.float32()
+    own = getattr(resident.library(scores.data), scores.dtype.name) if wide else None
+    return scores.data.view(own) if wide else scores.float32()
 
 
-def _refuse_nan(part: Buffer, scores: Buffer) -> np.ndarray:
+def _refuse_nan(part: Buffer, scores: Buffer) -> Array:
     """The values of a part of the scores; InputError about all scores if one of the part is NaN."""
     values = _values(part)
-    if values.size and math.isnan(values.max()):
-        places = np.flatnonzero(np.isnan(_values(scores)))
+    if len(values) and math.isnan(values.max()):
+        lib = resident.library(values)
+        is_nan = lib.isnan(_values(scores))
         raise InputError(
-            f"{scores.origin}: {len(places)} of {len(scores)} values are NaN, the first at flat index "
-            f"{places[0]}: replace them, for example by a number below all scores"
+            f"{scores.origin}: {int(is_nan.sum())} of {len(scores)} values are NaN, the first at flat index "
+            f"{int(lib.argmax(resident.raw(is_nan)))}: replace them, for example by a number below all scores"
         )
     return values
 
@@ -121,8 +130,8 @@ def _refuse_nan(part: Buffer, scores: Buffer) -> np.ndarray:
 def _sorted_at(scores: Buffer, positions: Sequence[int]) -> dict[int, float]:
     if not positions:
         return {}
-    ascending = np.partition(_values(scores), positions)
-    return {position: float(ascending[position]) for position in positions}
+    ascending = resident.sorted_at(_values(scores), positions)
+    return dict(zip(positions, resident.numbers(*(ascending[i] for i in positions)), strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,25 +146,25 @@ class _Bracket:
 def _brackets(scores: Buffer, positions: Iterable[int]) -> list[_Bracket]:
     """From a sample of clusters."""
     _, starts = clusters([len(scores)], RUNS * cluster_count(len(scores)), 1)
-    sample = _values(native.gather_runs(scores, starts.reshape(-1), RUN)).reshape(-1, RUN)
-    ascending = np.sort(sample, axis=None)
+    sample = _values(runs_of(scores, starts.reshape(-1))).reshape(-1, RUN)
+    ascending = resident.ascending(sample)
     return [_bracket(ascending, sample, position, len(scores)) for position in positions]
 
 
-def _bracket(ascending: np.ndarray, sample: np.ndarray, position: int, n: int) -> _Bracket:
-    target = (position + 0.5) / n * ascending.size
-    margin = DEVIATIONS * _standard_error(sample, ascending[int(target)]) + 1
+def _bracket(ascending: Array, sample: Array, position: int, n: int) -> _Bracket:
+    target = (position + 0.5) / n * len(ascending)
+    margin = DEVIATIONS * float(_standard_error(sample, ascending[int(target)])) + 1
     low, high = math.floor(target - margin), math.ceil(target + margin)
     return _Bracket(
         position,
         float(ascending[low]) if low >= 0 else -math.inf,
-        float(ascending[high]) if high < ascending.size else math.inf,
+        float(ascending[high]) if high < len(ascending) else math.inf,
     )
 
 
-def _standard_error(sample: np.ndarray, threshold: float) -> float:
+def _standard_error(sample: Array, threshold: Array) -> Array:
     """Of the count of sampled scores from the threshold up."""
-    return error_of_sum(np.count_nonzero(sample >= threshold, axis=1))
+    return error_of_sum((sample >= threshold).sum(axis=1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,16 +175,17 @@ class _Counted:
     below: int
     at_lowest: int
     at_highest: int
-    between: np.ndarray
+    between: Array
 
 
-def _count(values: np.ndarray, bracket: _Bracket) -> _Counted:
+def _count(values: Array, bracket: _Bracket) -> _Counted:
     lowest, highest = bracket.lowest, bracket.highest
-    below, at_lowest = np.count_nonzero(values < lowest), np.count_nonzero(values == lowest)
+    count = resident.library(values).count_nonzero
+    below, at_lowest = int(count(values < lowest)), int(count(values == lowest))
     if lowest == highest:
         return _Counted(below, at_lowest, 0, values[:0])
     between = values[(values > lowest) & (values < highest)]
-    return _Counted(below, at_lowest, np.count_nonzero(values == highest), between)
+    return _Counted(below, at_lowest, int(count(values == highest)), between)
 
 
 def _exact(bracket: _Bracket, blocks: Sequence[_Counted]) -> float | None:
@@ -187,8 +197,8 @@ def _exact(bracket: _Bracket, blocks: Sequence[_Counted]) -> float | None:
     if rest < at_lowest:
         return bracket.lowest
     rest -= at_lowest
-    between = np.concatenate([b.between for b in blocks])
+    between = resident.joined([b.between for b in blocks])
     if rest < len(between):
-        return float(np.partition(between, rest)[rest])
+        return float(resident.kth_largest(between, len(between) - rest))
     rest -= len(between)
     return bracket.highest if rest < sum(b.at_highest for b in blocks) else None

@@ -11,11 +11,12 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import numpy as np
 
-from . import decide, methods
+from . import decide, methods, resident
+from .backends import native
 from .backends.stats import NonFinite
 from .bracket import Bracket, bracket_of, bracket_share, cluster_count
 from .errors import InputError
@@ -31,12 +32,14 @@ from .formula import (
 )
 from .norms import edit_norm
 from .recipe import Recipe
+from .resident import BINS, Array
 from .roles import EMBEDDING, role_of
 from .sampling import are_cached, sample
 from .tensors import Curvature, Full, Log8, TensorInputs, Uniform
 from .tiling import units
 
-_BINS = 1 << 16
+Result = TypeVar("Result")
+
 _MAPPED = 4 * CHUNK  # elements up to which a sampled tensor's pages stay mapped until it is merged
 _DIRECT = 1 << 15  # elements of a tensor that is selected from directly: a sample would be most of it
 _FACTOR_CACHE_BYTES = 64 << 20
@@ -155,7 +158,7 @@ class Survey:
         elements = sum(t.numel for t in tensors)
         experts = [t for t, s in enumerate(self.selections) if s.surveyed and decide.keeps_some(s, elements)]
 
-        def scores(tile: TensorInputs) -> list[np.ndarray]:
+        def scores(tile: TensorInputs) -> list[Array]:
             terms = [ExpertTerms(score_scale=score_scale_of(tile, t)) for t in experts]
             return [self.backend.scores(tile, t, e)[0] for t, e in zip(experts, terms, strict=True)]
 
@@ -210,7 +213,7 @@ class Survey:
                     prepared[index] = self.prepare(tensor, run)
                     yield index, 0, tensor.numel
 
-        for unit in units(ranges(), CHUNK):
+        for unit in units(ranges(), max(map(_chunk, self.tensors), default=CHUNK)):
             yield [(prepared[i].slice(start, stop), start) for i, start, stop in unit]
 
     def _model_histograms(
@@ -222,7 +225,7 @@ class Survey:
                 self._release(tile)
             return found
 
-        totals = {t: (np.zeros(_BINS, np.int64), np.zeros(_BINS, np.int64)) for t in experts}
+        totals = {t: (np.zeros(BINS, np.int64), np.zeros(BINS, np.int64)) for t in experts}
         for result in run(of_unit, self._units(self.takes_part, run)):
             for t, (counts, lows) in result.items():
                 totals[t][0][:] += counts
@@ -232,7 +235,7 @@ class Survey:
     def _histogram(
         self, unit: list[tuple], t: int, terms: ExpertTerms, of_edits: bool, prefix: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        counts, lows = np.zeros(_BINS, np.int64), np.zeros(_BINS, np.int64)
+        counts, lows = np.zeros(BINS, np.int64), np.zeros(BINS, np.int64)
         for tile, start in unit:
             scored = replace(terms, score_scale=score_scale_of(tile, t))
             bad = self.backend.histogram(tile, t, scored, of_edits, prefix, counts, lows)
@@ -289,9 +292,11 @@ class Survey:
         if key in self._factors:
             return self._factors[key]
         self._check_curvature(tensor, t, run)
-        factors = (
-            rank1(curvature, tensor.shape, run) if by_sums else low_rank(curvature, tensor.shape, rank, run)
-        )
+        if by_sums:
+            sums = self.backend.row_column_sums if tensor.is_resident else native.row_column_sums
+            factors = rank1(curvature, tensor.shape, run, sums)
+        else:
+            factors = low_rank(curvature, tensor.shape, rank, run)
         size = sum(array.nbytes for array in factors.factors)
         if self._factor_bytes + size <= _FACTOR_CACHE_BYTES:
             self._factors[key] = factors
@@ -299,13 +304,25 @@ class Survey:
         return factors
 
     def _check_curvature(self, tensor: TensorInputs, t: int, run: Map) -> None:
-        def of_chunk(start: int) -> None:
-            tile = tensor.slice(start, min(start + CHUNK, tensor.numel))
+        def of_chunk(tile: TensorInputs, start: int) -> None:
             self.check(tile, start, self.backend.power_sum(tile, t, 1.0)[1])
-            self._release(tile)
 
-        for _ in run(of_chunk, range(0, tensor.numel, CHUNK)):
+        for _ in self._chunks(of_chunk, tensor, run):
             pass
+
+    def _chunks(
+        self, fn: Callable[[TensorInputs, int], Result], tensor: TensorInputs, run: Map
+    ) -> Iterable[Result]:
+        """fn of each chunk of a tensor and the flat index of its first element, in order."""
+
+        def of_chunk(start: int) -> Result:
+            tile = tensor.slice(start, min(start + step, tensor.numel))
+            found = fn(tile, start)
+            self._release(tile)
+            return found
+
+        step = _chunk(tensor)
+        return run(of_chunk, range(0, tensor.numel, step))
 
     def terms(self, tensor: TensorInputs, model: ModelDecisions, run: Map) -> Terms:
         """The kernel's numbers for one prepared tensor; open (see formula) where a threshold follows."""
@@ -363,21 +380,19 @@ class Survey:
         """The exact threshold over one tensor: directly where it is small, else by two histogram passes."""
         if tensor.numel == 0:
             return decide.KEEP_NOTHING
-        if tensor.numel <= CHUNK:
+        # From a device, so many scores cross as histograms would.
+        if tensor.numel <= (_DIRECT if tensor.is_resident else CHUNK):
             read = self.backend.edits if of_edits else self.backend.scores
             values, bad = read(tensor, t, terms)
             self.check(tensor, 0, bad)
-            return decide.threshold_of_scores(selection, np.abs(values))
+            return decide.threshold_of_scores(selection, np.abs(resident.host(values)))
 
         def histogram(prefix: int) -> tuple[np.ndarray, np.ndarray]:
-            def of_chunk(start: int) -> tuple[np.ndarray, np.ndarray]:
-                tile = tensor.slice(start, min(start + CHUNK, tensor.numel))
-                found = self._histogram([(tile, start)], t, terms, of_edits, prefix)
-                self._release(tile)
-                return found
+            def of_chunk(tile: TensorInputs, start: int) -> tuple[np.ndarray, np.ndarray]:
+                return self._histogram([(tile, start)], t, terms, of_edits, prefix)
 
-            counts, lows = np.zeros(_BINS, np.int64), np.zeros(_BINS, np.int64)
-            for more_counts, more_lows in run(of_chunk, range(0, tensor.numel, CHUNK)):
+            counts, lows = np.zeros(BINS, np.int64), np.zeros(BINS, np.int64)
+            for more_counts, more_lows in self._chunks(of_chunk, tensor, run):
                 counts += more_counts
                 lows += more_lows
             return counts, lows
@@ -392,16 +407,14 @@ class Survey:
         density = decide.Selection("density", self.recipe.parameters.ties_density)
         return self._select(tensor, t, terms, density, True, run)
 
-    def _edits(self, tensor: TensorInputs, t: int, terms: ExpertTerms, run: Map) -> np.ndarray:
-        def of_chunk(start: int) -> np.ndarray:
-            tile = tensor.slice(start, min(start + CHUNK, tensor.numel))
+    def _edits(self, tensor: TensorInputs, t: int, terms: ExpertTerms, run: Map) -> Array:
+        def of_chunk(tile: TensorInputs, start: int) -> Array:
             values, bad = self.backend.edits(tile, t, terms)
             self.check(tile, start, bad)
-            self._release(tile)
             return values
 
-        parts = list(run(of_chunk, range(0, tensor.numel, CHUNK)))
-        return np.concatenate(parts) if parts else np.zeros(0, np.float32)
+        parts = list(self._chunks(of_chunk, tensor, run))
+        return resident.joined(parts) if parts else np.zeros(0, np.float32)
 
     def _edit_scale(self, tensor: TensorInputs, t: int, terms: ExpertTerms, run: Map) -> float:
         """norm(d) / norm(m d); 0 where the masked norm is below the relative threshold."""
@@ -436,13 +449,10 @@ class Survey:
         ]
 
     def _mean_weight(self, tensor: TensorInputs, t: int, run: Map) -> float:
-        def of_chunk(start: int) -> float:
-            tile = tensor.slice(start, min(start + CHUNK, tensor.numel))
-            total = self._power_sum(tile, start, t)
-            self._release(tile)
-            return total
+        def of_chunk(tile: TensorInputs, start: int) -> float:
+            return self._power_sum(tile, start, t)
 
-        return sum(run(of_chunk, range(0, tensor.numel, CHUNK))) / max(tensor.numel, 1)
+        return sum(self._chunks(of_chunk, tensor, run)) / max(tensor.numel, 1)
 
     def check(self, tile: TensorInputs, start: int, nonfinite: Iterable[NonFinite]) -> None:
         """Raise InputError for the first unusable input, unless `on_nonfinite: base` repairs it."""
@@ -470,8 +480,9 @@ class Survey:
     def _count(self, tensor: TensorInputs, bad: NonFinite) -> tuple[int, int]:
         """How many such values the whole tensor has, and where the first is."""
         count, first = 0, -1
-        for start in range(0, tensor.numel, CHUNK):
-            tile = tensor.slice(start, min(start + CHUNK, tensor.numel))
+        step = _chunk(tensor)
+        for start in range(0, tensor.numel, step):
+            tile = tensor.slice(start, min(start + step, tensor.numel))
             for found in self.backend.edits(tile, max(bad.expert, 0), ExpertTerms())[1]:
                 if found.role == bad.role:
                     first = start + found.first if first < 0 else first
@@ -500,6 +511,11 @@ class Survey:
             return None
         selection = self.selections[t]
         return selection.value if selection.rule == "threshold" else saliency_of_score(score)
+
+
+def _chunk(tensor: TensorInputs) -> int:
+    """Elements that are surveyed at a time. Of tensors on a device, sums are torch's own order anyway."""
+    return resident.TILE if tensor.is_resident else CHUNK
 
 
 def score_scale_of(tensor: TensorInputs, t: int) -> float:

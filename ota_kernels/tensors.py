@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from . import log8
 from .dtypes import BY_NAME, DType
+from .resident import Array, beside, is_resident, joined, library, raw, take
 
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
     """A flat, read-only view of one tensor's elements, usually over mapped pages.
 
-    data: uint8[n * dtype.itemsize], possibly unaligned; origin: what an error calls it (a file, or
-    "experts[2]"); offset: of the first byte in the file `origin`, -1 where it is no file.
+    data: uint8[n * dtype.itemsize], possibly unaligned, or a tensor on a device (resident); origin: what an
+    error calls it (a file, or "experts[2]"); offset: of the first byte in the file `origin`, -1 where it is
+    no file.
     """
 
-    data: np.ndarray
+    data: Array
     dtype: DType
     origin: str = ""
     offset: int = -1
 
     def __len__(self) -> int:
-        return self.data.size // self.dtype.itemsize
+        return self.data.nbytes // self.dtype.itemsize
 
     def slice(self, start: int, stop: int) -> Buffer:
         """Elements [start, stop)."""
@@ -33,13 +35,14 @@ class Buffer:
         offset = self.offset if self.offset < 0 else self.offset + start * size
         return Buffer(self.data[start * size : stop * size], self.dtype, self.origin, offset)
 
-    def gather(self, positions: np.ndarray) -> Buffer:
-        """A copy of the elements at `positions` (int64[m])."""
-        elements = self.data.view(f"u{self.dtype.itemsize}")[positions]
-        return Buffer(elements.view(np.uint8), self.dtype, self.origin)
+    def gather(self, positions: Array) -> Buffer:
+        """A copy of the elements at `positions` (integers[m])."""
+        return Buffer(take(self.data, positions, self.dtype.itemsize), self.dtype, self.origin)
 
-    def float32(self) -> np.ndarray:
-        """A copy of float32, bfloat16 or float16 elements as float32[n]."""
+    def float32(self) -> Array:
+        """Float32, bfloat16 or float16 elements as float32[n]: a copy, unless they are resident."""
+        if is_resident(self.data):
+            return self.data.view(getattr(library(self.data), self.dtype.name)).float()
         if self.dtype.name == "bfloat16":
             return (self.data.copy().view(np.uint16).astype(np.uint32) << 16).view(np.float32)
         return self.data.copy().view(self.dtype.name).astype(np.float32, copy=False)
@@ -73,7 +76,7 @@ class Curvature:
 
 
 Read = Callable[[Buffer], Buffer]
-Positions = Callable[[], np.ndarray]
+Positions = Callable[[], Array]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +114,7 @@ class Full(Curvature):
     def mapped(self, change: Read) -> Full:
         return Full(change(self.values), self.bias_correction)
 
-    def float32(self) -> np.ndarray:
+    def float32(self) -> Array:
         """The values, float32[n]."""
         return self.values.float32()
 
@@ -187,8 +190,8 @@ class Rank1(Curvature):
         return replace(self, start=self.start + start)
 
     def pick(self, read: Read, positions: Positions) -> Full:
-        row, column = np.divmod(self.start + positions(), self.columns.size)
-        return _full(self.rows[row] * self.columns[column], self.bias_correction)
+        row, column = _places(self.start + positions(), self.columns.size)
+        return _full(beside(self.rows, row)[row] * beside(self.columns, row)[column], self.bias_correction)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,15 +211,22 @@ class LowRank(Curvature):
         return replace(self, start=self.start + start)
 
     def pick(self, read: Read, positions: Positions) -> Full:
-        row, column = np.divmod(self.start + positions(), self.right.shape[1])
-        h = np.zeros(len(row), np.float32)
-        for r in range(self.right.shape[0]):  # the kernels' order, so that scores are the same bits
-            h += self.left[row, r] * self.right[r, column]
-        return _full(np.where(h > 0, h, np.float32(0)), self.bias_correction)
+        row, column = _places(self.start + positions(), self.right.shape[1])
+        left, right = beside(self.left, row), beside(self.right, row)
+        # The kernels' order, so that scores are the same bits.
+        h = sum(left[row, r] * right[r, column] for r in range(len(right)))
+        h[~(h > 0)] = 0
+        return _full(h, self.bias_correction)
 
 
-def _full(h: np.ndarray, bias_correction: float, origin: str = Curvature.origin) -> Full:
-    return Full(Buffer(h.view(np.uint8), BY_NAME["float32"], origin), bias_correction)
+def _places(index: Array, columns: int) -> tuple[Array, Array]:
+    """Row and column of flat indices."""
+    row = index // columns
+    return row, index - row * columns
+
+
+def _full(h: Array, bias_correction: float, origin: str = Curvature.origin) -> Full:
+    return Full(Buffer(raw(h), BY_NAME["float32"], origin), bias_correction)
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,6 +249,11 @@ class TensorInputs:
         return len(self.experts[0])
 
     @property
+    def is_resident(self) -> bool:
+        """Whether all buffers are on a device."""
+        return is_resident(self.experts[0].data)
+
+    @property
     def buffers(self) -> list[Buffer]:
         """Every buffer that has one value per element: base, experts, curvature that is not factored."""
         weights = [b for b in (self.base, *self.experts) if b is not None]
@@ -255,7 +270,7 @@ class TensorInputs:
             tuple(c.slice(start, stop) for c in self.curvatures),
         )
 
-    def gather(self, positions: np.ndarray) -> TensorInputs:
+    def gather(self, positions: Array) -> TensorInputs:
         """The elements at `positions` (int64[m]) as a tile of their own, copied; compressed curvature becomes
         one float32 value per element."""
         return self.pick(lambda buffer: buffer.gather(positions), lambda: positions)
@@ -270,7 +285,7 @@ class TensorInputs:
         )
 
     def copy(self) -> TensorInputs:
-        """The same elements in memory of their own; factors are shared."""
+        """The same elements in memory of their own on the host; factors are shared."""
 
         def own(buffer: Buffer) -> Buffer:
             return Buffer(buffer.data.copy(), buffer.dtype, buffer.origin)
@@ -281,3 +296,26 @@ class TensorInputs:
             experts=tuple(map(own, self.experts)),
             curvatures=tuple(c.mapped(own) for c in self.curvatures),
         )
+
+
+def concatenated(tiles: Sequence[TensorInputs]) -> TensorInputs:
+    """The elements of tiles of one form, whose curvature has a value per element or none, as one tile."""
+    if len(tiles) == 1:
+        return tiles[0]
+
+    def together(buffers: Iterable[Buffer]) -> Buffer:
+        first, *rest = buffers
+        return Buffer(joined([first.data, *(b.data for b in rest)]), first.dtype, first.origin)
+
+    def curvature(curvatures: Sequence[Curvature]) -> Curvature:
+        first = curvatures[0]
+        if isinstance(first, Uniform):
+            return first
+        return Full(together(c.values for c in curvatures), first.bias_correction)
+
+    return replace(
+        tiles[0],
+        base=None if tiles[0].base is None else together(t.base for t in tiles),
+        experts=tuple(map(together, zip(*(t.experts for t in tiles), strict=True))),
+        curvatures=tuple(map(curvature, zip(*(t.curvatures for t in tiles), strict=True))),
+    )

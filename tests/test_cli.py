@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from checkpoints import digests, load_merged, make_set, model_digests, shard_files, write_recipe
 
-from ota_kernels import __version__, merge
+from ota_kernels import __version__, merge, planning
 
 SHAPES = {"embed_tokens.weight": (50, 16), "layer.weight": (33, 17), "norm.weight": (17,), "scale": ()}
 
@@ -44,7 +44,7 @@ class TestHelp:
         [
             (
                 "run",
-                "RECIPE OUT --backend [auto|reference|native] --device [auto|cpu] --memory-limit --threads "
+                "RECIPE OUT --backend [auto|triton|native|reference] --device --memory-limit --threads "
                 "--shard-size --seed --overwrite --resume --dry-run -q --quiet -v --verbose 1GiB 5GB",
             ),
             ("plan", "RECIPE --json --backend --memory-limit --threads --shard-size -v"),
@@ -116,6 +116,17 @@ class TestPlan:
             assert plan["tiles"] == math.ceil(1_100_000 / plan["tile_elements"])
             tiles[limit] = plan["tiles"]
         assert 1 < tiles[150] < tiles[120] < tiles[112]
+
+    def test_fewer_threads_where_memory_is_short(self, ota_merge, recipe, monkeypatch):
+        """Many processors keep to the default limit; as many threads, asked for, are an error."""
+        monkeypatch.setattr(planning, "default_threads", lambda: 256)
+        plan = self.planned(ota_merge, recipe)
+        assert 8 <= plan["threads"] < 256
+        assert plan["peak_memory"] <= 1 << 30
+        code, _, errors = ota_merge("plan", recipe, "--threads", "256")
+        assert code == 2
+        assert "256 threads" in errors
+        assert "lower --threads" in errors
 
     def test_table(self, ota_merge, recipe):
         code, printed, errors = ota_merge("plan", recipe, "--threads", "2")

@@ -335,7 +335,7 @@ class TestResume:
         with pytest.raises(OutputError, match=r"journal.*--overwrite"):
             merge(models.recipe(), tmp_path / "out", resume=True)
 
-    @pytest.mark.parametrize("change", ["recipe", "shard_size", "backend", "input", "seed"])
+    @pytest.mark.parametrize("change", ["recipe", "shard_size", "input", "seed"])
     def test_of_another_merge_is_an_error_that_says_what_to_do(self, tmp_path, change):
         models = make_set(tmp_path / "models", {"a": (50, 60), "b": (50, 60)})
         out = tmp_path / "out"
@@ -347,7 +347,7 @@ class TestResume:
         elif change == "input":
             os.utime(models.base_folder / "model.safetensors")
         else:
-            options = {change: {"shard_size": 1000, "backend": "reference", "seed": 1}[change]}
+            options = {change: {"shard_size": 1000, "seed": 1}[change]}
         with pytest.raises(OutputError, match="--overwrite") as caught:
             merge(recipe, out, resume=True, **options)
         assert str(work_folder(out)) in str(caught.value)
@@ -558,3 +558,18 @@ def test_the_reference_backend_resumes_too(models, tmp_path, merged_elements):
     assert merged_elements[0] == total_elements(models) - done
     merge(models.recipe(density=0.3), tmp_path / "expected", backend="reference")
     assert model_digests(tmp_path / "out") == model_digests(tmp_path / "expected")
+
+
+def test_another_backend_goes_on(models, tmp_path, merged_elements):
+    """Masks are the same on all of them, and so is what waits for exact thresholds."""
+    recipe, out = models.recipe(density=0.3), tmp_path / "out"
+    interrupted(models, out, 5, density=0.3)
+    done = finished_elements(out)
+    assert done
+    merged_elements[0] = 0
+    found = merge(recipe, out, resume=True, backend="reference")
+    assert merged_elements[0] == total_elements(models) - done
+    assert (found["backend"], found["backends"]) == ("reference", ["native", "reference"])
+    truth = merge(recipe, tmp_path / "truth")
+    assert (found["tensors"], found["experts"]) == (truth["tensors"], truth["experts"])
+    assert merge(recipe, out, resume=True) == found  # complete already, whatever would have merged it

@@ -1,5 +1,5 @@
-"""Blocks that the native kernel merges in registers (csrc/streamed.hpp): the same bytes, counts and candidates as
-from its portable loops, which the other tests hold against the formulas."""
+"""Blocks that the native kernel merges in registers (csrc/streamed.hpp): the same bytes, counts and
+candidates as from its portable loops, which the other tests hold against the formulas."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ota_kernels.backends import native, reference
 from ota_kernels.backends.stats import MergeStats
 from ota_kernels.dtypes import BY_NAME
 from ota_kernels.formula import ExpertTerms, Formula, Terms, score_bits, score_of_bits, score_scale
-from ota_kernels.tensors import Buffer, Full, Log8, Rank1, TensorInputs
+from ota_kernels.tensors import Buffer, Log8, Rank1, TensorInputs
 
 WIDER = [isa for isa in native.instruction_sets() if isa != "base"]
 pytestmark = pytest.mark.skipif(not WIDER, reason="this processor runs the portable loops only")
@@ -130,8 +130,9 @@ def test_rows_of_any_length(monkeypatch, curvature, columns):
 
 
 def test_curvature_of_several_kinds(monkeypatch):
-    several = [tile("bfloat16", c, "bfloat16").curvatures[t] for t, c in enumerate(("float32", "rank1", "log8"))]
-    inputs = replace(tile("bfloat16", "float32", "bfloat16"), curvatures=tuple(several))
+    kinds = ("float32", "rank1", "log8")
+    several = tuple(tile("bfloat16", kind, "bfloat16").curvatures[t] for t, kind in enumerate(kinds))
+    inputs = replace(tile("bfloat16", "float32", "bfloat16"), curvatures=several)
     assert_alike(monkeypatch, inputs, terms_of(inputs, Formula()))
 
 

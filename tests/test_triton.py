@@ -19,13 +19,13 @@ from models import OUTPUT_DTYPES, Experts, buffer, decode, merge_tile, random_ex
 from tolerances import assert_close
 
 from ota_kernels import log8
-from ota_kernels.backends import reference
-from ota_kernels.backends import triton as backend
+from ota_kernels.backends import reference, triton
 from ota_kernels.dtypes import BY_NAME
 from ota_kernels.formula import ExpertTerms, Formula, Terms, score_bits, score_scale
 from ota_kernels.tensors import Buffer, Full, Log8, LowRank, Rank1, TensorInputs, Uniform
 
-RUNS_HERE = backend.verify()[0]
+RUNS_HERE = triton.verify()[0]
+backend = triton.on() if RUNS_HERE else None
 
 
 @pytest.mark.skipif(RUNS_HERE, reason="the tests below run in this process")
@@ -252,6 +252,14 @@ class TestMerge:
         assert 0 < len(merge_tile(tile, terms, reference)[1].candidates.positions) < tile.numel
         check(tile, terms)
 
+    def test_candidates_keep_the_types_of_their_tensors(self):
+        """Kernels run on one type for all weights."""
+        dtypes = ("float8_e4m3fn", "bfloat16", "float32")
+        experts = random_experts(15, (900,), dtypes=dtypes, base_dtype="float8_e5m2")
+        tile = experts.inputs("bfloat16")
+        terms = terms_of(tile, Formula())
+        check(tile, replace(terms, experts=tuple(replace(e, span=1 << 22) for e in terms.experts)))
+
     def test_overflow_is_counted(self):
         experts = random_experts(12, (1100,), 1, dtypes=("float32",), base_dtype="float32")
         tile = Experts(experts.base, (experts.experts[0] * 1e6,), experts.curvatures).inputs("float16")
@@ -260,13 +268,13 @@ class TestMerge:
         check(tile, terms)
 
     def test_unaligned_slices_give_the_same_bytes(self):
-        from ota_kernels.backends.triton.merge_kernel import Variant, merge
+        from ota_kernels.backends.triton.merge import Variant, merge
         from ota_kernels.backends.triton.tiles import DeviceTile
 
         experts = random_experts(13, (1101,))
         tile = experts.inputs("bfloat16")
         terms = terms_of(tile, Formula())
-        to = backend.device()
+        to = backend.device
         whole = DeviceTile(experts.base.to(to), tuple(w.to(to) for w in experts.experts),
                            tuple(h.to(to) for h in experts.curvatures))  # fmt: skip
         out = torch.full((1101,), torch.nan, dtype=torch.bfloat16, device=to)
@@ -338,5 +346,5 @@ class TestSurvey:
         from ota_kernels.backends.triton.survey_kernels import gram
 
         x = torch.randn(4, 1100)
-        found = gram(tuple(row.to(backend.device()) for row in x)).cpu()
+        found = gram(tuple(row.to(backend.device) for row in x)).cpu()
         torch.testing.assert_close(found, x.double() @ x.double().T, rtol=1e-14, atol=1e-12)

@@ -1,35 +1,111 @@
-"""The backends, and which of them runs.
-
-A backend is a module with four functions over one tile of one tensor (ota_kernels.tensors.TensorInputs):
-`merge`, and for surveys `histogram`, `edits` and `power_sum`; `verify()` answers (ok, reason).
-"""
+"""The backends, and which of them runs."""
 
 from __future__ import annotations
 
 import importlib
 import logging
-from types import ModuleType
+import re
+from typing import TYPE_CHECKING, Protocol
 
-from ..errors import BackendError
+from ..errors import BackendError, RecipeError
+from . import triton
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..formula import ExpertTerms, Terms
+    from ..tensors import Curvature, TensorInputs
+    from .stats import MergeStats, NonFinite
 
 logger = logging.getLogger(__name__)
 
-NAMES = ("native", "reference")
+NAMES = ("triton", "native", "reference")  # the fastest first
+_ON_CPU = ("native", "reference")
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
-def select(name: str = "auto") -> ModuleType:
-    """The backend of that name, or for "auto" the fastest that runs here.
+class Backend(Protocol):
+    """What computes: a module (native, reference), or an object bound to one device (triton). All functions
+    are over one tile of one tensor, and may be called by many threads at once."""
 
-    Raises BackendError with the reason when a backend that was asked for cannot run.
+    NAME: str
+
+    def verify(self) -> tuple[bool, str]:
+        """(ok, reason): whether it can run here."""
+
+    def release(self) -> None:
+        """Give up memory that is kept for the next tiles."""
+
+    def merge(self, tile: TensorInputs, terms: Terms, out: np.ndarray) -> MergeStats: ...
+
+    def histogram(
+        self,
+        tile: TensorInputs,
+        t: int,
+        terms: ExpertTerms,
+        of_edits: bool,
+        prefix: int,
+        counts: np.ndarray,
+        lows: np.ndarray,
+    ) -> tuple[NonFinite, ...]: ...
+
+    def edits(
+        self, tile: TensorInputs, t: int, terms: ExpertTerms
+    ) -> tuple[np.ndarray, tuple[NonFinite, ...]]: ...
+
+    def scores(
+        self, tile: TensorInputs, t: int, terms: ExpertTerms
+    ) -> tuple[np.ndarray, tuple[NonFinite, ...]]: ...
+
+    def power_sum(self, tile: TensorInputs, t: int, power: float) -> tuple[float, tuple[NonFinite, ...]]: ...
+
+    def row_column_sums(self, matrix: Curvature, row_sums: np.ndarray, column_sums: np.ndarray) -> None: ...
+
+
+def check_device(device: str) -> None:
+    """RecipeError unless `device` is auto, cpu, cuda or cuda:N."""
+    if not _DEVICE.fullmatch(device):
+        raise RecipeError(f"unknown device {device!r}: choose auto, cpu, cuda or cuda:N")
+
+
+def select(name: str = "auto", device: str = "auto") -> Backend:
+    """The backend of that name on that device; where both are "auto", the fastest that runs here.
+
+    device: "auto", "cpu", "cuda" or "cuda:N". torch and triton are imported only for a backend that was asked
+    for, or where a GPU is in sight. Raises BackendError with the reason when what was asked for cannot run.
     """
     if name != "auto" and name not in NAMES:
-        raise BackendError(f"unknown backend {name!r}: choose auto, {' or '.join(NAMES)}")
-    reasons = []
-    for candidate in NAMES if name == "auto" else (name,):
-        backend = importlib.import_module(f"{__name__}.{candidate}")
-        ok, reason = backend.verify()
+        raise BackendError(f"unknown backend {name!r}: choose auto, {', '.join(NAMES[:-1])} or {NAMES[-1]}")
+    check_device(device)
+    on_gpu = device.startswith("cuda")
+    if on_gpu and name in _ON_CPU:
+        raise BackendError(
+            f"backend {name!r} runs on the CPU, not on {device}: choose triton, or leave out the device"
+        )
+    candidates = (name,)
+    if name == "auto":
+        candidates = ("triton",) if on_gpu else _ON_CPU if device == "cpu" else NAMES
+    passed_over: list[str] = []
+    for candidate in candidates:
+        ok, reason = _verify(candidate, device, asked_for=len(candidates) == 1)
         if ok:
-            logger.info("backend: %s (%s)", candidate, reason)
-            return backend
-        reasons.append(f"{candidate}: {reason}")
-    raise BackendError(f"no backend can run here ({'; '.join(reasons)})")
+            others = f"; not {'; not '.join(passed_over)}" if passed_over else ""
+            logger.info("backend: %s (%s)%s", candidate, reason, others)
+            return triton.on(device) if candidate == "triton" else _module(candidate)
+        passed_over.append(f"{candidate}: {reason}")
+    if len(candidates) > 1:
+        raise BackendError(f"no backend can run here ({'; '.join(passed_over)})")
+    where = "" if device == "auto" else f" (--device {device})"
+    hint = "; `native` runs on the CPU" if candidates == ("triton",) else ""
+    raise BackendError(f"backend {candidates[0]!r}{where} cannot run: {reason}{hint}")
+
+
+def _verify(name: str, device: str, asked_for: bool) -> tuple[bool, str]:
+    if name != "triton":
+        return _module(name).verify()
+    in_sight, reason = (True, "") if asked_for else triton.gpu_in_sight()
+    return triton.verify(device) if in_sight else (False, reason)
+
+
+def _module(name: str) -> Backend:
+    return importlib.import_module(f"{__name__}.{name}")

@@ -49,6 +49,10 @@ def verify() -> tuple[bool, str]:
         return False, f"the compiled extension is missing ({error}); reinstall ota-kernels"
 
 
+def release() -> None:
+    """Give up memory that is kept for the next tiles: a thread's, which goes with the thread."""
+
+
 def _curvature(c: Curvature) -> tuple:
     if isinstance(c, Full):
         return (c.values.data, c.values.dtype.code)

@@ -25,6 +25,10 @@ def verify() -> tuple[bool, str]:
     return True, f"torch {torch.__version__}"
 
 
+def release() -> None:
+    """Give up memory that is kept for the next tiles: none."""
+
+
 def _decode(buffer: Buffer, dtype: torch.dtype) -> torch.Tensor:
     """The buffer's elements in a float type. Bytes are copied first: mapped tensors may be unaligned."""
     if len(buffer) == 0:  # numpy 2.4 gives it stride 0, which torch does not view as another type

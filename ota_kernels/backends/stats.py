@@ -8,7 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .. import resident
 from ..dtypes import BY_NAME
+from ..resident import Array
 from ..tensors import Buffer, Curvature, Full, TensorInputs, Uniform
 
 
@@ -37,17 +39,17 @@ class Candidates(NamedTuple):
 
     positions: uint32[m], ascending; operands: their inputs, m elements each, curvature as float32; steps: per
     expert, of each score in its bracket, how many float32 numbers it lies above the lowest one (uint32, empty
-    for experts without a bracket).
+    for experts without a bracket). Of a resident tile, all are on its device: torch's int32 for uint32.
     """
 
-    positions: np.ndarray
+    positions: Array
     operands: TensorInputs
-    steps: tuple[np.ndarray, ...]
+    steps: tuple[Array, ...]
 
     @classmethod
     def none(cls, tile: TensorInputs) -> Candidates:
         """A tile without candidates."""
-        empty = np.zeros(0, np.uint32)
+        empty = resident.elements(resident.empty(0, tile.experts[0].data), _INDEX)
         return cls(empty, tile.slice(0, 0), (empty,) * len(tile.experts))
 
     @staticmethod
@@ -61,15 +63,15 @@ class Candidates(NamedTuple):
         ]
 
     @classmethod
-    def of(cls, tile: TensorInputs, columns: Sequence[np.ndarray], steps: Sequence[np.ndarray]) -> Candidates:
+    def of(cls, tile: TensorInputs, columns: Sequence[Array], steps: Sequence[Array]) -> Candidates:
         """Candidates of `tile` (or of its tensor) from their columns and steps, uint8 each."""
         index, base, *rest = columns
         experts, curvatures = rest[: len(tile.experts)], rest[len(tile.experts) :]
 
-        def like(buffer: Buffer, column: np.ndarray) -> Buffer:
+        def like(buffer: Buffer, column: Array) -> Buffer:
             return Buffer(column, buffer.dtype, buffer.origin)
 
-        def curvature(given: Curvature, column: np.ndarray) -> Curvature:
+        def curvature(given: Curvature, column: Array) -> Curvature:
             if isinstance(given, Uniform):
                 return given
             return Full(Buffer(column, _CURVATURE, given.origin), given.bias_correction)
@@ -80,10 +82,11 @@ class Candidates(NamedTuple):
             experts=tuple(map(like, tile.experts, experts)),
             curvatures=tuple(map(curvature, tile.curvatures, curvatures)),
         )
-        return cls(index.view(np.uint32), operands, tuple(s.view(np.uint32) for s in steps))
+        listed = tuple(resident.elements(s, STEP_BYTES) for s in steps)
+        return cls(resident.elements(index, _INDEX), operands, listed)
 
     def copy(self) -> Candidates:
-        """In memory of their own."""
+        """In memory of their own on the host."""
         return Candidates(self.positions.copy(), self.operands.copy(), tuple(s.copy() for s in self.steps))
 
 

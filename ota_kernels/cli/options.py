@@ -27,6 +27,21 @@ class Size(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
+class Device(click.ParamType):
+    """auto, cpu, cuda or cuda:N."""
+
+    name = "device"
+
+    def convert(self, value, param, ctx) -> str:
+        from ..backends import check_device
+
+        try:
+            check_device(value)
+        except RecipeError as error:
+            self.fail(str(error), param, ctx)
+        return value
+
+
 def _set_verbosity(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if value:
         logging.basicConfig(format="%(message)s")
@@ -35,16 +50,28 @@ def _set_verbosity(ctx: click.Context, param: click.Parameter, value: bool) -> N
 
 _BACKEND = click.option(
     "--backend",
-    type=click.Choice(["auto", "reference", "native"]),
+    type=click.Choice(["auto", "triton", "native", "reference"]),
     default="auto",
     show_default=True,
-    help="What computes: C++ kernels (native), plain torch (reference), or the fastest that runs here.",
+    help="What computes: GPU kernels (triton), C++ kernels (native), plain torch (reference), or the fastest "
+    "that runs here.",
+)
+_DEVICE = click.option(
+    "--device",
+    type=Device(),
+    default="auto",
+    show_default=True,
+    help="Where to compute: cpu, cuda (also of AMD), cuda:1, or a GPU if there is one.",
 )
 _MEMORY_LIMIT = click.option(
-    "--memory-limit", type=Size(), default="1GiB", show_default=True, help="Resident memory at most."
+    "--memory-limit",
+    type=Size(),
+    help="Resident memory at most, beside the driver of a GPU.  [default: 1GiB; on a GPU 4GiB]",
 )
 _THREADS = click.option(
-    "--threads", type=click.IntRange(min=1), help="Worker threads.  [default: every processor]"
+    "--threads",
+    type=click.IntRange(min=1),
+    help="Worker threads; three at least on a GPU.  [default: every processor]",
 )
 _VERBOSE = click.option(
     "-v",
@@ -52,18 +79,12 @@ _VERBOSE = click.option(
     is_flag=True,
     expose_value=False,
     callback=_set_verbosity,
-    help="Say which backend runs; show a traceback with an error.",
+    help="Say which backend runs, and why not another; show a traceback with an error.",
 )
-_READING = (_BACKEND, _MEMORY_LIMIT, _THREADS, _VERBOSE)
+_READING = (_BACKEND, _DEVICE, _MEMORY_LIMIT, _THREADS, _VERBOSE)
 _MERGING = (
     _BACKEND,
-    click.option(
-        "--device",
-        type=click.Choice(["auto", "cpu"]),
-        default="auto",
-        show_default=True,
-        help="Where to compute.",
-    ),
+    _DEVICE,
     _MEMORY_LIMIT,
     click.option(
         "--candidates-memory",

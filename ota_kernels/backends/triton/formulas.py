@@ -52,6 +52,12 @@ def in_bracket(s, lowest, span):
 
 
 @triton.jit
+def negated(flags):
+    """Where flags are not set: the interpreter of triton 3.2 has no `~` for them."""
+    return flags == 0
+
+
+@triton.jit
 def is_finite(x):
     return tl.abs(x) < float("inf")
 

@@ -2,45 +2,23 @@
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass, replace
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
 
-from ...errors import BackendError
-from ...formula import ExpertTerms, Formula, Terms, score_bits
-from ..stats import CENSUS, EXPONENTS, MergeStats
+from ..stats import CENSUS, EXPONENTS
 from . import formulas as f
 from . import loads
-from .survey_kernels import scores
-from .tiles import (
-    BLOCK,
-    TYPES,
-    WARPS,
-    DeviceTile,
-    addresses,
-    is_aligned,
-    kind_of,
-    launches,
-    nonfinite,
-    place_of,
-    streamed,
-    unified,
-    upload,
-)
 
 UNROLLED = 16  # experts up to which the loop over them is unrolled: loads are issued long before their use
 MOST = 64  # experts: one bit each of `kept_by`
 
-# Where `_numbers` puts what: six numbers of each expert, then those of the merge.
+# Where `merge._numbers` puts what: six numbers of each expert, then those of the merge.
 _THRESHOLD, _SCORE_SCALE, _WEIGHT_SCALE, _EDIT_SCALE, _TRIM, _SPAN = map(tl.constexpr, range(6))
 _N_NUMBERS = tl.constexpr(6)
 _EPSILON, _LAMBDA, _POWER, _DENOMINATOR = map(tl.constexpr, range(4))
 
-_N_TOTALS = 6  # unkept, overflow, repaired, suspects; undecided, where they were appended
+# Counts beside those of experts: unkept, overflow, repaired, suspects; undecided, where they were appended.
+N_TOTALS = 6
 _EXPONENTS = tl.constexpr(EXPONENTS)
 _CENSUS = tl.constexpr(CENSUS)
 
@@ -86,7 +64,7 @@ def _merge_kernel(
     offset = block.to(tl.int64) * block_size
     lane = tl.arange(0, block_size)
     everywhere = loads.everywhere(block_size)
-    nowhere = ~everywhere
+    nowhere = f.negated(everywhere)
     zero = tl.zeros((block_size,), acc)
     inside = loads.inside(lane, n - offset, tail, block_size)
     row, has_next, column, wrapped = 0, False, lane, nowhere
@@ -111,7 +89,7 @@ def _merge_kernel(
     counted_by = kept_by  # bit t: m_t where the inputs are usable
     survives = kept_by  # bit t: m_t where TIES does not trim
     undecided = nowhere
-    unusable = ~f.is_finite(base32)
+    unusable = f.negated(f.is_finite(base32))
     for t in tl.range(0, n_experts, loop_unroll_factor=unroll):
         of_t = numbers + _N_NUMBERS * t
         threshold = tl.load(of_t + _THRESHOLD).to(tl.float32)
@@ -129,11 +107,11 @@ def _merge_kernel(
         if repair:
             usable = f.is_finite(base32) & f.is_finite(w.to(tl.float32)) & f.is_curvature(h)
             counted_by |= (keep & usable).to(keepers) << t
-            unusable |= ~usable
+            unusable |= f.negated(usable)
         elif has_base and masked:
             unusable |= f.is_suspect(s)
         else:
-            unusable |= ~(f.is_finite(w.to(tl.float32)) & f.is_curvature(h))
+            unusable |= f.negated(f.is_finite(w.to(tl.float32)) & f.is_curvature(h))
 
         edit_scale = tl.load(of_t + _EDIT_SCALE)
         if elect_signs:
@@ -168,7 +146,7 @@ def _merge_kernel(
     written = merged.to(out_pointer.dtype.element_ty)
     tl.store(out_pointer + offset + lane, written, mask=inside)
 
-    decided = inside & ~undecided
+    decided = inside & f.negated(undecided)
     written = written if acc == tl.float64 else written.to(tl.float32)
     counts += block
     for t in tl.range(0, n_experts, loop_unroll_factor=unroll):
@@ -179,7 +157,7 @@ def _merge_kernel(
             tl.store(counts, _count(inside & (kept != 0)))
             counts += n_blocks
     tl.store(counts, _count(decided & (kept_by == 0)))
-    tl.store(counts + n_blocks, _count(decided & ~f.is_finite(written)))
+    tl.store(counts + n_blocks, _count(decided & f.negated(f.is_finite(written))))
     tl.store(counts + 2 * n_blocks, _count(decided & unusable))
     tl.store(counts + 3 * n_blocks, _count(inside & unusable))
 
@@ -234,202 +212,10 @@ def _add_to_census(sums, s, end):
     exponent = (f.bits(s) >> 23).to(tl.int32)
     significand = ((f.bits(s) & 0x7FFFFF) + tl.where(exponent > 0, 0x800000, 0)).to(tl.int64)
     above = f.bits(s) >= end
-    lowest = tl.min(tl.where(s > 0, exponent, _EXPONENTS))
-    for e in tl.range(lowest, tl.max(exponent) + 1):
+    e, highest = tl.min(tl.where(s > 0, exponent, _EXPONENTS)), tl.max(exponent)
+    while e <= highest:
         of_e = tl.where(exponent == e, significand, 0)
         tl.atomic_add(sums + e, tl.sum(tl.where(above, 0, of_e)))
         tl.atomic_add(sums + _EXPONENTS + e, tl.sum(tl.where(above, of_e, 0)))
+        e += 1
     tl.atomic_add(sums + 2 * _EXPONENTS, tl.sum(above.to(tl.int64)))
-
-
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """What the kernel is compiled for; the fields are its constexpr parameters.
-
-    weights, curvatures: stored types; acc: type of the sums; power: "none", "half", "one" or "general";
-    aligned: 16-byte loads; aligned_rows: 16-byte loads of rank-1 columns; tail: the block that is not full.
-    """
-
-    n_experts: int
-    weights: tl.dtype
-    curvature: str
-    curvatures: tl.dtype
-    acc: tl.dtype
-    power: str
-    has_base: bool
-    masked: bool
-    brackets: bool
-    census: bool
-    mask_weights: bool
-    fixed_denominator: bool
-    elect_signs: bool
-    fallback_to_base: bool
-    repair: bool
-    aligned: bool
-    aligned_rows: bool
-    tail: bool = False
-
-    @classmethod
-    def of(cls, tile: DeviceTile, terms: Terms, out: torch.Tensor) -> Variant:
-        """The full blocks' variant for a unified tile."""
-        formula, c = terms.formula, tile.curvatures[0]
-        kind = kind_of(c)
-        streams = [x for x in (tile.base, *tile.experts, out) if x is not None]
-        streams += [x for c in tile.curvatures for x in streamed(c)]
-        return cls(
-            n_experts=len(tile.experts),
-            weights=TYPES[tile.experts[0].dtype],
-            curvature=kind,
-            curvatures=TYPES[c.dtype] if kind == "full" else tl.float32,
-            acc=tl.float64 if out.dtype.itemsize >= 4 else tl.float32,
-            power=_power(formula),
-            has_base=tile.base is not None,
-            masked=formula.masked,
-            brackets=any(e.span for e in terms.experts),
-            census=any(e.census for e in terms.experts),
-            mask_weights=formula.mask_weights,
-            fixed_denominator=formula.denominator is not None,
-            elect_signs=formula.elect_signs,
-            fallback_to_base=formula.fallback_to_base and tile.base is not None,
-            repair=formula.repair_nonfinite,
-            aligned=is_aligned(streams),
-            aligned_rows=kind == "rank1" and c.n_columns % 4 == 0 and c.start % 4 == 0,
-        )
-
-
-def warps(variant: Variant) -> int:
-    """Warps of a program: so many that a thread's elements stay in registers, 8 or (in float64) 4."""
-    in_float64 = variant.weights == tl.float64 or variant.power == "general"
-    return 2 * WARPS if in_float64 else WARPS
-
-
-@functools.cache
-def constants(variant: Variant, block_size: int = BLOCK) -> dict:
-    """The kernel's constexpr arguments."""
-    unroll = variant.n_experts if variant.n_experts <= UNROLLED else 1
-    keepers = tl.int32 if variant.n_experts <= UNROLLED else tl.int64
-    fields = {name: getattr(variant, name) for name in Variant.__dataclass_fields__}
-    return fields | {"unroll": unroll, "keepers": keepers, "block_size": block_size}
-
-
-def _power(formula: Formula) -> str:
-    if not formula.curvature_weights:
-        return "none"
-    return {0.5: "half", 1.0: "one"}.get(formula.power, "general")
-
-
-def _numbers(terms: Terms) -> list[float]:
-    """The kernel's numbers: of each expert, then of the merge."""
-    formula = terms.formula
-    experts = [
-        (e.threshold, e.score_scale, e.weight_scale, e.edit_scale, e.trim, e.span) for e in terms.experts
-    ]
-    shared = (terms.epsilon, formula.lambda_, formula.power, formula.denominator or 0.0)
-    return [x for e in experts for x in e] + list(shared)
-
-
-class Undecided(NamedTuple):
-    """Elements that some bracket leaves undecided. positions: int32[m], ascending; operands: their inputs,
-    curvature as float32; steps: per expert, of each score in its bracket, how many float32 numbers it lies
-    above the lowest one (int32)."""
-
-    positions: torch.Tensor
-    operands: DeviceTile
-    steps: tuple[torch.Tensor, ...]
-
-
-@dataclass(frozen=True)
-class Merged:
-    """What a launched merge will have counted; reading it waits for the device.
-
-    tile: the inputs; terms: what was asked for; counts: int32, a row of blocks for each count; columns: of
-    the undecided elements, in the order in which blocks wrote them; censuses: int64[T, CENSUS].
-    """
-
-    tile: DeviceTile
-    terms: Terms
-    counts: torch.Tensor
-    columns: tuple[torch.Tensor, ...] = ()
-    censuses: torch.Tensor | None = None
-
-    def stats(self) -> MergeStats:
-        """The counts; undecided elements and censuses stay on the device."""
-        totals = self.counts.sum(1).tolist()
-        masks, (unkept, overflow, repaired, suspects) = totals[:-_N_TOTALS], totals[-_N_TOTALS:][:4]
-        kept, reached = (masks[::2], masks[1::2]) if self.columns else (masks, masks)
-        return MergeStats(
-            kept=tuple(kept),
-            reached=tuple(reached),
-            unkept=unkept,
-            overflow=overflow,
-            repaired=repaired if self.terms.formula.repair_nonfinite else 0,
-            nonfinite=nonfinite(self.tile) if suspects else (),
-        )
-
-    def undecided(self) -> Undecided:
-        """The undecided elements in ascending order.
-
-        Blocks append when they are done, so the order is that of the moment: block by block it is put right,
-        which reads and writes each candidate once, where sorting would do so for each digit of a position."""
-        n_experts = len(self.tile.experts)
-        lengths, starts = self.counts[-2:]
-        shift = torch.repeat_interleave(starts - (lengths.cumsum(0) - lengths), lengths)
-        order = shift + torch.arange(len(shift), device=shift.device)
-        positions, base, *rest = (None if x is None else x[order] for x in self.columns)
-        operands = DeviceTile(base, tuple(rest[:n_experts]), tuple(rest[n_experts:]))
-        steps = (_steps(operands.expert(t), e) for t, e in enumerate(self.terms.experts))
-        return Undecided(positions, operands, tuple(steps))
-
-
-def _steps(candidates: DeviceTile, terms: ExpertTerms) -> torch.Tensor:
-    above_lowest = scores(candidates, terms)[0].view(torch.int32) - score_bits(terms.threshold)
-    return above_lowest[(above_lowest >= 0) & (above_lowest < terms.span)]
-
-
-def merge(tile: DeviceTile, terms: Terms, out: torch.Tensor) -> Merged:
-    """Merge a tile into `out` ([n], any output type) without waiting for the device.
-
-    Raises BackendError for more than 64 experts.
-    """
-    if len(tile.experts) > MOST:
-        raise BackendError(f"the triton backend merges {MOST} experts at most, not {len(tile.experts)}")
-    given, tile = tile, unified(tile)
-    variant = Variant.of(tile, terms, out)
-    n, n_blocks = tile.numel, triton.cdiv(tile.numel, BLOCK)
-    columns = _columns(tile) if variant.brackets else ()
-    first = tile.curvatures[0]
-    table, numbers = upload(addresses(tile, columns), _numbers(terms), tile.device)
-    rows = len(tile.experts) * (1 + variant.brackets) + _N_TOTALS
-    counts = torch.empty(rows, n_blocks, dtype=torch.int32, device=tile.device)
-    appended, censuses = counts, None
-    if variant.brackets:
-        appended = torch.zeros(1, dtype=torch.int32, device=tile.device)
-    if variant.census:
-        censuses = torch.zeros(len(tile.experts), CENSUS, dtype=torch.int64, device=tile.device)
-    for first_block, programs, tail in launches(n):
-        _merge_kernel[(programs,)](
-            out if tile.base is None else tile.base,
-            out,
-            table,
-            numbers,
-            counts,
-            appended,
-            counts if censuses is None else censuses,
-            n,
-            first_block,
-            n_blocks,
-            *place_of(first),
-            **constants(replace(variant, tail=tail) if tail else variant),
-            num_warps=warps(variant),
-            enable_fp_fusion=False,
-        )
-    return Merged(given, terms, counts, columns, censuses)
-
-
-def _columns(tile: DeviceTile) -> tuple[torch.Tensor | None, ...]:
-    """Room for every element of the tile as a candidate: positions, base, weights, curvatures."""
-    empty = functools.partial(torch.empty, tile.numel, device=tile.device)
-    base = None if tile.base is None else empty(dtype=tile.base.dtype)
-    weights = [empty(dtype=w.dtype) for w in tile.experts]
-    curvatures = [None if c is None else empty(dtype=torch.float32) for c in tile.curvatures]
-    return (empty(dtype=torch.int32), base, *weights, *curvatures)

@@ -26,7 +26,9 @@ from .tiles import (
     upload,
 )
 
-_ROWS, _COLUMNS = 64, 128  # of the block whose row and column sums one program forms
+# Of the block whose row and column sums one program forms: 32 elements a thread stay in registers as float64.
+_ROWS, _COLUMNS, _MATRIX_WARPS = 64, 128, 8
+_ROW_MULTIPLE = tl.constexpr(8)  # elements of a row that make its beginning a multiple of 16 bytes
 _BINS = 1 << 16
 
 _UNSPECIALISED = ["n", "first_block", "first_element", "n_columns", "prefix", "n_rows", "n_blocks"]
@@ -96,7 +98,7 @@ def _scores_kernel(
         weights, curvature, curvatures, has_base, aligned, tail, block_size)  # fmt: skip
     out = tl.where(s >= threshold, d, 0.0) if of_edits else s
     tl.store(out_pointer + offset + lane, out, mask=inside)
-    tl.store(suspects + offset // block_size, tl.sum((inside & ~usable).to(tl.int32)))
+    tl.store(suspects + offset // block_size, tl.sum((inside & f.negated(usable)).to(tl.int32)))
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
@@ -138,7 +140,7 @@ def _histogram_kernel(
         tl.atomic_add(lows + high, low.to(tl.int64), mask=wanted)
     else:
         tl.atomic_add(counts + low, one, mask=inside & (high == prefix))
-    tl.store(suspects + offset // block_size, tl.sum((inside & ~usable).to(tl.int32)))
+    tl.store(suspects + offset // block_size, tl.sum((inside & f.negated(usable)).to(tl.int32)))
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
@@ -170,9 +172,12 @@ def _row_column_kernel(
     column_sums,
     n_rows,
     n_columns,
+    aligned: tl.constexpr,
     rows_of_block: tl.constexpr,
     columns_of_block: tl.constexpr,
 ):
+    if aligned:
+        n_columns = n_columns // _ROW_MULTIPLE * _ROW_MULTIPLE  # so the compiler sees it
     row = tl.program_id(0).to(tl.int64) * rows_of_block + tl.arange(0, rows_of_block)
     column = tl.program_id(1).to(tl.int64) * columns_of_block + tl.arange(0, columns_of_block)
     inside = (row < n_rows)[:, None] & (column < n_columns)[None, :]
@@ -296,7 +301,10 @@ def row_column_sums(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     row_sums = torch.empty(grid[1], n_rows, dtype=torch.float64, device=values.device)
     column_sums = torch.empty(grid[0], n_columns, dtype=torch.float64, device=values.device)
     if values.numel():
-        _row_column_kernel[grid](values, row_sums, column_sums, n_rows, n_columns, _ROWS, _COLUMNS)
+        aligned = is_aligned([values]) and n_columns % _ROW_MULTIPLE.value == 0
+        _row_column_kernel[grid](
+            values, row_sums, column_sums, n_rows, n_columns, aligned, _ROWS, _COLUMNS,
+            num_warps=_MATRIX_WARPS)  # fmt: skip
     return row_sums.sum(0), column_sums.sum(0)
 
 

@@ -136,7 +136,8 @@ def unified(tile: DeviceTile) -> DeviceTile:
     if len(forms) == 1 and not narrow:
         curvatures = _one_type(tile.curvatures) if forms == {torch.Tensor} else tile.curvatures
         return DeviceTile(base, experts, curvatures)
-    return DeviceTile(base, experts, _one_type(tuple(written_out(c, tile) for c in tile.curvatures)))
+    values = tuple(written_out(c, tile.numel, tile.device) for c in tile.curvatures)
+    return DeviceTile(base, experts, _one_type(values))
 
 
 def _widened(x: torch.Tensor) -> torch.Tensor:
@@ -151,11 +152,11 @@ def _one_type(tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     return tuple(x.to(wide) for x in tensors)
 
 
-def written_out(c: Curvature, tile: DeviceTile) -> torch.Tensor:
-    """One curvature value per element of the tile: [n]."""
+def written_out(c: Curvature, n: int, device: torch.device) -> torch.Tensor:
+    """One curvature value per element of a tile: [n]."""
     if c is None:
-        return torch.ones(tile.numel, device=tile.device)
-    return c.full(tile.numel) if isinstance(c, (Rank1, Log8)) else c
+        return torch.ones(n, device=device)
+    return c.full(n) if isinstance(c, (Rank1, Log8)) else c
 
 
 def is_aligned(tensors: Sequence[torch.Tensor]) -> bool:
@@ -193,12 +194,16 @@ def _addressed(c: Curvature) -> tuple[torch.Tensor | None, torch.Tensor | None]:
 def upload(table: Sequence[int], numbers: Sequence[float], device: torch.device) -> tuple:
     """The kernels' table and numbers on the device: int64, and float64, which holds every float32 exactly."""
     words = np.array(table, np.int64).tobytes() + np.array(numbers, np.float64).tobytes()
-    return _upload(words, len(table), device)
+    # A tensor that leaves the cache may be in use still: only its own stream takes its memory after that use.
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return _upload(words, len(table), device, stream)
 
 
 @functools.lru_cache(maxsize=64)  # tiles of a ring have the same addresses again and again
-def _upload(data: bytes, n_addresses: int, device: torch.device) -> tuple:
-    words = torch.from_numpy(np.frombuffer(data, np.int64).copy()).to(device)
+def _upload(data: bytes, n_addresses: int, device: torch.device, stream: int) -> tuple:
+    words = torch.from_numpy(np.frombuffer(data, np.int64).copy())
+    if device.type == "cuda":
+        words = words.pin_memory().to(device, non_blocking=True)  # unpinned, it would wait for the stream
     return words[:n_addresses], words[n_addresses:].view(torch.float64)
 
 
@@ -210,9 +215,18 @@ def nonfinite(tile: DeviceTile) -> tuple[NonFinite, ...]:
     for t, (w, c) in enumerate(zip(tile.experts, tile.curvatures, strict=True)):
         found.append(_count("weights", t, ~torch.isfinite(w.float())))
         if c is not None:
-            h = written_out(c, tile)
-            found.append(_count("curvature", t, ~(torch.isfinite(h) & (h >= 0))))
+            found.append(_unusable_curvature(written_out(c, tile.numel, tile.device), t))
     return tuple(x for x in found if x.count)
+
+
+def nonfinite_curvature(h: torch.Tensor, t: int) -> tuple[NonFinite, ...]:
+    """The values of expert t that are no curvature."""
+    found = _unusable_curvature(h, t)
+    return (found,) if found.count else ()
+
+
+def _unusable_curvature(h: torch.Tensor, t: int) -> NonFinite:
+    return _count("curvature", t, ~(torch.isfinite(h) & (h >= 0)))
 
 
 def _count(role: str, t: int, bad: torch.Tensor) -> NonFinite:

@@ -1,0 +1,79 @@
+"""A tile that the device has no room for, merged in two halves: the same masks, values and counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+from ...formula import Terms
+from ...resident import Array, joined
+from ...tensors import Buffer, Curvature, Full, TensorInputs
+from ..stats import Candidates, MergeStats, NonFinite
+
+Merge = Callable[[TensorInputs, Terms, Array], MergeStats]
+
+
+def merge_in_halves(merge: Merge, tile: TensorInputs, terms: Terms, out: Array) -> MergeStats:
+    """What `merge` does, by two calls of it. tile: of two elements at least; out: uint8."""
+    middle = tile.numel // 2
+    end = middle * tile.out_dtype.itemsize
+    first = merge(tile.slice(0, middle), terms, out[:end])
+    second = merge(tile.slice(middle, tile.numel), terms, out[end:])
+    return joined_stats(first, second, middle)
+
+
+def joined_stats(first: MergeStats, second: MergeStats, start: int) -> MergeStats:
+    """The stats of a tile from those of its parts; start: the tile's element at which the second begins."""
+    return MergeStats(
+        kept=_sums(first.kept, second.kept),
+        reached=_sums(first.reached, second.reached),
+        unkept=first.unkept + second.unkept,
+        overflow=first.overflow + second.overflow,
+        repaired=first.repaired + second.repaired,
+        nonfinite=_joined_nonfinite(first.nonfinite, second.nonfinite, start),
+        candidates=_joined_candidates(first.candidates, second.candidates, start),
+        censuses=tuple(
+            None if a is None else a + b for a, b in zip(first.censuses, second.censuses, strict=True)
+        ),
+    )
+
+
+def _sums(first: Iterable[int], second: Iterable[int]) -> tuple[int, ...]:
+    return tuple(a + b for a, b in zip(first, second, strict=True))
+
+
+def _joined_nonfinite(
+    first: Iterable[NonFinite], second: Iterable[NonFinite], start: int
+) -> tuple[NonFinite, ...]:
+    """In the order in which backends list them: the base, then each expert's weights and curvature."""
+    found = {(bad.expert, bad.role == "curvature"): bad for bad in first}
+    for bad in second:
+        key = (bad.expert, bad.role == "curvature")
+        before = found.get(key, replace(bad, count=0, first=start + bad.first))
+        found[key] = replace(before, count=before.count + bad.count)
+    return tuple(found[key] for key in sorted(found))
+
+
+def _joined_candidates(first: Candidates | None, second: Candidates | None, start: int) -> Candidates | None:
+    if first is None or second is None:
+        return None
+    one, other = first.operands, second.operands
+    operands = replace(
+        one,
+        base=None if one.base is None else _joined_buffers(one.base, other.base),
+        experts=tuple(map(_joined_buffers, one.experts, other.experts)),
+        curvatures=tuple(map(_joined_curvatures, one.curvatures, other.curvatures)),
+    )
+    steps = tuple(joined(pair) for pair in zip(first.steps, second.steps, strict=True))
+    positions = joined([first.positions, second.positions + start])
+    return Candidates(positions, operands, steps)
+
+
+def _joined_buffers(first: Buffer, second: Buffer) -> Buffer:
+    return replace(first, data=joined([first.data, second.data]))
+
+
+def _joined_curvatures(first: Curvature, second: Curvature) -> Curvature:
+    if not isinstance(first, Full):
+        return first
+    return replace(first, values=_joined_buffers(first.values, second.values))

@@ -1,0 +1,562 @@
+"""The Triton backend behind the engine: whole merges through the ring, tiles that are on the device already,
+and what happens when memory runs out or the device fails.
+
+Merges run on a GPU where there is one, else under Triton's interpreter, which must be chosen before Triton is
+imported: then one test runs this file's classes of merges in a process of their own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import load_merged, make_set
+from models import decode, merge_tile, random_experts
+from test_triton import log8_of, terms_of
+from tolerances import assert_close
+
+from ota_kernels import InputError, RunError, merge, plan
+from ota_kernels.backends import native, reference, triton
+from ota_kernels.backends.stats import Candidates, MergeStats, NonFinite
+from ota_kernels.bracket import Bracket
+from ota_kernels.engine import Engine
+from ota_kernels.formula import Formula, score_bits
+from ota_kernels.moments.compress import compress
+from ota_kernels.tensors import Buffer, LowRank, Rank1, TensorInputs, Uniform
+
+RUNS_HERE = triton.verify()[0]
+
+# What a reader of errors sees; the drivers' own texts.
+OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 34.00 MiB."
+LOST = "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be reported later."
+
+
+@pytest.mark.skipif(RUNS_HERE, reason="the merges below run in this process")
+def test_under_the_interpreter():
+    command = [sys.executable, "-W", "ignore", "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(
+        [*command, "-k", "OnTheDevice"],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert " passed" in done.stdout
+
+
+def stats_of(**changes) -> MergeStats:
+    return replace(MergeStats((3, 5), (4, 6), 2, 1, 0, ()), **changes)
+
+
+class TestHalves:
+    @pytest.mark.parametrize("n", [2, 901])
+    def test_are_the_whole(self, n):
+        """By a backend that merges any tile: masks, values, counts, candidates and censuses."""
+        from ota_kernels.backends.triton.halves import merge_in_halves
+
+        experts = random_experts(30, (n,), dtypes=("bfloat16", "float16"))
+        tile = experts.inputs("bfloat16")
+        tile = replace(tile, curvatures=(*tile.curvatures[:2], Uniform()))
+        terms = with_brackets(tile, terms_of(tile, Formula()))
+        expected, truth = merge_tile(tile, terms, reference)
+        sizes = []
+
+        def merged(part, terms, out):
+            sizes.append(part.numel)
+            return reference.merge(part, terms, out)
+
+        out = np.full_like(expected, 0xFF)
+        assert_same_stats(merge_in_halves(merged, tile, terms, out), truth)
+        assert out.tobytes() == expected.tobytes()
+        assert sizes == [n // 2, n - n // 2]
+
+    def test_unusable_inputs_keep_the_order_of_backends(self):
+        from ota_kernels.backends.triton.halves import joined_stats
+
+        first = stats_of(nonfinite=(NonFinite("weights", 1, 2, 7),))
+        second = stats_of(
+            nonfinite=(
+                NonFinite("base", -1, 1, 0),
+                NonFinite("curvature", 0, 4, 5),
+                NonFinite("weights", 1, 3, 9),
+            )
+        )
+        assert joined_stats(first, second, 100).nonfinite == (
+            NonFinite("base", -1, 1, 100),
+            NonFinite("curvature", 0, 4, 105),
+            NonFinite("weights", 1, 5, 7),
+        )
+
+
+def with_brackets(tile: TensorInputs, terms):
+    """Brackets from each threshold to the highest score but nine, and sums of what is outside."""
+    experts = []
+    for t, e in enumerate(terms.experts):
+        scores = np.sort(reference.scores(tile, t, e)[0])
+        span = score_bits(float(scores[-min(10, len(scores))])) - score_bits(e.threshold)
+        experts.append(replace(e, span=max(span, 1), census=True))
+    return replace(terms, experts=tuple(experts))
+
+
+def assert_same_stats(found: MergeStats, truth: MergeStats) -> None:
+    for name in ("kept", "reached", "unkept", "overflow", "repaired", "nonfinite"):
+        assert getattr(found, name) == getattr(truth, name), name
+    for one, other in zip(found.censuses, truth.censuses, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert_same_candidates(found.candidates, truth.candidates)
+
+
+def assert_same_candidates(found: Candidates, truth: Candidates) -> None:
+    np.testing.assert_array_equal(found.positions, truth.positions)
+    for one, other in zip(found.steps, truth.steps, strict=True):
+        np.testing.assert_array_equal(one, other)
+    for one, other in zip(found.operands.buffers, truth.operands.buffers, strict=True):
+        assert (one.dtype, one.data.tobytes()) == (other.dtype, other.data.tobytes())
+
+
+class TestOperands:
+    """What of a tile's curvature by rows goes to the device."""
+
+    @pytest.mark.parametrize("form", ["rank1", "log8", "low rank"])
+    @pytest.mark.parametrize(("start", "stop"), [(0, 70), (7, 8), (9, 11), (15, 55), (30, 30)])
+    def test_only_rows_of_the_tile(self, form, start, stop):
+        from ota_kernels.backends.triton.operands import device_curvature, in_place
+        from ota_kernels.backends.triton.tiles import written_out
+
+        rng = np.random.default_rng(8)
+        values = np.float32(rng.random((7, 10)) + 0.1)
+        whole = {
+            "rank1": Rank1(values[:, 0].copy(), values[0].copy()),
+            "log8": log8_of(values),
+            "low rank": LowRank(values[:, :2].copy(), values[:2].copy()),
+        }[form]
+        part = whole.slice(start, stop)
+        sizes = []
+
+        n, cpu = stop - start, torch.device("cpu")
+
+        def load(arrays):
+            sizes.extend(len(a) for a in arrays)
+            return in_place(cpu)(arrays)
+
+        found = written_out(device_curvature(part, n, load), n, cpu).numpy()
+        everywhere = whole.pick(lambda b: b, lambda: np.arange(70)).float32()
+        np.testing.assert_array_equal(found, everywhere[start:stop])
+        rows = len({i // 10 for i in range(start, stop)})
+        assert {"rank1": sizes[0], "log8": sizes[-1], "low rank": sizes[0]}[form] == rows
+
+
+SHAPES = {
+    "embed_tokens.weight": (40, 30),
+    "layers.0.mlp.weight": (31, 37),
+    "layers.0.norm.weight": (37,),
+    "scale": (),
+    "empty": (0, 3),
+}
+VARIANTS = {
+    "density": {"density": 0.3, "normalise": "model"},
+    "mass, rank 1": {"saliency_mass": 0.8, "density_scope": "tensor", "rank1_approx": True},
+    "ties": {"masked_task_vector_merge_method": "ties", "ties_density": 0.4, "density": 0.5},
+    "rescale": {
+        "masked_task_vector_merge_method": "linear",
+        "rescale": True,
+        "density": [0.3, 0.6],
+        "density_scope": "tensor",
+    },
+}
+OPTIONS = {"tile_elements": 700, "threads": 4}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return make_set(tmp_path_factory.mktemp("models"), SHAPES, experts=2)
+
+
+@pytest.fixture
+def wide_brackets(monkeypatch):
+    """Every threshold is bracketed, between the scores at which densities 0.5 and 0.1 begin."""
+
+    def bracket(selection, scores):
+        low, high = (float(np.float32(np.quantile(np.asarray(scores), q))) for q in (0.5, 0.9))
+        return Bracket(low, score_bits(high) - score_bits(low))
+
+    monkeypatch.setattr("ota_kernels.survey.bracket_of", bracket)
+
+
+def assert_agree(models, one, other) -> None:
+    """Two merged folders of bfloat16, element by element."""
+    expected = load_merged(other)
+    for name, tensor in load_merged(one).items():
+        operands = torch.stack([m[name].double().abs() for m in (models.base, *models.experts)])
+        edits = torch.stack([(m[name].double() - models.base[name].double()).abs() for m in models.experts])
+        operand = torch.maximum(operands.amax(0), 4 * edits.amax(0))
+        found, truth = (x.double().numpy() for x in (tensor, expected[name]))
+        assert_close("bfloat16", found, truth, operand.numpy(), len(models.experts))
+
+
+def recorded(out) -> list[dict]:
+    path = out.parent / f".{out.name}.ota-merge" / "journal.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+class TestMergesOnTheDevice:
+    __test__ = RUNS_HERE
+
+    @pytest.mark.parametrize("variant", VARIANTS)
+    def test_are_those_of_native(self, models, tmp_path, variant):
+        recipe = models.recipe(**VARIANTS[variant])
+        found = merge(recipe, tmp_path / "triton", backend="triton", **OPTIONS)
+        truth = merge(recipe, tmp_path / "native", backend="native", **OPTIONS)
+        assert found["tensors"] == truth["tensors"]
+        assert found["experts"] == truth["experts"]
+        assert (found["backend"], found["backends"], truth["backends"]) == ("triton", ["triton"], ["native"])
+        assert_agree(models, tmp_path / "triton", tmp_path / "native")
+
+    def test_are_planned_with_their_pinned_memory(self, models):
+        """A tile in flight takes its pages and as much pinned memory; three are in flight at least."""
+
+        def bytes_of_tiles(**options) -> int:
+            peaks = [plan(models.recipe(), tile_elements=n, **options).peak_memory for n in (10_000, 20_000)]
+            return peaks[1] - peaks[0]
+
+        native_tiles = bytes_of_tiles(backend="native", threads=4)
+        assert bytes_of_tiles(backend="triton", threads=4) == 2 * native_tiles
+        assert [plan(models.recipe(), backend="triton", threads=n).threads for n in (1, 3, 5)] == [3, 3, 5]
+
+    def test_of_log8_with_brackets_are_those_of_native(self, models, tmp_path, wide_brackets):
+        compressed = [tmp_path / f"{t}.safetensors" for t in range(2)]
+        for source, file in zip(models.curvature_files, compressed, strict=True):
+            compress(source, file, "log8")
+        recipe = models.recipe(density=0.3)
+        for model, file in zip(recipe["models"], compressed, strict=True):
+            model["parameters"]["preconditioner_path"] = str(file)
+        found = merge(recipe, tmp_path / "triton", backend="triton", **OPTIONS)
+        truth = merge(recipe, tmp_path / "native", backend="native", **OPTIONS)
+        assert (found["tensors"], found["experts"]) == (truth["tensors"], truth["experts"])
+        assert_agree(models, tmp_path / "triton", tmp_path / "native")
+
+    def test_repair_what_is_not_finite(self, tmp_path):
+        models = make_set(tmp_path / "models", SHAPES, experts=2)
+        models.experts[1]["layers.0.mlp.weight"].view(-1)[[5, 900]] = torch.nan
+        models.curvatures[0]["embed_tokens.weight"].view(-1)[3] = -1.0
+        models.save()
+        with pytest.raises(InputError, match=r"embed_tokens.weight: 1 of 1200 curvature values.*index 3"):
+            merge(models.recipe(), tmp_path / "out", backend="triton", **OPTIONS)
+        recipe = models.recipe(on_nonfinite="base", density=0.4)
+        found = merge(recipe, tmp_path / "triton", backend="triton", **OPTIONS)
+        truth = merge(recipe, tmp_path / "native", backend="native", **OPTIONS)
+        assert found["repaired"] == truth["repaired"] == 3
+        assert found["tensors"] == truth["tensors"]
+        assert_agree(models, tmp_path / "triton", tmp_path / "native")
+
+    def test_go_on_with_another_backend(self, models, tmp_path, monkeypatch, wide_brackets):
+        """Masks do not depend on the backend: native settles what triton left undecided."""
+        recipe = models.recipe(density=0.3)
+        for backend in ("triton", "native"):
+            merge(recipe, tmp_path / backend, backend=backend, **OPTIONS)
+        truth = merge(recipe, tmp_path / "truth", backend="native")
+
+        out, run_kernel, left = tmp_path / "out", Engine._run_kernel, [3]
+
+        def stopping(self, *arguments):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            return run_kernel(self, *arguments)
+
+        monkeypatch.setattr(Engine, "_run_kernel", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            merge(recipe, out, backend="triton", tile_elements=700, threads=3)
+        monkeypatch.setattr(Engine, "_run_kernel", run_kernel)
+        opened = [record["open"] for record in recorded(out) if "open" in record]
+        assert sum(held[0] for *_, held in opened) > 0  # candidates wait in the file
+        found = merge(recipe, out, backend="native", resume=True)
+        assert found["backends"] == ["triton", "native"]
+        assert (found["tensors"], found["experts"]) == (truth["tensors"], truth["experts"])
+        alone = [load_merged(tmp_path / backend) for backend in ("triton", "native")]
+        for name, tensor in load_merged(out).items():
+            elements = tensor.view(torch.int16)
+            assert torch.stack([elements == x[name].view(torch.int16) for x in alone]).any(0).all(), name
+
+
+@pytest.fixture
+def failing_launches(monkeypatch):
+    """A list of functions of (number of the launch, elements) that raise."""
+    from ota_kernels.backends.triton import merge as merging
+
+    faults, count, launch = [], [0], merging.merge
+
+    def failing(tile, terms, out):
+        count[0] += 1
+        for fault in faults:
+            fault(count[0], tile.numel)
+        return launch(tile, terms, out)
+
+    monkeypatch.setattr(merging, "merge", failing)
+    triton._on.cache_clear()  # rings that faults shrink are no other test's
+    yield faults
+    triton._on.cache_clear()
+
+
+class TestFaultsOnTheDevice:
+    __test__ = RUNS_HERE
+
+    @pytest.mark.parametrize(
+        "error",
+        [torch.OutOfMemoryError(OUT_OF_MEMORY), RuntimeError("CUDA error: out of memory"),
+         RuntimeError("Triton Error [CUDA]: out of memory")],
+        ids=str,
+    )  # fmt: skip
+    def test_memory_that_runs_out_leaves_fewer_slots(
+        self, models, tmp_path, failing_launches, monkeypatch, caplog, error
+    ):
+        """Two tiles are under way, and the second one finds no room: it is merged after the first."""
+        from ota_kernels.backends.triton.ring import Slot
+
+        both, load = threading.Barrier(2), Slot.load
+
+        def together(slot, arrays):
+            if not both.broken:
+                with contextlib.suppress(threading.BrokenBarrierError):
+                    both.wait(timeout=20)
+                both.abort()
+            return load(slot, arrays)
+
+        def fault(number, elements):
+            if number == 2:
+                raise error
+
+        monkeypatch.setattr(Slot, "load", together)
+        failing_launches += [fault]
+        recipe = models.recipe(precond_threshold=1e-16)
+        with caplog.at_level(logging.WARNING, "ota_kernels"):
+            report = merge(recipe, tmp_path / "out", backend="triton", **OPTIONS)
+        assert [m for m in caplog.messages if "tiles in flight" in m and "out of memory" in m]
+        truth = merge(recipe, tmp_path / "native", backend="native")
+        assert report["tensors"] == truth["tensors"]
+        assert_agree(models, tmp_path / "out", tmp_path / "native")
+
+    def test_a_tile_without_room_is_halved(self, models, tmp_path, failing_launches, monkeypatch):
+        from ota_kernels.backends.triton import backend
+
+        monkeypatch.setattr(backend, "_SMALLEST_TILE", 100)
+        sizes = []
+
+        def fault(number, elements):
+            sizes.append(elements)
+            if elements > 400:
+                raise torch.OutOfMemoryError(OUT_OF_MEMORY)
+
+        failing_launches += [fault]
+        recipe = models.recipe(density=0.3)
+        report = merge(recipe, tmp_path / "out", backend="triton", tile_elements=1200, threads=4)
+        truth = merge(recipe, tmp_path / "native", backend="native")
+        assert report["tensors"] == truth["tensors"]
+        assert_agree(models, tmp_path / "out", tmp_path / "native")
+        assert max(sizes) == 1200
+        assert {300, 600} < set(sizes)
+
+    def test_a_small_tile_without_room_is_an_error(self, models, tmp_path, failing_launches):
+        def fault(number, elements):
+            raise torch.OutOfMemoryError(OUT_OF_MEMORY)
+
+        failing_launches += [fault]
+        with pytest.raises(
+            RunError, match=r"no room for a tile of .*34.00 MiB.*--resume with --backend native"
+        ):
+            merge(models.recipe(precond_threshold=1e-16), tmp_path / "out", backend="triton", **OPTIONS)
+
+    @pytest.mark.parametrize("kind", ["lost", "compile", "resources", "compiler"])
+    def test_other_faults_end_in_a_line_and_the_journal_resumes(
+        self, models, tmp_path, failing_launches, kind
+    ):
+        from triton.compiler.errors import CompilationError
+        from triton.runtime.errors import OutOfResources
+
+        error, words = {
+            "lost": (RuntimeError(LOST), "an illegal memory access"),
+            "compile": (CompilationError("a = b\nc = d", None, "no such op"), "does not compile: no such op"),
+            "resources": (
+                OutOfResources(300_000, 200_000, "shared memory"),
+                "out of resource: shared memory",
+            ),
+            "compiler": (FileNotFoundError(2, "No such file", "ptxas"), "ptxas"),
+        }[kind]
+
+        def fault(number, elements):
+            if number > 2:
+                raise error
+
+        failing_launches += [fault]
+        recipe, out = models.recipe(precond_threshold=1e-16), tmp_path / "out"
+        with pytest.raises(RunError, match=words) as caught:
+            merge(recipe, out, backend="triton", tile_elements=700, threads=3)
+        message = str(caught.value)
+        assert message.startswith("triton on ")
+        assert message.endswith("--resume with --backend native goes on on the CPU")
+        assert "\n" not in message
+        report = merge(recipe, out, backend="native", resume=True)
+        assert report["resumed"]
+        assert report["backends"] == ["triton", "native"]
+        truth = merge(recipe, tmp_path / "native", backend="native")
+        assert report["tensors"] == truth["tensors"]
+        assert_agree(models, out, tmp_path / "native")
+
+    def test_what_waits_for_thresholds_outlives_a_fault(
+        self, models, tmp_path, failing_launches, wide_brackets
+    ):
+        def fault(number, elements):
+            if number > 4:
+                raise RuntimeError(LOST)
+
+        failing_launches += [fault]
+        recipe, out = models.recipe(density=0.3), tmp_path / "out"
+        with pytest.raises(RunError, match="illegal memory access"):
+            merge(recipe, out, backend="triton", tile_elements=400, threads=3)
+        opened = [record["open"] for record in recorded(out) if "open" in record]
+        assert sum(held[0] for *_, held in opened) > 0
+        report = merge(recipe, out, backend="native", resume=True)
+        truth = merge(recipe, tmp_path / "native", backend="native")
+        assert (report["tensors"], report["experts"]) == (truth["tensors"], truth["experts"])
+
+    def test_a_survey_that_fails_is_an_error_too(self, models, tmp_path, monkeypatch):
+        from ota_kernels.backends.triton import survey_kernels
+
+        def lost(*_):
+            raise RuntimeError(LOST)
+
+        monkeypatch.setattr(survey_kernels, "power_sum", lost)
+        recipe = models.recipe(normalise="model")
+        with pytest.raises(RunError, match=r"an illegal memory access.*--backend native"):
+            merge(recipe, tmp_path / "out", backend="triton", **OPTIONS)
+        assert merge(recipe, tmp_path / "out", backend="native", resume=True)["backends"] == [
+            "triton",
+            "native",
+        ]
+
+
+def resident(tile: TensorInputs, device: torch.device) -> TensorInputs:
+    """The tile with its buffers on the device."""
+
+    def moved(b: Buffer) -> Buffer:
+        return replace(b, data=torch.from_numpy(b.data.copy()).to(device))
+
+    return replace(
+        tile,
+        base=None if tile.base is None else moved(tile.base),
+        experts=tuple(map(moved, tile.experts)),
+        curvatures=tuple(c.mapped(moved) for c in tile.curvatures),
+    )
+
+
+class TestResidentTilesOnTheDevice:
+    __test__ = RUNS_HERE
+
+    @pytest.fixture
+    def backend(self, monkeypatch):
+        """Its ring must not be used."""
+        found = triton.on()
+
+        def used(work):
+            raise AssertionError("copied through the ring")
+
+        monkeypatch.setattr(found._ring, "run", used)
+        return found
+
+    @pytest.fixture(params=["full", "log8", "rank1"])
+    def tile(self, request):
+        """Elements from within the second row on."""
+        tile = random_experts(40, (2, 700), 2, dtypes=("bfloat16", "float16")).inputs("bfloat16")
+        rows, columns = np.float32([1e-9, 3e-9]), np.float32(np.linspace(0.1, 1, 700))
+        forms = {"log8": log8_of(np.outer(rows, columns)), "rank1": Rank1(rows, columns)}
+        if request.param != "full":
+            tile = replace(tile, curvatures=(forms[request.param],) * 2)
+        return tile.slice(720, 1400)
+
+    def test_merge(self, backend, tile):
+        terms = with_brackets(tile, terms_of(tile, Formula()))
+        expected, truth = merge_tile(tile, terms, reference)
+        there = resident(tile, backend.device)
+        out = torch.full((len(expected),), 0xFF, dtype=torch.uint8, device=backend.device)
+        stats = backend.merge(there, terms, out)
+        found = stats.candidates
+        devices = {x.device.type for x in (found.positions, *found.steps)}
+        devices |= {b.data.device.type for b in found.operands.buffers}
+        assert devices == {backend.device.type}
+        on_host = replace(
+            found.operands,
+            base=on_the_host(found.operands.base),
+            experts=tuple(map(on_the_host, found.operands.experts)),
+            curvatures=tuple(c.mapped(on_the_host) for c in found.operands.curvatures),
+        )
+        host = Candidates(found.positions.cpu().numpy(), on_host, tuple(s.cpu().numpy() for s in found.steps))
+        assert_same_stats(replace(stats, candidates=host), truth)
+        final = np.ones(tile.numel, bool)
+        final[truth.candidates.positions] = False
+        one, other = (decode(x, "bfloat16", (tile.numel,))[final] for x in (out.cpu().numpy(), expected))
+        operand = np.full(tile.numel, 0.5)[final]
+        assert_close("bfloat16", one, other, operand, 2)
+
+    def test_surveys(self, backend, tile):
+        there = resident(tile, backend.device)
+        e = terms_of(tile, Formula()).experts[1]
+        for name in ("scores", "edits"):
+            values, bad = getattr(backend, name)(there, 1, e)
+            assert values.device.type == backend.device.type
+            np.testing.assert_array_equal(values.cpu().numpy(), getattr(reference, name)(tile, 1, e)[0])
+            assert bad == ()
+        found, expected = (np.zeros((2, 1 << 16), np.int64) for _ in range(2))
+        backend.histogram(there, 1, e, False, -1, *found)
+        reference.histogram(tile, 1, e, False, -1, *expected)
+        np.testing.assert_array_equal(found, expected)
+        total, _ = backend.power_sum(there, 1, 0.5)
+        assert total == pytest.approx(reference.power_sum(tile, 1, 0.5)[0], rel=1e-12)
+
+    def test_row_and_column_sums(self, backend):
+        tile = random_experts(41, (3, 50), 1).inputs("bfloat16")
+        found, expected = ([np.zeros(3), np.ones(50)] for _ in range(2))
+        backend.row_column_sums(resident(tile, backend.device).curvatures[0], *found)
+        native.row_column_sums(tile.curvatures[0], *expected)
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-14)
+
+    def test_nothing_is_copied(self, backend):
+        from ota_kernels.backends.triton.operands import device_tile, in_place
+
+        tile = random_experts(42, (50,), 2).inputs("float32")
+        there = resident(tile, backend.device).slice(6, 40)
+        found = device_tile(there, in_place(backend.device))
+        places = [x.data_ptr() for x in (found.base, *found.experts, *found.curvatures)]
+        assert places == [b.data.data_ptr() for b in there.buffers]
+
+    def test_without_room_are_halved(self, backend, failing_launches, monkeypatch):
+        from ota_kernels.backends.triton import backend as module
+
+        monkeypatch.setattr(module, "_SMALLEST_TILE", 100)
+
+        def fault(number, elements):
+            if number == 1:
+                raise torch.OutOfMemoryError(OUT_OF_MEMORY)
+
+        failing_launches += [fault]
+        tile = random_experts(43, (600,), 2).inputs("bfloat16")
+        terms = with_brackets(tile, terms_of(tile, Formula()))
+        out = torch.zeros(1200, dtype=torch.uint8, device=backend.device)
+        stats = backend.merge(resident(tile, backend.device), terms, out)
+        truth = merge_tile(tile, terms, reference)[1]
+        assert (stats.kept, stats.reached) == (truth.kept, truth.reached)
+        np.testing.assert_array_equal(stats.candidates.positions.cpu().numpy(), truth.candidates.positions)
+
+
+def on_the_host(b: Buffer) -> Buffer:
+    return replace(b, data=b.data.cpu().numpy())
