@@ -104,8 +104,9 @@ def decode(data: np.ndarray, dtype: str) -> np.ndarray:
 
 def _llama(parameters: int) -> tuple[dict, Shapes]:
     """config.json and tensor shapes of the least deep Llama of so many parameters."""
-    hidden = 1024 if parameters >= 100_000_000 else 256  # the wider embeddings alone are 65 million
-    inner, vocabulary, heads = hidden * 11 // 4, hidden * 125 // 4, hidden // 64
+    # The embeddings alone are 65 million, 4 million and 4 thousand.
+    hidden = 1024 if parameters >= 100_000_000 else 256 if parameters >= 1_000_000 else 8
+    inner, vocabulary, heads = hidden * 11 // 4, hidden * 125 // 4, max(1, hidden // 64)
     layer = {
         "input_layernorm": (hidden,),
         "self_attn.q_proj": (hidden, hidden),
@@ -129,7 +130,7 @@ def _llama(parameters: int) -> tuple[dict, Shapes]:
         "intermediate_size": inner,
         "vocab_size": vocabulary,
         "num_attention_heads": heads,
-        "num_key_value_heads": heads // 4,
+        "num_key_value_heads": max(1, heads // 4),
         "num_hidden_layers": layers,
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",

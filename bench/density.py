@@ -1,11 +1,11 @@
 """What an exact density costs over absolute thresholds, and what other ways to the k-th largest cost.
 
-    python -m bench.density [--runs 5] [--densities 0.05,0.3,0.6] [--json]
+    python -m bench.density [--runs 5] [--densities 0.05,0.3,0.6] [--scores 16777216] [--json]
 
 Whole `ota-merge run` processes on the set of `bench.end_to_end`: the thresholds that a density over the model
 found are given to a merge with absolute thresholds, which must write the same bytes. Then the three merges
 (thresholds, density over the model, density per tensor) run in turn, every file read once before each run; a
-ratio is the median of the ratios within turns. Last, the k-th largest of 2^24 scores, by this package and by
+ratio is the median of the ratios within turns. Last, the k-th largest of many scores, by this package and by
 torch and numpy.
 """
 
@@ -31,7 +31,6 @@ from .end_to_end import OTA_MERGE, Usage, in_child, run_process
 from .output import RESULTS, print_table, save_json
 
 _SCOPES = ("thresholds", "model", "tensor")
-_SCORES = 1 << 24
 _REPEATS = 5
 
 
@@ -82,21 +81,21 @@ def race(data: Path, folder: Path, density: float, runs: int) -> dict[str, list[
     return results
 
 
-def selections() -> dict[str, list[float]]:
-    """Seconds of each way to the k-th largest of 2^24 scores, k = 30 %, taking turns; all must agree."""
+def selections(n: int) -> dict[str, list[float]]:
+    """Seconds of each way to the k-th largest of n scores, k = 30 %, taking turns; all must agree."""
     import numpy as np
     import torch
 
     from ota_kernels import topk_threshold
 
     rng = np.random.default_rng(0)
-    scores = np.exp(4 * rng.standard_normal(_SCORES, np.float32))
-    tensor, k = torch.from_numpy(scores), _SCORES * 3 // 10
+    scores = np.exp(4 * rng.standard_normal(n, np.float32))
+    tensor, k = torch.from_numpy(scores), n * 3 // 10
     ways = {
         "ota_kernels.topk_threshold": lambda: topk_threshold(scores, k),
-        "torch.kthvalue": lambda: float(torch.kthvalue(tensor, _SCORES - k + 1).values),
+        "torch.kthvalue": lambda: float(torch.kthvalue(tensor, n - k + 1).values),
         "torch.topk": lambda: float(torch.topk(tensor, k, sorted=False).values.min()),
-        "numpy.partition": lambda: float(np.partition(scores, _SCORES - k)[_SCORES - k]),
+        "numpy.partition": lambda: float(np.partition(scores, n - k)[n - k]),
     }
     assert len({way() for way in ways.values()}) == 1, "the ways disagree"
     seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -138,6 +137,9 @@ def main() -> None:
     parser.add_argument("--densities", default="0.05,0.3,0.6", help="[%(default)s]")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument(
+        "--scores", type=int, default=1 << 24, help="to find the k-th largest of [%(default)s]"
+    )
+    parser.add_argument(
         "--json", type=Path, nargs="?", const=RESULTS / "density.json", help="also write JSON"
     )
     arguments = parser.parse_args()
@@ -150,10 +152,10 @@ def main() -> None:
     }
     header = ("density, scope", "median s", "min-max", "over thr.", "processor s", "over thr.", "peak MiB")
     print_table(header, [row for d, results in merges.items() for row in _rows(d, results)])
-    seconds = in_child(selections)
+    seconds = in_child(selections, arguments.scores)
     best = {name: statistics.median(s) for name, s in seconds.items()}
     print_table(
-        ("k-th largest of 2^24", "median ms", "min-max"),
+        (f"k-th largest of {arguments.scores}", "median ms", "min-max"),
         [[n, f"{1e3 * best[n]:.0f}", f"{1e3 * min(s):.0f}-{1e3 * max(s):.0f}"] for n, s in seconds.items()],
     )
     if arguments.json:

@@ -1,6 +1,6 @@
 """Whole processes: `ota-merge run` against its reference backend and against plain torch.
 
-    python -m bench.end_to_end [--recipe threshold] [--runs 5] [--cold] [--json]
+    python -m bench.end_to_end [--recipe threshold] [--only native] [--runs 5] [--cold] [--json]
 
 Each contender first merges once: its result is checked, and the page cache is warm. Then they run in turn,
 A B C A B C, so that a slow moment of the machine hits all of them. Outputs are deleted after every run.
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -41,7 +41,7 @@ _CONTENDERS = {
 _RECIPES = ("threshold", "density_model", "density_tensor", "linear")
 _STARTS = 11
 _CHECKED_ROWS = 16
-_DROP_CACHES = Path("/proc/sys/vm/drop_caches")
+DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 
 
 class Usage(NamedTuple):
@@ -141,18 +141,18 @@ def _report(out: Path) -> dict | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def race(recipe_path: Path, folder: Path, runs: int, cold: bool) -> dict[str, dict]:
-    """Per contender its "runs" (Usage), and where it failed the reason ("failed"). Outputs live in `folder`,
-    which should be on the inputs' disk, for as long as a run does."""
+def race(names: Sequence[str], recipe_path: Path, folder: Path, runs: int, cold: bool) -> dict[str, dict]:
+    """Per named contender its "runs" (Usage), and where it failed the reason ("failed"). Outputs live in
+    `folder`, which should be on the inputs' disk, for as long as a run does."""
     recipe = yaml.safe_load(recipe_path.read_text())
-    results: dict[str, dict] = {name: {"runs": []} for name in _CONTENDERS}
+    results: dict[str, dict] = {name: {"runs": []} for name in names}
     for turn in range(1 + runs):
         for name, result in results.items():
             if "failed" in result:
                 continue
             os.sync()  # what others wrote is not this one's work
             if cold and turn:
-                _DROP_CACHES.write_text("3")
+                DROP_CACHES.write_text("3")
             with tempfile.TemporaryDirectory(dir=folder, prefix="scratch-") as scratch:
                 out = Path(scratch) / "merged"
                 try:
@@ -181,7 +181,7 @@ def _cells(name: str, results: dict[str, dict], nbytes: int) -> list[str]:
     if "failed" in results[name]:
         return [name, f"failed: {results[name]['failed']}"]
     usages: list[Usage] = results[name]["runs"]
-    seconds, native = ([u.seconds for u in results[n]["runs"]] for n in (name, "native"))
+    seconds, native = ([u.seconds for u in results.get(n, {"runs": []})["runs"]] for n in (name, "native"))
     median = statistics.median(seconds)
     return [
         name,
@@ -203,6 +203,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--parameters", type=int, default=250_000_000, help="of each model [%(default)s]")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--recipe", choices=_RECIPES, default="threshold")
+    parser.add_argument("--only", choices=_CONTENDERS, action="append", help="may be given again [all]")
     parser.add_argument("--cold", action="store_true", help="drop the page cache before every run (root)")
     parser.add_argument(
         "--json", type=Path, nargs="?", const=RESULTS / "end_to_end.json", help="also write JSON"
@@ -210,8 +211,8 @@ def _arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.runs < 1:
         parser.error("--runs must be at least 1")
-    if arguments.cold and not os.access(_DROP_CACHES, os.W_OK):
-        parser.error(f"--cold writes {_DROP_CACHES}, which needs root")
+    if arguments.cold and not os.access(DROP_CACHES, os.W_OK):
+        parser.error(f"--cold writes {DROP_CACHES}, which needs root")
     return arguments
 
 
@@ -223,7 +224,8 @@ def main() -> None:
     except OtaError as error:
         sys.exit(f"error: {error}")
     recipe = data / f"{arguments.recipe}.yaml"
-    results = race(recipe, arguments.data, arguments.runs, arguments.cold)
+    contenders = arguments.only or list(_CONTENDERS)
+    results = race(contenders, recipe, arguments.data, arguments.runs, arguments.cold)
     starts = [run_process([OTA_MERGE, "--help"]).seconds for _ in range(_STARTS)]
     nbytes = moved_bytes(recipe)
     print(f"{data.name}, {arguments.recipe}, {'cold' if arguments.cold else 'warm'} page cache")

@@ -35,7 +35,7 @@ def merge(recipe: dict, out: Path) -> None:
         merged = {}
         for name in names:
             weights = [e.get_tensor(name) for e in experts]
-            merged[name] = _ota(
+            merged[name] = ota(
                 base.get_tensor(name), weights, [c.get_tensor(name) for c in curvatures], thresholds
             )
     out.mkdir(parents=True)
@@ -50,8 +50,11 @@ def _linear(experts: list[torch.Tensor]) -> torch.Tensor:
     return (sum(w.float() for w in experts) / len(experts)).to(experts[0].dtype)
 
 
-def _ota(
-    base: torch.Tensor, experts: list[torch.Tensor], curvatures: list[torch.Tensor], thresholds: list[float]
+def ota(
+    base: torch.Tensor,
+    experts: list[torch.Tensor],
+    curvatures: list[torch.Tensor],
+    thresholds: list[float] | list[torch.Tensor],
 ) -> torch.Tensor:
     """w_0 + sum_t m_t P_t d_t / sum_t m_t P_t, P_t = sqrt(h_t) + eps; w_0 where no edit is kept."""
     w_0 = base.float()

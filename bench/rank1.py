@@ -1,6 +1,6 @@
 """What compressed second moments save: size of their files, and time of the merge that reads them.
 
-    python -m bench.rank1 [--runs 5] [--json]
+    python -m bench.rank1 [--forms bf16,rank1] [--runs 5] [--json]
 
 Whole `ota-merge run` processes on the set of `bench.end_to_end`, absolute thresholds, with the same second
 moments as float32, bfloat16, log8, and row and column sums (`ota-merge moments compress`). Each form merges
@@ -27,7 +27,7 @@ from .density import digest_of
 from .end_to_end import OTA_MERGE, check_merge, in_child, run_process
 from .output import RESULTS, print_table, save_json
 
-FORMS = ("float32", "bf16", "log8", "rank1")
+FORMS = ("bf16", "log8", "rank1")
 
 
 class Run(NamedTuple):
@@ -103,24 +103,30 @@ def main() -> None:
         "--data", type=Path, default=DEFAULT_FOLDER, help="where sets are cached [%(default)s]"
     )
     parser.add_argument("--parameters", type=int, default=250_000_000, help="of each model [%(default)s]")
+    parser.add_argument(
+        "--forms", default=",".join(FORMS), help="that are compared with float32 [%(default)s]"
+    )
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--json", type=Path, nargs="?", const=RESULTS / "rank1.json", help="also write JSON")
     arguments = parser.parse_args()
     if arguments.runs < 1:
         parser.error("--runs must be at least 1")
+    chosen = ["float32", *arguments.forms.split(",")]
+    if unknown := set(chosen[1:]) - set(FORMS):
+        parser.error(f"--forms takes {', '.join(FORMS)}, not {min(unknown)!r}")
     try:
         data = in_child(llama_set, arguments.data, arguments.parameters)
-        files = {form: in_child(compressed_files, data, form) for form in FORMS}
+        files = {form: in_child(compressed_files, data, form) for form in chosen}
     except OtaError as error:
         sys.exit(f"error: {error}")
     sizes = {form: sum(path.stat().st_size for path in paths) for form, paths in files.items()}
     results = race(data, arguments.data, files, arguments.runs)
     print(f"{data.name}, absolute thresholds, warm page cache")
     header = ("form", "MB", "smaller", "median s", "min-max", "faster", "merge s", "faster", "peak MiB")
-    print_table(header, [_row(form, results, sizes) for form in FORMS])
+    print_table(header, [_row(form, results, sizes) for form in chosen])
     if arguments.json:
         forms = {
-            form: {"bytes": sizes[form], "runs": [run._asdict() for run in results[form]]} for form in FORMS
+            form: {"bytes": sizes[form], "runs": [run._asdict() for run in results[form]]} for form in chosen
         }
         save_json(arguments.json, {"set": data.name, "forms": forms})
 

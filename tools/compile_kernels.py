@@ -9,6 +9,7 @@ read or written by less than 16 bytes at a time.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -30,7 +31,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ota_kernels.backends.triton import survey_kernels
-from ota_kernels.backends.triton.merge_kernel import UNROLLED, Variant, _merge_kernel, constants, warps
+from ota_kernels.backends.triton.merge import Variant, constants, warps
+from ota_kernels.backends.triton.merge_kernel import UNROLLED, _merge_kernel
 from ota_kernels.backends.triton.tiles import WARPS, block_size
 
 TARGETS = {
@@ -39,6 +41,8 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+# Triton that brings what a target takes: an assembler that knows it, AMD's linker.
+LEAST_TRITON = {"sm_100": (3, 3), "gfx942": (3, 6)}
 POINTERS = {tl.bfloat16: "*bf16", tl.float16: "*fp16", tl.float32: "*fp32", tl.float64: "*fp64"}
 _BYTES_OF_LOAD = 16
 _ELEMENTS_OF_THREAD = 8
@@ -187,8 +191,11 @@ def survey(threads_of_warp: int) -> Iterator[Kernel]:
         "n_rows": "i32",
         "n_columns": "i32",
     }
-    constants = {"rows_of_block": survey_kernels._ROWS, "columns_of_block": survey_kernels._COLUMNS}
-    yield Kernel("row and column sums", survey_kernels._row_column_kernel, types, constants)
+    block = {"rows_of_block": survey_kernels._ROWS, "columns_of_block": survey_kernels._COLUMNS}
+    constants = {"aligned": True, **block}
+    elements = math.prod(block.values()) // (threads_of_warp * survey_kernels._MATRIX_WARPS)
+    yield Kernel("row and column sums", survey_kernels._row_column_kernel, types, constants,
+                 _wide_accesses(elements, tl.float32), warps=survey_kernels._MATRIX_WARPS)  # fmt: skip
     types = {"sums": "*fp64", "table": "*i64", "n": "i32", "first_block": "i32", "n_blocks": "i32"}
     yield Kernel("Gram matrix", survey_kernels._gram_kernel, types,
                  {"n_inputs": 5, "weights": tl.bfloat16, **common}, 2)  # fmt: skip
@@ -286,6 +293,10 @@ def main(quick: bool, targets: tuple[str, ...]) -> None:
     table = Table("kernel", "target", "registers", "spilled", "shared", "loads", "stores", "")
     failed = 0
     for target in targets or TARGETS:
+        least = LEAST_TRITON.get(target, (0, 0))
+        if tuple(map(int, triton.__version__.split(".")[:2])) < least:
+            table.add_row("skipped", target, *[""] * 5, f"needs triton {least[0]}.{least[1]}")
+            continue
         for kernel in kernels(target, quick):
             try:
                 code = compile_kernel(kernel, TARGETS[target])
