@@ -77,6 +77,13 @@ inline Floats choose(Mask m, Floats a, Floats b) { return _mm512_mask_mov_ps(b, 
 inline Mask nowhere() { return 0; }
 inline uint32_t lanes_of(Mask m) { return m; }
 
+// Writes first + i for each lane i of the mask to `at`, which has room for all lanes; returns how many.
+inline int write_positions(Mask m, int first, int32_t* at) {
+    const Bits lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    _mm512_storeu_si512(at, _mm512_maskz_compress_epi32(m, add(lanes, _mm512_set1_epi32(first))));
+    return __builtin_popcount(lanes_of(m));
+}
+
 constexpr int kVectors = 4;  // whose sums leave enough of 32 registers free
 inline int count(const Mask (&m)[kVectors]) {
     const __mmask64 joined = _mm512_kunpackd(_mm512_kunpackw(m[3], m[2]), _mm512_kunpackw(m[1], m[0]));
@@ -150,6 +157,12 @@ inline Floats zero_where(Mask m, Floats x) { return _mm256_andnot_ps(m, x); }
 inline Floats choose(Mask m, Floats a, Floats b) { return _mm256_blendv_ps(b, a, m); }
 inline Mask nowhere() { return _mm256_setzero_ps(); }
 inline uint32_t lanes_of(Mask m) { return static_cast<uint32_t>(_mm256_movemask_ps(m)); }
+
+inline int write_positions(Mask m, int first, int32_t* at) {
+    int n = 0;
+    for (uint32_t rest = lanes_of(m); rest != 0; rest &= rest - 1) at[n++] = first + __builtin_ctz(rest);
+    return n;
+}
 
 constexpr int kVectors = 2;  // of 16 registers
 inline int count(const Mask (&m)[kVectors]) {

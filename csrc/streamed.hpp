@@ -10,7 +10,8 @@ namespace ota {
 namespace OTA_ISA {
 
 // Merges the kBlock elements from `offset` on, adds what they count to `stats`, and writes where the undecided
-// ones are, relative to `offset`, to `at` (room for a block). Returns their number, or -1 where merge.cpp must.
+// ones are, relative to `offset`, to `at` (room for a block and 16 more). Returns their number, or -1 where it
+// is for merge.cpp.
 using StreamedBlock = int (*)(const MergeArgs& args, int64_t offset, int32_t* at, MergeStats& stats);
 
 #if defined(OTA_LANES)
@@ -139,8 +140,7 @@ Seen run(const MergeArgs& args, const uint8_t* base, Stream* streams, int begin,
             else
                 store_f16(reinterpret_cast<uint16_t*>(out) + j, merged);
             if (M == Masks::open)
-                for (uint32_t rest = lanes_of(undecided[v]); rest != 0; rest &= rest - 1)
-                    at[seen.undecided++] = j + __builtin_ctz(rest);
+                seen.undecided += write_positions(undecided[v], j, at + seen.undecided);
         }
         seen.zeros += count(zero);
     }
