@@ -425,9 +425,19 @@ inline void fetch_room(const void* end) {
     __builtin_prefetch(static_cast<const char*>(end) + 64, 1, 3);
 }
 
-// Appends the m elements `at` of a block of n to the candidates.
-void append(const MergeArgs& args, int64_t offset, int n, const int32_t* at, int m) {
+// Appends the curvature of the m elements `at` from `offset` on.
+void pick_curvature(const Curvature& curvature, int64_t offset, int64_t total, const int32_t* at, int m,
+                    float* out) {
     float room[kBlock];
+    for (int begin = 0, j = 0; j < m; begin += kBlock) {
+        const int64_t left = total - offset - begin;
+        const float* h = load(curvature, offset + begin, left < kBlock ? static_cast<int>(left) : kBlock, room);
+        for (; j < m && at[j] < begin + kBlock; ++j) out[j] = h[at[j] - begin];
+    }
+}
+
+// Appends the m elements `at` from `offset` on to the candidates.
+void append(const MergeArgs& args, int64_t offset, const int32_t* at, int m) {
     Candidates& c = *args.candidates;
     const int64_t end = c.count + m;
     for (int j = 0; j < m; ++j) c.index[c.count + j] = static_cast<uint32_t>(offset + at[j]);
@@ -443,8 +453,7 @@ void append(const MergeArgs& args, int64_t offset, int n, const int32_t* at, int
         pick(expert.weights, offset, at, m, c.weights[t] + size * c.count);
         fetch_room(c.weights[t] + size * end);
         if (expert.curvature.kind == CurvatureKind::uniform) continue;
-        const float* h = load(expert.curvature, offset, n, room);
-        for (int j = 0; j < m; ++j) c.curvature[t][c.count + j] = h[at[j]];
+        pick_curvature(expert.curvature, offset, args.n, at, m, c.curvature[t] + c.count);
         fetch_room(c.curvature[t] + end);
     }
     c.count = end;
@@ -528,36 +537,63 @@ bool add_expert(const MergeArgs& args, int t, int64_t offset, int n, Block<Acc>&
     return bad;
 }
 
+// One block of at most kBlock elements.
+template <typename Acc>
+void merge_block(const MergeArgs& args, int64_t offset, int n, Block<Acc>& block, MergeStats& stats) {
+    bool bad = load_base(args, offset, n, block, stats.base);
+    clear(block, args.formula.elect_signs, args.candidates != nullptr);
+    for (int t = 0; t < args.n_experts; ++t) bad |= add_expert(args, t, offset, n, block, stats);
+    if (args.formula.elect_signs)
+        for (int t = 0; t < args.n_experts; ++t)
+            with_view(args, t, offset, n, block, [&](const auto& view) {
+                const Expert& expert = args.experts[t];
+                args.has_base ? disjoint_sum<true>(expert, view, block)
+                              : disjoint_sum<false>(expert, view, block);
+            });
+    if (args.candidates) {
+        int32_t at[kBlock + kLanes];
+        const int m = positions_of_ones(block.undecided, n, at);
+        append(args, offset, at, m);
+    }
+    for (int t = 0; t < args.n_experts; ++t)
+        if (args.experts[t].census) take_census(args, t, offset, n, block);
+    combine(args, offset, n, block, stats);
+    if (bad && args.formula.repair_nonfinite) repair(args, offset, n, block, stats);
+    const int64_t beyond = store(args.out_dtype, args.out, offset, n, block.merged());
+    stats.overflow += beyond;
+    if (beyond && args.candidates) uncount_overflow(args, n, block, stats);
+}
+
+// Merges elements from `offset` on as long as `streamed` does. Returns where the first one is that it did not.
+int64_t merge_streamed(StreamedSpan streamed, const MergeArgs& args, int64_t offset, MergeStats& stats) {
+    int32_t at[kSpan + kLanes];
+    while (streamed != nullptr) {
+        const int64_t left = (args.n - offset) / streamed::kStep * streamed::kStep;
+        const int n = left < kSpan ? static_cast<int>(left) : kSpan;
+        const int undecided = n > 0 ? streamed(args, offset, n, at, stats) : -1;
+        if (undecided < 0) break;
+        if (undecided > 0) append(args, offset, at, undecided);
+        offset += n;
+    }
+    return offset;
+}
+
 template <typename Acc>
 void merge_tile(const MergeArgs& args, MergeStats& stats) {
     Block<Acc> block = {};
     block.counts_keepers = counts_keepers<Acc>(args);
-    const StreamedBlock streamed =
-        std::is_same<Acc, float>::value ? streamed_block(args, block.counts_keepers) : nullptr;
-    int32_t at[kBlock + kLanes];
-    for (int64_t offset = 0; offset < args.n; offset += kBlock) {
+    const bool narrow = std::is_same<Acc, float>::value;
+    const StreamedSpan streamed = narrow ? streamed_span(args, block.counts_keepers) : nullptr;
+    int64_t offset = 0, retry = 0;  // where streaming is tried again
+    while (offset < args.n) {
+        if (offset >= retry) {
+            offset = merge_streamed(streamed, args, offset, stats);
+            retry = offset + kSpan;
+            continue;
+        }
         const int n = static_cast<int>(args.n - offset < kBlock ? args.n - offset : kBlock);
-        const int undecided = streamed && n == kBlock ? streamed(args, offset, at, stats) : -1;
-        if (undecided > 0) append(args, offset, n, at, undecided);
-        if (undecided >= 0) continue;
-        bool bad = load_base(args, offset, n, block, stats.base);
-        clear(block, args.formula.elect_signs, args.candidates != nullptr);
-        for (int t = 0; t < args.n_experts; ++t) bad |= add_expert(args, t, offset, n, block, stats);
-        if (args.formula.elect_signs)
-            for (int t = 0; t < args.n_experts; ++t)
-                with_view(args, t, offset, n, block, [&](const auto& view) {
-                    const Expert& expert = args.experts[t];
-                    args.has_base ? disjoint_sum<true>(expert, view, block)
-                                  : disjoint_sum<false>(expert, view, block);
-                });
-        if (args.candidates) append(args, offset, n, at, positions_of_ones(block.undecided, n, at));
-        for (int t = 0; t < args.n_experts; ++t)
-            if (args.experts[t].census) take_census(args, t, offset, n, block);
-        combine(args, offset, n, block, stats);
-        if (bad && args.formula.repair_nonfinite) repair(args, offset, n, block, stats);
-        const int64_t beyond = store(args.out_dtype, args.out, offset, n, block.merged());
-        stats.overflow += beyond;
-        if (beyond && args.candidates) uncount_overflow(args, n, block, stats);
+        merge_block(args, offset, n, block, stats);
+        offset += n;
     }
     if (args.candidates) account(args, stats);
     for (int t = 0; t < args.n_experts; ++t) stats.reached[t] += stats.kept[t];

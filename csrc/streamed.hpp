@@ -1,6 +1,6 @@
 // The common merge, element by element with all experts' sums in registers: a base, masks or none, weights of
 // one type, one kind of curvature to the power 1/2 or 1, a 16-bit result. What it does not take is merge.cpp's,
-// and so is any block in which an input is not usable, a result overflows, or an element gets the experts' mean.
+// and so is any span in which an input is not usable, a result overflows, or an element gets the experts' mean.
 // Both do the same operations in the same order: their results are equal bit for bit.
 #pragma once
 
@@ -9,10 +9,13 @@
 namespace ota {
 namespace OTA_ISA {
 
-// Merges the kBlock elements from `offset` on, adds what they count to `stats`, and writes where the undecided
-// ones are, relative to `offset`, to `at` (room for a block and 16 more). Returns their number, or -1 where it
-// is for merge.cpp.
-using StreamedBlock = int (*)(const MergeArgs& args, int64_t offset, int32_t* at, MergeStats& stats);
+// Elements that are merged at once. Their inputs are still in the second-level cache when those of candidates
+// are picked.
+constexpr int kSpan = 4 * kBlock;
+
+// Merges n elements from `offset` on, adds what they count to `stats`, and writes where the undecided ones are,
+// relative to `offset`, to `at` (room for n and 16 more). Returns their number, or -1 where it is for merge.cpp.
+using StreamedSpan = int (*)(const MergeArgs& args, int64_t offset, int n, int32_t* at, MergeStats& stats);
 
 #if defined(OTA_LANES)
 
@@ -61,7 +64,7 @@ struct Scaled : T {
     static Floats curvature(const uint8_t* p, int i, float row) { return mul(T::read(p, i), all(row)); }
 };
 
-// One expert. w, h: element 0 of the block (h of rank-1 curvature: its column); row: its number of this row.
+// One expert. w, h: element 0 of the span (h of rank-1 curvature: its column); row: its number of this row.
 struct Stream {
     const uint8_t *w, *h;
     float row, threshold, k, weight_scale;
@@ -69,7 +72,7 @@ struct Stream {
     int32_t kept;
 };
 
-// What a block found. top, top_merged: the largest suspicion of the inputs, and magnitude of the results.
+// What a span found. top, top_merged: the largest suspicion of the inputs, and magnitude of the results.
 struct Seen {
     Bits top = all(0u), top_merged = all(0u);
     int32_t zeros = 0;  // elements whose weights sum to 0
@@ -85,7 +88,7 @@ inline void fetch(const uint8_t* p, int i) {
 
 inline Bits magnitude(Floats x) { return both(bits(x), all(0x7fffffffu)); }
 
-// Elements [begin, end) of the block.
+// Elements [begin, end) of the span.
 template <Masks M, Power P, typename W, typename H>
 Seen run(const MergeArgs& args, const uint8_t* base, Stream* streams, int begin, int end, uint8_t* out,
          int32_t* at, Seen seen) {
@@ -147,19 +150,19 @@ Seen run(const MergeArgs& args, const uint8_t* base, Stream* streams, int begin,
     return seen;
 }
 
-// Calls step(begin, end, row, column) for what a block has of each row.
+// Calls step(begin, end, row, column) for what n elements have of each row.
 template <typename Step>
-void by_rows(const Curvature& c, int64_t offset, Step step) {
+void by_rows(const Curvature& c, int64_t offset, int n, Step step) {
     int64_t row = (c.start + offset) / c.n_columns, column = (c.start + offset) % c.n_columns;
-    for (int begin = 0, end; begin < kBlock; begin = end, ++row, column = 0) {
+    for (int begin = 0, end; begin < n; begin = end, ++row, column = 0) {
         const int64_t left = c.n_columns - column;
-        end = left < kBlock - begin ? begin + static_cast<int>(left) : kBlock;
+        end = left < n - begin ? begin + static_cast<int>(left) : n;
         step(begin, end, row, column);
     }
 }
 
 template <Masks M, Power P, typename W, typename H>
-int block(const MergeArgs& args, int64_t offset, int32_t* at, MergeStats& stats) {
+int merge_span(const MergeArgs& args, int64_t offset, int n, int32_t* at, MergeStats& stats) {
     const int n_experts = args.n_experts;
     Stream streams[kMaxExperts];
     for (int t = 0; t < n_experts; ++t) {
@@ -174,9 +177,9 @@ int block(const MergeArgs& args, int64_t offset, int32_t* at, MergeStats& stats)
     const Curvature& first = args.experts[0].curvature;
     Seen seen;
     if (first.kind == CurvatureKind::full)
-        seen = run<M, P, W, H>(args, base, streams, 0, kBlock, out, at, seen);
+        seen = run<M, P, W, H>(args, base, streams, 0, n, out, at, seen);
     else
-        by_rows(first, offset, [&](int begin, int end, int64_t row, int64_t column) {
+        by_rows(first, offset, n, [&](int begin, int end, int64_t row, int64_t column) {
             for (int t = 0; t < n_experts; ++t) {
                 const Curvature& c = args.experts[t].curvature;
                 streams[t].row = c.rows[row];
@@ -188,25 +191,25 @@ int block(const MergeArgs& args, int64_t offset, int32_t* at, MergeStats& stats)
     const uint32_t limit = bit_cast<uint32_t>(static_cast<float>(largest_finite(args.out_dtype)));
     const bool mean_wanted = seen.zeros != 0 && !args.formula.fallback_to_base;
     if (largest(seen.top) >= kSuspect || largest(seen.top_merged) > limit || mean_wanted) return -1;
-    for (int t = 0; t < n_experts; ++t) stats.kept[t] += M == Masks::none ? kBlock : streams[t].kept;
+    for (int t = 0; t < n_experts; ++t) stats.kept[t] += M == Masks::none ? n : streams[t].kept;
     if (M != Masks::none) stats.unkept += seen.zeros;
     return seen.undecided;
 }
 
 template <Masks M, Power P, typename W>
-StreamedBlock of_curvature(const Curvature& c) {
+StreamedSpan of_curvature(const Curvature& c) {
     switch (c.kind) {
-        case CurvatureKind::rank1: return block<M, P, W, Scaled<F32>>;
-        case CurvatureKind::log8: return block<M, P, W, Scaled<Codes>>;
+        case CurvatureKind::rank1: return merge_span<M, P, W, Scaled<F32>>;
+        case CurvatureKind::log8: return merge_span<M, P, W, Scaled<Codes>>;
         case CurvatureKind::full:
-            if (c.values.dtype == DType::f32) return block<M, P, W, Plain<F32>>;
-            return c.values.dtype == DType::bf16 ? block<M, P, W, Plain<BF16>> : nullptr;
+            if (c.values.dtype == DType::f32) return merge_span<M, P, W, Plain<F32>>;
+            return c.values.dtype == DType::bf16 ? merge_span<M, P, W, Plain<BF16>> : nullptr;
         default: return nullptr;
     }
 }
 
 template <Masks M, Power P>
-StreamedBlock of_weights(const Expert& e) {
+StreamedSpan of_weights(const Expert& e) {
     switch (e.weights.dtype) {
         case DType::bf16: return of_curvature<M, P, BF16>(e.curvature);
         case DType::f16: return of_curvature<M, P, F16>(e.curvature);
@@ -216,7 +219,7 @@ StreamedBlock of_weights(const Expert& e) {
 }
 
 template <Masks M>
-StreamedBlock of_power(const MergeArgs& args) {
+StreamedSpan of_power(const MergeArgs& args) {
     if (args.formula.power == 0.5) return of_weights<M, Power::half>(args.experts[0]);
     return args.formula.power == 1.0 ? of_weights<M, Power::one>(args.experts[0]) : nullptr;
 }
@@ -237,8 +240,8 @@ inline bool are_alike(const MergeArgs& args) {
 
 }  // namespace streamed
 
-// The function that merges blocks of such a tile; none where merge.cpp must.
-inline StreamedBlock streamed_block(const MergeArgs& args, bool counts_keepers) {
+// The function that merges spans of such a tile, whole steps at a time; none where merge.cpp must.
+inline StreamedSpan streamed_span(const MergeArgs& args, bool counts_keepers) {
     using namespace streamed;
     const Formula& f = args.formula;
     bool census = false;
@@ -251,7 +254,11 @@ inline StreamedBlock streamed_block(const MergeArgs& args, bool counts_keepers) 
 
 #else
 
-inline StreamedBlock streamed_block(const MergeArgs&, bool) { return nullptr; }
+namespace streamed {
+constexpr int kStep = kBlock;
+}
+
+inline StreamedSpan streamed_span(const MergeArgs&, bool) { return nullptr; }
 
 #endif
 
