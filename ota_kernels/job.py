@@ -18,8 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from . import __version__, backends, methods
-from .backends import native
+from . import __version__, backends, methods, resident
 from .candidates import DEFAULT_BUDGET, Store
 from .card import model_card
 from .engine import Engine, Event, Merged
@@ -402,7 +401,7 @@ class _FileSink:
         tensor = self._tensors[segment.index]
         room = self.room(segment, (segment.stop - segment.start) * tensor.dtype.itemsize)
         self._writer.read(tensor, segment.start, room)
-        native.scatter(room, positions, merged, tensor.dtype.itemsize)
+        resident.scatter(room, positions, merged, tensor.dtype.itemsize)
         self._writer.write(tensor, segment.start, room)
 
     def done_with(self, tile: TensorInputs) -> None:

@@ -102,9 +102,9 @@ def take(data: Array, positions: Array, size: int) -> Array:
 def scatter(data: Array, positions: Array, merged: Array, size: int) -> None:
     """data[positions] = merged, elements of `size` bytes. positions: integers of 32 bits, in order."""
     if not is_resident(data):
-        from .backends import native
+        from . import _native
 
-        native.scatter(data, positions, merged, size)
+        _native.scatter(data, positions, merged, size)
         return
     elements(data, size)[positions.long()] = elements(merged, size)
 

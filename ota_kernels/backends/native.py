@@ -204,11 +204,6 @@ def scores(tile: TensorInputs, t: int, terms: ExpertTerms) -> tuple[np.ndarray, 
     return out, _nonfinite(t, bad)
 
 
-def scatter(data: np.ndarray, positions: np.ndarray, elements: np.ndarray, size: int) -> None:
-    """data[positions] = elements. data, elements: uint8, elements of `size` bytes; positions: uint32[m]."""
-    _extension().scatter(data, positions, elements, size)
-
-
 def gather_runs(buffer: Buffer, starts: np.ndarray, length: int) -> Buffer:
     """Runs of `length` neighbouring elements that begin at `starts` (int64[m]), one after the other."""
     size = buffer.dtype.itemsize
