@@ -142,9 +142,13 @@ class Merged:
     columns: tuple[torch.Tensor, ...] = ()
     censuses: torch.Tensor | None = None
 
+    @functools.cached_property
+    def _totals(self) -> list[int]:
+        return self.counts.sum(1).tolist()
+
     def stats(self) -> MergeStats:
         """The counts; undecided elements and censuses stay on the device."""
-        totals = self.counts.sum(1).tolist()
+        totals = self._totals
         masks, (unkept, overflow, repaired, suspects) = totals[:-N_TOTALS], totals[-N_TOTALS:][:4]
         kept, reached = (masks[::2], masks[1::2]) if self.columns else (masks, masks)
         return MergeStats(
@@ -163,7 +167,8 @@ class Merged:
         which reads and writes each candidate once, where sorting would do so for each digit of a position."""
         n_experts = len(self.tile.experts)
         lengths, starts = self.counts[-2:]
-        shift = torch.repeat_interleave(starts - (lengths.cumsum(0) - lengths), lengths)
+        ahead = starts - (lengths.cumsum(0) - lengths)
+        shift = torch.repeat_interleave(ahead, lengths, output_size=self._totals[-2])
         order = shift + torch.arange(len(shift), device=shift.device)
         positions, base, *rest = (None if x is None else x[order] for x in self.columns)
         weights = [base, *rest[:n_experts]]

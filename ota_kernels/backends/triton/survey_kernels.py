@@ -234,22 +234,23 @@ class _Prepared:
         }
 
 
-def _write(tile: DeviceTile, terms: ExpertTerms, of_edits: bool) -> tuple[torch.Tensor, bool]:
+def _write(tile: DeviceTile, terms: ExpertTerms, of_edits: bool) -> tuple[torch.Tensor, torch.Tensor]:
     out = torch.empty(tile.numel, dtype=torch.float32, device=tile.device)
     x = _Prepared(tile)
     for first_block, programs, tail in launches(tile.numel):
         _scores_kernel[(programs,)](
             x.base, out, x.suspects, x.table, terms.score_scale, terms.threshold, tile.numel, first_block,
             *x.place, of_edits=of_edits, tail=tail, **x.constants)  # fmt: skip
-    return out, bool(x.suspects.any())
+    return out, x.suspects.any()
 
 
-def scores(tile: DeviceTile, terms: ExpertTerms) -> tuple[torch.Tensor, bool]:
-    """The scores of a tile of one expert, float32[n], 0 where an input is not usable; whether any is not."""
+def scores(tile: DeviceTile, terms: ExpertTerms) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scores of a tile of one expert, float32[n], 0 where an input is not usable; whether any is not (on
+    the device: reading it waits)."""
     return _write(tile, terms, of_edits=False)
 
 
-def edits(tile: DeviceTile, terms: ExpertTerms) -> tuple[torch.Tensor, bool]:
+def edits(tile: DeviceTile, terms: ExpertTerms) -> tuple[torch.Tensor, torch.Tensor]:
     """The masked edits m d of a tile of one expert, float32[n], and whether some input is not usable."""
     return _write(tile, terms, of_edits=True)
 
@@ -261,7 +262,7 @@ def histogram(
     prefix: int,
     counts: torch.Tensor,
     lows: torch.Tensor,
-) -> bool:
+) -> torch.Tensor:
     """Add the counts of one expert's scores by their bits to counts and lows (int64[65536]); see
     `native.histogram`. Returns whether some input is not usable."""
     x = _Prepared(tile)
@@ -270,7 +271,7 @@ def histogram(
             x.base, counts, lows, x.suspects, x.table, terms.score_scale, terms.threshold, prefix, tile.numel,
             first_block, *x.place, of_edits=of_edits, first_digit=prefix < 0, tail=tail,
             **x.constants)  # fmt: skip
-    return bool(x.suspects.any())
+    return x.suspects.any()
 
 
 def power_sum(h: torch.Tensor, power: float) -> float:
