@@ -243,8 +243,8 @@ def _merge(
     """Merge the tensors that are floating point, and return all.
 
     With T experts, the host waits for a device at most 3 T + 3 times per tensor whose densities are its own:
-    for scores of the sample (T) and brackets (T); the merge's counts (1) and which candidates' scores are in a
-    bracket (T); thresholds (1); the counts of the candidates merged again (1).
+    for scores of the sample (T) and brackets (T); the merge's counts (1) and which candidates have a score in
+    a bracket (T); thresholds (1); the counts of the candidates merged again (1).
     Densities over the model: the first two and the thresholds once for all tensors. A saliency mass: twice
     for each expert's threshold. Known thresholds: once per tensor.
     """
