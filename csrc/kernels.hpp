@@ -101,7 +101,7 @@ struct MergeArgs {
     Operand base;
     Expert experts[kMaxExperts];
     Formula formula;
-    uint8_t* out = nullptr;
+    uint8_t* out = nullptr;  // overlaps no input
     DType out_dtype = DType::f32;
     Candidates* candidates = nullptr;  // none where nothing is undecided
 };

@@ -4,7 +4,7 @@
 
 #include "formulas.hpp"
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && defined(__AVX512BW__)
 #define OTA_LANES 16
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #define OTA_LANES 8

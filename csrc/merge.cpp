@@ -388,8 +388,9 @@ int positions_of_ones(const int32_t* flags, int n, int32_t* at) {
 #if defined(__AVX512F__)
     __m512i index = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     for (int i = 0; i < n; i += kLanes, index = _mm512_add_epi32(index, _mm512_set1_epi32(kLanes))) {
+        const __mmask16 inside = _mm512_cmplt_epi32_mask(index, _mm512_set1_epi32(n));
         const __m512i lanes = _mm512_load_si512(flags + i);
-        const __mmask16 ones = _mm512_test_epi32_mask(lanes, lanes);
+        const __mmask16 ones = _mm512_mask_test_epi32_mask(inside, lanes, lanes);
         _mm512_storeu_si512(at + m, _mm512_maskz_compress_epi32(ones, index));
         m += __builtin_popcount(ones);
     }

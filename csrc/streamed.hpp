@@ -233,6 +233,7 @@ inline bool are_alike(const MergeArgs& args) {
         const Curvature& c = e.curvature;
         alike &= e.weights.dtype == first.weights.dtype && c.kind == first.curvature.kind &&
                  c.values.dtype == first.curvature.values.dtype;
+        alike &= c.start == first.curvature.start && c.n_columns == first.curvature.n_columns;
         alike &= c.kind == CurvatureKind::full || (c.start % kStep == 0 && c.n_columns % kStep == 0);
     }
     return alike;
@@ -249,6 +250,7 @@ inline StreamedSpan streamed_span(const MergeArgs& args, bool counts_keepers) {
     const bool sums_weights = f.curvature_weights && f.denominator == 0 && !f.elect_signs && !counts_keepers;
     if (!args.has_base || !sums_weights || census || !are_alike(args)) return nullptr;
     if (!f.masked) return of_power<Masks::none>(args);
+    if (!f.fallback_to_base) return nullptr;  // nearly every span has an element that nobody keeps
     return args.candidates ? of_power<Masks::open>(args) : of_power<Masks::closed>(args);
 }
 

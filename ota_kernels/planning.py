@@ -129,10 +129,10 @@ def make_plan(
             break
     else:
         need = fixed + in_flight * _SMALLEST_TILE
-        on = f"{number} thread{'s' if number > 1 else ''}"
+        on, fewer = f"{number} thread{'s' if number > 1 else ''}", number > thread_choices(None, backend)[-1]
         raise RecipeError(
             f"a memory limit of {format_bytes(memory_limit)} is too small for this merge on {on}: "
-            f"give it --memory-limit {math.ceil(need / 1e6)}MB{' or lower --threads' if number > 1 else ''}"
+            f"give it --memory-limit {math.ceil(need / 1e6)}MB{' or lower --threads' if fewer else ''}"
         )
     output = layout([(e.name, e.dtype, e.shape) for e in inputs.entries], shard_size)
     passes = 1 + survey.passes + survey.tensor_passes

@@ -192,3 +192,28 @@ def test_scores_at_the_threshold_are_kept(monkeypatch):
     for threshold in (exact, above):
         stats = assert_alike(monkeypatch, inputs, replace(terms, experts=(replace(e, threshold=threshold),)))
         assert stats.kept == (int((scores >= threshold).sum()),)
+
+
+def test_matrices_of_several_widths(monkeypatch):
+    """Of rank-1 curvature whose rows are not the same for all experts."""
+    inputs = tile("bfloat16", "float32", "bfloat16", 2).slice(0, 2048)
+    curvatures = (Rank1(*random_factors(4, 512)), Rank1(*random_factors(8, 256)))
+    inputs = replace(inputs, curvatures=curvatures)
+    assert_alike(monkeypatch, inputs, terms_of(inputs, Formula(masked=False)))
+    moved = (Rank1(*random_factors(8, 512)), Rank1(*random_factors(8, 512), start=512))
+    inputs = replace(inputs, curvatures=moved)
+    assert_alike(monkeypatch, inputs, terms_of(inputs, Formula(masked=False)))
+
+
+def random_factors(rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(rows)
+    return rng.random(rows, np.float32), rng.random(columns, np.float32)
+
+
+def test_no_candidates_beyond_the_tile(monkeypatch):
+    """A bracket up to the NaNs, with which a block is filled up to a multiple of what a loop takes at once."""
+    inputs = tile("bfloat16", "float32", "bfloat16").slice(0, 33)
+    terms = terms_of(inputs, Formula())
+    widest = tuple(replace(e, threshold=3.4e38, span=1 << 24) for e in terms.experts)
+    stats = assert_alike(monkeypatch, inputs, replace(terms, experts=widest))
+    assert len(stats.candidates.positions) == 0

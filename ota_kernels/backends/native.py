@@ -97,7 +97,8 @@ def _nonfinite(t: int, counts) -> tuple[NonFinite, ...]:
 
 
 def merge(tile: TensorInputs, terms: Terms, out: np.ndarray) -> MergeStats:
-    """Merge one tile into `out` (uint8, the tile's elements in its out_dtype). Releases the GIL.
+    """Merge one tile into `out` (uint8, the tile's elements in its out_dtype; it overlaps no input). Releases
+    the GIL.
 
     Candidates are views of memory that the thread's next merge with brackets uses again.
     """
