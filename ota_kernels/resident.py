@@ -60,7 +60,7 @@ def beside(array: np.ndarray, like: Array) -> Array:
     """The array, or a copy of it on the device of `like`."""
     if not is_resident(like):
         return array
-    return library(like).from_numpy(array).to(like.device, non_blocking=True)
+    return library(like).from_numpy(array).to(like.device)
 
 
 def arange(n: int, like: Array) -> Array:

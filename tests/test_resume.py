@@ -45,10 +45,13 @@ SHAPES = {
 TILES = sum(max(-(-math.prod(shape) // TILE), 1) for shape in SHAPES.values())
 
 # The real command, cut into small tiles; it writes a byte to stdout before each tile, and waits a moment.
+# Where a shell has started the tests in the background, processes ignore Ctrl-C unless they say otherwise.
 DRIVER = f"""
-import functools, os, sys, time
+import functools, os, signal, sys, time
 from ota_kernels import cli, job
 from ota_kernels.engine import Engine
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 merge_tile, pause = Engine._run_kernel, float(os.environ.get("PAUSE", 0))
 

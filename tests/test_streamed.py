@@ -211,7 +211,7 @@ def random_factors(rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_no_candidates_beyond_the_tile(monkeypatch):
-    """A bracket up to the NaNs, with which a block is filled up to a multiple of what a loop takes at once."""
+    """A bracket up to the NaNs, with which a block is filled up to what a loop takes at once."""
     inputs = tile("bfloat16", "float32", "bfloat16").slice(0, 33)
     terms = terms_of(inputs, Formula())
     widest = tuple(replace(e, threshold=3.4e38, span=1 << 24) for e in terms.experts)

@@ -172,10 +172,11 @@ class Driver:
 
     def __init__(self, monkeypatch) -> None:
         self.waiting, self.locked, self.code = [], {}, 0
-        self._stream = None
+        self._stream = self._device = None
         self._copy, self._empty = torch.Tensor.copy_, torch.empty
         monkeypatch.setattr(torch.cuda, "Stream", lambda device: self)
         monkeypatch.setattr(torch.cuda, "stream", self._entered)
+        monkeypatch.setattr(torch.cuda, "device", self._current)
         monkeypatch.setattr(torch.cuda, "cudart", lambda: self)
         monkeypatch.setattr(torch.Tensor, "copy_", lambda *given, **options: self._later(*given, **options))
         monkeypatch.setattr(torch, "empty", self._on_host)
@@ -186,6 +187,12 @@ class Driver:
         self._stream = stream
         yield
         self._stream = None
+
+    @contextlib.contextmanager
+    def _current(self, device):
+        self._device = device
+        yield
+        self._device = None
 
     def _later(self, to, source, non_blocking=False):
         assert self._stream is self
@@ -209,6 +216,7 @@ class Driver:
 
     def cudaHostUnregister(self, address):  # noqa: N802
         assert not self.waiting
+        assert self._device == torch.device("cuda:0")
         return 0 if self.locked.pop(address) else 1
 
 
@@ -257,3 +265,31 @@ class TestStreams:
         assert found[0].tobytes() == arrays[0].tobytes()
         assert "cannot be page-locked (CUDA error 801)" in caplog.text
         ring.release()
+
+
+class Kernel:
+    """Stands for a kernel that takes a while to compile. most: threads that were in it at once."""
+
+    def __init__(self) -> None:
+        self.inside, self.most, self.launched = 0, 0, []
+
+    def __getitem__(self, grid):
+        def run(number, **constants):
+            self.inside += 1
+            self.most = max(self.most, self.inside)
+            time.sleep(0.002)
+            self.inside -= 1
+            self.launched.append((grid, number, constants))
+
+        return run
+
+
+def test_threads_launch_one_at_a_time():
+    """Triton shows a kernel to other threads before it is loaded."""
+    from ota_kernels.backends.triton.tiles import launch
+
+    kernel = Kernel()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda number: launch(kernel, (7,), number, num_warps=4), range(20)))
+    assert kernel.most == 1
+    assert sorted(kernel.launched) == [((7,), number, {"num_warps": 4}) for number in range(20)]

@@ -23,6 +23,7 @@ from .tiles import (
     addresses,
     is_aligned,
     kind_of,
+    launch,
     launches,
     nonfinite,
     place_of,
@@ -206,7 +207,9 @@ def merge(tile: DeviceTile, terms: Terms, out: torch.Tensor) -> Merged:
     if variant.census:
         censuses = torch.zeros(len(tile.experts), CENSUS, dtype=torch.int64, device=tile.device)
     for first_block, programs, tail in launches(n):
-        _merge_kernel[(programs,)](
+        launch(
+            _merge_kernel,
+            (programs,),
             out if tile.base is None else tile.base,
             out,
             table,

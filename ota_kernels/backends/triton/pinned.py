@@ -26,12 +26,14 @@ class Pinned:
         memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # whole pages
         self.array = np.frombuffer(memory, np.uint8)
         self.tensor = torch.from_numpy(self.array)
+        self._device = device
         self._locked = device.type == "cuda" and _lock(self.tensor, device)
 
     def close(self) -> None:
         """Unlock it. No copy may be under way."""
         if self._locked:
-            torch.cuda.cudart().cudaHostUnregister(self.tensor.data_ptr())
+            with torch.cuda.device(self._device):
+                torch.cuda.cudart().cudaHostUnregister(self.tensor.data_ptr())
             self._locked = False
 
 

@@ -19,6 +19,7 @@ from .tiles import (
     addresses,
     is_aligned,
     kind_of,
+    launch,
     launches,
     place_of,
     streamed,
@@ -238,7 +239,9 @@ def _write(tile: DeviceTile, terms: ExpertTerms, of_edits: bool) -> tuple[torch.
     out = torch.empty(tile.numel, dtype=torch.float32, device=tile.device)
     x = _Prepared(tile)
     for first_block, programs, tail in launches(tile.numel):
-        _scores_kernel[(programs,)](
+        launch(
+            _scores_kernel,
+            (programs,),
             x.base, out, x.suspects, x.table, terms.score_scale, terms.threshold, tile.numel, first_block,
             *x.place, of_edits=of_edits, tail=tail, **x.constants)  # fmt: skip
     return out, x.suspects.any()
@@ -267,7 +270,9 @@ def histogram(
     `native.histogram`. Returns whether some input is not usable."""
     x = _Prepared(tile)
     for first_block, programs, tail in launches(tile.numel):
-        _histogram_kernel[(programs,)](
+        launch(
+            _histogram_kernel,
+            (programs,),
             x.base, counts, lows, x.suspects, x.table, terms.score_scale, terms.threshold, prefix, tile.numel,
             first_block, *x.place, of_edits=of_edits, first_digit=prefix < 0, tail=tail,
             **x.constants)  # fmt: skip
@@ -279,7 +284,9 @@ def power_sum(h: torch.Tensor, power: float) -> float:
     table, p = upload([h.data_ptr()], (power,), h.device)
     sums = torch.empty(triton.cdiv(h.numel(), BLOCK), dtype=torch.float64, device=h.device)
     for first_block, programs, tail in launches(h.numel()):
-        _power_sum_kernel[(programs,)](
+        launch(
+            _power_sum_kernel,
+            (programs,),
             sums,
             table,
             p,
@@ -291,6 +298,7 @@ def power_sum(h: torch.Tensor, power: float) -> float:
             tail=tail,
             block_size=BLOCK,
             num_warps=WARPS,
+            enable_fp_fusion=False,
         )
     return float(sums.sum())
 
@@ -303,7 +311,9 @@ def row_column_sums(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     column_sums = torch.empty(grid[0], n_columns, dtype=torch.float64, device=values.device)
     if values.numel():
         aligned = is_aligned([values]) and n_columns % _ROW_MULTIPLE.value == 0
-        _row_column_kernel[grid](
+        launch(
+            _row_column_kernel,
+            grid,
             values, row_sums, column_sums, n_rows, n_columns, aligned, _ROWS, _COLUMNS,
             num_warps=_MATRIX_WARPS)  # fmt: skip
     return row_sums.sum(0), column_sums.sum(0)
@@ -316,7 +326,9 @@ def gram(inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
     table, _ = upload([x.data_ptr() for x in inputs], (), inputs[0].device)
     sums = torch.zeros(n_inputs, n_inputs, n_blocks, dtype=torch.float64, device=inputs[0].device)
     for first_block, programs, tail in launches(n):
-        _gram_kernel[(programs,)](
+        launch(
+            _gram_kernel,
+            (programs,),
             sums,
             table,
             n,

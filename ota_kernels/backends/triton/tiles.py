@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,15 @@ from ..stats import NonFinite
 
 ALIGNMENT = 16  # bytes of the widest load
 WARPS = 4
+
+_LAUNCHING = threading.RLock()
+
+
+def launch(kernel, grid: tuple[int, ...], *arguments, **constants) -> None:
+    """Launch a kernel, compiled if need be. Threads take turns: Triton, 3.9 too, shows a kernel to other
+    threads before it is loaded (its pull request 11518)."""
+    with _LAUNCHING:
+        kernel[grid](*arguments, **constants)
 
 
 def block_size(threads_of_warp: int) -> int:
@@ -74,7 +84,7 @@ def low_rank(left: torch.Tensor, right: torch.Tensor, start: int, n: int) -> tor
     the order of the other backends. left: float32[m, r], right: float32[r, k]."""
     index = torch.arange(start, start + n, device=left.device)
     row, column = index // right.shape[1], index % right.shape[1]
-    h = torch.zeros(n, device=left.device)
+    h = torch.zeros(n, dtype=torch.float32, device=left.device)
     for r in range(right.shape[0]):
         h = h + left[row, r] * right[r, column]
     return torch.where(h > 0, h, 0.0)
@@ -155,7 +165,7 @@ def _one_type(tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
 def written_out(c: Curvature, n: int, device: torch.device) -> torch.Tensor:
     """One curvature value per element of a tile: [n]."""
     if c is None:
-        return torch.ones(n, device=device)
+        return torch.ones(n, dtype=torch.float32, device=device)
     return c.full(n) if isinstance(c, (Rank1, Log8)) else c
 
 
