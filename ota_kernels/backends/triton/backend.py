@@ -4,7 +4,6 @@ tiles whose buffers are tensors on the device ("resident"), of which nothing is 
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
@@ -50,10 +49,6 @@ class Triton:
     def __init__(self, device: str) -> None:
         self.device = torch.device(device)
         self._ring = Ring(self.device)
-        # Threads take turns to launch a merge: the first one compiles for all. The interpreter's state is the
-        # process's: there everything takes turns.
-        self._launching = threading.RLock()
-        self._interpreting = self._launching if triton.interpreted() else contextlib.nullcontext()
 
     def verify(self) -> tuple[bool, str]:
         """(ok, reason): whether this backend can run here."""
@@ -86,25 +81,19 @@ class Triton:
 
     def _merge_in(self, slot: Slot, tile: TensorInputs, terms: Terms, out: np.ndarray) -> MergeStats:
         merged = torch.empty(tile.numel, dtype=_type_of(tile), device=self.device)
-        launched = self._launch(device_tile(tile, slot.load), terms, merged)
+        launched = merging.merge(device_tile(tile, slot.load), terms, merged)
         slot.store([(merged, out)])
         return self._stats(tile, launched, slot.fetch)
 
     def _merge_resident(self, tile: TensorInputs, terms: Terms, out: torch.Tensor) -> MergeStats:
         with self._current():
             inputs = device_tile(tile, in_place(self.device))
-            launched = self._launch(inputs, terms, out.view(_type_of(tile)))
+            launched = merging.merge(inputs, terms, out.view(_type_of(tile)))
             return self._stats(tile, launched, left_there)
 
-    def _launch(self, inputs: tiles.DeviceTile, terms: Terms, merged: torch.Tensor) -> merging.Merged:
-        with self._launching:
-            return merging.merge(inputs, terms, merged)
-
     def _stats(self, tile: TensorInputs, launched: merging.Merged, fetch: Fetch) -> MergeStats:
-        stats, undecided = launched.stats(), None
-        if launched.columns:
-            with self._interpreting:
-                undecided = launched.undecided()
+        stats = launched.stats()
+        undecided = launched.undecided() if launched.columns else None
         wanted = [e.census for e in launched.terms.experts]
         sums = launched.censuses.cpu().numpy() if any(wanted) else wanted
         return replace(
@@ -142,8 +131,7 @@ class Triton:
 
         def work(load: Load, fetch: Fetch) -> tuple[Array, tuple[NonFinite, ...]]:
             inputs = device_tile(one, load)
-            with self._interpreting:
-                found, suspect = of_expert(inputs, terms)
+            found, suspect = of_expert(inputs, terms)
             (values,) = fetch([found])
             return values.view(library(values).float32), _nonfinite(inputs, t, suspect)
 
@@ -165,8 +153,7 @@ class Triton:
         def work(load: Load, _: Fetch) -> tuple[np.ndarray, tuple[NonFinite, ...]]:
             inputs = device_tile(one, load)
             new = torch.zeros(2, len(counts), dtype=torch.int64, device=self.device)
-            with self._interpreting:
-                suspect = survey_kernels.histogram(inputs, terms, of_edits, prefix, new[0], new[1])
+            suspect = survey_kernels.histogram(inputs, terms, of_edits, prefix, new[0], new[1])
             return new.cpu().numpy(), _nonfinite(inputs, t, suspect)
 
         new, bad = self._run(tile.is_resident, work)
@@ -181,8 +168,7 @@ class Triton:
         def work(load: Load, _: Fetch) -> tuple[float, tuple[NonFinite, ...]]:
             c = device_curvature(tile.curvatures[t], tile.numel, load)
             h = tiles.written_out(c, tile.numel, self.device)
-            with self._interpreting:
-                return survey_kernels.power_sum(h, power), tiles.nonfinite_curvature(h, t)
+            return survey_kernels.power_sum(h, power), tiles.nonfinite_curvature(h, t)
 
         return self._run(tile.is_resident, work)
 
@@ -193,8 +179,7 @@ class Triton:
         def work(load: Load, _: Fetch) -> list[np.ndarray]:
             c = device_curvature(matrix, shape[0] * shape[1], load)
             h = tiles.written_out(c, shape[0] * shape[1], self.device)
-            with self._interpreting:
-                return [x.cpu().numpy() for x in survey_kernels.row_column_sums(h.view(shape))]
+            return [x.cpu().numpy() for x in survey_kernels.row_column_sums(h.view(shape))]
 
         row_sums[:], more = self._run(is_resident(matrix.buffers[0].data), work)
         column_sums += more

@@ -22,7 +22,7 @@ _LAUNCHING = threading.RLock()
 
 def launch(kernel, grid: tuple[int, ...], *arguments, **constants) -> None:
     """Launch a kernel, compiled if need be. Threads take turns: Triton, 3.9 too, shows a kernel to other
-    threads before it is loaded (its pull request 11518)."""
+    threads before it is loaded (its pull request 11518), and its interpreter's state is the process's."""
     with _LAUNCHING:
         kernel[grid](*arguments, **constants)
 
