@@ -8,8 +8,6 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <cstring>
 #include <optional>
@@ -17,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "files.hpp"
 #include "kernels.hpp"
 
 namespace nb = nanobind;
@@ -30,6 +29,7 @@ using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::c
 using OutFloats = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using OutDoubles = nb::ndarray<double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Positions = nb::ndarray<const uint32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using OutPositions = nb::ndarray<uint32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Ints = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using OutInts = nb::ndarray<int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
@@ -163,26 +163,35 @@ using Count = std::pair<int64_t, int64_t>;  // how many, first index in the tile
 
 Count pair(const ota::NonFinite& bad) { return {bad.count, bad.first}; }
 
-// (index, base, [weights], [curvature], [steps]): room for every element of the tile; empty where not wanted.
+// (index, base, [weights], [curvature], [steps], [indices, steps and merged values of alternatives]): room for
+// every element of the tile and kSpare more; empty where not wanted.
 ota::Candidates candidates(const nb::tuple& spec, const ota::MergeArgs& args) {
-    require(spec.size() == 5, "candidates have 5 parts");
+    require(spec.size() == 8, "candidates have 8 parts");
     const auto room = [&](const OutBytes& a, int size) {
-        require(static_cast<int64_t>(a.size()) >= size * args.n, "too little room for candidates");
+        require(static_cast<int64_t>(a.size()) >= size * (args.n + ota::kSpare), "too little room for candidates");
         return a.data();
     };
     ota::Candidates c;
     c.index = reinterpret_cast<uint32_t*>(room(nb::cast<OutBytes>(spec[0]), 4));
     if (args.has_base) c.base = room(nb::cast<OutBytes>(spec[1]), item_size(static_cast<int>(args.base.dtype)));
-    const auto weights = nb::cast<nb::list>(spec[2]), curvature = nb::cast<nb::list>(spec[3]),
-               steps = nb::cast<nb::list>(spec[4]);
-    for (const nb::list& of_experts : {weights, curvature, steps})
+    const auto part = [&](int i) {
+        const auto of_experts = nb::cast<nb::list>(spec[i]);
         require(static_cast<int>(of_experts.size()) == args.n_experts, "candidates of another number of experts");
+        return of_experts;
+    };
+    const nb::list weights = part(2), curvature = part(3), steps = part(4);
+    const nb::list indices = part(5), single_steps = part(6), merged = part(7);
     for (int t = 0; t < args.n_experts; ++t) {
         const ota::Expert& e = args.experts[t];
         c.weights[t] = room(nb::cast<OutBytes>(weights[t]), item_size(static_cast<int>(e.weights.dtype)));
         if (e.curvature.kind != ota::CurvatureKind::uniform)
             c.curvature[t] = reinterpret_cast<float*>(room(nb::cast<OutBytes>(curvature[t]), 4));
-        if (e.span) c.steps[t] = reinterpret_cast<uint32_t*>(room(nb::cast<OutBytes>(steps[t]), 4));
+        if (e.span == 0) continue;
+        c.steps[t] = reinterpret_cast<uint32_t*>(room(nb::cast<OutBytes>(steps[t]), 4));
+        ota::Alternatives& a = c.alternatives[t];
+        a.index = reinterpret_cast<uint32_t*>(room(nb::cast<OutBytes>(indices[t]), 4));
+        a.steps = reinterpret_cast<uint32_t*>(room(nb::cast<OutBytes>(single_steps[t]), 4));
+        a.merged = room(nb::cast<OutBytes>(merged[t]), item_size(static_cast<int>(args.out_dtype)));
     }
     return c;
 }
@@ -217,13 +226,15 @@ nb::tuple merge(const std::optional<Bytes>& base, int base_code, const nb::list&
     const std::vector<int64_t> kept(stats.kept, stats.kept + args.n_experts);
     const std::vector<int64_t> reached(stats.reached, stats.reached + args.n_experts);
     const std::vector<int64_t> n_steps(undecided.n_steps, undecided.n_steps + args.n_experts);
+    std::vector<int64_t> n_alternatives;
     std::vector<Count> weights, curvatures;
     for (int t = 0; t < args.n_experts; ++t) {
+        n_alternatives.push_back(undecided.alternatives[t].count);
         weights.push_back(pair(stats.weights[t]));
         curvatures.push_back(pair(stats.curvature[t]));
     }
     return nb::make_tuple(kept, reached, stats.unkept, stats.overflow, stats.repaired, pair(stats.base), weights,
-                          curvatures, undecided.count, n_steps);
+                          curvatures, undecided.count, n_steps, n_alternatives);
 }
 
 ota::SurveyArgs survey_args(const std::optional<Bytes>& base, int base_code, const nb::tuple& expert_spec,
@@ -270,22 +281,87 @@ std::vector<Count> per_element(const std::optional<Bytes>& base, int base_code, 
     return counts_of(stats);
 }
 
-template <typename T>
-void scatter(uint8_t* data, const uint32_t* positions, int64_t m, const uint8_t* elements) {
-    for (int64_t j = 0; j < m; ++j)
-        std::memcpy(data + sizeof(T) * positions[j], elements + sizeof(T) * j, sizeof(T));
+// m elements of `size` bytes for positions in `bytes` bytes.
+void check_elements(const Positions& positions, const Bytes& elements, int size, int64_t bytes) {
+    const auto m = static_cast<int64_t>(positions.size());
+    require(size == 2 || size == 4 || size == 8, "elements of 2, 4 or 8 bytes");
+    require(static_cast<int64_t>(elements.size()) == m * size, "as many elements as positions");
+    uint32_t last = 0;
+    for (int64_t j = 0; j < m; ++j) last = std::max(last, positions.data()[j]);
+    require(m == 0 || last < bytes / size, "a position outside");
 }
 
 // data[positions] = elements, of `size` bytes each.
-void scatter_elements(OutBytes data, const Positions& positions, const Bytes& elements, int size) {
-    const auto m = static_cast<int64_t>(positions.size()), n = static_cast<int64_t>(data.size()) / size;
-    require(static_cast<int64_t>(elements.size()) == m * size, "as many elements as positions");
+void scatter(OutBytes data, const Positions& positions, const Bytes& elements, int size) {
     nb::gil_scoped_release release;
-    for (int64_t j = 0; j < m; ++j) require(positions.data()[j] < n, "a position outside");
-    if (size == 2) return scatter<uint16_t>(data.data(), positions.data(), m, elements.data());
-    if (size == 4) return scatter<uint32_t>(data.data(), positions.data(), m, elements.data());
-    require(size == 8, "elements of 2, 4 or 8 bytes");
-    scatter<uint64_t>(data.data(), positions.data(), m, elements.data());
+    check_elements(positions, elements, size, static_cast<int64_t>(data.size()));
+    ota::scatter(data.data(), positions.data(), static_cast<int64_t>(positions.size()), elements.data(), size);
+}
+
+// The same in n elements of a file, from byte `begin` on. False where they are to be read and written instead.
+bool scatter_in_file(int fd, int64_t begin, int64_t n, const Positions& positions, const Bytes& elements,
+                     int size) {
+    nb::gil_scoped_release release;
+    check_elements(positions, elements, size, n * size);
+    return ota::scatter_in_file(fd, begin, n * size, positions.data(), static_cast<int64_t>(positions.size()),
+                                elements.data(), size);
+}
+
+// Of one expert's alternatives, those whose steps are below `limit`.
+struct Below {
+    Positions positions, steps;
+    Bytes merged;
+    uint32_t limit;
+
+    template <typename T>
+    Count pick(uint32_t* at, uint8_t* values) const {
+        const auto m = static_cast<int64_t>(positions.size());
+        int64_t n = 0, alone = 0;
+        for (int64_t j = 0; j < m; ++j) {
+            uint32_t position, step;  // from a file, they are not aligned
+            std::memcpy(&position, positions.data() + j, sizeof(position));
+            std::memcpy(&step, steps.data() + j, sizeof(step));
+            at[n] = position & 0x7fffffffu;
+            std::memcpy(values + sizeof(T) * n, merged.data() + sizeof(T) * j, sizeof(T));
+            const int64_t below = step < limit ? 1 : 0;
+            n += below;
+            alone += below & (position >> 31);
+        }
+        return {n, alone};
+    }
+};
+
+// Of alternatives (positions, steps, values of `size` bytes, limit) of some experts, those whose steps are below
+// the limit: their positions and values go to `at` and `values`, room for all. How many of each, and how many of
+// these no expert keeps.
+std::vector<Count> below(const nb::list& alternatives, int size, OutPositions at, OutBytes values) {
+    require(size == 2 || size == 4 || size == 8, "values of 2, 4 or 8 bytes");
+    std::vector<Below> lists;
+    int64_t total = 0;
+    for (const nb::handle entry : alternatives) {
+        const auto one = nb::cast<nb::tuple>(entry);
+        lists.push_back({nb::cast<Positions>(one[0]), nb::cast<Positions>(one[1]), nb::cast<Bytes>(one[2]),
+                         nb::cast<uint32_t>(one[3])});
+        const Below& list = lists.back();
+        const auto m = static_cast<int64_t>(list.positions.size());
+        require(list.steps.size() == list.positions.size(), "one step each");
+        require(static_cast<int64_t>(list.merged.size()) == m * size, "one value each");
+        total += m;
+    }
+    require(static_cast<int64_t>(at.size()) >= total && static_cast<int64_t>(values.size()) >= total * size,
+            "room for all");
+    std::vector<Count> found;
+    nb::gil_scoped_release release;
+    int64_t n = 0;
+    for (const Below& list : lists) {
+        uint32_t* positions = at.data() + n;
+        uint8_t* merged = values.data() + n * size;
+        found.push_back(size == 2   ? list.pick<uint16_t>(positions, merged)
+                        : size == 4 ? list.pick<uint32_t>(positions, merged)
+                                    : list.pick<uint64_t>(positions, merged));
+        n += found.back().first;
+    }
+    return found;
 }
 
 // Runs of `run_bytes` bytes that begin at `starts` (bytes), copied one after the other.
@@ -309,16 +385,7 @@ bool read_runs(int fd, const Ints& starts, OutBytes out, int64_t run_bytes, int6
     require(static_cast<int64_t>(out.size()) == count * run_bytes, "room for the runs, no more");
     require(together > 0 && count % together == 0, "whole clusters of runs");
     nb::gil_scoped_release release;
-    std::vector<uint8_t> window;
-    for (int64_t i = 0; i < count; i += together) {
-        const auto [first, last] = std::minmax_element(starts.data() + i, starts.data() + i + together);
-        window.resize(*last + run_bytes - *first);
-        const auto size = static_cast<ssize_t>(window.size());
-        if (*first < 0 || pread(fd, window.data(), size, *first) != size) return false;
-        for (int64_t j = i; j < i + together; ++j)
-            std::memcpy(out.data() + j * run_bytes, window.data() + (starts.data()[j] - *first), run_bytes);
-    }
-    return true;
+    return ota::read_runs(fd, starts.data(), count, out.data(), run_bytes, together);
 }
 
 nb::tuple power_sum(const nb::tuple& curvature_spec, int64_t n, double power, const std::string& isa) {
@@ -359,7 +426,9 @@ NB_MODULE(_native, m) {
           "isa"_a);
     m.def("scores", &per_element<&ota::Kernels::scores>, "base"_a.none(), "base_code"_a, "expert"_a, "out"_a,
           "isa"_a);
-    m.def("scatter", &scatter_elements, "data"_a, "positions"_a, "elements"_a, "size"_a);
+    m.def("scatter", &scatter, "data"_a, "positions"_a, "elements"_a, "size"_a);
+    m.def("scatter_in_file", &scatter_in_file, "fd"_a, "begin"_a, "n"_a, "positions"_a, "elements"_a, "size"_a);
+    m.def("below", &below, "alternatives"_a, "size"_a, "at"_a, "values"_a);
     m.def("copy_runs", &copy_runs, "data"_a, "starts"_a, "out"_a, "run_bytes"_a);
     m.def("read_runs", &read_runs, "fd"_a, "starts"_a, "out"_a, "run_bytes"_a, "together"_a);
     m.def("power_sum", &power_sum, "curvature"_a, "n"_a, "power"_a, "isa"_a);

@@ -40,6 +40,12 @@ inline float saliency(float h, float d, float k) {
     return (h * k) * (scaled * scaled);
 }
 
+// The score of w against base; without a base the curvature alone. Float32 throughout.
+template <bool HasBase>
+inline float score(float h, float w, float base, float k) {
+    return HasBase ? saliency(h, w - base, k) : h * k;
+}
+
 // P = a h^p + epsilon, or P = a where the weights ignore curvature (Power::none).
 enum class Power { none, half, one, general };
 

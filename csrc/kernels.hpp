@@ -49,17 +49,31 @@ struct Expert {
 constexpr int kExponents = 256;
 constexpr int kCensus = 2 * kExponents + 1;
 
+// Elements that one expert's bracket alone leaves undecided. They are merged as if the expert kept them; merged:
+// their values where it does not. The highest bit of index is set where no other expert keeps the element. Room for
+// kSpare elements more than a tile has.
+constexpr int kSpare = 16;
+struct Alternatives {
+    int64_t count = 0;
+    uint32_t* index = nullptr;
+    uint32_t* steps = nullptr;
+    uint8_t* merged = nullptr;
+};
+
 // Where elements go that some expert's bracket leaves undecided: their index in the tile and their operands,
 // weights as they are stored, curvature as float32 (nowhere for uniform curvature). steps: for experts with a
-// bracket, how many float32 numbers each score in it lies above its lowest. Room for a whole tile.
+// bracket, how many float32 numbers each score in it lies above its lowest. Elements from `resolved` on are to
+// become alternatives of the one expert that they wait for; what they all keep stays. Room for a whole tile.
 struct Candidates {
-    int64_t count = 0;
+    int64_t count = 0, resolved = 0;
     uint32_t* index = nullptr;
     uint8_t* base = nullptr;
     uint8_t* weights[kMaxExperts] = {};
     float* curvature[kMaxExperts] = {};
     uint32_t* steps[kMaxExperts] = {};
     int64_t n_steps[kMaxExperts] = {};
+    Alternatives alternatives[kMaxExperts];
+    bool overflowed = false;  // whether a result of those was beyond the output type's range: all stay
 };
 
 struct Formula {
@@ -84,7 +98,7 @@ struct NonFinite {
     }
 };
 
-// Undecided elements count nowhere but as not finite, and in `reached`.
+// Candidates count nowhere but as not finite, and in `reached`; alternatives not as kept by their expert.
 struct MergeStats {
     int64_t kept[kMaxExperts] = {};
     int64_t reached[kMaxExperts] = {};  // scores from the threshold, or from the bracket's lowest, up

@@ -39,9 +39,11 @@ inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
 inline Floats load_f16(const uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
+inline Bits load(const int32_t* p) { return _mm512_loadu_si512(p); }
 inline void store_low_halves(uint16_t* p, Bits x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(x));
 }
+inline Bits f16_of(Floats x) { return _mm512_cvtepu16_epi32(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
 inline void store_f16(uint16_t* p, Floats x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
@@ -56,6 +58,7 @@ inline Floats sqrt(Floats x) { return _mm512_sqrt_ps(x); }
 inline Bits add(Bits a, Bits b) { return _mm512_add_epi32(a, b); }
 inline Bits sub(Bits a, Bits b) { return _mm512_sub_epi32(a, b); }
 inline Bits both(Bits a, Bits b) { return _mm512_and_si512(a, b); }
+inline Bits either(Bits a, Bits b) { return _mm512_or_si512(a, b); }
 inline Bits larger(Bits a, Bits b) { return _mm512_max_epu32(a, b); }
 template <int N> inline Bits left(Bits x) { return _mm512_slli_epi32(x, N); }
 template <int N> inline Bits right(Bits x) { return _mm512_srli_epi32(x, N); }
@@ -69,25 +72,41 @@ inline uint32_t largest(Bits x) { return _mm512_reduce_max_epu32(x); }
 inline Mask at_least(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
 inline Mask is_zero(Floats x) { return _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_EQ_OQ); }
 inline Mask is_zero(Bits x) { return _mm512_testn_epi32_mask(x, x); }
-inline Mask below(Bits a, Bits b) { return _mm512_cmplt_epu32_mask(a, b); }
+inline Mask above(Bits a, Bits b) { return _mm512_cmpgt_epu32_mask(a, b); }
+// Lanes of m where a is not at least b (which may be NaN).
+inline Mask not_at_least(Mask m, Floats a, Floats b) { return _mm512_mask_cmp_ps_mask(m, a, b, _CMP_NGE_UQ); }
 inline Mask either(Mask a, Mask b) { return static_cast<Mask>(a | b); }
+inline Mask both(Mask a, Mask b) { return static_cast<Mask>(a & b); }
+inline Mask without(Mask a, Mask b) { return static_cast<Mask>(a & ~b); }
 inline Floats zero_unless(Mask m, Floats x) { return _mm512_maskz_mov_ps(m, x); }
 inline Floats zero_where(Mask m, Floats x) { return _mm512_maskz_mov_ps(static_cast<Mask>(~m), x); }
 inline Floats choose(Mask m, Floats a, Floats b) { return _mm512_mask_mov_ps(b, m, a); }
 inline Mask nowhere() { return 0; }
+inline Mask first_lanes(int n) { return static_cast<Mask>((1u << n) - 1u); }
+inline Bits ones_where(Mask m) { return _mm512_maskz_set1_epi32(m, 1); }
 inline uint32_t lanes_of(Mask m) { return m; }
 
-// Writes first + i for each lane i of the mask to `at`, which has room for all lanes; returns how many.
-inline int write_positions(Mask m, int first, int32_t* at) {
+// Writes first + i for each bit i of the flags of a step to `at`, which has room for a vector more; returns how many.
+inline int write_positions(uint64_t flags, int first, int32_t* at) {
     const Bits lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    _mm512_storeu_si512(at, _mm512_maskz_compress_epi32(m, add(lanes, _mm512_set1_epi32(first))));
-    return __builtin_popcount(lanes_of(m));
+    int n = 0;
+    for (int lane = 0; lane < 64; lane += 16) {
+        const auto m = static_cast<Mask>(flags >> lane);
+        _mm512_storeu_si512(at + n, _mm512_maskz_compress_epi32(m, add(lanes, _mm512_set1_epi32(first + lane))));
+        n += __builtin_popcount(m);
+    }
+    return n;
+}
+
+// Writes the lanes of the mask one after the other, to where there is room for all lanes.
+inline void write(Mask m, Bits x, uint32_t* out) { _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(m, x)); }
+inline void write_low_halves(Mask m, Bits x, uint16_t* out) {
+    store_low_halves(out, _mm512_maskz_compress_epi32(m, x));
 }
 
 constexpr int kVectors = 4;  // whose sums leave enough of 32 registers free
-inline int count(const Mask (&m)[kVectors]) {
-    const __mmask64 joined = _mm512_kunpackd(_mm512_kunpackw(m[3], m[2]), _mm512_kunpackw(m[1], m[0]));
-    return __builtin_popcountll(_cvtmask64_u64(joined));
+inline uint64_t joined(const Mask (&m)[kVectors]) {
+    return _cvtmask64_u64(_mm512_kunpackd(_mm512_kunpackw(m[3], m[2]), _mm512_kunpackw(m[1], m[0])));
 }
 
 #else
@@ -111,11 +130,13 @@ inline Floats load(const float* p) { return _mm256_loadu_ps(p); }
 inline Floats load_f16(const uint16_t* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
+inline Bits load(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 inline void store_low_halves(uint16_t* p, Bits x) {
     const __m256i packed = _mm256_packus_epi32(x, x);
     const __m256i joined = _mm256_permute4x64_epi64(packed, 0x08);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(joined));
 }
+inline Bits f16_of(Floats x) { return _mm256_cvtepu16_epi32(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
 inline void store_f16(uint16_t* p, Floats x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
@@ -130,6 +151,7 @@ inline Floats sqrt(Floats x) { return _mm256_sqrt_ps(x); }
 inline Bits add(Bits a, Bits b) { return _mm256_add_epi32(a, b); }
 inline Bits sub(Bits a, Bits b) { return _mm256_sub_epi32(a, b); }
 inline Bits both(Bits a, Bits b) { return _mm256_and_si256(a, b); }
+inline Bits either(Bits a, Bits b) { return _mm256_or_si256(a, b); }
 inline Bits larger(Bits a, Bits b) { return _mm256_max_epu32(a, b); }
 template <int N> inline Bits left(Bits x) { return _mm256_slli_epi32(x, N); }
 template <int N> inline Bits right(Bits x) { return _mm256_srli_epi32(x, N); }
@@ -147,35 +169,53 @@ inline uint32_t largest(Bits x) {
 inline Mask at_least(Floats a, Floats b) { return _mm256_cmp_ps(a, b, _CMP_GE_OQ); }
 inline Mask is_zero(Floats x) { return _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_EQ_OQ); }
 inline Mask is_zero(Bits x) { return floats(_mm256_cmpeq_epi32(x, _mm256_setzero_si256())); }
-inline Mask below(Bits a, Bits b) {  // comparisons are signed
+inline Mask above(Bits a, Bits b) {  // comparisons are signed
     const Bits half = all(0x80000000u);
-    return floats(_mm256_cmpgt_epi32(_mm256_xor_si256(b, half), _mm256_xor_si256(a, half)));
+    return floats(_mm256_cmpgt_epi32(_mm256_xor_si256(a, half), _mm256_xor_si256(b, half)));
 }
+inline Mask not_at_least(Mask m, Floats a, Floats b) { return _mm256_andnot_ps(at_least(a, b), m); }
 inline Mask either(Mask a, Mask b) { return _mm256_or_ps(a, b); }
+inline Mask both(Mask a, Mask b) { return _mm256_and_ps(a, b); }
+inline Mask without(Mask a, Mask b) { return _mm256_andnot_ps(b, a); }
 inline Floats zero_unless(Mask m, Floats x) { return _mm256_and_ps(m, x); }
 inline Floats zero_where(Mask m, Floats x) { return _mm256_andnot_ps(m, x); }
 inline Floats choose(Mask m, Floats a, Floats b) { return _mm256_blendv_ps(b, a, m); }
 inline Mask nowhere() { return _mm256_setzero_ps(); }
+inline Mask first_lanes(int n) {
+    return floats(_mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)));
+}
+inline Bits ones_where(Mask m) { return right<31>(bits(m)); }
 inline uint32_t lanes_of(Mask m) { return static_cast<uint32_t>(_mm256_movemask_ps(m)); }
 
-inline int write_positions(Mask m, int first, int32_t* at) {
+inline int write_positions(uint64_t flags, int first, int32_t* at) {
     int n = 0;
-    for (uint32_t rest = lanes_of(m); rest != 0; rest &= rest - 1) at[n++] = first + __builtin_ctz(rest);
+    for (uint64_t rest = flags; rest != 0; rest &= rest - 1) at[n++] = first + __builtin_ctzll(rest);
     return n;
 }
 
-constexpr int kVectors = 2;  // of 16 registers
-inline int count(const Mask (&m)[kVectors]) {
-    return __builtin_popcount(lanes_of(m[0]) | lanes_of(m[1]) << OTA_LANES);
+template <typename T> inline void write_each(Mask m, Bits x, T* out) {
+    uint32_t each[8];
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(each), x);
+    for (uint32_t rest = lanes_of(m); rest != 0; rest &= rest - 1)
+        *out++ = static_cast<T>(each[__builtin_ctz(rest)]);
 }
+inline void write(Mask m, Bits x, uint32_t* out) { write_each(m, x, out); }
+inline void write_low_halves(Mask m, Bits x, uint16_t* out) { write_each(m, x, out); }
+
+constexpr int kVectors = 2;  // of 16 registers
+inline uint64_t joined(const Mask (&m)[kVectors]) { return lanes_of(m[0]) | lanes_of(m[1]) << OTA_LANES; }
 
 #endif
 
+inline int count(Mask m) { return __builtin_popcount(lanes_of(m)); }
+inline int count(const Mask (&m)[kVectors]) { return __builtin_popcountll(joined(m)); }
+
 // As to_bf16, of numbers.
-inline void store_bf16(uint16_t* p, Floats x) {
+inline Bits bf16_of(Floats x) {
     const Bits even = both(right<16>(bits(x)), all(1u));
-    store_low_halves(p, right<16>(add(bits(x), add(even, all(0x7fffu)))));
+    return right<16>(add(bits(x), add(even, all(0x7fffu))));
 }
+inline void store_bf16(uint16_t* p, Floats x) { store_low_halves(p, bf16_of(x)); }
 
 }  // namespace lanes
 }  // namespace OTA_ISA

@@ -6,14 +6,13 @@
 
 #include <type_traits>
 
+#include "candidates.hpp"
 #include "formulas.hpp"
 #include "streamed.hpp"
 
 namespace ota {
 namespace OTA_ISA {
 namespace {
-
-constexpr int kLanes = 16;  // of the widest vectors
 
 // Besides float32, the type of weights that the loops read as they are; others are widened to float32 first.
 template <typename Acc>
@@ -67,12 +66,6 @@ struct Found {
     int32_t kept = 0;
     uint32_t suspicion = 0;
 };
-
-// The score of w against base; without a base the curvature alone. Float32 throughout.
-template <bool HasBase>
-inline float score(float h, float w, float base, float k) {
-    return HasBase ? saliency(h, w - base, k) : h * k;
-}
 
 // plain: what the OTA merge itself needs; open: brackets too; general: all that, rescaled edits, unmasked
 // weights and counted keepers.
@@ -362,15 +355,6 @@ float usable_score(const MergeArgs& args, int t, float w, float h, Acc base) {
     return s > 0.0f ? s : 0.0f;  // -0, and a curvature above 2^96 times an edit of 0
 }
 
-// Adds a score (its bits) that is not in its bracket to the census.
-inline void count_score(const Expert& expert, uint32_t bits) {
-    const uint32_t first_above = bit_cast<uint32_t>(expert.threshold) + (expert.span ? expert.span : 1);
-    const uint32_t exponent = bits >> 23, above = bits >= first_above ? 1 : 0;
-    const uint32_t significand = (bits & 0x7fffffu) + (exponent > 0 ? 1u << 23 : 0u);
-    expert.census[above * kExponents + exponent] += significand;
-    expert.census[2 * kExponents] += above;
-}
-
 // Sums the scores of expert t, but those of undecided elements, which `account` counts.
 template <typename Acc>
 void take_census(const MergeArgs& args, int t, int64_t offset, int n, Block<Acc>& block) {
@@ -380,129 +364,6 @@ void take_census(const MergeArgs& args, int t, int64_t offset, int n, Block<Acc>
     for (int i = 0; i < n; ++i)
         if (!block.undecided[i])
             count_score(expert, bit_cast<uint32_t>(usable_score(args, t, w[i], h[i], block.base[i])));
-}
-
-// Where flags (0 or 1) are 1. flags may be read and `at` written up to kLanes further than n.
-int positions_of_ones(const int32_t* flags, int n, int32_t* at) {
-    int m = 0;
-#if defined(__AVX512F__)
-    __m512i index = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    for (int i = 0; i < n; i += kLanes, index = _mm512_add_epi32(index, _mm512_set1_epi32(kLanes))) {
-        const __mmask16 inside = _mm512_cmplt_epi32_mask(index, _mm512_set1_epi32(n));
-        const __m512i lanes = _mm512_load_si512(flags + i);
-        const __mmask16 ones = _mm512_mask_test_epi32_mask(inside, lanes, lanes);
-        _mm512_storeu_si512(at + m, _mm512_maskz_compress_epi32(ones, index));
-        m += __builtin_popcount(ones);
-    }
-#else
-    for (int i = 0; i < n; ++i) {
-        at[m] = i;
-        m += flags[i];
-    }
-#endif
-    return m;
-}
-
-template <typename T>
-void pick(const Operand& x, int64_t offset, const int32_t* at, int m, uint8_t* out) {
-    const uint8_t* src = x.data + static_cast<int64_t>(sizeof(T)) * offset;
-    for (int j = 0; j < m; ++j) std::memcpy(out + sizeof(T) * j, src + sizeof(T) * at[j], sizeof(T));
-}
-
-// The elements `at` of a block, as they are stored.
-void pick(const Operand& x, int64_t offset, const int32_t* at, int m, uint8_t* out) {
-    switch (item_size(x.dtype)) {
-        case 8: return pick<uint64_t>(x, offset, at, m, out);
-        case 4: return pick<uint32_t>(x, offset, at, m, out);
-        case 2: return pick<uint16_t>(x, offset, at, m, out);
-        default: return pick<uint8_t>(x, offset, at, m, out);
-    }
-}
-
-// What the next block is likely to append to: a dozen columns, of which each block begins a new cache line or
-// two, are more than the store buffer could wait for.
-inline void fetch_room(const void* end) {
-    __builtin_prefetch(end, 1, 3);
-    __builtin_prefetch(static_cast<const char*>(end) + 64, 1, 3);
-}
-
-// Appends the curvature of the m elements `at` from `offset` on.
-void pick_curvature(const Curvature& curvature, int64_t offset, int64_t total, const int32_t* at, int m,
-                    float* out) {
-    float room[kBlock];
-    for (int begin = 0, j = 0; j < m; begin += kBlock) {
-        const int64_t left = total - offset - begin;
-        const float* h = load(curvature, offset + begin, left < kBlock ? static_cast<int>(left) : kBlock, room);
-        for (; j < m && at[j] < begin + kBlock; ++j) out[j] = h[at[j] - begin];
-    }
-}
-
-// Appends the m elements `at` from `offset` on to the candidates.
-void append(const MergeArgs& args, int64_t offset, const int32_t* at, int m) {
-    Candidates& c = *args.candidates;
-    const int64_t end = c.count + m;
-    for (int j = 0; j < m; ++j) c.index[c.count + j] = static_cast<uint32_t>(offset + at[j]);
-    fetch_room(c.index + end);
-    if (args.has_base) {
-        const int size = item_size(args.base.dtype);
-        pick(args.base, offset, at, m, c.base + size * c.count);
-        fetch_room(c.base + size * end);
-    }
-    for (int t = 0; t < args.n_experts; ++t) {
-        const Expert& expert = args.experts[t];
-        const int size = item_size(expert.weights.dtype);
-        pick(expert.weights, offset, at, m, c.weights[t] + size * c.count);
-        fetch_room(c.weights[t] + size * end);
-        if (expert.curvature.kind == CurvatureKind::uniform) continue;
-        pick_curvature(expert.curvature, offset, args.n, at, m, c.curvature[t] + c.count);
-        fetch_room(c.curvature[t] + end);
-    }
-    c.count = end;
-}
-
-// Of n candidates from `offset` on, what expert t's scores count: takes back that it kept them.
-template <bool HasBase>
-void account(const MergeArgs& args, int t, int64_t offset, int n, MergeStats& stats) {
-    const Expert& expert = args.experts[t];
-    Candidates& c = *args.candidates;
-    float base_room[kBlock], weight_room[kBlock], curvature_room[kBlock], used[kBlock];
-    const float* base = HasBase ? load({c.base, args.base.dtype}, offset, n, base_room) : nullptr;
-    const float* w = load({c.weights[t], expert.weights.dtype}, offset, n, weight_room);
-    const bool uniform = expert.curvature.kind == CurvatureKind::uniform;
-    const float* h = uniform ? load(expert.curvature, offset, n, curvature_room) : c.curvature[t] + offset;
-    int32_t kept = 0, reached = 0;
-    for (int j = 0; j < n; ++j) {
-        const float b = HasBase ? base[j] : 0.0f, s = score<HasBase>(h[j], w[j], b, expert.score_scale);
-        const bool usable = is_finite(w[j]) & is_curvature(h[j]) & is_finite(b);
-        used[j] = usable & (s > 0.0f) ? s : 0.0f;  // as usable_score
-        kept += s >= expert.threshold ? 1 : 0;
-        reached += used[j] >= expert.threshold ? 1 : 0;
-    }
-    stats.kept[t] -= kept;
-    stats.reached[t] += reached;
-    const uint32_t lowest = bit_cast<uint32_t>(expert.threshold), span = expert.span;
-    if (span) {
-        int64_t n_steps = c.n_steps[t];
-        for (int j = 0; j < n; ++j) {
-            const uint32_t step = bit_cast<uint32_t>(used[j]) - lowest;
-            c.steps[t][n_steps] = step;
-            n_steps += step < span ? 1 : 0;
-        }
-        c.n_steps[t] = n_steps;
-    }
-    if (expert.census)
-        for (int j = 0; j < n; ++j)
-            if (bit_cast<uint32_t>(used[j]) - lowest >= span) count_score(expert, bit_cast<uint32_t>(used[j]));
-}
-
-// The candidates' scores: at the end, because a block alone has too few of them for a loop to be worth it.
-void account(const MergeArgs& args, MergeStats& stats) {
-    const int64_t count = args.candidates->count;
-    for (int64_t offset = 0; offset < count; offset += kBlock) {
-        const int n = static_cast<int>(count - offset < kBlock ? count - offset : kBlock);
-        for (int t = 0; t < args.n_experts; ++t)
-            args.has_base ? account<true>(args, t, offset, n, stats) : account<false>(args, t, offset, n, stats);
-    }
 }
 
 // Takes back what undecided elements counted when they were stored.
@@ -533,6 +394,7 @@ bool add_expert(const MergeArgs& args, int t, int64_t offset, int n, Block<Acc>&
     if (found.suspicion < kSuspect) return false;
     const float* w = load(expert.weights, offset, n, block.weight_room);
     const float* h = load(expert.curvature, offset, n, block.curvature_room);
+    if (!any_nonfinite(w, n) && !any_bad_curvature(h, n)) return false;  // what fills up a chunk
     const bool bad = count_nonfinite(w, offset, n, stats.weights[t]) |
                      count_bad_curvature(h, offset, n, stats.curvature[t]);
     return bad;
@@ -562,11 +424,87 @@ void merge_block(const MergeArgs& args, int64_t offset, int n, Block<Acc>& block
     if (bad && args.formula.repair_nonfinite) repair(args, offset, n, block, stats);
     const int64_t beyond = store(args.out_dtype, args.out, offset, n, block.merged());
     stats.overflow += beyond;
-    if (beyond && args.candidates) uncount_overflow(args, n, block, stats);
+    if (beyond && args.candidates) {
+        uncount_overflow(args, n, block, stats);
+        args.candidates->overflowed = true;
+    }
+}
+
+// Merges candidates with thresholds at the ends of the brackets. False where a result overflows.
+template <typename Acc>
+bool merge_without_undecided(MergeArgs& of, Block<Acc>& block, uint8_t* merged) {
+    for (int t = 0; t < of.n_experts; ++t) {
+        Expert& expert = of.experts[t];
+        if (expert.span) expert.threshold = bit_cast<float>(bit_cast<uint32_t>(expert.threshold) + expert.span);
+        expert.span = 0;
+        expert.census = nullptr;
+    }
+    of.out = merged;
+    MergeStats unused;
+    merge_block(of, 0, static_cast<int>(of.n), block, unused);
+    return unused.overflow == 0;
+}
+
+// Of n candidates from `offset` on, those that wait for one expert alone become its alternatives; the others
+// move up.
+template <bool HasBase, typename Acc>
+void resolve(const MergeArgs& args, int64_t offset, int n, Block<Acc>& block, MergeStats& stats) {
+    Candidates& c = *args.candidates;
+    MergeArgs of = operands(args, offset, n);
+    Undecided undecided;
+    for (int t = 0; t < args.n_experts; ++t) undecided.look<HasBase>(of, t, n);
+    uint8_t merged[kBlock * sizeof(double)];
+    const bool splits = args.n <= kFlag && !c.overflowed && merge_without_undecided(of, block, merged);
+    uint32_t index[kBlock];
+    int32_t waits_for[kBlock], flags[kBlock], at[kBlock + kLanes];
+    for (int j = 0; j < n; ++j) {
+        index[j] = c.index[offset + j] | (undecided.keepers[j] ? 0u : 1u << 31);
+        waits_for[j] = splits && undecided.brackets[j] == 1 ? undecided.expert[j] : -1;
+    }
+    const auto pick_column = [&](const void* column, DType dtype, int m, void* out, int64_t count) {
+        pick({static_cast<const uint8_t*>(column), dtype}, 0, at, m,
+             static_cast<uint8_t*>(out) + item_size(dtype) * count);
+    };
+    for (int t = 0; t < args.n_experts; ++t) {
+        if (args.experts[t].span == 0) continue;
+        for (int j = 0; j < n; ++j) flags[j] = waits_for[j] == t ? 1 : 0;
+        const int m = positions_of_ones(flags, n, at);
+        Alternatives& a = c.alternatives[t];
+        pick_column(index, DType::f32, m, a.index, a.count);
+        pick_column(undecided.step, DType::f32, m, a.steps, a.count);
+        pick_column(merged, args.out_dtype, m, a.merged, a.count);
+        a.count += m;
+        stats.kept[t] -= m;
+        stats.reached[t] += m;
+    }
+    for (int t = 0; t < args.n_experts; ++t) {
+        if (args.experts[t].census == nullptr) continue;
+        const Scores<HasBase> scores(of, t, n);
+        for (int j = 0; j < n; ++j)
+            if (waits_for[j] >= 0 && waits_for[j] != t)
+                count_score(args.experts[t], bit_cast<uint32_t>(scores.used[j]));
+    }
+    for (int j = 0; j < n; ++j)
+        if (waits_for[j] < 0) move(args, offset + j, c.resolved++);
+}
+
+template <typename Acc>
+void resolve(const MergeArgs& args, int64_t many, Block<Acc>& block, MergeStats& stats) {
+    if (args.candidates == nullptr || args.candidates->count - args.candidates->resolved < many) return;
+    Candidates& c = *args.candidates;
+    for (int64_t offset = c.resolved; offset < c.count; offset += kBlock) {
+        const int n = static_cast<int>(c.count - offset < kBlock ? c.count - offset : kBlock);
+        args.has_base ? resolve<true>(args, offset, n, block, stats)
+                      : resolve<false>(args, offset, n, block, stats);
+    }
+    c.count = c.resolved;
+    c.overflowed = false;
 }
 
 // Merges elements from `offset` on as long as `streamed` does. Returns where the first one is that it did not.
-int64_t merge_streamed(StreamedSpan streamed, const MergeArgs& args, int64_t offset, MergeStats& stats) {
+template <typename Acc>
+int64_t merge_streamed(StreamedSpan streamed, const MergeArgs& args, int64_t offset, Block<Acc>& block,
+                       MergeStats& stats) {
     int32_t at[kSpan + kLanes];
     while (streamed != nullptr) {
         const int64_t left = (args.n - offset) / streamed::kStep * streamed::kStep;
@@ -574,6 +512,7 @@ int64_t merge_streamed(StreamedSpan streamed, const MergeArgs& args, int64_t off
         const int undecided = n > 0 ? streamed(args, offset, n, at, stats) : -1;
         if (undecided < 0) break;
         if (undecided > 0) append(args, offset, at, undecided);
+        resolve(args, kMany, block, stats);
         offset += n;
     }
     return offset;
@@ -588,14 +527,16 @@ void merge_tile(const MergeArgs& args, MergeStats& stats) {
     int64_t offset = 0, retry = 0;  // where streaming is tried again
     while (offset < args.n) {
         if (offset >= retry) {
-            offset = merge_streamed(streamed, args, offset, stats);
+            offset = merge_streamed(streamed, args, offset, block, stats);
             retry = offset + kSpan;
             continue;
         }
         const int n = static_cast<int>(args.n - offset < kBlock ? args.n - offset : kBlock);
         merge_block(args, offset, n, block, stats);
+        resolve(args, kMany, block, stats);
         offset += n;
     }
+    resolve(args, 1, block, stats);
     if (args.candidates) account(args, stats);
     for (int t = 0; t < args.n_experts; ++t) stats.reached[t] += stats.kept[t];
 }

@@ -4,6 +4,7 @@
 // Both do the same operations in the same order: their results are equal bit for bit.
 #pragma once
 
+#include "candidates.hpp"
 #include "lanes.hpp"
 
 namespace ota {
@@ -13,8 +14,9 @@ namespace OTA_ISA {
 // are picked.
 constexpr int kSpan = 4 * kBlock;
 
-// Merges n elements from `offset` on, adds what they count to `stats`, and writes where the undecided ones are,
-// relative to `offset`, to `at` (room for n and 16 more). Returns their number, or -1 where it is for merge.cpp.
+// Merges n elements from `offset` on, adds what they count to `stats` and the alternatives that they have to
+// those of the tile, and writes where the other undecided ones are, relative to `offset`, to `at` (room for n and
+// 16 more). Returns their number, or -1 where it is for merge.cpp.
 using StreamedSpan = int (*)(const MergeArgs& args, int64_t offset, int n, int32_t* at, MergeStats& stats);
 
 #if defined(OTA_LANES)
@@ -67,8 +69,7 @@ struct Scaled : T {
 // One expert. w, h: element 0 of the span (h of rank-1 curvature: its column); row: its number of this row.
 struct Stream {
     const uint8_t *w, *h;
-    float row, threshold, k, weight_scale;
-    uint32_t lowest, span;
+    float row, threshold, end, k, weight_scale;  // end: the first number above the bracket
     int32_t kept;
 };
 
@@ -76,8 +77,10 @@ struct Stream {
 struct Seen {
     Bits top = all(0u), top_merged = all(0u);
     int32_t zeros = 0;  // elements whose weights sum to 0
-    int32_t undecided = 0;
 };
+
+// Of each step of a span, the elements that are undecided, as bits.
+using Flags = uint64_t[kSpan / kStep];
 
 // Into the first-level cache: a dozen streams are too many for the hardware's own prefetchers.
 template <typename T>
@@ -91,7 +94,7 @@ inline Bits magnitude(Floats x) { return both(bits(x), all(0x7fffffffu)); }
 // Elements [begin, end) of the span.
 template <Masks M, Power P, typename W, typename H>
 Seen run(const MergeArgs& args, const uint8_t* base, Stream* streams, int begin, int end, uint8_t* out,
-         int32_t* at, Seen seen) {
+         Flags& flags, Seen seen) {
     const Floats epsilon = all(static_cast<float>(args.formula.epsilon));
     const Floats lambda = all(static_cast<float>(args.formula.lambda));
     const int n_streams = args.n_experts;
@@ -124,7 +127,7 @@ Seen run(const MergeArgs& args, const uint8_t* base, Stream* streams, int begin,
                     weight = zero_unless(keep[v], weight);
                     seen.top = larger(seen.top, bits(s));  // usable inputs have a score that is a number >= 0
                     if (M == Masks::open)
-                        undecided[v] = either(undecided[v], below(sub(bits(s), all(x.lowest)), all(x.span)));
+                        undecided[v] = either(undecided[v], not_at_least(keep[v], s, all(x.end)));
                 }
                 denominator[v] = add(denominator[v], weight);
                 numerator[v] = fma(weight, d, numerator[v]);
@@ -142,12 +145,87 @@ Seen run(const MergeArgs& args, const uint8_t* base, Stream* streams, int begin,
                 store_bf16(reinterpret_cast<uint16_t*>(out) + j, merged);
             else
                 store_f16(reinterpret_cast<uint16_t*>(out) + j, merged);
-            if (M == Masks::open)
-                seen.undecided += write_positions(undecided[v], j, at + seen.undecided);
         }
+        if (M == Masks::open) flags[i / kStep] = joined(undecided);
         seen.zeros += count(zero);
     }
     return seen;
+}
+
+constexpr int kPicked = 128;  // undecided elements whose operands are side by side at a time
+
+template <typename T>
+inline void pick(const uint8_t* p, const int32_t* at, int m, uint8_t* out) {
+#pragma GCC unroll 8
+    for (int j = 0; j < m; ++j)
+        std::memcpy(out + T::size * j, p + T::size * static_cast<int64_t>(at[j]), T::size);
+}
+
+// The at most kPicked elements `at` of the span that wait for one expert alone become its alternatives, as
+// merge.cpp's `resolve` has it. Writes where the others are to `others_at`; returns their number.
+template <Power P, typename W, typename H>
+int resolve(const MergeArgs& args, int64_t offset, const uint8_t* base, const Stream* streams, const int32_t* at,
+            int m, int32_t* others_at, MergeStats& stats) {
+    const Floats epsilon = all(static_cast<float>(args.formula.epsilon));
+    const Floats lambda = all(static_cast<float>(args.formula.lambda));
+    const Bits limit = all(bit_cast<uint32_t>(static_cast<float>(largest_finite(args.out_dtype))));
+    const bool to_bf16 = args.out_dtype == DType::bf16;
+    const int n_streams = args.n_experts;
+    uint8_t base_room[kPicked * W::size];
+    uint8_t w_room[kMaxExperts][kPicked * W::size], h_room[kMaxExperts][kPicked * H::size];
+    Mask inside[kMaxExperts];
+    Bits steps[kMaxExperts];
+    pick<W>(base, at, m, base_room);
+    for (int t = 0; t < n_streams; ++t) {
+        pick<W>(streams[t].w, at, m, w_room[t]);
+        pick<H>(streams[t].h, at, m, h_room[t]);
+    }
+    int n_others = 0;
+    for (int i = 0; i < m; i += OTA_LANES) {
+        const Mask valid = first_lanes(m - i < OTA_LANES ? m - i : OTA_LANES);
+        const Bits where = load(at + i);
+        const Floats b = W::read(base_room, i);
+        Floats numerator = all(0.0f), denominator = all(0.0f);
+        Mask some = nowhere(), several = nowhere();
+        for (int t = 0; t < n_streams; ++t) {
+            const Stream& x = streams[t];
+            const Floats w = W::read(w_room[t], i), h = H::curvature(h_room[t], i, x.row), d = sub(w, b);
+            const Floats scaled = mul(d, all(65536.0f));
+            const Floats s = mul(mul(h, all(x.k)), mul(scaled, scaled));
+            const Mask reaches = at_least(s, all(x.threshold));
+            inside[t] = not_at_least(reaches, s, all(x.end));
+            const Mask keep = without(reaches, inside[t]);
+            steps[t] = sub(bits(s), bits(all(x.threshold)));
+            several = either(several, both(some, inside[t]));
+            some = either(some, inside[t]);
+            const Floats all_weight = fma(P == Power::half ? sqrt(h) : h, all(x.weight_scale), epsilon);
+            const Floats weight = zero_unless(keep, all_weight);
+            denominator = add(denominator, weight);
+            numerator = fma(weight, d, numerator);
+        }
+        const Mask zero = is_zero(denominator);
+        const Floats edit = mul(lambda, div(numerator, denominator));
+        const Floats merged = choose(zero, b, add(b, edit));
+        const Mask stays = either(several, above(magnitude(merged), limit));
+        const Mask splits = without(both(some, valid), stays);
+        const Bits index = either(add(where, all(static_cast<uint32_t>(offset))), lanes::left<31>(ones_where(zero)));
+        const Bits value = to_bf16 ? bf16_of(merged) : f16_of(merged);
+        for (int t = 0; t < n_streams; ++t) {
+            const Mask waits = both(inside[t], splits);
+            if (lanes_of(waits) == 0) continue;
+            Alternatives& a = args.candidates->alternatives[t];
+            const int n = count(waits);
+            write(waits, index, a.index + a.count);
+            write(waits, steps[t], a.steps + a.count);
+            write_low_halves(waits, value, reinterpret_cast<uint16_t*>(a.merged) + a.count);
+            a.count += n;
+            stats.kept[t] -= n;
+            stats.reached[t] += n;
+        }
+        for (uint32_t rest = lanes_of(without(valid, splits)); rest != 0; rest &= rest - 1)
+            others_at[n_others++] = at[i + __builtin_ctz(rest)];
+    }
+    return n_others;
 }
 
 // Calls step(begin, end, row, column) for what n elements have of each row.
@@ -169,16 +247,18 @@ int merge_span(const MergeArgs& args, int64_t offset, int n, int32_t* at, MergeS
         const Expert& e = args.experts[t];
         const Curvature& c = e.curvature;
         const uint8_t* h = c.kind == CurvatureKind::log8 ? c.codes + offset : c.values.data + offset * H::size;
-        streams[t] = {e.weights.data + offset * W::size, h, 0.0f, e.threshold, e.score_scale,
-                      static_cast<float>(e.weight_scale), bit_cast<uint32_t>(e.threshold), e.span, 0};
+        const float end = bit_cast<float>(bit_cast<uint32_t>(e.threshold) + e.span);
+        streams[t] = {e.weights.data + offset * W::size, h, 0.0f, e.threshold, end, e.score_scale,
+                      static_cast<float>(e.weight_scale), 0};
     }
     const uint8_t* base = args.base.data + offset * W::size;
     uint8_t* out = args.out + offset * item_size(args.out_dtype);
     const Curvature& first = args.experts[0].curvature;
     Seen seen;
-    if (first.kind == CurvatureKind::full)
-        seen = run<M, P, W, H>(args, base, streams, 0, n, out, at, seen);
-    else
+    Flags flags;
+    // Calls step(begin, end) with streams that read the span from there on.
+    const auto by_pieces = [&](auto step) {
+        if (first.kind == CurvatureKind::full) return step(0, n);
         by_rows(first, offset, n, [&](int begin, int end, int64_t row, int64_t column) {
             for (int t = 0; t < n_experts; ++t) {
                 const Curvature& c = args.experts[t].curvature;
@@ -186,14 +266,28 @@ int merge_span(const MergeArgs& args, int64_t offset, int n, int32_t* at, MergeS
                 if (c.kind == CurvatureKind::rank1)
                     streams[t].h = reinterpret_cast<const uint8_t*>(c.columns + column - begin);
             }
-            seen = run<M, P, W, H>(args, base, streams, begin, end, out, at, seen);
+            step(begin, end);
         });
+    };
+    by_pieces([&](int begin, int end) { seen = run<M, P, W, H>(args, base, streams, begin, end, out, flags, seen); });
     const uint32_t limit = bit_cast<uint32_t>(static_cast<float>(largest_finite(args.out_dtype)));
     const bool mean_wanted = seen.zeros != 0 && !args.formula.fallback_to_base;
     if (largest(seen.top) >= kSuspect || largest(seen.top_merged) > limit || mean_wanted) return -1;
     for (int t = 0; t < n_experts; ++t) stats.kept[t] += M == Masks::none ? n : streams[t].kept;
     if (M != Masks::none) stats.unkept += seen.zeros;
-    return seen.undecided;
+    if (M != Masks::open) return 0;
+    int undecided = 0;
+    for (int i = 0; i < n; i += kStep) undecided += write_positions(flags[i / kStep], i, at + undecided);
+    if (args.n > kFlag) return undecided;
+    int left = 0, done = 0;
+    by_pieces([&](int, int end) {
+        while (done < undecided && at[done] < end) {
+            const int from = done;
+            while (done < undecided && at[done] < end && done - from < kPicked) ++done;
+            left += resolve<P, W, H>(args, offset, base, streams, at + from, done - from, at + left, stats);
+        }
+    });
+    return left;
 }
 
 template <Masks M, Power P, typename W>

@@ -35,7 +35,7 @@ class Bracket:
 def cluster_count(elements: int) -> int:
     """How many clusters to sample of so many elements: sampling costs time in proportion to their number, and
     candidates to the root of its inverse. The windows of large models are at most 1 % of their elements."""
-    return max(1, int(min(elements ** (2 / 3) / 80, max(2_000, elements / 800_000))))
+    return max(1, int(min(elements ** (2 / 3) / 80, max(1_400, elements / 1_200_000))))
 
 
 def bracket_share(elements: int) -> float:
@@ -90,7 +90,7 @@ def _standard_error(selection: Selection, scores: Array, threshold: Array) -> Ar
         residuals = (worth * above).sum(axis=1) - selection.value * worth.sum(axis=1)
         everything = worth.sum()
     else:
-        residuals = above.sum(axis=1)
+        residuals = resident.counts_of_rows(above)
         everything = resident.scalar(above.shape[0] * above.shape[1], scores, "float64")
     if len(residuals) < 2:
         return everything

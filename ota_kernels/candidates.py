@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .backends.stats import STEP_BYTES, Candidates
+from .backends.stats import STEP_BYTES, Alternatives, Candidates
 from .errors import RunError
 from .resident import Array
 from .tensors import TensorInputs
@@ -20,11 +20,13 @@ DEFAULT_BUDGET = 256 << 20
 
 @dataclass(frozen=True)
 class Held:
-    """The candidates of one tile: in memory, or at `offset` of the store's file. count: how many; steps: how
-    many scores each expert's bracket holds."""
+    """The candidates of one tile: in memory, or at `offset` of the store's file. count: how many have their
+    operands there; steps: how many scores each expert's bracket holds of them; alternatives: how many of
+    each expert."""
 
     count: int
     steps: tuple[int, ...]
+    alternatives: tuple[int, ...] = ()
     memory: Candidates | None = None
     offset: int = -1
 
@@ -32,7 +34,13 @@ class Held:
     def of(cls, candidates: Candidates, offset: int = -1) -> Held:
         """In memory, unless an offset is given."""
         steps = tuple(map(len, candidates.steps))
-        return cls(len(candidates.positions), steps, None if offset >= 0 else candidates, offset)
+        alternatives = tuple(len(a.positions) for a in candidates.alternatives)
+        memory = None if offset >= 0 else candidates
+        return cls(len(candidates.positions), steps, alternatives, memory, offset)
+
+    def listed(self, t: int) -> int:
+        """How many scores expert t's bracket holds."""
+        return self.steps[t] + (self.alternatives[t] if self.alternatives else 0)
 
     @property
     def is_resident(self) -> bool:
@@ -41,7 +49,13 @@ class Held:
 
     def nbytes(self, tensor: TensorInputs) -> int:
         """Bytes that they take; tensor: the one (or the tile) they are elements of."""
-        return self.count * sum(Candidates.columns(tensor)) + STEP_BYTES * sum(self.steps)
+        return sum(self.sizes(tensor))
+
+    def sizes(self, tensor: TensorInputs) -> list[int]:
+        """Bytes of each array, in the order of `_arrays`."""
+        sizes = [self.count * size for size in Candidates.columns(tensor)]
+        sizes += [STEP_BYTES * n for n in self.steps]
+        return sizes + [n * size for n in self.alternatives for size in Alternatives.columns(tensor)]
 
 
 class Store:
@@ -95,18 +109,23 @@ class Store:
         cannot be read."""
         if held.memory is not None:
             return held.memory
-        sizes = [held.count * size for size in Candidates.columns(tensor)]
-        sizes += [STEP_BYTES * n for n in held.steps]
+        sizes = held.sizes(tensor)
         parts = np.split(self._read(held.offset, sum(sizes)), np.cumsum(sizes[:-1]))
-        experts = len(held.steps)
-        return Candidates.of(tensor, parts[:-experts], parts[-experts:])
+        columns, experts = len(Candidates.columns(tensor)), len(held.steps)
+        of_experts = zip(*[iter(parts[columns + experts :])] * 3, strict=True)
+        return Candidates.of(
+            tensor, parts[:columns], parts[columns : columns + experts], map(Alternatives.of, of_experts)
+        )
 
-    def steps(self, held: Held, tensor: TensorInputs, t: int) -> Array:
+    def steps(self, held: Held, tensor: TensorInputs, t: int) -> list[Array]:
         """The steps of expert t, integers of 32 bits; without reading the candidates."""
         if held.memory is not None:
-            return held.memory.steps[t]
-        before = held.count * sum(Candidates.columns(tensor)) + STEP_BYTES * sum(held.steps[:t])
-        return self._read(held.offset + before, STEP_BYTES * held.steps[t]).view(np.uint32)
+            return [held.memory.steps[t], *(a.steps for a in held.memory.alternatives[t : t + 1])]
+        sizes, of_steps = held.sizes(tensor), len(Candidates.columns(tensor))
+        places = [of_steps + t]
+        if held.alternatives:
+            places.append(of_steps + len(held.steps) + 3 * t + 1)
+        return [self._read(held.offset + sum(sizes[:i]), sizes[i]).view(np.uint32) for i in places]
 
     def _read(self, offset: int, size: int) -> np.ndarray:
         data = np.empty(size, np.uint8)
@@ -151,6 +170,7 @@ class Store:
 
 
 def _arrays(candidates: Candidates) -> list[np.ndarray]:
-    """In the order of Candidates.columns, then the steps."""
-    positions, steps = candidates.positions.view(np.uint8), [s.view(np.uint8) for s in candidates.steps]
-    return [a for a in (positions, *(b.data for b in candidates.operands.buffers), *steps) if a.size]
+    """Columns, the steps of each expert, then the alternatives of each."""
+    arrays = [candidates.positions, *(b.data for b in candidates.operands.buffers), *candidates.steps]
+    arrays += [column for a in candidates.alternatives for column in a]
+    return [a.view(np.uint8) for a in arrays if a.size]

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from types import ModuleType
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 from . import resident
 from .candidates import Held, Store
@@ -77,10 +77,26 @@ Event = Merged | Open | Decided
 
 # How much work a kill may undo. Candidates are a tenth of what is read: spilling them takes no time.
 _CHECKPOINT_SECONDS = 10.0
+_BATCH_SECONDS = 1.0
+
+Result = TypeVar("Result")
 
 
 def _opened(part: Part) -> Open:
     return Open(part.segment, part.tally, part.reached, part.censuses, part.held)
+
+
+def _in_batches(results: Iterable[Result]) -> Iterator[list[Result]]:
+    """As many at a time as come within a second: recording them waits for the disk."""
+    batch: list[Result] = []
+    begun = time.monotonic()
+    for result in results:
+        batch.append(result)
+        if time.monotonic() - begun > _BATCH_SECONDS:
+            yield batch
+            batch, begun = [], time.monotonic()
+    if batch:
+        yield batch
 
 
 def _owned(result: tuple[Segment, Tally] | Part) -> tuple[Segment, Tally] | Part:
@@ -259,7 +275,7 @@ class Engine:
             group.parts.append(part)
             yield from self._finish_if_complete(group, index)
         else:
-            yield self._patch(self._new_group(self._key(index)), part, thresholds)
+            yield Merged([self._patch(self._new_group(self._key(index)), part, thresholds)])
 
     def _finish(self, key: int | None) -> Iterator[Event]:
         """All parts of a group are merged: decide, and patch their candidates or merge them again."""
@@ -267,7 +283,8 @@ class Engine:
         thresholds = group.thresholds(self._pool.run)
         if thresholds is not None:
             yield Decided(key, thresholds)
-            yield from self._pool.run(lambda part: self._patch(group, part, thresholds), group.parts)
+            patched = self._pool.run(lambda part: self._patch(group, part, thresholds), group.parts)
+            yield from map(Merged, _in_batches(patched))
         else:
             yield from self._repeat(key, group)
         for part in group.parts:
@@ -283,13 +300,14 @@ class Engine:
             yield Merged(done)
 
     def _settle(self, group: Group, part: Part, thresholds) -> tuple[Array, Array, Tally]:
-        positions, merged, change = group.settle(part, thresholds)
+        terms = close(part.terms, thresholds)
+        positions, merged, change = group.settle(part, terms)
         tally = replace(part.tally)
         tally.add(change)
-        tally.thresholds = self._saliencies(close(part.terms, thresholds))
+        tally.thresholds = self._saliencies(terms)
         return positions, merged, tally
 
-    def _patch(self, group: Group, part: Part, thresholds: list[float | None]) -> Merged:
+    def _patch(self, group: Group, part: Part, thresholds: list[float | None]) -> tuple[Segment, Tally]:
         positions, merged, tally = self._settle(group, part, thresholds)
         self._sink.patch(part.segment, positions, merged)
-        return Merged([(part.segment, tally)])
+        return part.segment, tally

@@ -2,11 +2,12 @@
 
 tile merged with brackets --> Part: its counts, the scores in brackets, its undecided elements (candidates)
 all parts --> thresholds: the (k - scores above the bracket)-th largest score in the bracket, if it is there
-each part --> its candidates merged again with the exact thresholds, and patched into the output
+each part --> alternatives below the thresholds, other candidates merged again: patched into the output
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -14,16 +15,16 @@ from types import ModuleType
 import numpy as np
 
 from . import decide, resident
-from .backends.stats import Candidates, MergeStats
+from .backends.stats import Candidates, MergeStats, dropped
 from .candidates import Held, Store
 from .factors import Map
-from .formula import ExpertTerms, Terms, close, is_open, score_bits, score_of_bits
+from .formula import ExpertTerms, Terms, is_open, score_bits, score_of_bits
 from .resident import BINS, Array
 from .tally import Tally
 from .tensors import TensorInputs
 from .tiling import Segment
 
-_FEW = 1 << 21  # scores in a bracket that a thread holds in memory; a device holds as many as there are
+_FEW = 1 << 22  # scores in a bracket that a thread holds in memory; a device holds as many as there are
 _BATCH = 1 << 20  # scores that are counted at once
 
 
@@ -82,25 +83,35 @@ class Group:
             answers |= {t: score_of_bits(int(b)) for t, b in zip(listed, bits, strict=True)}
         return [answers.get(t) for t in range(len(terms))]
 
-    def settle(self, part: Part, thresholds: Sequence[float | None]) -> tuple[Array, Array, Tally]:
-        """A part's candidates merged with the exact thresholds: (positions, merged values as uint8, what they
-        count)."""
-        positions, operands, _ = self._store.get(part.held, part.tensor)
+    def settle(self, part: Part, terms: Terms) -> tuple[Array, Array, Tally]:
+        """A part's candidates with the exact thresholds of `terms`: (positions of those that change, their
+        values as uint8, what all count)."""
+        candidates = self._store.get(part.held, part.tensor)
+        operands = candidates.operands
         out = resident.empty(operands.numel * operands.out_dtype.itemsize, operands.experts[0].data)
-        stats = self._backend.merge(operands, close(part.terms, thresholds), out)
-        return positions, out, Tally.of(stats, [])
+        tally = Tally.of(self._backend.merge(operands, terms, out), [])
+        if not candidates.alternatives:
+            return candidates.positions, out, tally
+        steps = [_step(a, b.threshold) for a, b in zip(part.terms.experts, terms.experts, strict=True)]
+        positions, merged, found = dropped(candidates.alternatives, steps, operands.out_dtype.itemsize)
+        for t, (count, unkept) in enumerate(found):
+            tally.kept[t] += len(candidates.alternatives[t].positions) - count
+            tally.unkept += unkept
+        if len(candidates.positions) == 0:
+            return positions, merged, tally
+        return resident.joined([candidates.positions, positions]), resident.joined([out, merged]), tally
 
     def _threshold(self, t: int, terms: ExpertTerms) -> float | Array | None:
         """Expert t's threshold: the least kept score of the k largest, or of the share of mass; None where it
         lies outside the bracket. Where it is among the steps, its bits, int64 of shape ()."""
         selection, lowest = self._selections[t], terms.threshold
-        listed, histogram = sum(p.held.steps[t] for p in self.parts), None
+        listed, histogram = sum(p.held.listed(t) for p in self.parts), None
         few = listed <= _FEW or self.parts[0].tensor.is_resident
         if selection.rule == "mass" or not few:
             histogram = self._histogram(t, lowest, -1)
             listed = decide.available(selection, *histogram)
         wanted, above, inside = self._account(t, terms, listed)
-        if wanted == 0:
+        if wanted == 0 and above == 0 and terms.span:
             return decide.KEEP_NOTHING
         rest = wanted - above
         if rest <= 0:
@@ -130,7 +141,7 @@ class Group:
 
     def _largest(self, t: int, lowest: float, rest: int) -> Array:
         """The bits of the rest-th largest score in expert t's bracket."""
-        steps = resident.joined([self._store.steps(p.held, p.tensor, t) for p in self.parts])
+        steps = resident.joined([x for p in self.parts for x in self._store.steps(p.held, p.tensor, t)])
         return resident.int64(resident.kth_largest(steps, rest)) + score_bits(lowest)
 
     def _histogram(self, t: int, lowest: float, prefix: int) -> tuple[np.ndarray, np.ndarray]:
@@ -146,7 +157,15 @@ class Group:
         """The bits of the scores in expert t's bracket, int64, many at a time."""
         batch: list[Array] = []
         for part in self.parts:
-            batch.append(self._store.steps(part.held, part.tensor, t))
+            batch += self._store.steps(part.held, part.tensor, t)
             if part is self.parts[-1] or sum(map(len, batch)) >= _BATCH:
                 yield resident.int64(resident.joined(batch)) + score_bits(lowest)
                 batch = []
+
+
+def _step(bracket: ExpertTerms, threshold: float) -> int:
+    """How many float32 numbers an exact threshold lies above its bracket's lowest; the span where nothing is
+    kept, 0 where there is no bracket."""
+    if math.isnan(threshold):
+        return bracket.span
+    return score_bits(threshold) - score_bits(bracket.threshold) if bracket.span else 0

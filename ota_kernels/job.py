@@ -18,10 +18,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from . import __version__, backends, methods, resident
+from . import __version__, backends, methods
 from .candidates import DEFAULT_BUDGET, Store
 from .card import model_card
-from .engine import Engine, Event, Merged
+from .engine import Decided, Engine, Event, Merged
 from .errors import BackendError, InputError, OutputError, RecipeError, RunError
 from .inputs import COPY, Inputs
 from .io import journal
@@ -296,7 +296,7 @@ class _Merge:
                 engine = self._engine(ledger, writer, pool, store)
                 try:
                     for event in itertools.chain(self._copy(ledger, writer), self._merge(engine, ledger)):
-                        log.append(record_of(event))
+                        log.append(record_of(event), of_data=not isinstance(event, Decided))
                         for segment in ledger.add(event):
                             progress.advance((segment.stop - segment.start) * weights[segment.index])
                 except (KeyboardInterrupt, RunError, BackendError):
@@ -399,10 +399,7 @@ class _FileSink:
 
     def patch(self, segment: Segment, positions: np.ndarray, merged: np.ndarray) -> None:
         tensor = self._tensors[segment.index]
-        room = self.room(segment, (segment.stop - segment.start) * tensor.dtype.itemsize)
-        self._writer.read(tensor, segment.start, room)
-        resident.scatter(room, positions, merged, tensor.dtype.itemsize)
-        self._writer.write(tensor, segment.start, room)
+        self._writer.patch(tensor, segment.start, segment.stop, positions, merged)
 
     def done_with(self, tile: TensorInputs) -> None:
         release(tile)

@@ -11,7 +11,7 @@ from .survey import ModelDecisions
 from .tally import Tally
 from .tiling import Segment
 
-FORMAT = 2  # of the records, and of the file of candidates
+FORMAT = 3  # of the records, and of the file of candidates
 
 
 def record_of(event: Event) -> dict | None:
@@ -21,7 +21,7 @@ def record_of(event: Event) -> dict | None:
     if isinstance(event, Open):
         if event.held.memory is not None:
             return None
-        held = [event.held.count, event.held.steps, event.held.offset]
+        held = [event.held.count, event.held.steps, event.held.alternatives, event.held.offset]
         return {"open": [*event.segment, asdict(event.tally), event.reached, event.censuses, held]}
     return {"decided": [event.index, event.thresholds, event.repeat]}
 
@@ -65,8 +65,8 @@ class Ledger:
         if "unit" in record:
             self.add(Merged([(Segment(*place), Tally(**tally)) for *place, tally in record["unit"]]))
         if "open" in record:
-            *place, tally, reached, censuses, (count, steps, offset) = record["open"]
-            held = Held(count, tuple(steps), offset=offset)
+            *place, tally, reached, censuses, (count, steps, alternatives, offset) = record["open"]
+            held = Held(count, tuple(steps), tuple(alternatives), offset=offset)
             self.add(Open(Segment(*place), Tally(**tally), reached, censuses, held))
         if "decided" in record:
             self.add(Decided(*record["decided"]))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .backends import Backend
-from .backends.stats import STEP_BYTES, Candidates
+from .backends.stats import STEP_BYTES, Alternatives, Candidates
 from .backends.triton import LEAST_SLOTS, MOST_SLOTS
 from .candidates import DEFAULT_BUDGET
 from .errors import RecipeError
@@ -114,8 +114,7 @@ def make_plan(
     RecipeError when it is too small for any."""
     tensors = survey.tensors
     per_element = max((_bytes_per_element(t, backend) for t in tensors), default=1)
-    # Most candidates lie in one expert's bracket, which lists one step.
-    each = max((sum(Candidates.columns(t)) + STEP_BYTES for t in tensors), default=0)
+    each = max((_candidate_bytes(t, backend) for t in tensors), default=0)
     candidates = survey.expected_candidates() * each
     # A small limit leaves room for tiles first.
     held = min(candidates_memory, memory_limit // 4)
@@ -160,6 +159,13 @@ def _fitting_tile(room: int, bytes_per_tile_element: int, largest: int) -> int:
     """The tile size that fits, at most `largest`; 0 when none does."""
     fits = room // bytes_per_tile_element // 4096 * 4096
     return min(fits, largest) if fits >= _SMALLEST_TILE else 0
+
+
+def _candidate_bytes(tensor: TensorInputs, backend: Backend) -> int:
+    """Bytes of a candidate that one expert's bracket holds, as nearly all are."""
+    if backend.NAME == "native":
+        return sum(Alternatives.columns(tensor))
+    return sum(Candidates.columns(tensor)) + STEP_BYTES
 
 
 def _bytes_per_element(tensor: TensorInputs, backend: Backend) -> int:

@@ -20,6 +20,7 @@ Array = Any  # np.ndarray | torch.Tensor
 TILE = 1 << 27
 
 BINS = 1 << 16  # of a histogram by 16 bits of a score
+_ONES = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
 _INTEGERS = {1: "uint8", 2: "int16", 4: "int32", 8: "int64"}
 
 
@@ -129,6 +130,14 @@ def ascending(values: Array) -> Array:
     if not is_resident(values):
         return np.sort(values, axis=None)
     return library(values).sort(values.reshape(-1)).values
+
+
+def counts_of_rows(flags: Array) -> Array:
+    """How many of flags (bool[rows, n], n a multiple of 8) are true in each row."""
+    if is_resident(flags):
+        return flags.sum(dim=1)
+    # A tenth of the time of numpy's sums over short rows.
+    return _ONES[np.packbits(flags)].reshape(len(flags), -1).sum(axis=1)
 
 
 def sorted_at(values: Array, positions: Sequence[int]) -> Array:

@@ -10,15 +10,17 @@ is, never its result.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from . import resident
 from .backends import native
+from .errors import InputError
 from .factors import CHUNK, Map
 from .resident import Array
 from .tensors import Buffer, TensorInputs, concatenated
@@ -26,6 +28,9 @@ from .tensors import Buffer, TensorInputs, concatenated
 RUN = 16  # elements of a run: one cache line of float32
 RUNS = 16  # of a window
 CLUSTER = RUN * RUNS  # elements of a window's runs
+_BATCH = 1 << 15  # elements that are gathered and scored by one task
+# Elements between runs up to which mapping all pages and letting them go is faster than a read of each run.
+_NEAR = 4096
 _PROBES = 64  # pages that tell whether files are cached
 _STEP = 512  # elements between runs: a window spans 8192
 
@@ -67,40 +72,66 @@ def sample(
 ) -> list[Array]:
     """Scores of `count` * RUNS runs over all tensors, float32[clusters, elements] per expert.
 
-    release: given where mapped pages may not stay. Runs are then read from the files, and only what is no
-    file is mapped, and released piece by piece. spread: one run in a cluster; else RUNS runs in a window.
+    release: given where mapped pages may not stay. Runs that are far apart are then read from the files;
+    others, and what is no file, are mapped and released piece by piece. spread: one run in a cluster; else
+    RUNS runs in a window.
     """
     if tensors and tensors[0].is_resident:
         return _sample_resident(tensors, count * RUNS, scores)
     runs = 1 if spread else RUNS
     index, starts = clusters([t.numel for t in tensors], count * RUNS // runs, runs)
-    changes = (np.diff(index) != 0) | (np.diff(starts[:, 0] // CHUNK) != 0)
-    bounds = [0, *(np.flatnonzero(changes) + 1).tolist(), len(index)]
+    far_apart = sum(t.numel for t in tensors) > _NEAR * starts.size
+    reads = release is not None and (far_apart or not spread)
+    goes = [release is not None and not (reads and all(b.offset >= 0 for b in t.buffers)) for t in tensors]
 
-    def of_piece(part: tuple[int, int]) -> Sequence[np.ndarray]:
-        begin, end = part
-        tensor, of_part = tensors[index[begin]], starts[begin:end].reshape(-1)
-        gathered = gather_runs(tensor, of_part, together=0 if release is None else runs)
-        if release is not None and any(b.offset < 0 for b in tensor.buffers):
-            release(tensor.slice(int(of_part.min()), min(int(of_part.max()) + RUN, tensor.numel)))
-        return scores(gathered)
+    def of_batch(pieces: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+        gathered = []
+        with Files(runs) if reads else contextlib.nullcontext() as files:
+            for begin, end in pieces:
+                tensor, of_piece = tensors[index[begin]], starts[begin:end].reshape(-1)
+                gathered.append(gather_runs(tensor, of_piece, files))
+                if goes[index[begin]]:
+                    release(tensor.slice(int(of_piece.min()), min(int(of_piece.max()) + RUN, tensor.numel)))
+        return _scored(gathered, scores)
 
-    found = list(run(of_piece, itertools.pairwise(bounds)))
+    # A piece is of one tensor, and of one chunk of it where mapped pages must go.
+    cuts = np.diff(index) != 0
+    cuts |= np.array(goes, bool)[index[1:]] & (np.diff(starts[:, 0] // CHUNK) != 0)
+    begins = [0, *(np.flatnonzero(cuts) + 1).tolist(), len(index)]
+    found = list(run(of_batch, _batches(begins, max(1, _BATCH // (runs * RUN)))))
     return [np.concatenate(of_expert).reshape(-1, runs * RUN) for of_expert in zip(*found, strict=True)]
 
 
+def _batches(begins: Sequence[int], most: int) -> Iterator[list[tuple[int, int]]]:
+    """Pieces that are scored together, of `most` clusters at most; longer ones are cut."""
+    batch: list[tuple[int, int]] = []
+    for piece, next_piece in itertools.pairwise(begins):
+        for begin in range(piece, next_piece, most):
+            end = min(begin + most, next_piece)
+            if batch and end - batch[0][0] > most:
+                yield batch
+                batch = []
+            batch.append((begin, end))
+    if batch:
+        yield batch
+
+
 def _sample_resident(tensors: Sequence[TensorInputs], count: int, scores: Scores) -> list[Array]:
-    """Scores of `count` runs over tensors on a device. All of a form are scored together, so that it is a few
-    launches for any number of tensors."""
+    """Scores of `count` runs over tensors on a device, in one batch: a few launches for any number."""
     index, starts = _clusters_again(tuple(t.numel for t in tensors), count, 1)
     on_device = resident.beside(starts, tensors[0].experts[0].data)
     bounds = [0, *(np.flatnonzero(np.diff(index)) + 1).tolist(), len(index)]
     gathered = [
-        gather_runs(tensors[index[begin]], on_device[begin:end, 0], together=0)
+        gather_runs(tensors[index[begin]], on_device[begin:end, 0])
         for begin, end in itertools.pairwise(bounds)
     ]
+    return [of_expert.reshape(-1, RUN) for of_expert in _scored(gathered, scores)]
+
+
+def _scored(gathered: Sequence[TensorInputs], scores: Scores) -> list[Array]:
+    """Scores per expert; all tiles of a form are scored together."""
     found = [scores(concatenated(list(alike))) for _, alike in itertools.groupby(gathered, _form)]
-    return [resident.joined(of_expert).reshape(-1, RUN) for of_expert in zip(*found, strict=True)]
+    return [resident.joined(of_expert) for of_expert in zip(*found, strict=True)]
 
 
 def _form(tile: TensorInputs) -> tuple:
@@ -124,9 +155,37 @@ def _is_cached(buffer: Buffer, position: int) -> bool:
         return False
 
 
-def gather_runs(tensor: TensorInputs, starts: Array, together: int) -> TensorInputs:
-    """The runs that begin at `starts` (int64[m]) as a tile of m * RUN elements; so many `together` with one
-    read of a file, 0: from mapped pages. A tensor shorter than a run is repeated."""
+class Files:
+    """The files that one task reads runs from, each opened once; `together` so many runs with one read.
+    Raises InputError where one cannot be read or was cut."""
+
+    def __init__(self, together: int) -> None:
+        self._together = together
+        self._open: dict[str, int] = {}
+
+    def __enter__(self) -> Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for fd in self._open.values():
+            os.close(fd)
+
+    def runs(self, buffer: Buffer, starts: np.ndarray) -> Buffer:
+        """As native.gather_runs, without mapping the buffer's pages."""
+        try:
+            if buffer.origin not in self._open:
+                self._open[buffer.origin] = os.open(buffer.origin, os.O_RDONLY)
+            found = native.read_runs(buffer, starts, RUN, self._open[buffer.origin], self._together)
+        except OSError as error:
+            raise InputError(f"{buffer.origin}: cannot be read: {error.strerror}") from error
+        if found is None:
+            raise InputError(f"{buffer.origin}: changed while in use: it is shorter than before")
+        return found
+
+
+def gather_runs(tensor: TensorInputs, starts: Array, files: Files | None = None) -> TensorInputs:
+    """The runs that begin at `starts` (int64[m]) as a tile of m * RUN elements; from mapped pages without
+    `files`. A tensor shorter than a run is repeated."""
 
     def places() -> Array:
         return (starts[:, None] + resident.arange(RUN, starts)).reshape(-1) % tensor.numel
@@ -135,8 +194,8 @@ def gather_runs(tensor: TensorInputs, starts: Array, together: int) -> TensorInp
         return tensor.gather(places())
 
     def gathered(buffer: Buffer) -> Buffer:
-        if together and buffer.offset >= 0:
-            return native.read_runs(buffer, starts, RUN, together)
+        if files is not None and buffer.offset >= 0:
+            return files.runs(buffer, starts)
         return native.gather_runs(buffer, starts, RUN)
 
     return tensor.pick(gathered, places)

@@ -10,7 +10,7 @@ import numpy as np
 import reference64
 import torch
 
-from ota_kernels.backends.stats import MergeStats
+from ota_kernels.backends.stats import Candidates, MergeStats
 from ota_kernels.candidates import Store
 from ota_kernels.dtypes import BY_NAME
 from ota_kernels.formula import Terms, close, is_open
@@ -211,3 +211,9 @@ def masks_of(tile: TensorInputs, terms: Terms, backend: ModuleType) -> np.ndarra
             scores, _ = backend.scores(tile, t, e)
             masks[t] = (scores >= np.float32(e.threshold)).reshape(tile.shape)
     return masks
+
+
+def undecided(candidates: Candidates) -> np.ndarray:
+    """The positions of candidates and alternatives, ascending."""
+    alternatives = (a.positions & np.uint32((1 << 31) - 1) for a in candidates.alternatives)
+    return np.sort(np.concatenate([candidates.positions, *alternatives]))

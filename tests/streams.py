@@ -89,7 +89,7 @@ def stream(
         for event in engine.run():
             ledger.add(event)
             if isinstance(event, Open):
-                waiting.append((event.segment.index, event.held.count))
+                waiting.append((event.segment.index, event.held.count + sum(event.held.alternatives)))
     store.close()
     assert not ledger.open
     repeats = ledger.repeats + sum(tally.repeats for tally in ledger.tallies)

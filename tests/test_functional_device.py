@@ -121,7 +121,7 @@ def stream_on_device(recipe, tensors, tile: int = resident.TILE) -> Streamed:
         for event in engine.run():
             ledger.add(event)
             if isinstance(event, Open):
-                waiting.append((event.segment.index, event.held.count))
+                waiting.append((event.segment.index, event.held.count + sum(event.held.alternatives)))
     repeats = ledger.repeats + sum(tally.repeats for tally in ledger.tallies)
     outputs = [out.cpu().numpy().tobytes() for out in sink.outputs]
     return Streamed(outputs, ledger.tallies, waiting, repeats)

@@ -245,6 +245,34 @@ class TestShards:
         assert not checkpoint.buffer("before").data[-4096:].any()
         checkpoint.close()
 
+    @pytest.mark.parametrize("is_mapped", [True, False])
+    def test_patches_change_their_elements_only(self, tmp_path, monkeypatch, is_mapped):
+        if not is_mapped:
+            monkeypatch.setattr("ota_kernels._native.scatter_in_file", lambda *arguments: False)
+        tensors = [
+            ("a", BY_NAME["bfloat16"], (5001,)),
+            ("b", BY_NAME["float32"], (7,)),
+            ("c", BY_NAME["bfloat16"], (0,)),
+        ]
+        plan = layout(tensors, 1 << 40)
+        writer = ShardWriter(tmp_path, plan)
+        expected = {"a": np.arange(5001, dtype=np.uint16), "b": np.arange(7, dtype=np.uint32)}
+        for tensor, values in zip(plan.tensors, expected.values(), strict=False):
+            writer.write(tensor, 0, values.view(np.uint8))
+        for name, start, stop in [("a", 0, 5001), ("a", 3, 5), ("a", 2047, 4097), ("b", 6, 7)]:
+            tensor = next(t for t in plan.tensors if t.name == name)
+            positions = np.arange(0, stop - start, 3, dtype=np.uint32)
+            merged = (expected[name][start:stop][positions] + 1000).astype(expected[name].dtype)
+            expected[name][start:stop][positions] = merged
+            writer.patch(tensor, start, stop, positions, merged.view(np.uint8))
+        writer.patch(plan.tensors[2], 0, 0, np.zeros(0, np.uint32), np.zeros(0, np.uint8))
+        writer.sync()
+        writer.close()
+        checkpoint = Checkpoint.open(tmp_path, "written")
+        for name, values in expected.items():
+            assert checkpoint.buffer(name).data.tobytes() == values.tobytes()
+        checkpoint.close()
+
 
 class TestSizes:
     def test_ten_thousand_tiny_tensors(self, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import numpy as np
@@ -16,7 +17,7 @@ from ota_kernels import log8
 from ota_kernels.backends import native
 from ota_kernels.dtypes import BY_NAME
 from ota_kernels.formula import ExpertTerms
-from ota_kernels.sampling import RUN, RUNS, gather_runs
+from ota_kernels.sampling import RUN, RUNS, Files, gather_runs
 from ota_kernels.tensors import Buffer, Log8, Rank1, TensorInputs
 
 SMALLEST_NORMAL, LARGEST = 2.0**-126, float(np.finfo(np.float32).max)
@@ -200,7 +201,8 @@ def test_runs_are_read_from_files_alike(tmp_path, form, together):
         c = Rank1(c.scales, np.float32(2.0 ** -np.arange(50)), bias_correction=0.5)
     tensor = tile_of(c, 2000)
     starts = np.random.default_rng(7).integers(0, 2000 - RUN, 2 * RUNS)
-    found = gather_runs(tensor, starts, together).curvatures[0]
+    with Files(together) if together else contextlib.nullcontext() as files:
+        found = gather_runs(tensor, starts, files).curvatures[0]
     positions = (starts[:, None] + np.arange(RUN)).reshape(-1)
     np.testing.assert_array_equal(found.values.data.view(np.float32), read(c, 2000, native)[positions])
     assert found.bias_correction == 0.5

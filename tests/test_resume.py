@@ -31,6 +31,7 @@ from checkpoints import (
 from ota_kernels import OutputError, RunError, merge
 from ota_kernels.backends import native
 from ota_kernels.engine import Engine
+from ota_kernels.io.journal import Journal, read
 from ota_kernels.survey import Survey
 
 TILE = 1500
@@ -50,6 +51,7 @@ DRIVER = f"""
 import functools, os, signal, sys, time
 from ota_kernels import cli, job
 from ota_kernels.engine import Engine
+from ota_kernels.io.journal import Journal, read
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -162,6 +164,24 @@ def interrupted(models, out, units, **parameters):
     with pytest.raises(KeyboardInterrupt):
         merge(models.recipe(**parameters), out, progress=Stop(units), **{"tile_elements": TILE} | options)
     assert work_folder(out).exists()
+
+
+def test_records_wait_for_the_data_that_they_speak_of(tmp_path):
+    def recorded() -> int:
+        return (tmp_path / "journal.jsonl").read_bytes().count(b"\n")
+
+    synced: list[int] = []
+    log = Journal(tmp_path, lambda: synced.append(recorded()))
+    log.append({"decided": 1}, of_data=False)
+    while recorded() < 1:
+        time.sleep(0.001)
+    assert synced == []
+    log.append({"unit": 2})
+    while recorded() < 2:
+        time.sleep(0.001)
+    assert synced == [1]
+    log.close()
+    assert read(tmp_path) == [{"decided": 1}, {"unit": 2}]
 
 
 class TestKill:

@@ -11,6 +11,7 @@ import torch
 from checkpoints import second_moments
 from safetensors.torch import save_file
 
+from ota_kernels import sampling
 from ota_kernels.dtypes import BY_NAME
 from ota_kernels.io.reader import Checkpoint
 from ota_kernels.sampling import RUN, RUNS, are_cached, sample
@@ -41,10 +42,13 @@ def both_inputs(tile: TensorInputs) -> list[np.ndarray]:
     return [bits.view(np.float32), tile.curvatures[0].values.data.view(np.float32)]
 
 
+@pytest.mark.parametrize("near", [0, 1 << 40], ids=["far apart", "near"])
 @pytest.mark.parametrize("spread", [True, False])
-def test_files_and_memory_give_the_same_runs(tensors, spread):
-    mapped = sample(tensors, 40, both_inputs, map, None, spread)
-    read = sample(tensors, 40, both_inputs, map, lambda tile: None, spread)
+def test_files_and_memory_give_the_same_runs(tensors, monkeypatch, spread, near):
+    monkeypatch.setattr(sampling, "_NEAR", near)
+    mapped, released = sample(tensors, 40, both_inputs, map, None, spread), []
+    read = sample(tensors, 40, both_inputs, map, released.append, spread)
+    assert bool(released) == (spread and near > 0)  # pages were mapped
     assert [x.shape for x in mapped] == [(40 * RUNS, RUN) if spread else (40, RUNS * RUN)] * 2
     for one, other in zip(mapped, read, strict=True):
         assert np.array_equal(one, other)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkpoints import CURVATURE, WEIGHTS, make_set, model_digests
-from models import random_experts
+from models import random_experts, undecided
 
 from ota_kernels import RunError, engine, job, merge
 from ota_kernels.backends import native, reference
@@ -369,7 +369,13 @@ def nbytes(candidates) -> int:
 
 def raw(candidates) -> list[bytes]:
     arrays = [candidates.positions, *(b.data for b in candidates.operands.buffers), *candidates.steps]
+    arrays += [column for alternatives in candidates.alternatives for column in alternatives]
     return [a.tobytes() for a in arrays]
+
+
+def steps_of(candidates, t: int) -> bytes:
+    alternatives = b"".join(a.steps.tobytes() for a in candidates.alternatives[t : t + 1])
+    return candidates.steps[t].tobytes() + alternatives
 
 
 KINDS = ("uniform", "float32", "bfloat16", "float16", "log8", "rank 1", "rank 3")
@@ -392,7 +398,8 @@ class TestStore:
         tile = tile_of(kind, dtypes, base)
         candidates = candidates_of(tile, backend)
         count = len(candidates.positions)
-        assert 0 < count < tile.numel
+        assert 0 < count <= len(undecided(candidates)) < tile.numel
+        assert bool(candidates.alternatives) == (backend is native)
         chosen = tile.gather(candidates.positions.astype(np.int64))
         for found, of_tile in zip(candidates.operands.experts, chosen.experts, strict=True):
             assert found.data.tobytes() == of_tile.data.tobytes()
@@ -407,8 +414,10 @@ class TestStore:
         for source, one in [(store, written), (memory, held), (memory, spilled), (after, restored)]:
             found = source.get(one, tile)
             assert raw(found) == raw(candidates)
-            of_experts = [source.steps(one, tile, t).tobytes() for t in range(len(tile.experts))]
-            assert of_experts == [steps.tobytes() for steps in candidates.steps]
+            for t in range(len(tile.experts)):
+                listed = source.steps(one, tile, t)
+                assert b"".join(x.tobytes() for x in listed) == steps_of(candidates, t)
+                assert sum(map(len, listed)) == one.listed(t)
             corrections = [c.bias_correction for c in found.operands.curvatures]
             assert corrections == [c.bias_correction for c in tile.curvatures]
         for one in (store, memory, after):
@@ -417,7 +426,9 @@ class TestStore:
     def test_keeps_what_the_budget_allows(self, tmp_path):
         candidates = candidates_of(tile_of("float32"), native)
         size = nbytes(candidates)
-        assert size == len(candidates.positions) * (4 + 3 * 4 + 2 * 4) + 4 * sum(map(len, candidates.steps))
+        alternatives = sum(len(a.positions) for a in candidates.alternatives)
+        of_candidates = len(candidates.positions) * (4 + 3 * 4 + 2 * 4) + 4 * sum(map(len, candidates.steps))
+        assert size == of_candidates + alternatives * (4 + 4 + 4)
         store = Store(2 * size, tmp_path / "file")
         first, second, third = (store.put(candidates) for _ in range(3))
         assert [held.memory is None for held in (first, second, third)] == [False, False, True]

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from models import random_experts
+from models import random_experts, undecided
 
 from ota_kernels import log8
 from ota_kernels.backends import native, reference
@@ -83,7 +83,10 @@ def assert_alike(monkeypatch, inputs: TensorInputs, terms: Terms) -> MergeStats:
 
 def arrays(candidates) -> Iterator[np.ndarray]:
     return itertools.chain(
-        [candidates.positions], (b.data for b in candidates.operands.buffers), candidates.steps
+        [candidates.positions],
+        (b.data for b in candidates.operands.buffers),
+        candidates.steps,
+        *candidates.alternatives,
     )
 
 
@@ -98,7 +101,7 @@ def test_every_combination(monkeypatch, masks, power, weights, curvature, out):
     stats = assert_alike(monkeypatch, inputs, terms_of(inputs, formula, masks == "open"))
     assert (stats.candidates is not None) == (masks == "open")
     if masks == "open":
-        assert 0 < len(stats.candidates.positions) < ELEMENTS
+        assert 0 < len(undecided(stats.candidates)) < ELEMENTS
     elif masks == "closed":
         assert all(0 < kept < ELEMENTS for kept in stats.kept)
         assert stats.unkept > 0
@@ -216,4 +219,4 @@ def test_no_candidates_beyond_the_tile(monkeypatch):
     terms = terms_of(inputs, Formula())
     widest = tuple(replace(e, threshold=3.4e38, span=1 << 24) for e in terms.experts)
     stats = assert_alike(monkeypatch, inputs, replace(terms, experts=widest))
-    assert len(stats.candidates.positions) == 0
+    assert len(undecided(stats.candidates)) == 0

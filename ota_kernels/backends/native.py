@@ -11,10 +11,10 @@ import threading
 
 import numpy as np
 
-from ..errors import BackendError, InputError
+from ..errors import BackendError
 from ..formula import ExpertTerms, Terms
 from ..tensors import Buffer, Curvature, Full, Log8, LowRank, Rank1, TensorInputs
-from .stats import CENSUS, STEP_BYTES, Candidates, MergeStats, NonFinite
+from .stats import CENSUS, STEP_BYTES, Alternatives, Candidates, MergeStats, NonFinite
 
 NAME = "native"
 
@@ -125,43 +125,56 @@ def merge(tile: TensorInputs, terms: Terms, out: np.ndarray) -> MergeStats:
         ),
         out,
         tile.out_dtype.code,
-        None if room is None else (*room[:2], *_thirds(room[2:])),
+        None if room is None else (*room[:2], *_per_expert(room[2:], len(tile.experts))),
         instruction_set(),
     )
-    kept, reached, unkept, overflow, repaired, base, weights, curvatures, undecided, n_steps = found
+    kept, reached, unkept, overflow, repaired, base, weights, curvatures, *undecided = found
     nonfinite = [NonFinite("base", -1, *base)] if base[0] else []
     for t, (bad_weights, bad_curvature) in enumerate(zip(weights, curvatures, strict=True)):
         nonfinite += [NonFinite("weights", t, *bad_weights)] if bad_weights[0] else []
         nonfinite += [NonFinite("curvature", t, *bad_curvature)] if bad_curvature[0] else []
-    candidates = None
-    if room is not None:
-        sizes = Candidates.columns(tile)
-        columns = [column[: undecided * size] for column, size in zip(room[: len(sizes)], sizes, strict=True)]
-        steps = [listed[: STEP_BYTES * n] for listed, n in zip(room[len(sizes) :], n_steps, strict=True)]
-        candidates = Candidates.of(tile, columns, steps)
+    candidates = None if room is None else _candidates(tile, room, *undecided)
     return MergeStats(
         tuple(kept), tuple(reached), unkept, overflow, repaired, tuple(nonfinite), candidates, censuses
     )
 
 
 _local = threading.local()
+_SPARE = 16  # elements that the kernel may write behind a list
 
 
-def _thirds(room: list[np.ndarray]) -> list[list[np.ndarray]]:
-    """Weights, curvatures and steps, per expert."""
-    n = len(room) // 3
-    return [room[:n], room[n : 2 * n], room[2 * n :]]
+def _per_expert(room: list[np.ndarray], experts: int) -> list[list[np.ndarray]]:
+    """Weights, curvatures, steps, and three columns of alternatives."""
+    return [room[i : i + experts] for i in range(0, len(room), experts)]
 
 
 def _candidate_room(tile: TensorInputs, terms: Terms) -> list[np.ndarray]:
-    """Columns of candidates, then steps of each expert, that would hold the whole tile, of which only what is
-    used becomes memory. Each thread keeps its own: mapping new ones for every tile would cost as much as
-    filling them."""
-    sizes = [*Candidates.columns(tile), *(STEP_BYTES if e.span else 0 for e in terms.experts)]
+    """Columns of candidates, steps and alternatives of each expert, that would hold the whole tile, of which
+    only what is used becomes memory. Each thread keeps its own: mapping new ones for every tile would cost as
+    much as filling them."""
+    sizes = Candidates.columns(tile)
+    for size in (STEP_BYTES, *Alternatives.columns(tile)):
+        sizes += [size if e.span else 0 for e in terms.experts]
     kept = getattr(_local, "room", None)
     if kept is None or kept[0] != sizes or kept[1] < tile.numel:
-        kept = _local.room = sizes, tile.numel, [np.empty(n * tile.numel, np.uint8) for n in sizes]
+        elements = tile.numel + _SPARE
+        kept = _local.room = sizes, tile.numel, [np.empty(size * elements, np.uint8) for size in sizes]
     return kept[2]
+
+
+def _candidates(
+    tile: TensorInputs, room: list[np.ndarray], count: int, n_steps: list[int], n_alternatives: list[int]
+) -> Candidates:
+    """What a merge has put into the room."""
+    columns, experts = Candidates.columns(tile), len(tile.experts)
+    lengths = [count * size for size in columns] + [STEP_BYTES * n for n in n_steps]
+    for size in Alternatives.columns(tile):
+        lengths += [size * n for n in n_alternatives]
+    used = [column[:length] for column, length in zip(room, lengths, strict=True)]
+    steps, *alternatives = _per_expert(used[len(columns) :], experts)
+    return Candidates.of(
+        tile, used[: len(columns)], steps, map(Alternatives.of, zip(*alternatives, strict=True))
+    )
 
 
 def histogram(
@@ -213,19 +226,14 @@ def gather_runs(buffer: Buffer, starts: np.ndarray, length: int) -> Buffer:
     return Buffer(out, buffer.dtype, buffer.origin)
 
 
-def read_runs(buffer: Buffer, starts: np.ndarray, length: int, together: int) -> Buffer:
-    """The same from the buffer's file, without mapping its pages: `together` runs with one read. Raises
-    InputError where the file was cut."""
+def read_runs(buffer: Buffer, starts: np.ndarray, length: int, fd: int, together: int) -> Buffer | None:
+    """The same from the buffer's file, open as `fd`, without mapping its pages: `together` runs with one
+    read. None where the file was cut."""
     size = buffer.dtype.itemsize
     out = np.empty(len(starts) * length * size, np.uint8)
-    try:
-        with open(buffer.origin, "rb", buffering=0) as file:
-            places = buffer.offset + starts * size
-            if _extension().read_runs(file.fileno(), places, out, length * size, together):
-                return Buffer(out, buffer.dtype, buffer.origin)
-    except OSError as error:
-        raise InputError(f"{buffer.origin}: cannot be read: {error.strerror}") from error
-    raise InputError(f"{buffer.origin}: changed while in use: it is shorter than before")
+    if not _extension().read_runs(fd, buffer.offset + starts * size, out, length * size, together):
+        return None
+    return Buffer(out, buffer.dtype, buffer.origin)
 
 
 def row_column_sums(matrix: Curvature, row_sums: np.ndarray, column_sums: np.ndarray) -> None:

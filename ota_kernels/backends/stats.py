@@ -34,17 +34,58 @@ STEP_BYTES = 4  # of one score that is listed
 _INDEX, _CURVATURE = 4, BY_NAME["float32"]
 
 
+class Alternatives(NamedTuple):
+    """Elements of a tile that one expert's bracket alone leaves undecided, merged as if the expert kept them.
+
+    positions: uint32[m], ascending but for the highest bit, which is set where no other expert keeps the
+    element; steps: as in Candidates; merged: uint8, the m values of the output where the expert does not keep
+    them.
+    """
+
+    positions: np.ndarray
+    steps: np.ndarray
+    merged: np.ndarray
+
+    @staticmethod
+    def columns(tile: TensorInputs) -> list[int]:
+        """Bytes of one element: position, step, value."""
+        return [_INDEX, STEP_BYTES, tile.out_dtype.itemsize]
+
+    @classmethod
+    def of(cls, columns: Sequence[np.ndarray]) -> Alternatives:
+        """From uint8 columns."""
+        positions, steps, merged = columns
+        return cls(positions.view(np.uint32), steps.view(np.uint32), merged)
+
+
+def dropped(
+    alternatives: Sequence[Alternatives], steps: Sequence[int], size: int
+) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]:
+    """Elements whose scores lie fewer than `steps` (per expert) above the lowest: (positions, values without
+    the expert as uint8, `size` bytes each; per expert how many, and how many of them no expert keeps)."""
+    from .. import _native
+
+    total = sum(len(a.positions) for a in alternatives)
+    positions, merged = np.empty(total, np.uint32), np.empty(total * size, np.uint8)
+    lists = [(*columns, step) for columns, step in zip(alternatives, steps, strict=True)]
+    found = _native.below(lists, size, positions, merged)
+    n = sum(count for count, _ in found)
+    return positions[:n], merged[: n * size], found
+
+
 class Candidates(NamedTuple):
     """Elements of a tile that some expert's bracket leaves undecided.
 
     positions: uint32[m], ascending; operands: their inputs, m elements each, curvature as float32; steps: per
     expert, of each score in its bracket, how many float32 numbers it lies above the lowest one (uint32, empty
     for experts without a bracket). Of a resident tile, all are on its device: torch's int32 for uint32.
+    alternatives: per expert, elements that are listed there instead; empty where a backend tells none apart.
     """
 
     positions: Array
     operands: TensorInputs
     steps: tuple[Array, ...]
+    alternatives: tuple[Alternatives, ...] = ()
 
     @classmethod
     def none(cls, tile: TensorInputs) -> Candidates:
@@ -63,7 +104,13 @@ class Candidates(NamedTuple):
         ]
 
     @classmethod
-    def of(cls, tile: TensorInputs, columns: Sequence[Array], steps: Sequence[Array]) -> Candidates:
+    def of(
+        cls,
+        tile: TensorInputs,
+        columns: Sequence[Array],
+        steps: Sequence[Array],
+        alternatives: Sequence[Alternatives] = (),
+    ) -> Candidates:
         """Candidates of `tile` (or of its tensor) from their columns and steps, uint8 each."""
         index, base, *rest = columns
         experts, curvatures = rest[: len(tile.experts)], rest[len(tile.experts) :]
@@ -83,11 +130,13 @@ class Candidates(NamedTuple):
             curvatures=tuple(map(curvature, tile.curvatures, curvatures)),
         )
         listed = tuple(resident.elements(s, STEP_BYTES) for s in steps)
-        return cls(resident.elements(index, _INDEX), operands, listed)
+        return cls(resident.elements(index, _INDEX), operands, listed, tuple(alternatives))
 
     def copy(self) -> Candidates:
         """In memory of their own on the host."""
-        return Candidates(self.positions.copy(), self.operands.copy(), tuple(s.copy() for s in self.steps))
+        steps = tuple(s.copy() for s in self.steps)
+        alternatives = tuple(Alternatives(*(column.copy() for column in a)) for a in self.alternatives)
+        return Candidates(self.positions.copy(), self.operands.copy(), steps, alternatives)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +144,8 @@ class MergeStats:
     """kept: elements each expert keeps; reached: elements whose score reaches the threshold, or the lowest
     score of the bracket; unkept: kept by nobody; overflow: results beyond the output type's range; repaired:
     set to the base value because an input was not finite. Undecided elements count nowhere but in `reached`
-    and as not finite. candidates: None where every threshold is known; censuses: per expert, None where not
-    asked for."""
+    and as not finite; alternatives count for the experts that are decided. candidates: None where every
+    threshold is known; censuses: per expert, None where not asked for."""
 
     kept: tuple[int, ...]
     reached: tuple[int, ...]

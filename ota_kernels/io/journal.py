@@ -19,8 +19,8 @@ NAME = "journal.jsonl"
 
 
 class Journal:
-    """Appends records in the background: `sync` runs before each batch, so that records never run ahead of
-    the data."""
+    """Appends records in the background: `sync` runs before each batch that speaks of data, so that records
+    never run ahead of it."""
 
     def __init__(self, folder: Path, sync: Callable[[], None]) -> None:
         self._folder = folder
@@ -31,22 +31,24 @@ class Journal:
         self._thread = threading.Thread(target=self._drain, name="ota-journal", daemon=True)
         self._thread.start()
 
-    def append(self, record: dict | None) -> None:
-        """Record something whose data has been handed to the writer; RunError if a write has failed."""
+    def append(self, record: dict | None, of_data: bool = True) -> None:
+        """Record something whose data has been handed to the writer, or that has none; RunError if a write
+        has failed."""
         if self._failure is not None:
             raise self._failure
         if record is not None:
-            self._queue.put(record)
+            self._queue.put((record, of_data))
 
     def _drain(self) -> None:
         while True:
             batch = [self._queue.get()]
             while not self._queue.empty():
                 batch.append(self._queue.get())
-            records = [record for record in batch if record is not None]
+            records = [entry for entry in batch if entry is not None]
             try:
-                self._sync()
-                lines = "".join(json.dumps(record, separators=(",", ":")) + "\n" for record in records)
+                if len(records) < len(batch) or any(of_data for _, of_data in records):
+                    self._sync()
+                lines = "".join(json.dumps(record, separators=(",", ":")) + "\n" for record, _ in records)
                 data = lines.encode()
                 while data:  # a disk that fills up takes a part
                     data = data[os.write(self._fd, data) :]

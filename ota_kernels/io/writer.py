@@ -119,13 +119,35 @@ class ShardWriter:
             name = self._layout.shards[tensor.shard].name
             raise RunError(f"cannot write {name}: {error.strerror}; free some room and --resume") from error
 
-    def read(self, tensor: OutputTensor, start: int, data: np.ndarray) -> None:
-        """Read elements that were written, from flat index `start`, into data (uint8)."""
-        view, offset = memoryview(data), tensor.begin + start * tensor.dtype.itemsize
+    def patch(
+        self, tensor: OutputTensor, start: int, stop: int, positions: np.ndarray, merged: np.ndarray
+    ) -> None:
+        """Overwrite elements at `positions` (uint32[m]) of the range [start, stop), which was written, by
+        merged (uint8, m elements); they are final."""
+        from .. import _native
+
+        if len(positions) == 0:
+            return
+        size, fd = tensor.dtype.itemsize, self._fds[tensor.shard]
+        begin = tensor.begin + start * size
+        if _native.scatter_in_file(fd, begin, stop - start, positions, merged, size):
+            with self._lock:
+                self._unsynced.add(tensor.shard)
+            return
+        room = np.empty((stop - start) * size, np.uint8)
+        self._read(tensor, begin, room)
+        _native.scatter(room, positions, merged, size)
+        self.write(tensor, start, room)
+
+    def _read(self, tensor: OutputTensor, offset: int, data: np.ndarray) -> None:
+        view = memoryview(data)
         while view:
-            count = os.preadv(self._fds[tensor.shard], [view], offset)
+            name = self._layout.shards[tensor.shard].name
+            try:
+                count = os.preadv(self._fds[tensor.shard], [view], offset)
+            except OSError as error:
+                raise RunError(f"cannot read {name}: {error.strerror}; --resume when it can") from error
             if count == 0:
-                name = self._layout.shards[tensor.shard].name
                 raise RunError(f"{name} was cut while it was written; start again with --overwrite")
             view, offset = view[count:], offset + count
 

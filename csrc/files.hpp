@@ -1,0 +1,77 @@
+// Few elements of large files: read without mapping their pages, overwritten without copying the rest.
+#pragma once
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/statvfs.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace ota {
+
+template <typename T>
+void scatter(uint8_t* data, const uint32_t* positions, int64_t m, const uint8_t* elements) {
+    constexpr int64_t kAhead = 32;  // each is likely to be a cache miss
+    for (int64_t j = 0; j < m; ++j) {
+        if (j + kAhead < m) __builtin_prefetch(data + sizeof(T) * positions[j + kAhead], 1);
+        std::memcpy(data + sizeof(T) * positions[j], elements + sizeof(T) * j, sizeof(T));
+    }
+}
+
+// data[positions] = elements, of 2, 4 or 8 bytes each.
+inline void scatter(uint8_t* data, const uint32_t* positions, int64_t m, const uint8_t* elements, int size) {
+    if (size == 2) return scatter<uint16_t>(data, positions, m, elements);
+    if (size == 4) return scatter<uint32_t>(data, positions, m, elements);
+    scatter<uint64_t>(data, positions, m, elements);
+}
+
+// Runs of `run_bytes` bytes that begin at `starts`, `together` with one read of all that lies between them.
+// False where the file ends too early.
+inline bool read_runs(int fd, const int64_t* starts, int64_t count, uint8_t* out, int64_t run_bytes,
+                      int64_t together) {
+    std::vector<uint8_t> window;
+    for (int64_t i = 0; i < count; i += together) {
+        const auto [first, last] = std::minmax_element(starts + i, starts + i + together);
+        window.resize(*last + run_bytes - *first);
+        const auto size = static_cast<ssize_t>(window.size());
+        if (*first < 0 || pread(fd, window.data(), size, *first) != size) return false;
+        for (int64_t j = i; j < i + together; ++j)
+            std::memcpy(out + j * run_bytes, window.data() + (starts[j] - *first), run_bytes);
+    }
+    return true;
+}
+
+// Free bytes of a disk that may need new blocks for what is overwritten (copy on write): with less, a page that
+// is written through a map could become a bus error.
+constexpr uint64_t kSafeToMap = 1u << 30;
+
+// Scatters into `bytes` bytes of a file, which were written, from byte `begin` on, through a map: half the time of
+// reading and writing them; and begins to write them to the disk. False where that cannot be done.
+inline bool scatter_in_file(int fd, int64_t begin, int64_t bytes, const uint32_t* positions, int64_t m,
+                            const uint8_t* elements, int size) {
+#if defined(__linux__)
+#if !defined(MADV_POPULATE_WRITE)
+    constexpr int MADV_POPULATE_WRITE = 23;  // since Linux 5.14
+#endif
+    struct statvfs disk;
+    if (fstatvfs(fd, &disk) != 0 || uint64_t{disk.f_bavail} * disk.f_frsize < kSafeToMap) return false;
+    const int64_t before = begin % sysconf(_SC_PAGESIZE), length = before + bytes;
+    void* pages = mmap(nullptr, length, PROT_READ | PROT_WRITE, MAP_SHARED, fd, begin - before);
+    if (pages == MAP_FAILED) return false;
+    const bool writable = madvise(pages, length, MADV_POPULATE_WRITE) == 0;  // fails where a write would
+    if (writable) scatter(static_cast<uint8_t*>(pages) + before, positions, m, elements, size);
+    munmap(pages, length);
+    if (writable) static_cast<void>(sync_file_range(fd, begin, bytes, SYNC_FILE_RANGE_WRITE));
+    return writable;
+#else
+    static_cast<void>(fd), static_cast<void>(begin), static_cast<void>(bytes), static_cast<void>(positions);
+    static_cast<void>(m), static_cast<void>(elements), static_cast<void>(size);
+    return false;
+#endif
+}
+
+}  // namespace ota

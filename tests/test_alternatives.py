@@ -1,0 +1,137 @@
+"""Elements that one expert's bracket alone leaves undecided: which they are, and what is listed of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from models import random_experts
+
+from ota_kernels.backends import native
+from ota_kernels.backends.stats import Candidates, dropped
+from ota_kernels.formula import ExpertTerms, Formula, Terms, score_bits, score_of_bits, score_scale
+from ota_kernels.tensors import TensorInputs
+
+SHAPE = (23, 192)
+ELEMENTS = SHAPE[0] * SHAPE[1]
+FORMULAS = {
+    "precond": Formula(),
+    "weights of all": Formula(mask_weights=False),
+    "linear": Formula(denominator=3.0, curvature_weights=False),
+    "ties": Formula(denominator=1.0, curvature_weights=False, elect_signs=True),
+    "mean where nobody keeps": Formula(fallback_to_base=False),
+}
+
+
+@pytest.fixture(params=native.instruction_sets())
+def isa(request, monkeypatch):
+    monkeypatch.setattr(native, "instruction_set", lambda: request.param)
+
+
+def tile_of(out_dtype: str, n_experts: int = 3, base: bool = True) -> TensorInputs:
+    made = random_experts(1, SHAPE, n_experts, dtypes=("bfloat16",), base_dtype="bfloat16").inputs(out_dtype)
+    return made if base else replace(made, base=None)
+
+
+def scores_of(tile: TensorInputs) -> list[np.ndarray]:
+    scale = ExpertTerms(score_scale=score_scale(tile.base is not None))
+    return [native.scores(tile, t, scale)[0] for t in range(len(tile.experts))]
+
+
+def brackets_of(tile: TensorInputs, formula: Formula, share: float) -> Terms:
+    """Each expert's bracket holds this share of its scores, from their median on."""
+    experts = []
+    for scores in scores_of(tile):
+        ascending = np.sort(scores)
+        lowest = max(float(ascending[ELEMENTS // 2]), 1e-30)
+        span = score_bits(float(ascending[int(ELEMENTS * (0.5 + share))])) - score_bits(lowest) + 1
+        weight_scale = 2.0**40 if formula.curvature_weights else 1.0
+        e = ExpertTerms(score_scale=score_scale(tile.base is not None), weight_scale=weight_scale)
+        experts.append(replace(e, threshold=lowest, span=span))
+    return Terms(formula, 1e-26 * 2.0**40, tuple(experts))
+
+
+def closed(terms: Terms, at_end: bool) -> Terms:
+    """With thresholds at the ends of the brackets, or at their lowest."""
+    ends = [score_of_bits(score_bits(e.threshold) + e.span) if at_end else e.threshold for e in terms.experts]
+    experts = tuple(replace(e, threshold=x, span=0) for e, x in zip(terms.experts, ends, strict=True))
+    return replace(terms, experts=experts)
+
+
+def merge(tile: TensorInputs, terms: Terms) -> tuple[np.ndarray, Candidates | None]:
+    out = np.zeros(ELEMENTS * tile.out_dtype.itemsize, np.uint8)
+    candidates = native.merge(tile, terms, out).candidates
+    return out.view(f"u{tile.out_dtype.itemsize}"), candidates
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("out_dtype", ["bfloat16", "float16", "float32", "float64"])
+@pytest.mark.parametrize("formula", FORMULAS)
+@pytest.mark.parametrize("base", [True, False])
+def test_are_those_of_one_bracket_with_both_values(formula, out_dtype, base):
+    tile = tile_of(out_dtype, base=base)
+    terms = brackets_of(tile, FORMULAS[formula], 0.1)
+    bits = [scores.view(np.uint32).astype(np.int64) for scores in scores_of(tile)]
+    steps = [b - score_bits(e.threshold) for b, e in zip(bits, terms.experts, strict=True)]
+    inside = np.array([(s >= 0) & (s < e.span) for s, e in zip(steps, terms.experts, strict=True)])
+    kept = np.array([s >= e.span for s, e in zip(steps, terms.experts, strict=True)])
+    out, candidates = merge(tile, terms)
+    lowest, at_ends = (merge(tile, closed(terms, at_end))[0] for at_end in (False, True))
+
+    np.testing.assert_array_equal(candidates.positions, np.flatnonzero(inside.sum(axis=0) > 1))
+    assert len(candidates.positions) > 0
+    for t, alternatives in enumerate(candidates.alternatives):
+        positions, alone = alternatives.positions & 0x7FFFFFFF, alternatives.positions >> 31
+        np.testing.assert_array_equal(positions, np.flatnonzero(inside[t] & (inside.sum(axis=0) == 1)))
+        np.testing.assert_array_equal(alone, ~kept[:, positions].any(axis=0))
+        np.testing.assert_array_equal(alternatives.steps, steps[t][positions])
+        np.testing.assert_array_equal(alternatives.merged.view(out.dtype), at_ends[positions])
+        np.testing.assert_array_equal(out[positions], lowest[positions])
+        assert 0 < len(positions) < ELEMENTS / 5
+
+
+@pytest.mark.usefixtures("isa")
+def test_equal_experts_have_none():
+    tile = tile_of("bfloat16", 1)
+    tile = replace(tile, experts=tile.experts * 3, curvatures=tile.curvatures * 3)
+    terms = brackets_of(tile, Formula(), 0.1)
+    _, candidates = merge(tile, terms)
+    assert [len(a.positions) for a in candidates.alternatives] == [0, 0, 0]
+    assert ELEMENTS / 20 < len(candidates.positions) < ELEMENTS / 5
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("beyond", ["weights", "the value with it", "the value without it"])
+def test_what_overflows_or_is_not_finite_keeps_its_operands(beyond):
+    tile = tile_of("float16", 2)
+    terms = brackets_of(tile, Formula(lambda_=1.0), 0.1)
+    _, before = merge(tile, terms)
+    position = int(before.alternatives[0].positions[5] & 0x7FFFFFFF)
+    if beyond == "weights":
+        weights = tile.experts[1].data.copy()
+        weights.view(np.uint16)[position] = 0x7FC0
+        tile = replace(tile, experts=(tile.experts[0], replace(tile.experts[1], data=weights)))
+        terms = replace(terms, formula=replace(terms.formula, repair_nonfinite=True))
+    else:
+        terms = replace(terms, formula=replace(terms.formula, lambda_=1e9))
+    _, candidates = merge(tile, terms)
+    listed = np.concatenate([a.positions & 0x7FFFFFFF for a in candidates.alternatives])
+    assert position not in listed
+    assert position in candidates.positions
+
+
+def test_dropped_are_those_below_the_step():
+    tile = tile_of("bfloat16")
+    _, candidates = merge(tile, brackets_of(tile, Formula(), 0.1))
+    steps = [int(np.median(a.steps)) for a in candidates.alternatives]
+    positions, merged, counts = dropped(candidates.alternatives, steps, 2)
+    below = [a.steps < step for a, step in zip(candidates.alternatives, steps, strict=True)]
+    taken = [
+        (a.positions[b], a.merged.view(np.uint16)[b])
+        for a, b in zip(candidates.alternatives, below, strict=True)
+    ]
+    np.testing.assert_array_equal(positions, np.concatenate([p & 0x7FFFFFFF for p, _ in taken]))
+    np.testing.assert_array_equal(merged.view(np.uint16), np.concatenate([m for _, m in taken]))
+    assert counts == [(len(p), int((p >> 31).sum())) for p, _ in taken]
+    assert dropped(candidates.alternatives, [0, 0, 0], 2)[2] == [(0, 0)] * 3
