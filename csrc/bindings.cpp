@@ -417,6 +417,7 @@ Count row_column_sums(const nb::tuple& curvature_spec, OutDoubles row_sums, OutD
 
 NB_MODULE(_native, m) {
     m.doc() = "CPU kernels. Use ota_kernels.backends.native; these entry points take raw tiles.";
+    m.attr("SPARE") = ota::kSpare;
     m.def("instruction_sets", &instruction_sets);
     m.def("merge", &merge, "base"_a.none(), "base_code"_a, "experts"_a, "formula"_a, "out"_a, "out_code"_a,
           "candidates"_a.none(), "isa"_a);

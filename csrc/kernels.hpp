@@ -49,10 +49,11 @@ struct Expert {
 constexpr int kExponents = 256;
 constexpr int kCensus = 2 * kExponents + 1;
 
-// Elements that one expert's bracket alone leaves undecided. They are merged as if the expert kept them; merged:
-// their values where it does not. The highest bit of index is set where no other expert keeps the element. Room for
-// kSpare elements more than a tile has.
+// Elements that lists of candidates have room for beyond a tile's: a whole vector is written at their end.
 constexpr int kSpare = 16;
+
+// Elements that one expert's bracket alone leaves undecided. They are merged as if the expert kept them; merged:
+// their values where it does not. The highest bit of index is set where no other expert keeps the element.
 struct Alternatives {
     int64_t count = 0;
     uint32_t* index = nullptr;
@@ -63,7 +64,8 @@ struct Alternatives {
 // Where elements go that some expert's bracket leaves undecided: their index in the tile and their operands,
 // weights as they are stored, curvature as float32 (nowhere for uniform curvature). steps: for experts with a
 // bracket, how many float32 numbers each score in it lies above its lowest. Elements from `resolved` on are to
-// become alternatives of the one expert that they wait for; what they all keep stays. Room for a whole tile.
+// become alternatives of the one expert that they wait for; what they all keep stays. Room for a whole tile
+// and kSpare more.
 struct Candidates {
     int64_t count = 0, resolved = 0;
     uint32_t* index = nullptr;

@@ -355,7 +355,7 @@ float usable_score(const MergeArgs& args, int t, float w, float h, Acc base) {
     return s > 0.0f ? s : 0.0f;  // -0, and a curvature above 2^96 times an edit of 0
 }
 
-// Sums the scores of expert t, but those of undecided elements, which `account` counts.
+// Sums the scores of expert t, but those of undecided elements, which `resolve` and `account` count.
 template <typename Acc>
 void take_census(const MergeArgs& args, int t, int64_t offset, int n, Block<Acc>& block) {
     const Expert& expert = args.experts[t];

@@ -16,6 +16,7 @@ from .resident import Array
 from .tensors import TensorInputs
 
 DEFAULT_BUDGET = 256 << 20
+_LISTS = len(Alternatives._fields)  # of each expert
 
 
 @dataclass(frozen=True)
@@ -112,10 +113,9 @@ class Store:
         sizes = held.sizes(tensor)
         parts = np.split(self._read(held.offset, sum(sizes)), np.cumsum(sizes[:-1]))
         columns, experts = len(Candidates.columns(tensor)), len(held.steps)
-        of_experts = zip(*[iter(parts[columns + experts :])] * 3, strict=True)
-        return Candidates.of(
-            tensor, parts[:columns], parts[columns : columns + experts], map(Alternatives.of, of_experts)
-        )
+        steps, rest = parts[columns : columns + experts], iter(parts[columns + experts :])
+        alternatives = map(Alternatives.of, zip(*[rest] * _LISTS, strict=True))
+        return Candidates.of(tensor, parts[:columns], steps, alternatives)
 
     def steps(self, held: Held, tensor: TensorInputs, t: int) -> list[Array]:
         """The steps of expert t, integers of 32 bits; without reading the candidates."""
@@ -124,7 +124,7 @@ class Store:
         sizes, of_steps = held.sizes(tensor), len(Candidates.columns(tensor))
         places = [of_steps + t]
         if held.alternatives:
-            places.append(of_steps + len(held.steps) + 3 * t + 1)
+            places.append(of_steps + len(held.steps) + _LISTS * t + Alternatives._fields.index("steps"))
         return [self._read(held.offset + sum(sizes[:i]), sizes[i]).view(np.uint32) for i in places]
 
     def _read(self, offset: int, size: int) -> np.ndarray:

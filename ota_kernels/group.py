@@ -97,8 +97,6 @@ class Group:
         for t, (count, unkept) in enumerate(found):
             tally.kept[t] += len(candidates.alternatives[t].positions) - count
             tally.unkept += unkept
-        if len(candidates.positions) == 0:
-            return positions, merged, tally
         return resident.joined([candidates.positions, positions]), resident.joined([out, merged]), tally
 
     def _threshold(self, t: int, terms: ExpertTerms) -> float | Array | None:

@@ -101,7 +101,7 @@ def take(data: Array, positions: Array, size: int) -> Array:
 
 
 def scatter(data: Array, positions: Array, merged: Array, size: int) -> None:
-    """data[positions] = merged, elements of `size` bytes. positions: integers of 32 bits, in order."""
+    """data[positions] = merged, elements of `size` bytes. positions: integers of 32 bits, each once."""
     if not is_resident(data):
         from . import _native
 

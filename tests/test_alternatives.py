@@ -11,7 +11,7 @@ from models import random_experts
 from ota_kernels.backends import native
 from ota_kernels.backends.stats import Candidates, dropped
 from ota_kernels.formula import ExpertTerms, Formula, Terms, score_bits, score_of_bits, score_scale
-from ota_kernels.tensors import TensorInputs
+from ota_kernels.tensors import Buffer, Full, TensorInputs
 
 SHAPE = (23, 192)
 ELEMENTS = SHAPE[0] * SHAPE[1]
@@ -101,21 +101,53 @@ def test_equal_experts_have_none():
     assert ELEMENTS / 20 < len(candidates.positions) < ELEMENTS / 5
 
 
+def changed(tile: TensorInputs, position: int, weights: list[float], curvatures: list[float]) -> TensorInputs:
+    """With a base of 0 at `position`, and these weights and curvature."""
+
+    def at_position(buffer: Buffer, value: float) -> Buffer:
+        data = buffer.data.copy()
+        bits = np.float32(value).view(np.uint32)
+        size = buffer.dtype.itemsize
+        data.view(f"u{size}")[position] = bits >> (32 - 8 * size)
+        return replace(buffer, data=data)
+
+    return replace(
+        tile,
+        base=at_position(tile.base, 0.0),
+        experts=tuple(map(at_position, tile.experts, weights)),
+        curvatures=tuple(
+            Full(at_position(c.values, h)) for c, h in zip(tile.curvatures, curvatures, strict=True)
+        ),
+    )
+
+
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("beyond", ["weights", "the value with it", "the value without it"])
 def test_what_overflows_or_is_not_finite_keeps_its_operands(beyond):
-    tile = tile_of("float16", 2)
+    """At one position, expert 0 waits. There, its own edit is too large, or averages a larger one away."""
+    tile, position = tile_of("float16", 2), 100
     terms = brackets_of(tile, Formula(lambda_=1.0), 0.1)
-    _, before = merge(tile, terms)
-    position = int(before.alternatives[0].positions[5] & 0x7FFFFFFF)
+    first, second = terms.experts
+    inside, above = (
+        score_of_bits(score_bits(e.threshold) + n)
+        for e, n in [(first, first.span // 2), (second, second.span)]
+    )
+    edits = (2.0**-6, 64.0) if beyond == "the value without it" else (64.0, 0.0)
+    curvatures = [inside / 2.0**64 / edits[0] ** 2, 4 * above / 2.0**64 / 64.0**2]
+    tile = changed(tile, position, [-edits[0], edits[1]], curvatures)
+
+    out, before = merge(tile, terms)
+    assert position in before.alternatives[0].positions & 0x7FFFFFFF
     if beyond == "weights":
-        weights = tile.experts[1].data.copy()
-        weights.view(np.uint16)[position] = 0x7FC0
-        tile = replace(tile, experts=(tile.experts[0], replace(tile.experts[1], data=weights)))
+        tile = changed(tile, position, [-edits[0], np.nan], curvatures)
         terms = replace(terms, formula=replace(terms.formula, repair_nonfinite=True))
     else:
-        terms = replace(terms, formula=replace(terms.formula, lambda_=1e9))
-    _, candidates = merge(tile, terms)
+        terms = replace(terms, formula=replace(terms.formula, lambda_=2000.0))
+    out, candidates = merge(tile, terms)
+    assert np.isinf(out.view(np.float16)[position]) == (beyond == "the value with it")
+    assert np.isinf(merge(tile, closed(terms, True))[0].view(np.float16)[position]) == (
+        beyond == "the value without it"
+    )
     listed = np.concatenate([a.positions & 0x7FFFFFFF for a in candidates.alternatives])
     assert position not in listed
     assert position in candidates.positions

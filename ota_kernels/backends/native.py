@@ -140,7 +140,6 @@ def merge(tile: TensorInputs, terms: Terms, out: np.ndarray) -> MergeStats:
 
 
 _local = threading.local()
-_SPARE = 16  # elements that the kernel may write behind a list
 
 
 def _per_expert(room: list[np.ndarray], experts: int) -> list[list[np.ndarray]]:
@@ -157,7 +156,7 @@ def _candidate_room(tile: TensorInputs, terms: Terms) -> list[np.ndarray]:
         sizes += [size if e.span else 0 for e in terms.experts]
     kept = getattr(_local, "room", None)
     if kept is None or kept[0] != sizes or kept[1] < tile.numel:
-        elements = tile.numel + _SPARE
+        elements = tile.numel + _extension().SPARE
         kept = _local.room = sizes, tile.numel, [np.empty(size * elements, np.uint8) for size in sizes]
     return kept[2]
 
