@@ -307,45 +307,21 @@ bool scatter_in_file(int fd, int64_t begin, int64_t n, const Positions& position
                                 elements.data(), size);
 }
 
-// Of one expert's alternatives, those whose steps are below `limit`.
-struct Below {
-    Positions positions, steps;
-    Bytes merged;
-    uint32_t limit;
-
-    template <typename T>
-    Count pick(uint32_t* at, uint8_t* values) const {
-        const auto m = static_cast<int64_t>(positions.size());
-        int64_t n = 0, alone = 0;
-        for (int64_t j = 0; j < m; ++j) {
-            uint32_t position, step;  // from a file, they are not aligned
-            std::memcpy(&position, positions.data() + j, sizeof(position));
-            std::memcpy(&step, steps.data() + j, sizeof(step));
-            at[n] = position & 0x7fffffffu;
-            std::memcpy(values + sizeof(T) * n, merged.data() + sizeof(T) * j, sizeof(T));
-            const int64_t below = step < limit ? 1 : 0;
-            n += below;
-            alone += below & (position >> 31);
-        }
-        return {n, alone};
-    }
-};
-
 // Of alternatives (positions, steps, values of `size` bytes, limit) of some experts, those whose steps are below
 // the limit: their positions and values go to `at` and `values`, room for all. How many of each, and how many of
 // these no expert keeps.
 std::vector<Count> below(const nb::list& alternatives, int size, OutPositions at, OutBytes values) {
     require(size == 2 || size == 4 || size == 8, "values of 2, 4 or 8 bytes");
-    std::vector<Below> lists;
+    std::vector<ota::Below> lists;
     int64_t total = 0;
     for (const nb::handle entry : alternatives) {
         const auto one = nb::cast<nb::tuple>(entry);
-        lists.push_back({nb::cast<Positions>(one[0]), nb::cast<Positions>(one[1]), nb::cast<Bytes>(one[2]),
-                         nb::cast<uint32_t>(one[3])});
-        const Below& list = lists.back();
-        const auto m = static_cast<int64_t>(list.positions.size());
-        require(list.steps.size() == list.positions.size(), "one step each");
-        require(static_cast<int64_t>(list.merged.size()) == m * size, "one value each");
+        const auto positions = nb::cast<Positions>(one[0]), steps = nb::cast<Positions>(one[1]);
+        const auto merged = nb::cast<Bytes>(one[2]);
+        const auto m = static_cast<int64_t>(positions.size());
+        require(steps.size() == positions.size(), "one step each");
+        require(static_cast<int64_t>(merged.size()) == m * size, "one value each");
+        lists.push_back({m, positions.data(), steps.data(), merged.data(), nb::cast<uint32_t>(one[3])});
         total += m;
     }
     require(static_cast<int64_t>(at.size()) >= total && static_cast<int64_t>(values.size()) >= total * size,
@@ -353,15 +329,21 @@ std::vector<Count> below(const nb::list& alternatives, int size, OutPositions at
     std::vector<Count> found;
     nb::gil_scoped_release release;
     int64_t n = 0;
-    for (const Below& list : lists) {
-        uint32_t* positions = at.data() + n;
-        uint8_t* merged = values.data() + n * size;
-        found.push_back(size == 2   ? list.pick<uint16_t>(positions, merged)
-                        : size == 4 ? list.pick<uint32_t>(positions, merged)
-                                    : list.pick<uint64_t>(positions, merged));
-        n += found.back().first;
+    for (const ota::Below& list : lists) {
+        int64_t alone = 0;
+        const int64_t some = ota::below(list, size, at.data() + n, values.data() + n * size, alone);
+        found.emplace_back(some, alone);
+        n += some;
     }
     return found;
+}
+
+// How many of each row's values are at least `least`. counts: one for each row.
+void count_rows(const Floats& values, float least, OutInts counts) {
+    const auto n = static_cast<int64_t>(values.size()), rows = static_cast<int64_t>(counts.size());
+    require(rows == 0 ? n == 0 : n % rows == 0, "whole rows");
+    nb::gil_scoped_release release;
+    if (rows > 0) ota::count_rows(values.data(), rows, n / rows, least, counts.data());
 }
 
 // Runs of `run_bytes` bytes that begin at `starts` (bytes), copied one after the other.
@@ -371,11 +353,7 @@ void copy_runs(const Bytes& data, const Ints& starts, OutBytes out, int64_t run_
     nb::gil_scoped_release release;
     for (int64_t i = 0; i < count; ++i)
         require(starts.data()[i] >= 0 && starts.data()[i] + run_bytes <= size, "a run outside");
-    constexpr int64_t kAhead = 16;  // a run is a cache miss: many at a time
-    for (int64_t i = 0; i < count; ++i) {
-        if (i + kAhead < count) __builtin_prefetch(data.data() + starts.data()[i + kAhead]);
-        std::memcpy(out.data() + i * run_bytes, data.data() + starts.data()[i], run_bytes);
-    }
+    ota::copy_runs(data.data(), starts.data(), count, run_bytes, out.data());
 }
 
 // The same from a file, `together` runs with one read of all that lies between them: their pages are not mapped.
@@ -430,6 +408,7 @@ NB_MODULE(_native, m) {
     m.def("scatter", &scatter, "data"_a, "positions"_a, "elements"_a, "size"_a);
     m.def("scatter_in_file", &scatter_in_file, "fd"_a, "begin"_a, "n"_a, "positions"_a, "elements"_a, "size"_a);
     m.def("below", &below, "alternatives"_a, "size"_a, "at"_a, "values"_a);
+    m.def("count_rows", &count_rows, "values"_a, "least"_a, "counts"_a);
     m.def("copy_runs", &copy_runs, "data"_a, "starts"_a, "out"_a, "run_bytes"_a);
     m.def("read_runs", &read_runs, "fd"_a, "starts"_a, "out"_a, "run_bytes"_a, "together"_a);
     m.def("power_sum", &power_sum, "curvature"_a, "n"_a, "power"_a, "isa"_a);

@@ -11,23 +11,9 @@
 #include <cstring>
 #include <vector>
 
+#include "lists.hpp"
+
 namespace ota {
-
-template <typename T>
-void scatter(uint8_t* data, const uint32_t* positions, int64_t m, const uint8_t* elements) {
-    constexpr int64_t kAhead = 32;  // each is likely to be a cache miss
-    for (int64_t j = 0; j < m; ++j) {
-        if (j + kAhead < m) __builtin_prefetch(data + sizeof(T) * positions[j + kAhead], 1);
-        std::memcpy(data + sizeof(T) * positions[j], elements + sizeof(T) * j, sizeof(T));
-    }
-}
-
-// data[positions] = elements, of 2, 4 or 8 bytes each.
-inline void scatter(uint8_t* data, const uint32_t* positions, int64_t m, const uint8_t* elements, int size) {
-    if (size == 2) return scatter<uint16_t>(data, positions, m, elements);
-    if (size == 4) return scatter<uint32_t>(data, positions, m, elements);
-    scatter<uint64_t>(data, positions, m, elements);
-}
 
 // Runs of `run_bytes` bytes that begin at `starts`, `together` with one read of all that lies between them.
 // False where the file ends too early.

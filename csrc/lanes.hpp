@@ -39,7 +39,12 @@ inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
 inline Floats load_f16(const uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
-inline Bits load(const int32_t* p) { return _mm512_loadu_si512(p); }
+inline Bits load(const uint32_t* p) { return _mm512_loadu_si512(p); }
+// first, first + 1, ...
+inline Bits from(int first) {
+    return _mm512_add_epi32(_mm512_set1_epi32(first),
+                            _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+}
 inline void store_low_halves(uint16_t* p, Bits x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(x));
 }
@@ -57,6 +62,7 @@ inline Floats sqrt(Floats x) { return _mm512_sqrt_ps(x); }
 
 inline Bits add(Bits a, Bits b) { return _mm512_add_epi32(a, b); }
 inline Bits sub(Bits a, Bits b) { return _mm512_sub_epi32(a, b); }
+inline Bits add_where(Mask m, Bits a, Bits b) { return _mm512_mask_add_epi32(a, m, a, b); }
 inline Bits both(Bits a, Bits b) { return _mm512_and_si512(a, b); }
 inline Bits either(Bits a, Bits b) { return _mm512_or_si512(a, b); }
 inline Bits larger(Bits a, Bits b) { return _mm512_max_epu32(a, b); }
@@ -72,6 +78,8 @@ inline uint32_t largest(Bits x) { return _mm512_reduce_max_epu32(x); }
 inline Mask at_least(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
 inline Mask is_zero(Floats x) { return _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_EQ_OQ); }
 inline Mask is_zero(Bits x) { return _mm512_testn_epi32_mask(x, x); }
+inline Mask not_zero(Bits x) { return _mm512_test_epi32_mask(x, x); }
+inline Mask equal(Bits a, Bits b) { return _mm512_cmpeq_epi32_mask(a, b); }
 inline Mask above(Bits a, Bits b) { return _mm512_cmpgt_epu32_mask(a, b); }
 // Lanes of m where a is not at least b (which may be NaN).
 inline Mask not_at_least(Mask m, Floats a, Floats b) { return _mm512_mask_cmp_ps_mask(m, a, b, _CMP_NGE_UQ); }
@@ -79,24 +87,12 @@ inline Mask either(Mask a, Mask b) { return static_cast<Mask>(a | b); }
 inline Mask both(Mask a, Mask b) { return static_cast<Mask>(a & b); }
 inline Mask without(Mask a, Mask b) { return static_cast<Mask>(a & ~b); }
 inline Floats zero_unless(Mask m, Floats x) { return _mm512_maskz_mov_ps(m, x); }
-inline Floats zero_where(Mask m, Floats x) { return _mm512_maskz_mov_ps(static_cast<Mask>(~m), x); }
+inline Floats zero_where(Mask m, Floats x) { return _mm512_mask_blend_ps(m, x, _mm512_setzero_ps()); }
 inline Floats choose(Mask m, Floats a, Floats b) { return _mm512_mask_mov_ps(b, m, a); }
 inline Mask nowhere() { return 0; }
 inline Mask first_lanes(int n) { return static_cast<Mask>((1u << n) - 1u); }
 inline Bits ones_where(Mask m) { return _mm512_maskz_set1_epi32(m, 1); }
 inline uint32_t lanes_of(Mask m) { return m; }
-
-// Writes first + i for each bit i of the flags of a step to `at`, which has room for a vector more; returns how many.
-inline int write_positions(uint64_t flags, int first, int32_t* at) {
-    const Bits lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    int n = 0;
-    for (int lane = 0; lane < 64; lane += 16) {
-        const auto m = static_cast<Mask>(flags >> lane);
-        _mm512_storeu_si512(at + n, _mm512_maskz_compress_epi32(m, add(lanes, _mm512_set1_epi32(first + lane))));
-        n += __builtin_popcount(m);
-    }
-    return n;
-}
 
 // Writes the lanes of the mask one after the other, to where there is room for all lanes.
 inline void write(Mask m, Bits x, uint32_t* out) { _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(m, x)); }
@@ -104,10 +100,7 @@ inline void write_low_halves(Mask m, Bits x, uint16_t* out) {
     store_low_halves(out, _mm512_maskz_compress_epi32(m, x));
 }
 
-constexpr int kVectors = 4;  // whose sums leave enough of 32 registers free
-inline uint64_t joined(const Mask (&m)[kVectors]) {
-    return _cvtmask64_u64(_mm512_kunpackd(_mm512_kunpackw(m[3], m[2]), _mm512_kunpackw(m[1], m[0])));
-}
+constexpr int kVectors = 4, kOpenVectors = 2;  // whose sums leave enough of 32 registers free
 
 #else
 
@@ -130,7 +123,10 @@ inline Floats load(const float* p) { return _mm256_loadu_ps(p); }
 inline Floats load_f16(const uint16_t* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
-inline Bits load(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline Bits load(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline Bits from(int first) {
+    return _mm256_add_epi32(_mm256_set1_epi32(first), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
 inline void store_low_halves(uint16_t* p, Bits x) {
     const __m256i packed = _mm256_packus_epi32(x, x);
     const __m256i joined = _mm256_permute4x64_epi64(packed, 0x08);
@@ -150,6 +146,7 @@ inline Floats sqrt(Floats x) { return _mm256_sqrt_ps(x); }
 
 inline Bits add(Bits a, Bits b) { return _mm256_add_epi32(a, b); }
 inline Bits sub(Bits a, Bits b) { return _mm256_sub_epi32(a, b); }
+inline Bits add_where(Mask m, Bits a, Bits b) { return add(a, _mm256_and_si256(bits(m), b)); }
 inline Bits both(Bits a, Bits b) { return _mm256_and_si256(a, b); }
 inline Bits either(Bits a, Bits b) { return _mm256_or_si256(a, b); }
 inline Bits larger(Bits a, Bits b) { return _mm256_max_epu32(a, b); }
@@ -168,7 +165,9 @@ inline uint32_t largest(Bits x) {
 
 inline Mask at_least(Floats a, Floats b) { return _mm256_cmp_ps(a, b, _CMP_GE_OQ); }
 inline Mask is_zero(Floats x) { return _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_EQ_OQ); }
-inline Mask is_zero(Bits x) { return floats(_mm256_cmpeq_epi32(x, _mm256_setzero_si256())); }
+inline Mask equal(Bits a, Bits b) { return floats(_mm256_cmpeq_epi32(a, b)); }
+inline Mask is_zero(Bits x) { return equal(x, _mm256_setzero_si256()); }
+inline Mask not_zero(Bits x) { return floats(_mm256_xor_si256(bits(is_zero(x)), all(0xffffffffu))); }
 inline Mask above(Bits a, Bits b) {  // comparisons are signed
     const Bits half = all(0x80000000u);
     return floats(_mm256_cmpgt_epi32(_mm256_xor_si256(a, half), _mm256_xor_si256(b, half)));
@@ -187,12 +186,6 @@ inline Mask first_lanes(int n) {
 inline Bits ones_where(Mask m) { return right<31>(bits(m)); }
 inline uint32_t lanes_of(Mask m) { return static_cast<uint32_t>(_mm256_movemask_ps(m)); }
 
-inline int write_positions(uint64_t flags, int first, int32_t* at) {
-    int n = 0;
-    for (uint64_t rest = flags; rest != 0; rest &= rest - 1) at[n++] = first + __builtin_ctzll(rest);
-    return n;
-}
-
 template <typename T> inline void write_each(Mask m, Bits x, T* out) {
     uint32_t each[8];
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(each), x);
@@ -202,13 +195,16 @@ template <typename T> inline void write_each(Mask m, Bits x, T* out) {
 inline void write(Mask m, Bits x, uint32_t* out) { write_each(m, x, out); }
 inline void write_low_halves(Mask m, Bits x, uint16_t* out) { write_each(m, x, out); }
 
-constexpr int kVectors = 2;  // of 16 registers
-inline uint64_t joined(const Mask (&m)[kVectors]) { return lanes_of(m[0]) | lanes_of(m[1]) << OTA_LANES; }
+constexpr int kVectors = 2, kOpenVectors = 2;  // of 16 registers
 
 #endif
 
 inline int count(Mask m) { return __builtin_popcount(lanes_of(m)); }
-inline int count(const Mask (&m)[kVectors]) { return __builtin_popcountll(joined(m)); }
+template <int V> inline int count(const Mask (&m)[V]) {
+    uint64_t joined = 0;
+    for (int v = 0; v < V; ++v) joined |= uint64_t{lanes_of(m[v])} << (v * OTA_LANES);
+    return __builtin_popcountll(joined);
+}
 
 // As to_bf16, of numbers.
 inline Bits bf16_of(Floats x) {

@@ -506,13 +506,16 @@ template <typename Acc>
 int64_t merge_streamed(StreamedSpan streamed, const MergeArgs& args, int64_t offset, Block<Acc>& block,
                        MergeStats& stats) {
     int32_t at[kSpan + kLanes];
+    if (streamed != nullptr) resolve(args, 1, block, stats);
     while (streamed != nullptr) {
         const int64_t left = (args.n - offset) / streamed::kStep * streamed::kStep;
         const int n = left < kSpan ? static_cast<int>(left) : kSpan;
         const int undecided = n > 0 ? streamed(args, offset, n, at, stats) : -1;
         if (undecided < 0) break;
-        if (undecided > 0) append(args, offset, at, undecided);
-        resolve(args, kMany, block, stats);
+        if (undecided > 0) {
+            append(args, offset, at, undecided);
+            args.candidates->resolved = args.candidates->count;
+        }
         offset += n;
     }
     return offset;

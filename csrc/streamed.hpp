@@ -25,10 +25,14 @@ namespace streamed {
 
 using namespace lanes;
 
-constexpr int kStep = kVectors * OTA_LANES;  // elements whose sums are held in registers at once
+constexpr int kStep = kVectors * OTA_LANES;  // a span is a whole number of steps
 constexpr int kAhead = 128;                  // elements between what is read and what is fetched
 
 enum class Masks { none, closed, open };
+
+// Vectors of elements whose sums are held in registers at once. Brackets need twice as many sums.
+template <Masks M>
+constexpr int kHeld = M == Masks::open ? kOpenVectors : kVectors;
 
 // Element types: a vector from element i on.
 struct BF16 {
@@ -66,10 +70,13 @@ struct Scaled : T {
     static Floats curvature(const uint8_t* p, int i, float row) { return mul(T::read(p, i), all(row)); }
 };
 
+constexpr uint32_t kBracket = 1u << 16;  // counts brackets, above the number of an expert
+
 // One expert. w, h: element 0 of the span (h of rank-1 curvature: its column); row: its number of this row.
 struct Stream {
     const uint8_t *w, *h;
     float row, threshold, end, k, weight_scale;  // end: the first number above the bracket
+    uint32_t bracket;                            // kBracket + its number
     int32_t kept;
 };
 
@@ -79,13 +86,20 @@ struct Seen {
     int32_t zeros = 0;  // elements whose weights sum to 0
 };
 
-// Of each step of a span, the elements that are undecided, as bits.
-using Flags = uint64_t[kSpan / kStep];
+// The elements of a span that some bracket leaves undecided, one after the other: where they are, and what they
+// come to where undecided experts drop them.
+struct Undecided {
+    static constexpr int kRoom = kSpan + OTA_LANES;
+    int count = 0;
+    uint32_t at[kRoom], base[kRoom], numerator[kRoom], denominator[kRoom];
+    uint32_t waits_for[kRoom];  // the sum of kBracket + t over the experts t whose bracket holds the score
+    uint32_t score[kRoom];      // the last one of these experts
+};
 
 // Into the first-level cache: a dozen streams are too many for the hardware's own prefetchers.
-template <typename T>
+template <typename T, int Elements>
 inline void fetch(const uint8_t* p, int i) {
-    for (int byte = 0; byte < kStep * T::size; byte += 64)
+    for (int byte = 0; byte < Elements * T::size; byte += 64)
         __builtin_prefetch(p + (i + kAhead) * T::size + byte, 0, 3);
 }
 
@@ -94,27 +108,32 @@ inline Bits magnitude(Floats x) { return both(bits(x), all(0x7fffffffu)); }
 // Elements [begin, end) of the span.
 template <Masks M, Power P, typename W, typename H>
 Seen run(const MergeArgs& args, const uint8_t* base, Stream* streams, int begin, int end, uint8_t* out,
-         Flags& flags, Seen seen) {
+         Undecided* undecided, Seen seen) {
+    constexpr int V = kHeld<M>, step = V * OTA_LANES;
     const Floats epsilon = all(static_cast<float>(args.formula.epsilon));
     const Floats lambda = all(static_cast<float>(args.formula.lambda));
     const int n_streams = args.n_experts;
     const bool to_bf16 = args.out_dtype == DType::bf16;
-    for (int i = begin; i < end; i += kStep) {
-        Floats b[kVectors], numerator[kVectors], denominator[kVectors];
-        Mask undecided[kVectors];
-        fetch<W>(base, i);
-        for (int v = 0; v < kVectors; ++v) {
+    for (int i = begin; i < end; i += step) {
+        Floats b[V], numerator[V], denominator[V];
+        Floats sure_numerator[V], sure_denominator[V], score[V];  // without undecided experts
+        Bits waits_for[V];
+        fetch<W, step>(base, i);
+        for (int v = 0; v < V; ++v) {
             b[v] = W::read(base, i + v * OTA_LANES);
             numerator[v] = denominator[v] = all(0.0f);
-            undecided[v] = nowhere();
+            if (M == Masks::open) {
+                sure_numerator[v] = sure_denominator[v] = score[v] = all(0.0f);
+                waits_for[v] = all(0u);
+            }
             if (M == Masks::none) seen.top = larger(seen.top, magnitude(b[v]));
         }
         for (int t = 0; t < n_streams; ++t) {
             Stream& x = streams[t];
-            fetch<W>(x.w, i);
-            fetch<H>(x.h, i);
-            Mask keep[kVectors];
-            for (int v = 0; v < kVectors; ++v) {
+            fetch<W, step>(x.w, i);
+            fetch<H, step>(x.h, i);
+            Mask keep[V];
+            for (int v = 0; v < V; ++v) {
                 const int j = i + v * OTA_LANES;
                 const Floats w = W::read(x.w, j), h = H::curvature(x.h, j, x.row), d = sub(w, b[v]);
                 Floats weight = fma(P == Power::half ? sqrt(h) : h, all(x.weight_scale), epsilon);
@@ -126,16 +145,22 @@ Seen run(const MergeArgs& args, const uint8_t* base, Stream* streams, int begin,
                     keep[v] = at_least(s, all(x.threshold));
                     weight = zero_unless(keep[v], weight);
                     seen.top = larger(seen.top, bits(s));  // usable inputs have a score that is a number >= 0
-                    if (M == Masks::open)
-                        undecided[v] = either(undecided[v], not_at_least(keep[v], s, all(x.end)));
+                    if (M == Masks::open) {
+                        const Mask inside = not_at_least(keep[v], s, all(x.end));
+                        const Floats sure_weight = zero_where(inside, weight);
+                        sure_denominator[v] = add(sure_denominator[v], sure_weight);
+                        sure_numerator[v] = fma(sure_weight, d, sure_numerator[v]);
+                        score[v] = choose(inside, s, score[v]);
+                        waits_for[v] = add_where(inside, waits_for[v], all(x.bracket));
+                    }
                 }
                 denominator[v] = add(denominator[v], weight);
                 numerator[v] = fma(weight, d, numerator[v]);
             }
-            if (M != Masks::none) x.kept += count(keep);
+            if (M != Masks::none) x.kept += count<V>(keep);
         }
-        Mask zero[kVectors];
-        for (int v = 0; v < kVectors; ++v) {
+        Mask zero[V];
+        for (int v = 0; v < V; ++v) {
             const int j = i + v * OTA_LANES;
             zero[v] = is_zero(denominator[v]);
             const Floats edit = mul(lambda, div(numerator[v], denominator[v]));
@@ -146,84 +171,57 @@ Seen run(const MergeArgs& args, const uint8_t* base, Stream* streams, int begin,
             else
                 store_f16(reinterpret_cast<uint16_t*>(out) + j, merged);
         }
-        if (M == Masks::open) flags[i / kStep] = joined(undecided);
-        seen.zeros += count(zero);
+        seen.zeros += count<V>(zero);
+        for (int v = 0; M == Masks::open && v < V; ++v) { if (lanes_of(not_zero(waits_for[v])) == 0) continue;
+            const Mask waits = not_zero(waits_for[v]);
+            const int at = undecided->count;
+            write(waits, from(i + v * OTA_LANES), undecided->at + at);
+            write(waits, bits(b[v]), undecided->base + at);
+            write(waits, bits(sure_numerator[v]), undecided->numerator + at);
+            write(waits, bits(sure_denominator[v]), undecided->denominator + at);
+            write(waits, waits_for[v], undecided->waits_for + at);
+            write(waits, bits(score[v]), undecided->score + at);
+            undecided->count = at + count(waits);
+        }
     }
     return seen;
 }
 
-constexpr int kPicked = 128;  // undecided elements whose operands are side by side at a time
-
-template <typename T>
-inline void pick(const uint8_t* p, const int32_t* at, int m, uint8_t* out) {
-#pragma GCC unroll 8
-    for (int j = 0; j < m; ++j)
-        std::memcpy(out + T::size * j, p + T::size * static_cast<int64_t>(at[j]), T::size);
-}
-
-// The at most kPicked elements `at` of the span that wait for one expert alone become its alternatives, as
-// merge.cpp's `resolve` has it. Writes where the others are to `others_at`; returns their number.
-template <Power P, typename W, typename H>
-int resolve(const MergeArgs& args, int64_t offset, const uint8_t* base, const Stream* streams, const int32_t* at,
-            int m, int32_t* others_at, MergeStats& stats) {
-    const Floats epsilon = all(static_cast<float>(args.formula.epsilon));
+// Those elements that wait for one expert alone become its alternatives, as merge.cpp's `resolve` has it. Writes
+// where the others are to `at`; returns their number.
+inline int split(const MergeArgs& args, int64_t offset, const Stream* streams, const Undecided& found, int32_t* at,
+                 MergeStats& stats) {
     const Floats lambda = all(static_cast<float>(args.formula.lambda));
     const Bits limit = all(bit_cast<uint32_t>(static_cast<float>(largest_finite(args.out_dtype))));
     const bool to_bf16 = args.out_dtype == DType::bf16;
-    const int n_streams = args.n_experts;
-    uint8_t base_room[kPicked * W::size];
-    uint8_t w_room[kMaxExperts][kPicked * W::size], h_room[kMaxExperts][kPicked * H::size];
-    Mask inside[kMaxExperts];
-    Bits steps[kMaxExperts];
-    pick<W>(base, at, m, base_room);
-    for (int t = 0; t < n_streams; ++t) {
-        pick<W>(streams[t].w, at, m, w_room[t]);
-        pick<H>(streams[t].h, at, m, h_room[t]);
-    }
     int n_others = 0;
-    for (int i = 0; i < m; i += OTA_LANES) {
-        const Mask valid = first_lanes(m - i < OTA_LANES ? m - i : OTA_LANES);
-        const Bits where = load(at + i);
-        const Floats b = W::read(base_room, i);
-        Floats numerator = all(0.0f), denominator = all(0.0f);
-        Mask some = nowhere(), several = nowhere();
-        for (int t = 0; t < n_streams; ++t) {
-            const Stream& x = streams[t];
-            const Floats w = W::read(w_room[t], i), h = H::curvature(h_room[t], i, x.row), d = sub(w, b);
-            const Floats scaled = mul(d, all(65536.0f));
-            const Floats s = mul(mul(h, all(x.k)), mul(scaled, scaled));
-            const Mask reaches = at_least(s, all(x.threshold));
-            inside[t] = not_at_least(reaches, s, all(x.end));
-            const Mask keep = without(reaches, inside[t]);
-            steps[t] = sub(bits(s), bits(all(x.threshold)));
-            several = either(several, both(some, inside[t]));
-            some = either(some, inside[t]);
-            const Floats all_weight = fma(P == Power::half ? sqrt(h) : h, all(x.weight_scale), epsilon);
-            const Floats weight = zero_unless(keep, all_weight);
-            denominator = add(denominator, weight);
-            numerator = fma(weight, d, numerator);
-        }
+    for (int i = 0; i < found.count; i += OTA_LANES) {
+        const Mask valid = first_lanes(found.count - i < OTA_LANES ? found.count - i : OTA_LANES);
+        const Bits where = load(found.at + i), waits_for = load(found.waits_for + i), score = load(found.score + i);
+        const Floats b = floats(load(found.base + i)), denominator = floats(load(found.denominator + i));
         const Mask zero = is_zero(denominator);
-        const Floats edit = mul(lambda, div(numerator, denominator));
+        const Floats edit = mul(lambda, div(floats(load(found.numerator + i)), denominator));
         const Floats merged = choose(zero, b, add(b, edit));
+        const Mask several = above(waits_for, all(2 * kBracket - 1));
         const Mask stays = either(several, above(magnitude(merged), limit));
-        const Mask splits = without(both(some, valid), stays);
+        const Mask splits = args.n > kFlag ? nowhere() : without(valid, stays);
         const Bits index = either(add(where, all(static_cast<uint32_t>(offset))), lanes::left<31>(ones_where(zero)));
         const Bits value = to_bf16 ? bf16_of(merged) : f16_of(merged);
-        for (int t = 0; t < n_streams; ++t) {
-            const Mask waits = both(inside[t], splits);
+        for (int t = 0; t < args.n_experts; ++t) {
+            const Mask waits = both(equal(waits_for, all(streams[t].bracket)), splits);
             if (lanes_of(waits) == 0) continue;
             Alternatives& a = args.candidates->alternatives[t];
             const int n = count(waits);
             write(waits, index, a.index + a.count);
-            write(waits, steps[t], a.steps + a.count);
+            write(waits, sub(score, bits(all(streams[t].threshold))), a.steps + a.count);
             write_low_halves(waits, value, reinterpret_cast<uint16_t*>(a.merged) + a.count);
             a.count += n;
             stats.kept[t] -= n;
             stats.reached[t] += n;
         }
-        for (uint32_t rest = lanes_of(without(valid, splits)); rest != 0; rest &= rest - 1)
-            others_at[n_others++] = at[i + __builtin_ctz(rest)];
+        const Mask others = without(valid, splits);
+        write(others, where, reinterpret_cast<uint32_t*>(at) + n_others);
+        n_others += count(others);
     }
     return n_others;
 }
@@ -249,16 +247,19 @@ int merge_span(const MergeArgs& args, int64_t offset, int n, int32_t* at, MergeS
         const uint8_t* h = c.kind == CurvatureKind::log8 ? c.codes + offset : c.values.data + offset * H::size;
         const float end = bit_cast<float>(bit_cast<uint32_t>(e.threshold) + e.span);
         streams[t] = {e.weights.data + offset * W::size, h, 0.0f, e.threshold, end, e.score_scale,
-                      static_cast<float>(e.weight_scale), 0};
+                      static_cast<float>(e.weight_scale), kBracket + static_cast<uint32_t>(t), 0};
     }
     const uint8_t* base = args.base.data + offset * W::size;
     uint8_t* out = args.out + offset * item_size(args.out_dtype);
     const Curvature& first = args.experts[0].curvature;
     Seen seen;
-    Flags flags;
-    // Calls step(begin, end) with streams that read the span from there on.
-    const auto by_pieces = [&](auto step) {
-        if (first.kind == CurvatureKind::full) return step(0, n);
+    Undecided undecided;
+    const auto piece = [&](int begin, int end) {
+        seen = run<M, P, W, H>(args, base, streams, begin, end, out, &undecided, seen);
+    };
+    if (first.kind == CurvatureKind::full)
+        piece(0, n);
+    else
         by_rows(first, offset, n, [&](int begin, int end, int64_t row, int64_t column) {
             for (int t = 0; t < n_experts; ++t) {
                 const Curvature& c = args.experts[t].curvature;
@@ -266,28 +267,14 @@ int merge_span(const MergeArgs& args, int64_t offset, int n, int32_t* at, MergeS
                 if (c.kind == CurvatureKind::rank1)
                     streams[t].h = reinterpret_cast<const uint8_t*>(c.columns + column - begin);
             }
-            step(begin, end);
+            piece(begin, end);
         });
-    };
-    by_pieces([&](int begin, int end) { seen = run<M, P, W, H>(args, base, streams, begin, end, out, flags, seen); });
     const uint32_t limit = bit_cast<uint32_t>(static_cast<float>(largest_finite(args.out_dtype)));
     const bool mean_wanted = seen.zeros != 0 && !args.formula.fallback_to_base;
     if (largest(seen.top) >= kSuspect || largest(seen.top_merged) > limit || mean_wanted) return -1;
     for (int t = 0; t < n_experts; ++t) stats.kept[t] += M == Masks::none ? n : streams[t].kept;
     if (M != Masks::none) stats.unkept += seen.zeros;
-    if (M != Masks::open) return 0;
-    int undecided = 0;
-    for (int i = 0; i < n; i += kStep) undecided += write_positions(flags[i / kStep], i, at + undecided);
-    if (args.n > kFlag) return undecided;
-    int left = 0, done = 0;
-    by_pieces([&](int, int end) {
-        while (done < undecided && at[done] < end) {
-            const int from = done;
-            while (done < undecided && at[done] < end && done - from < kPicked) ++done;
-            left += resolve<P, W, H>(args, offset, base, streams, at + from, done - from, at + left, stats);
-        }
-    });
-    return left;
+    return split(args, offset, streams, undecided, at, stats);
 }
 
 template <Masks M, Power P, typename W>

@@ -84,14 +84,13 @@ def bracket_of(selection: Selection, scores: Array) -> Bracket | None:
 
 def _standard_error(selection: Selection, scores: Array, threshold: Array) -> Array:
     """Of the sum above the threshold (a count, or a mass) less its expected share of everything."""
-    above = scores >= threshold
     if selection.rule == "mass":
         worth = resident.float64(scores)
-        residuals = (worth * above).sum(axis=1) - selection.value * worth.sum(axis=1)
+        residuals = (worth * (scores >= threshold)).sum(axis=1) - selection.value * worth.sum(axis=1)
         everything = worth.sum()
     else:
-        residuals = resident.counts_of_rows(above)
-        everything = resident.scalar(above.shape[0] * above.shape[1], scores, "float64")
+        residuals = resident.counts_at_least(scores, threshold)
+        everything = resident.scalar(scores.shape[0] * scores.shape[1], scores, "float64")
     if len(residuals) < 2:
         return everything
     # A few clusters tell little about their own deviation (Student's t).

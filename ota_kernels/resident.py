@@ -20,7 +20,6 @@ Array = Any  # np.ndarray | torch.Tensor
 TILE = 1 << 27
 
 BINS = 1 << 16  # of a histogram by 16 bits of a score
-_ONES = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
 _INTEGERS = {1: "uint8", 2: "int16", 4: "int32", 8: "int64"}
 
 
@@ -77,6 +76,9 @@ def on_cpu(array: np.ndarray) -> Array:
 
 
 def joined(parts: Sequence[Array]) -> Array:
+    """The parts one after the other; a single one as it is."""
+    if len(parts) == 1:
+        return parts[0]
     return library(parts[0]).concatenate(tuple(parts))
 
 
@@ -132,12 +134,15 @@ def ascending(values: Array) -> Array:
     return library(values).sort(values.reshape(-1)).values
 
 
-def counts_of_rows(flags: Array) -> Array:
-    """How many of flags (bool[rows, n], n a multiple of 8) are true in each row."""
-    if is_resident(flags):
-        return flags.sum(dim=1)
-    # A tenth of the time of numpy's sums over short rows.
-    return _ONES[np.packbits(flags)].reshape(len(flags), -1).sum(axis=1)
+def counts_at_least(values: Array, least: Array) -> Array:
+    """How many values (float32[rows, n]) of each row are at least as large, integers[rows]."""
+    if is_resident(values):
+        return (values >= least).sum(dim=1)
+    from . import _native
+
+    counts = np.empty(len(values), np.int64)
+    _native.count_rows(values.reshape(-1), float(least), counts)
+    return counts
 
 
 def sorted_at(values: Array, positions: Sequence[int]) -> Array:

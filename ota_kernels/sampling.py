@@ -99,7 +99,7 @@ def sample(
     cuts |= np.array(goes, bool)[index[1:]] & (np.diff(starts[:, 0] // CHUNK) != 0)
     begins = [0, *(np.flatnonzero(cuts) + 1).tolist(), len(index)]
     found = list(run(of_batch, _batches(begins, max(1, _BATCH // (runs * RUN)))))
-    return [np.concatenate(of_expert).reshape(-1, runs * RUN) for of_expert in zip(*found, strict=True)]
+    return [resident.joined(of_expert).reshape(-1, runs * RUN) for of_expert in zip(*found, strict=True)]
 
 
 def _batches(begins: Sequence[int], most: int) -> Iterator[list[tuple[int, int]]]:
