@@ -281,6 +281,28 @@ std::vector<Count> per_element(const std::optional<Bytes>& base, int base_code, 
     return counts_of(stats);
 }
 
+// The scores of experts at runs of `length` of the tile's n elements: one array per expert.
+void run_scores(const std::optional<Bytes>& base, int base_code, const nb::list& experts, int64_t n,
+                const Ints& starts, int length, const nb::list& outs, const std::string& isa) {
+    const auto count = static_cast<int64_t>(starts.size());
+    require(length > 0 && length <= 1024, "runs of 1 to 1024 elements");  // a block
+    require(nb::len(outs) == nb::len(experts), "one array for each expert");
+    std::vector<ota::SurveyArgs> args;
+    std::vector<float*> out;
+    for (const nb::handle spec : experts)
+        args.push_back(survey_args(base, base_code, nb::cast<nb::tuple>(spec), n));
+    for (const nb::handle one : outs) {
+        const auto scores = nb::cast<OutFloats>(one);
+        require(static_cast<int64_t>(scores.size()) == count * length, "room for the scores, no more");
+        out.push_back(scores.data());
+    }
+    const ota::Kernels& table = kernels(isa);
+    nb::gil_scoped_release release;
+    for (int64_t i = 0; i < count; ++i)
+        require(starts.data()[i] >= 0 && starts.data()[i] + length <= n, "a run outside");
+    table.run_scores(args.data(), static_cast<int>(args.size()), starts.data(), count, length, out.data());
+}
+
 // m elements of `size` bytes for positions in `bytes` bytes.
 void check_elements(const Positions& positions, const Bytes& elements, int size, int64_t bytes) {
     const auto m = static_cast<int64_t>(positions.size());
@@ -405,6 +427,8 @@ NB_MODULE(_native, m) {
           "isa"_a);
     m.def("scores", &per_element<&ota::Kernels::scores>, "base"_a.none(), "base_code"_a, "expert"_a, "out"_a,
           "isa"_a);
+    m.def("run_scores", &run_scores, "base"_a.none(), "base_code"_a, "experts"_a, "n"_a, "starts"_a, "length"_a,
+          "outs"_a, "isa"_a);
     m.def("scatter", &scatter, "data"_a, "positions"_a, "elements"_a, "size"_a);
     m.def("scatter_in_file", &scatter_in_file, "fd"_a, "begin"_a, "n"_a, "positions"_a, "elements"_a, "size"_a);
     m.def("below", &below, "alternatives"_a, "size"_a, "at"_a, "values"_a);

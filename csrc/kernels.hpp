@@ -143,6 +143,9 @@ struct Kernels {
     void (*histogram)(const SurveyArgs&, int64_t prefix, int64_t* counts, int64_t* lows, SurveyStats&);
     void (*edits)(const SurveyArgs&, float* out, SurveyStats&);
     void (*scores)(const SurveyArgs&, float* out, SurveyStats&);
+    // The scores of some experts, at runs of `length` elements that begin at `starts`, to out[t][run, element].
+    void (*run_scores)(const SurveyArgs* of_experts, int n_experts, const int64_t* starts, int64_t count,
+                       int length, float* const* out);
     double (*power_sum)(const Curvature&, int64_t n, double power, NonFinite&);
     void (*row_column_sums)(const Curvature&, int64_t rows, int64_t columns, double* row_sums,
                             double* column_sums, NonFinite&);

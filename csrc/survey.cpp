@@ -66,6 +66,62 @@ void scores(const SurveyArgs& args, float* out, SurveyStats& stats) {
     });
 }
 
+// Runs of x, one after the other. `left`: how many more starts there are, to be fetched ahead.
+Operand gather(const Operand& x, const int64_t* starts, int n, int64_t left, int length, uint8_t* room) {
+    constexpr int kAhead = 16;  // each is a cache miss, or two: many at a time
+    const int64_t size = item_size(x.dtype);
+    const auto run_bytes = static_cast<size_t>(size * length);
+    for (int i = 0; i < n; ++i) {
+        if (i + kAhead < left) {
+            const uint8_t* next = x.data + size * starts[i + kAhead];
+            __builtin_prefetch(next);
+            __builtin_prefetch(next + run_bytes - 1);
+        }
+        const uint8_t* run = x.data + size * starts[i];
+        if (run_bytes == 32)
+            std::memcpy(room + 32 * i, run, 32);
+        else if (run_bytes == 64)
+            std::memcpy(room + 64 * i, run, 64);
+        else
+            std::memcpy(room + run_bytes * i, run, run_bytes);
+    }
+    return {room, x.dtype};
+}
+
+void run_scores(const SurveyArgs* of_experts, int n_experts, const int64_t* starts, int64_t count, int length,
+                float* const* out) {
+    constexpr int kRoom = kBlock * sizeof(double);
+    alignas(64) uint8_t base_room[kRoom], weight_room[kRoom], curvature_room[kRoom];
+    const int64_t most = kBlock / length;
+    for (int64_t i = 0; i < count; i += most) {
+        const int64_t left = count - i;
+        const int n = static_cast<int>(left < most ? left : most);
+        Operand base;
+        if (of_experts[0].has_base) base = gather(of_experts[0].base, starts + i, n, left, length, base_room);
+        for (int t = 0; t < n_experts; ++t) {
+            SurveyArgs piece = of_experts[t];
+            Curvature& c = piece.expert.curvature;
+            piece.n = int64_t{n} * length;
+            piece.base = base;
+            piece.expert.weights = gather(piece.expert.weights, starts + i, n, left, length, weight_room);
+            if (c.kind == CurvatureKind::full) {
+                c.values = gather(c.values, starts + i, n, left, length, curvature_room);
+            } else if (c.kind != CurvatureKind::uniform) {
+                auto* h = reinterpret_cast<float*>(curvature_room);
+                for (int j = 0; j < n; ++j) load(c, starts[i + j], length, h + j * length);
+                c = {};
+                c.kind = CurvatureKind::full;
+                c.values = {curvature_room, DType::f32};
+            }
+            SurveyStats unused;
+            float* scores = out[t] + i * length;
+            for_scores(piece, unused, [&](int64_t offset, int m, const float*, const float* s) {
+                std::memcpy(scores + offset, s, sizeof(float) * static_cast<size_t>(m));
+            });
+        }
+    }
+}
+
 void histogram(const SurveyArgs& args, int64_t prefix, int64_t* counts, int64_t* lows, SurveyStats& stats) {
     const float threshold = args.expert.threshold;
     const bool of_edits = args.score == Score::edit;
@@ -130,7 +186,7 @@ void row_column_sums(const Curvature& v, int64_t rows, int64_t columns, double* 
 
 }  // namespace
 
-const Kernels kernels = {merge, histogram, edits, scores, power_sum, row_column_sums};
+const Kernels kernels = {merge, histogram, edits, scores, run_scores, power_sum, row_column_sums};
 
 }  // namespace OTA_ISA
 }  // namespace ota

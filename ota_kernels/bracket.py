@@ -65,8 +65,7 @@ def bracket_of(selection: Selection, scores: Array) -> Bracket | None:
     def score_at(target: Array) -> Array:
         """The score at which the sum from the top reaches target; 0 where it does not."""
         place = lib.searchsorted(from_top, target) if selection.rule == "mass" else lib.ceil(target) - 1
-        found = lib.take(ascending, n - 1 - resident.int64(lib.clip(place, 0, n - 1)))
-        return lib.where(target > total, lib.zeros_like(found), found)
+        return resident.from_top(ascending, place)
 
     target = selection.value * total
     margin = DEVIATIONS * _standard_error(selection, scores, score_at(target)) + least
@@ -94,13 +93,15 @@ def _standard_error(selection: Selection, scores: Array, threshold: Array) -> Ar
     if len(residuals) < 2:
         return everything
     # A few clusters tell little about their own deviation (Student's t).
-    return (1 + 6 / len(residuals)) * error_of_sum(residuals)
+    return (1 + 8 / len(residuals)) * error_of_sum(residuals)
 
 
 def error_of_sum(of_clusters: Array) -> Array:
     """Standard error of a sum over clusters, shape (). of_clusters: numbers[clusters], at least 2.
 
-    From the differences of successive clusters, which leaves out what stratification evens out (Cochran,
-    Sampling Techniques, 8.8)."""
+    From the differences within pairs of neighbours ("collapsed strata"; Cochran, Sampling Techniques, 5A.12):
+    what the two have in common, as the curvature of their row, is no part of the error."""
     lib = resident.library(of_clusters)
-    return lib.sqrt(lib.mean(lib.diff(resident.float64(of_clusters)) ** 2) / 2 * len(of_clusters))
+    n = len(of_clusters)
+    pairs = resident.float64(of_clusters)[: n // 2 * 2].reshape(-1, 2)
+    return lib.sqrt(lib.mean((pairs[:, 0] - pairs[:, 1]) ** 2) / 2 * n)

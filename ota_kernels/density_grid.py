@@ -405,14 +405,14 @@ class _Search:
         )  # the parts and their whole; one expert in order
         runs = max(min(cluster_count(self.elements), self.room // 2 // bytes_per_cluster), 2)
 
-        def scores(tile: TensorInputs) -> list[np.ndarray]:
-            return [self.backend.scores(tile, t, _terms(tile, t))[0] for t in range(self.experts)]
+        def of_tensor(tensor: TensorInputs) -> list[tuple[int, ExpertTerms]]:
+            return [(t, _terms(tensor, t)) for t in range(self.experts)]
 
         spread, found = are_cached([b for t in self.tensors for b in t.buffers]), []
         for batch in _batches(self.tensors, self.elements // _SAMPLE_BATCHES):
             prepared = [self.survey.prepare(tensor, self.pool.run) for tensor in batch]
             count = math.ceil(runs * sum(t.numel for t in batch) / self.elements)
-            found.append(sample(prepared, count, scores, self.pool.run, release, spread))
+            found.append(sample(prepared, count, of_tensor, self.backend, self.pool.run, release, spread))
         return [np.concatenate(of_expert) for of_expert in zip(*found, strict=True)]
 
     def _fits(self, wanted: list[np.ndarray], expected: float) -> bool:

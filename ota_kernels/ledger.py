@@ -11,7 +11,7 @@ from .survey import ModelDecisions
 from .tally import Tally
 from .tiling import Segment
 
-FORMAT = 3  # of the records, and of the file of candidates
+FORMAT = 4  # of the records, and of the file of candidates
 
 
 def record_of(event: Event) -> dict | None:

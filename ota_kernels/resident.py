@@ -134,6 +134,16 @@ def ascending(values: Array) -> Array:
     return library(values).sort(values.reshape(-1)).values
 
 
+def from_top(ascending: Array, place: Array) -> Array:
+    """Of n values in ascending order the one at `place` from the top (an integral number, shape ()): the largest
+    where it is below 0, 0 where it is not below n."""
+    n = len(ascending)
+    if not is_resident(ascending):
+        return ascending[n - 1 - max(int(place), 0)] if place < n else ascending.dtype.type(0)
+    found = ascending.index_select(0, (n - 1 - place.long().clamp(0, n - 1)).reshape(1))[0]
+    return library(found).where(place < n, found, found.new_zeros(()))
+
+
 def counts_at_least(values: Array, least: Array) -> Array:
     """How many values (float32[rows, n]) of each row are at least as large, integers[rows]."""
     if is_resident(values):

@@ -15,6 +15,7 @@ import functools
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,19 +23,24 @@ from . import resident
 from .backends import native
 from .errors import InputError
 from .factors import CHUNK, Map
+from .formula import ExpertTerms
 from .resident import Array
 from .tensors import Buffer, TensorInputs, concatenated
+
+if TYPE_CHECKING:
+    from .backends import Backend
 
 RUN = 16  # elements of a run: one cache line of float32
 RUNS = 16  # of a window
 CLUSTER = RUN * RUNS  # elements of a window's runs
-_BATCH = 1 << 15  # elements that are gathered and scored by one task
+_BATCH = 1 << 17  # elements that are gathered and scored by one task
 # Elements between runs up to which mapping all pages and letting them go is faster than a read of each run.
 _NEAR = 4096
 _PROBES = 64  # pages that tell whether files are cached
 _STEP = 512  # elements between runs: a window spans 8192
 
-Scores = Callable[[TensorInputs], Sequence[Array]]  # a gathered tile -> float32[n] per expert
+# A tensor or a tile -> the experts (number, terms) whose scores are sampled.
+Experts = Callable[[TensorInputs], Sequence[tuple[int, ExpertTerms]]]
 
 
 def clusters(sizes: Sequence[int], count: int, runs: int = RUNS) -> tuple[np.ndarray, np.ndarray]:
@@ -50,7 +56,7 @@ def clusters(sizes: Sequence[int], count: int, runs: int = RUNS) -> tuple[np.nda
     place = ((np.arange(count) + random.random(count)) * (total / count)).astype(np.int64)
     index = np.searchsorted(ends, np.minimum(place, total - 1), side="right")
     numel = sizes[index]
-    step = np.clip(numel // runs, 1, _STEP)
+    step = np.clip(numel // runs, 1, _STEP if runs > 1 else RUN)
     window = place - (ends - sizes)[index]
     window = np.maximum(np.minimum(window, numel - runs * step), 0)
     offsets = random.random((count, runs)) * np.maximum(step - RUN, 1)[:, None]
@@ -58,41 +64,60 @@ def clusters(sizes: Sequence[int], count: int, runs: int = RUNS) -> tuple[np.nda
     return index, np.maximum(np.minimum(starts, (numel - RUN)[:, None]), 0)
 
 
-# Of tensors on a device it would take as long as merging them.
+# Tensors of one shape are many, and on a device it would take as long as merging them.
 _clusters_again = functools.lru_cache(maxsize=16)(clusters)
+
+
+def in_pairs(tensors: Sequence[TensorInputs], count: int) -> int:
+    """About `count` runs: of a single matrix, where two or more come from a row, so many that each pair of
+    neighbouring strata is of one row. Their differences then leave out what the row makes alike."""
+    if len(tensors) > 1 or not tensors[0].shape:
+        return count
+    columns = tensors[0].shape[-1]
+    rows = tensors[0].numel // max(columns, 1)
+    pairs = round(count / max(2 * rows, 1))
+    return 2 * rows * pairs if 0 < 2 * RUN * pairs <= columns else count
 
 
 def sample(
     tensors: Sequence[TensorInputs],
     count: int,
-    scores: Scores,
+    experts: Experts,
+    backend: Backend,
     run: Map,
     release: Callable[[TensorInputs], None] | None = None,
     spread: bool = True,
 ) -> list[Array]:
-    """Scores of `count` * RUNS runs over all tensors, float32[clusters, elements] per expert.
+    """Scores of about `count` * RUNS runs over all tensors, float32[clusters, elements] per expert. backend:
+    for tensors on a device; what is sampled of others takes the CPU no time.
 
     release: given where mapped pages may not stay. Runs that are far apart are then read from the files;
     others, and what is no file, are mapped and released piece by piece. spread: one run in a cluster; else
     RUNS runs in a window.
     """
     if tensors and tensors[0].is_resident:
-        return _sample_resident(tensors, count * RUNS, scores)
+        return _sample_resident(tensors, in_pairs(tensors, count * RUNS), experts, backend)
     runs = 1 if spread else RUNS
-    index, starts = clusters([t.numel for t in tensors], count * RUNS // runs, runs)
+    count = in_pairs(tensors, count * RUNS) if spread else count
+    index, starts = _clusters_again(tuple(t.numel for t in tensors), count, runs)
     far_apart = sum(t.numel for t in tensors) > _NEAR * starts.size
     reads = release is not None and (far_apart or not spread)
     goes = [release is not None and not (reads and all(b.offset >= 0 for b in t.buffers)) for t in tensors]
 
+    def of_piece(begin: int, end: int, files: Files | None) -> Sequence[np.ndarray] | TensorInputs:
+        """Its scores, or its runs if they are to be scored with others."""
+        tensor, places = tensors[index[begin]], starts[begin:end].reshape(-1)
+        if files is None and tensor.numel >= RUN:
+            found = native.run_scores(tensor, experts(tensor), places, RUN)
+        else:
+            found = gather_runs(tensor, places, files)
+        if goes[index[begin]]:
+            release(tensor.slice(int(places.min()), min(int(places.max()) + RUN, tensor.numel)))
+        return found
+
     def of_batch(pieces: Sequence[tuple[int, int]]) -> list[np.ndarray]:
-        gathered = []
         with Files(runs) if reads else contextlib.nullcontext() as files:
-            for begin, end in pieces:
-                tensor, of_piece = tensors[index[begin]], starts[begin:end].reshape(-1)
-                gathered.append(gather_runs(tensor, of_piece, files))
-                if goes[index[begin]]:
-                    release(tensor.slice(int(of_piece.min()), min(int(of_piece.max()) + RUN, tensor.numel)))
-        return _scored(gathered, scores)
+            return _scored([of_piece(begin, end, files) for begin, end in pieces], experts, native)
 
     # A piece is of one tensor, and of one chunk of it where mapped pages must go.
     cuts = np.diff(index) != 0
@@ -116,7 +141,9 @@ def _batches(begins: Sequence[int], most: int) -> Iterator[list[tuple[int, int]]
         yield batch
 
 
-def _sample_resident(tensors: Sequence[TensorInputs], count: int, scores: Scores) -> list[Array]:
+def _sample_resident(
+    tensors: Sequence[TensorInputs], count: int, experts: Experts, backend: Backend
+) -> list[Array]:
     """Scores of `count` runs over tensors on a device, in one batch: a few launches for any number."""
     index, starts = _clusters_again(tuple(t.numel for t in tensors), count, 1)
     on_device = resident.beside(starts, tensors[0].experts[0].data)
@@ -125,17 +152,28 @@ def _sample_resident(tensors: Sequence[TensorInputs], count: int, scores: Scores
         gather_runs(tensors[index[begin]], on_device[begin:end, 0])
         for begin, end in itertools.pairwise(bounds)
     ]
-    return [of_expert.reshape(-1, RUN) for of_expert in _scored(gathered, scores)]
+    return [of_expert.reshape(-1, RUN) for of_expert in _scored(gathered, experts, backend)]
 
 
-def _scored(gathered: Sequence[TensorInputs], scores: Scores) -> list[Array]:
-    """Scores per expert; all tiles of a form are scored together."""
-    found = [scores(concatenated(list(alike))) for _, alike in itertools.groupby(gathered, _form)]
+def _scored(
+    parts: Sequence[Sequence[Array] | TensorInputs], experts: Experts, backend: Backend
+) -> list[Array]:
+    """Scores per expert, of parts that are scores already or tiles; neighbouring tiles of a form are scored
+    together."""
+    found = []
+    for form, alike in itertools.groupby(parts, _form):
+        if form is None:
+            found += alike
+        else:
+            tile = concatenated(list(alike))
+            found.append([backend.scores(tile, t, terms)[0] for t, terms in experts(tile)])
     return [resident.joined(of_expert) for of_expert in zip(*found, strict=True)]
 
 
-def _form(tile: TensorInputs) -> tuple:
+def _form(tile: TensorInputs | Sequence[Array]) -> tuple | None:
     """What tiles that are scored together have in common."""
+    if not isinstance(tile, TensorInputs):
+        return None
     curvatures = [(type(c), c.bias_correction) for c in tile.curvatures]
     return tile.base is None, [b.dtype for b in tile.buffers], curvatures
 

@@ -158,17 +158,15 @@ class Survey:
         elements = sum(t.numel for t in tensors)
         experts = [t for t, s in enumerate(self.selections) if s.surveyed and decide.keeps_some(s, elements)]
 
-        def scores(tile: TensorInputs) -> list[Array]:
-            terms = [ExpertTerms(score_scale=score_scale_of(tile, t)) for t in experts]
-            return [self.backend.scores(tile, t, e)[0] for t, e in zip(experts, terms, strict=True)]
+        def of_tensor(tensor: TensorInputs) -> list[tuple[int, ExpertTerms]]:
+            return [(t, ExpertTerms(score_scale=score_scale_of(tensor, t))) for t in experts]
 
         found: list[Bracket | None] = [None] * len(self.models)
         if experts:
             # What is sampled from a small tensor is merged next, while its pages are still mapped.
             release = self._release if elements > _MAPPED else None
-            sampled = sample(
-                tensors, cluster_count(elements), scores, run, release, spread or release is None
-            )
+            count, spread = cluster_count(elements), spread or release is None
+            sampled = sample(tensors, count, of_tensor, self.backend, run, release, spread)
             of_expert = [(self.selections[t], s) for t, s in zip(experts, sampled, strict=True)]
             for t, bracket in zip(experts, run(lambda pair: bracket_of(*pair), of_expert), strict=True):
                 found[t] = bracket

@@ -12,7 +12,9 @@ from checkpoints import second_moments
 from safetensors.torch import save_file
 
 from ota_kernels import sampling
+from ota_kernels.backends import native
 from ota_kernels.dtypes import BY_NAME
+from ota_kernels.formula import ExpertTerms
 from ota_kernels.io.reader import Checkpoint
 from ota_kernels.sampling import RUN, RUNS, are_cached, sample
 from ota_kernels.tensors import Buffer, Full, TensorInputs
@@ -37,33 +39,66 @@ def tensors(tmp_path):
         file.close()
 
 
-def both_inputs(tile: TensorInputs) -> list[np.ndarray]:
-    bits = tile.experts[0].data.view(np.uint16).astype(np.uint32) << 16
-    return [bits.view(np.float32), tile.curvatures[0].values.data.view(np.float32)]
+def own_curvature(tensor: TensorInputs) -> list[tuple[int, ExpertTerms]]:
+    """Without a base, the score of each expert is its curvature."""
+    return [(t, ExpertTerms(score_scale=1.0)) for t in range(len(tensor.experts))]
+
+
+def numbered(tensors: list[TensorInputs]) -> list[TensorInputs]:
+    """Curvature that tells the tensor (times 1e5) and the element."""
+    values = [np.arange(t.numel, dtype=np.float32) + np.float32(1e5) * n for n, t in enumerate(tensors)]
+    buffers = [Buffer(x.view(np.uint8), BY_NAME["float32"]) for x in values]
+    return [replace(t, curvatures=(Full(b),)) for t, b in zip(tensors, buffers, strict=True)]
 
 
 @pytest.mark.parametrize("near", [0, 1 << 40], ids=["far apart", "near"])
 @pytest.mark.parametrize("spread", [True, False])
 def test_files_and_memory_give_the_same_runs(tensors, monkeypatch, spread, near):
     monkeypatch.setattr(sampling, "_NEAR", near)
-    mapped, released = sample(tensors, 40, both_inputs, map, None, spread), []
-    read = sample(tensors, 40, both_inputs, map, released.append, spread)
+    based = [
+        replace(t, base=t.experts[0], experts=t.experts * 2, curvatures=t.curvatures * 2) for t in tensors
+    ]
+    based = [replace(t, experts=(t.curvatures[0].values, t.experts[0])) for t in based]  # weights that differ
+    (mapped, _), released = sample(based, 40, own_curvature, native, map, None, spread), []
+    (read, of_base) = sample(based, 40, own_curvature, native, map, released.append, spread)
     assert bool(released) == (spread and near > 0)  # pages were mapped
-    assert [x.shape for x in mapped] == [(40 * RUNS, RUN) if spread else (40, RUNS * RUN)] * 2
-    for one, other in zip(mapped, read, strict=True):
-        assert np.array_equal(one, other)
+    assert mapped.shape == ((40 * RUNS, RUN) if spread else (40, RUNS * RUN))
+    assert np.count_nonzero(mapped) > mapped.size / 2
+    assert not of_base.any()
+    assert np.array_equal(mapped, read)
 
 
 def test_runs_are_neighbours_in_order_and_reach_every_tensor(tensors):
-    numbered = [np.arange(t.numel, dtype=np.float32) + 1e5 * n for n, t in enumerate(tensors)]
-    experts = [(Buffer(x.view(np.uint8), BY_NAME["float32"]),) for x in numbered]
-    found = [replace(t, experts=e) for t, e in zip(tensors, experts, strict=True)]
-    runs, _ = sample(found, 1000, lambda t: [t.experts[0].data.view(np.float32)] * 2, map)
+    (runs,) = sample(numbered(tensors), 1000, own_curvature, native, map)
     of_short = runs[:, 0] // 1e5 == 2
     assert np.all(np.diff(runs[~of_short], axis=1) == 1)
-    assert np.all(np.isin(runs[of_short], numbered[2]))
+    assert set(runs[of_short].reshape(-1)) == {2e5 + i for i in range(5)}
     assert np.all(np.diff(runs[:, 0] // 1e5) >= 0)
     assert set(runs[:, 0] // 1e5) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("shape", "windows", "runs"),
+    [
+        ((300, 70), 20, 600),  # one pair for each row
+        ((300, 70), 60, 1200),
+        ((300, 70), 17, 272),  # fewer: as many as were asked for
+        ((300, 31), 40, 640),  # no room for two runs in a row
+        ((30, 10, 70), 20, 600),  # rows of the last dimension
+        ((21_000,), 20, 320),
+    ],
+)
+def test_runs_of_one_matrix_are_pairs_in_its_rows(tensors, shape, windows, runs):
+    numel = int(np.prod(shape))
+    values = Buffer(np.arange(numel, dtype=np.float32).view(np.uint8), BY_NAME["float32"])
+    weights = Buffer(np.zeros(2 * numel, np.uint8), BY_NAME["bfloat16"])
+    tensor = TensorInputs("m", shape, BY_NAME["bfloat16"], None, (weights,), (Full(values),))
+    (found,) = sample([tensor], windows, own_curvature, native, map)
+    assert len(found) == runs
+    if runs % (2 * (numel // shape[-1])) == 0:
+        rows = found[:, 0] // shape[-1]
+        assert np.array_equal(rows[::2], rows[1::2])
+        assert np.array_equal(np.unique(rows), np.arange(numel // shape[-1]))
 
 
 def test_what_was_just_written_is_cached(tensors, monkeypatch):

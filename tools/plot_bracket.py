@@ -39,7 +39,7 @@ def main(recipe_path: str) -> None:
         return [native.scores(tile, 0, terms)[0]]
 
     every = np.sort(np.concatenate([scores(t)[0] for t in tensors]))[::-1]
-    (sampled,) = sample(tensors, cluster_count(every.size), scores, map)
+    (sampled,) = sample(tensors, cluster_count(every.size), lambda tensor: [(0, terms)], native, map)
     selection = decide.selection_of(recipe.models[0].parameters)
     bracket = bracket_of(selection, sampled)
     lowest = bracket.lowest

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -215,6 +216,18 @@ def scores(tile: TensorInputs, t: int, terms: ExpertTerms) -> tuple[np.ndarray, 
     out = np.empty(tile.numel, np.float32)
     bad = _extension().scores(*_base(tile), _expert(tile, t, terms), out, instruction_set())
     return out, _nonfinite(t, bad)
+
+
+def run_scores(
+    tensor: TensorInputs, experts: Sequence[tuple[int, ExpertTerms]], starts: np.ndarray, length: int
+) -> list[np.ndarray]:
+    """The scores of experts (number, terms) at runs of `length` <= 1024 neighbouring elements that begin at
+    `starts` (int64[m]): float32[m * length] each, 0 where an input is not usable."""
+    outs = [np.empty(len(starts) * length, np.float32) for _ in experts]
+    specs = [_expert(tensor, t, terms) for t, terms in experts]
+    numel, isa = tensor.numel, instruction_set()
+    _extension().run_scores(*_base(tensor), specs, numel, starts, length, outs, isa)
+    return outs
 
 
 def gather_runs(buffer: Buffer, starts: np.ndarray, length: int) -> Buffer:
