@@ -70,13 +70,17 @@ struct Scaled : T {
     static Floats curvature(const uint8_t* p, int i, float row) { return mul(T::read(p, i), all(row)); }
 };
 
-constexpr uint32_t kBracket = 1u << 16;  // counts brackets, above the number of an expert
+// The brackets that hold a score of an element, in one number: the sum of kBracket + t kExpert over their experts t,
+// and below kExpert where the element is.
+constexpr uint32_t kExpert = kSpan, kBracket = kExpert << 11;
+static_assert(kMaxExperts * (kMaxExperts - 1) / 2 < 1 << 11, "the numbers of all experts fit");
+static_assert((int64_t{kMaxExperts} + 1) * kBracket <= int64_t{1} << 32, "the count of all experts fits");
 
 // One expert. w, h: element 0 of the span (h of rank-1 curvature: its column); row: its number of this row.
 struct Stream {
     const uint8_t *w, *h;
     float row, threshold, end, k, weight_scale;  // end: the first number above the bracket
-    uint32_t bracket;                            // kBracket + its number
+    uint32_t bracket;                            // kBracket + t kExpert
     int32_t kept;
 };
 
@@ -86,14 +90,13 @@ struct Seen {
     int32_t zeros = 0;  // elements whose weights sum to 0
 };
 
-// The elements of a span that some bracket leaves undecided, one after the other: where they are, and what they
-// come to where undecided experts drop them.
+// The elements of a span that some bracket leaves undecided, one after the other, and what they come to where
+// undecided experts drop them.
 struct Undecided {
     static constexpr int kRoom = kSpan + OTA_LANES;
     int count = 0;
-    uint32_t at[kRoom], base[kRoom], numerator[kRoom], denominator[kRoom];
-    uint32_t waits_for[kRoom];  // the sum of kBracket + t over the experts t whose bracket holds the score
-    uint32_t score[kRoom];      // the last one of these experts
+    uint32_t brackets[kRoom], score[kRoom];  // score: of the last expert that waits
+    uint32_t base[kRoom], numerator[kRoom], denominator[kRoom];
 };
 
 // Into the first-level cache: a dozen streams are too many for the hardware's own prefetchers.
@@ -117,14 +120,14 @@ Seen run(const MergeArgs& args, const uint8_t* base, Stream* streams, int begin,
     for (int i = begin; i < end; i += step) {
         Floats b[V], numerator[V], denominator[V];
         Floats sure_numerator[V], sure_denominator[V], score[V];  // without undecided experts
-        Bits waits_for[V];
+        Bits brackets[V];
         fetch<W, step>(base, i);
         for (int v = 0; v < V; ++v) {
             b[v] = W::read(base, i + v * OTA_LANES);
             numerator[v] = denominator[v] = all(0.0f);
             if (M == Masks::open) {
                 sure_numerator[v] = sure_denominator[v] = score[v] = all(0.0f);
-                waits_for[v] = all(0u);
+                brackets[v] = from(i + v * OTA_LANES);
             }
             if (M == Masks::none) seen.top = larger(seen.top, magnitude(b[v]));
         }
@@ -151,7 +154,7 @@ Seen run(const MergeArgs& args, const uint8_t* base, Stream* streams, int begin,
                         sure_denominator[v] = add(sure_denominator[v], sure_weight);
                         sure_numerator[v] = fma(sure_weight, d, sure_numerator[v]);
                         score[v] = choose(inside, s, score[v]);
-                        waits_for[v] = add_where(inside, waits_for[v], all(x.bracket));
+                        brackets[v] = add_where(inside, brackets[v], all(x.bracket));
                     }
                 }
                 denominator[v] = add(denominator[v], weight);
@@ -172,15 +175,15 @@ Seen run(const MergeArgs& args, const uint8_t* base, Stream* streams, int begin,
                 store_f16(reinterpret_cast<uint16_t*>(out) + j, merged);
         }
         seen.zeros += count<V>(zero);
-        for (int v = 0; M == Masks::open && v < V; ++v) { if (lanes_of(not_zero(waits_for[v])) == 0) continue;
-            const Mask waits = not_zero(waits_for[v]);
+        for (int v = 0; M == Masks::open && v < V; ++v) {
+            const Mask waits = above(brackets[v], all(kExpert - 1));
+            if (lanes_of(waits) == 0) continue;
             const int at = undecided->count;
-            write(waits, from(i + v * OTA_LANES), undecided->at + at);
+            write(waits, brackets[v], undecided->brackets + at);
+            write(waits, bits(score[v]), undecided->score + at);
             write(waits, bits(b[v]), undecided->base + at);
             write(waits, bits(sure_numerator[v]), undecided->numerator + at);
             write(waits, bits(sure_denominator[v]), undecided->denominator + at);
-            write(waits, waits_for[v], undecided->waits_for + at);
-            write(waits, bits(score[v]), undecided->score + at);
             undecided->count = at + count(waits);
         }
     }
@@ -197,18 +200,19 @@ inline int split(const MergeArgs& args, int64_t offset, const Stream* streams, c
     int n_others = 0;
     for (int i = 0; i < found.count; i += OTA_LANES) {
         const Mask valid = first_lanes(found.count - i < OTA_LANES ? found.count - i : OTA_LANES);
-        const Bits where = load(found.at + i), waits_for = load(found.waits_for + i), score = load(found.score + i);
+        const Bits brackets = load(found.brackets + i), score = load(found.score + i);
+        const Bits where = both(brackets, all(kExpert - 1)), experts = sub(brackets, where);
         const Floats b = floats(load(found.base + i)), denominator = floats(load(found.denominator + i));
         const Mask zero = is_zero(denominator);
         const Floats edit = mul(lambda, div(floats(load(found.numerator + i)), denominator));
         const Floats merged = choose(zero, b, add(b, edit));
-        const Mask several = above(waits_for, all(2 * kBracket - 1));
+        const Mask several = above(brackets, all(2 * kBracket - 1));
         const Mask stays = either(several, above(magnitude(merged), limit));
         const Mask splits = args.n > kFlag ? nowhere() : without(valid, stays);
         const Bits index = either(add(where, all(static_cast<uint32_t>(offset))), lanes::left<31>(ones_where(zero)));
         const Bits value = to_bf16 ? bf16_of(merged) : f16_of(merged);
         for (int t = 0; t < args.n_experts; ++t) {
-            const Mask waits = both(equal(waits_for, all(streams[t].bracket)), splits);
+            const Mask waits = both(equal(experts, all(streams[t].bracket)), splits);
             if (lanes_of(waits) == 0) continue;
             Alternatives& a = args.candidates->alternatives[t];
             const int n = count(waits);
@@ -247,7 +251,7 @@ int merge_span(const MergeArgs& args, int64_t offset, int n, int32_t* at, MergeS
         const uint8_t* h = c.kind == CurvatureKind::log8 ? c.codes + offset : c.values.data + offset * H::size;
         const float end = bit_cast<float>(bit_cast<uint32_t>(e.threshold) + e.span);
         streams[t] = {e.weights.data + offset * W::size, h, 0.0f, e.threshold, end, e.score_scale,
-                      static_cast<float>(e.weight_scale), kBracket + static_cast<uint32_t>(t), 0};
+                      static_cast<float>(e.weight_scale), kBracket + kExpert * static_cast<uint32_t>(t), 0};
     }
     const uint8_t* base = args.base.data + offset * W::size;
     uint8_t* out = args.out + offset * item_size(args.out_dtype);
