@@ -295,8 +295,10 @@ class Engine:
         tensor = None if key is None else part.tensor
         thresholds = self._survey.exact_thresholds(tensor, part.terms, self._pool.run)
         self._decided[key] = thresholds
+        for index in {p.segment.index for p in group.parts}:
+            self._ready.pop(index, None)  # there still where a resumed merge did not need its last tile
         yield Decided(key, thresholds, repeat=True)
-        for done in self._merge(p.segment for p in group.parts):
+        for done in self._merge(sorted(p.segment for p in group.parts)):
             yield Merged(done)
 
     def _settle(self, group: Group, part: Part, thresholds) -> tuple[Array, Array, Tally]:

@@ -135,8 +135,8 @@ def ascending(values: Array) -> Array:
 
 
 def from_top(ascending: Array, place: Array) -> Array:
-    """Of n values in ascending order the one at `place` from the top (an integral number, shape ()): the largest
-    where it is below 0, 0 where it is not below n."""
+    """The value at `place` from the top (an integral number, shape ()) of n in ascending order; the largest
+    where `place` is below 0, 0 where it is not below n."""
     n = len(ascending)
     if not is_resident(ascending):
         return ascending[n - 1 - max(int(place), 0)] if place < n else ascending.dtype.type(0)

@@ -13,12 +13,15 @@ from safetensors.torch import save_file
 
 from ota_kernels import sampling
 from ota_kernels.backends import native
+from ota_kernels.bracket import bracket_of
+from ota_kernels.decide import Selection
 from ota_kernels.dtypes import BY_NAME
-from ota_kernels.formula import ExpertTerms
+from ota_kernels.formula import ExpertTerms, score_bits, score_of_bits
 from ota_kernels.io.reader import Checkpoint
 from ota_kernels.sampling import RUN, RUNS, are_cached, sample
 from ota_kernels.tensors import Buffer, Full, TensorInputs
 
+BF16 = BY_NAME["bfloat16"]
 SHAPES = {"a": (300, 70), "b": (17,), "c": (5,), "d": (40, 50)}
 
 
@@ -32,7 +35,7 @@ def tensors(tmp_path):
     files = [Checkpoint.open(tmp_path / f"{name}.safetensors", name) for name in ("weights", "moments")]
     experts, curvatures = ([file.buffer(name) for name in SHAPES] for file in files)
     yield [
-        TensorInputs(name, shape, BY_NAME["bfloat16"], None, (w,), (Full(h),))
+        TensorInputs(name, shape, BF16, None, (w,), (Full(h),))
         for (name, shape), w, h in zip(SHAPES.items(), experts, curvatures, strict=True)
     ]
     for file in files:
@@ -92,13 +95,37 @@ def test_runs_of_one_matrix_are_pairs_in_its_rows(tensors, shape, windows, runs)
     numel = int(np.prod(shape))
     values = Buffer(np.arange(numel, dtype=np.float32).view(np.uint8), BY_NAME["float32"])
     weights = Buffer(np.zeros(2 * numel, np.uint8), BY_NAME["bfloat16"])
-    tensor = TensorInputs("m", shape, BY_NAME["bfloat16"], None, (weights,), (Full(values),))
+    tensor = TensorInputs("m", shape, BF16, None, (weights,), (Full(values),))
     (found,) = sample([tensor], windows, own_curvature, native, map)
     assert len(found) == runs
     if runs % (2 * (numel // shape[-1])) == 0:
         rows = found[:, 0] // shape[-1]
         assert np.array_equal(rows[::2], rows[1::2])
         assert np.array_equal(np.unique(rows), np.arange(numel // shape[-1]))
+
+
+def matrix_with_rows(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
+    """Curvature whose rows differ tenfold."""
+    return (rng.exponential(size=shape) * 10 ** rng.uniform(-0.5, 0.5, (shape[0], 1))).astype(np.float32)
+
+
+def test_brackets_hold_the_threshold_and_leave_out_how_rows_differ():
+    rows, columns, kept = 512, 256, 512 * 256 * 3 // 10
+    selection, weights = Selection("density", 0.3), Buffer(np.zeros(2 * rows * columns, np.uint8), BF16)
+    held, shares = [], {"matrix": [], "vector": []}
+    for seed in range(100):
+        curvature = matrix_with_rows(np.random.default_rng(seed), (rows, columns)).reshape(-1)
+        threshold = np.partition(curvature, len(curvature) - kept)[len(curvature) - kept]
+        values = (Full(Buffer(curvature.view(np.uint8), BY_NAME["float32"])),)
+        for name, shape in {"matrix": (rows, columns), "vector": (rows * columns,)}.items():
+            tensor = TensorInputs(name, shape, BF16, None, (weights,), values)
+            (found,) = sample([tensor], 60, own_curvature, native, map)
+            bracket = bracket_of(selection, found)
+            highest = score_of_bits(score_bits(bracket.lowest) + bracket.span - 1)
+            held.append(bracket.lowest <= threshold <= highest)
+            shares[name].append(np.mean((curvature >= bracket.lowest) & (curvature <= highest)))
+    assert np.mean(held) > 0.985  # 3.5 standard errors: it misses once in 2000
+    assert np.mean(shares["matrix"]) < 0.8 * np.mean(shares["vector"])  # 1024 runs instead of 960 give 0.97
 
 
 def test_what_was_just_written_is_cached(tensors, monkeypatch):

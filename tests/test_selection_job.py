@@ -270,6 +270,30 @@ def test_interrupted_while_a_missed_bracket_is_merged_again(
     assert_as_expected(out, report, expected[scope])
 
 
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.usefixtures("misplaced_brackets")
+def test_a_missed_bracket_after_a_resume_that_lacked_first_tiles(
+    models, tmp_path, expected, monkeypatch, scope
+):
+    """A kill loses the candidates in memory: those of a tensor's first tile, while its last one's are in the
+    file."""
+    recipe, out = recipe_of(models, scope), tmp_path / "out"
+    options = {"tile_elements": TILE, "threads": 1, "candidates_memory": 0}
+    with monkeypatch.context() as patch:
+        patch.setattr(Survey, "exact_thresholds", Interrupt(Survey.exact_thresholds, 1))
+        with pytest.raises(KeyboardInterrupt):
+            merge(recipe, out, **options)
+    found = records(out)
+    left = [r for r in found if r.get("open", [0, 1])[1] > 0]
+    assert len(left) < len(found)
+    path = tmp_path / ".out.ota-merge" / "journal.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in left))
+    report = merge(recipe, out, resume=True, **options)
+    assert report["resumed"]
+    assert report["repeats"] == (1 if scope == "model" else 2)
+    assert_as_expected(out, report, expected[scope])
+
+
 def test_a_file_of_candidates_that_was_cut(models, tmp_path, monkeypatch):
     recipe, out = recipe_of(models, "model"), tmp_path / "out"
     monkeypatch.setattr(job._FileSink, "patch", Interrupt(job._FileSink.patch, 1))
@@ -387,6 +411,32 @@ DTYPES = (
     ("float8_e4m3fn", "bfloat16"),
     ("float8_e5m2",),
 )
+
+
+@pytest.mark.parametrize("isa", native.instruction_sets())
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_of_runs_are_those_of_their_elements(monkeypatch, isa, kind, dtypes):
+    monkeypatch.setattr(native, "instruction_set", lambda: isa)
+    tile = tile_of(kind, dtypes, None if dtypes == ("float16",) else dtypes[0])
+    experts = [
+        (t, ExpertTerms(score_scale=score_scale(tile.base is not None, tile.curvatures[t].bias_correction)))
+        for t in (1, 0)
+    ]
+    for length, count in ((16, 100), (5, 3), (tile.numel, 1), (16, 0)):
+        starts = np.random.default_rng(5).integers(0, tile.numel - length + 1, count)
+        found = native.run_scores(tile, experts, starts, length)
+        for scores, (t, terms) in zip(found, experts, strict=True):
+            whole = native.scores(tile, t, terms)[0]
+            np.testing.assert_array_equal(
+                scores.reshape(count, length), whole[starts[:, None] + np.arange(length)]
+            )
+
+
+@pytest.mark.parametrize("start", [-1, 37 * 11 - 15])
+def test_a_run_outside_is_refused(start):
+    with pytest.raises(ValueError, match="a run outside"):
+        native.run_scores(tile_of("float32"), [(0, ExpertTerms())], np.array([0, start]), 16)
 
 
 class TestStore:
