@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
 import sys
@@ -50,6 +51,9 @@ def cli(ctx: click.Context) -> None:
 
 def main() -> None:
     """Entry point: exit codes 0, 1 (failed while running), 2 (wrong recipe, option or input), 130."""
+    # Imports and headers make many objects and hardly any garbage: to look for it after every 700 of them
+    # would take as long as to import numpy.
+    gc.set_threshold(50_000)
     try:
         cli.main(standalone_mode=False)
     except click.exceptions.Exit as stop:
