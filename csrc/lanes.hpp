@@ -78,7 +78,6 @@ inline uint32_t largest(Bits x) { return _mm512_reduce_max_epu32(x); }
 inline Mask at_least(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
 inline Mask is_zero(Floats x) { return _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_EQ_OQ); }
 inline Mask is_zero(Bits x) { return _mm512_testn_epi32_mask(x, x); }
-inline Mask not_zero(Bits x) { return _mm512_test_epi32_mask(x, x); }
 inline Mask equal(Bits a, Bits b) { return _mm512_cmpeq_epi32_mask(a, b); }
 inline Mask above(Bits a, Bits b) { return _mm512_cmpgt_epu32_mask(a, b); }
 // Lanes of m where a is not at least b (which may be NaN).
@@ -167,7 +166,6 @@ inline Mask at_least(Floats a, Floats b) { return _mm256_cmp_ps(a, b, _CMP_GE_OQ
 inline Mask is_zero(Floats x) { return _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_EQ_OQ); }
 inline Mask equal(Bits a, Bits b) { return floats(_mm256_cmpeq_epi32(a, b)); }
 inline Mask is_zero(Bits x) { return equal(x, _mm256_setzero_si256()); }
-inline Mask not_zero(Bits x) { return floats(_mm256_xor_si256(bits(is_zero(x)), all(0xffffffffu))); }
 inline Mask above(Bits a, Bits b) {  // comparisons are signed
     const Bits half = all(0x80000000u);
     return floats(_mm256_cmpgt_epi32(_mm256_xor_si256(a, half), _mm256_xor_si256(b, half)));

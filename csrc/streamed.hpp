@@ -92,7 +92,7 @@ struct Seen {
 
 // The elements of a span that some bracket leaves undecided, one after the other, and what they come to where
 // undecided experts drop them.
-struct Undecided {
+struct Waiting {
     static constexpr int kRoom = kSpan + OTA_LANES;
     int count = 0;
     uint32_t brackets[kRoom], score[kRoom];  // score: of the last expert that waits
@@ -111,7 +111,7 @@ inline Bits magnitude(Floats x) { return both(bits(x), all(0x7fffffffu)); }
 // Elements [begin, end) of the span.
 template <Masks M, Power P, typename W, typename H>
 Seen run(const MergeArgs& args, const uint8_t* base, Stream* streams, int begin, int end, uint8_t* out,
-         Undecided* undecided, Seen seen) {
+         Waiting* waiting, Seen seen) {
     constexpr int V = kHeld<M>, step = V * OTA_LANES;
     const Floats epsilon = all(static_cast<float>(args.formula.epsilon));
     const Floats lambda = all(static_cast<float>(args.formula.lambda));
@@ -178,13 +178,13 @@ Seen run(const MergeArgs& args, const uint8_t* base, Stream* streams, int begin,
         for (int v = 0; M == Masks::open && v < V; ++v) {
             const Mask waits = above(brackets[v], all(kExpert - 1));
             if (lanes_of(waits) == 0) continue;
-            const int at = undecided->count;
-            write(waits, brackets[v], undecided->brackets + at);
-            write(waits, bits(score[v]), undecided->score + at);
-            write(waits, bits(b[v]), undecided->base + at);
-            write(waits, bits(sure_numerator[v]), undecided->numerator + at);
-            write(waits, bits(sure_denominator[v]), undecided->denominator + at);
-            undecided->count = at + count(waits);
+            const int at = waiting->count;
+            write(waits, brackets[v], waiting->brackets + at);
+            write(waits, bits(score[v]), waiting->score + at);
+            write(waits, bits(b[v]), waiting->base + at);
+            write(waits, bits(sure_numerator[v]), waiting->numerator + at);
+            write(waits, bits(sure_denominator[v]), waiting->denominator + at);
+            waiting->count = at + count(waits);
         }
     }
     return seen;
@@ -192,7 +192,7 @@ Seen run(const MergeArgs& args, const uint8_t* base, Stream* streams, int begin,
 
 // Those elements that wait for one expert alone become its alternatives, as merge.cpp's `resolve` has it. Writes
 // where the others are to `at`; returns their number.
-inline int split(const MergeArgs& args, int64_t offset, const Stream* streams, const Undecided& found, int32_t* at,
+inline int split(const MergeArgs& args, int64_t offset, const Stream* streams, const Waiting& found, int32_t* at,
                  MergeStats& stats) {
     const Floats lambda = all(static_cast<float>(args.formula.lambda));
     const Bits limit = all(bit_cast<uint32_t>(static_cast<float>(largest_finite(args.out_dtype))));
@@ -257,9 +257,9 @@ int merge_span(const MergeArgs& args, int64_t offset, int n, int32_t* at, MergeS
     uint8_t* out = args.out + offset * item_size(args.out_dtype);
     const Curvature& first = args.experts[0].curvature;
     Seen seen;
-    Undecided undecided;
+    Waiting waiting;
     const auto piece = [&](int begin, int end) {
-        seen = run<M, P, W, H>(args, base, streams, begin, end, out, &undecided, seen);
+        seen = run<M, P, W, H>(args, base, streams, begin, end, out, &waiting, seen);
     };
     if (first.kind == CurvatureKind::full)
         piece(0, n);
@@ -278,7 +278,7 @@ int merge_span(const MergeArgs& args, int64_t offset, int n, int32_t* at, MergeS
     if (largest(seen.top) >= kSuspect || largest(seen.top_merged) > limit || mean_wanted) return -1;
     for (int t = 0; t < n_experts; ++t) stats.kept[t] += M == Masks::none ? n : streams[t].kept;
     if (M != Masks::none) stats.unkept += seen.zeros;
-    return split(args, offset, streams, undecided, at, stats);
+    return split(args, offset, streams, waiting, at, stats);
 }
 
 template <Masks M, Power P, typename W>

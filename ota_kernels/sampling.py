@@ -71,7 +71,7 @@ _clusters_again = functools.lru_cache(maxsize=16)(clusters)
 def in_pairs(tensors: Sequence[TensorInputs], count: int) -> int:
     """About `count` runs: of a single matrix, where two or more come from a row, so many that each pair of
     neighbouring strata is of one row. Their differences then leave out what the row makes alike."""
-    if len(tensors) > 1 or not tensors[0].shape:
+    if len(tensors) != 1 or not tensors[0].shape:
         return count
     columns = tensors[0].shape[-1]
     rows = tensors[0].numel // max(columns, 1)
@@ -89,7 +89,7 @@ def sample(
     spread: bool = True,
 ) -> list[Array]:
     """Scores of about `count` * RUNS runs over all tensors, float32[clusters, elements] per expert. backend:
-    for tensors on a device; what is sampled of others takes the CPU no time.
+    for tensors on a device; the CPU scores others.
 
     release: given where mapped pages may not stay. Runs that are far apart are then read from the files;
     others, and what is no file, are mapped and released piece by piece. spread: one run in a cluster; else
