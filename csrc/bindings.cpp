@@ -286,7 +286,7 @@ void run_scores(const std::optional<Bytes>& base, int base_code, const nb::list&
                 const Ints& starts, int length, const nb::list& outs, const std::string& isa) {
     const auto count = static_cast<int64_t>(starts.size());
     require(length > 0 && length <= 1024, "runs of 1 to 1024 elements");  // a block
-    require(nb::len(outs) == nb::len(experts), "one array for each expert");
+    require(nb::len(experts) > 0 && nb::len(outs) == nb::len(experts), "one array for each expert");
     std::vector<ota::SurveyArgs> args;
     std::vector<float*> out;
     for (const nb::handle spec : experts)
@@ -375,7 +375,7 @@ void copy_runs(const Bytes& data, const Ints& starts, OutBytes out, int64_t run_
     nb::gil_scoped_release release;
     for (int64_t i = 0; i < count; ++i)
         require(starts.data()[i] >= 0 && starts.data()[i] + run_bytes <= size, "a run outside");
-    ota::copy_runs(data.data(), starts.data(), count, run_bytes, out.data());
+    ota::copy_runs(data.data(), 1, starts.data(), count, count, run_bytes, out.data());
 }
 
 // The same from a file, `together` runs with one read of all that lies between them: their pages are not mapped.

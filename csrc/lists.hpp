@@ -22,25 +22,29 @@ inline void scatter(uint8_t* data, const uint32_t* positions, int64_t m, const u
     scatter<uint64_t>(data, positions, m, elements);
 }
 
-// Size: of a run, where it is known; else 0.
+// Size: of a run in bytes, where it is known; else 0. static: each instruction set has code of its own.
 template <int64_t Size>
-void copy_runs(const uint8_t* data, const int64_t* starts, int64_t count, int64_t run_bytes, uint8_t* out) {
-    const int64_t size = Size ? Size : run_bytes;
+static void copy_runs(const uint8_t* data, int64_t size, const int64_t* starts, int64_t count, int64_t left,
+                      int64_t length, uint8_t* out) {
+    const int64_t run_bytes = Size ? Size : size * length;
     constexpr int64_t kAhead = 16;  // each is a cache miss, or two: many at a time
     for (int64_t i = 0; i < count; ++i) {
-        if (i + kAhead < count) {
-            __builtin_prefetch(data + starts[i + kAhead]);
-            __builtin_prefetch(data + starts[i + kAhead] + size - 1);
+        if (i + kAhead < left) {
+            const uint8_t* next = data + size * starts[i + kAhead];
+            __builtin_prefetch(next);
+            __builtin_prefetch(next + run_bytes - 1);
         }
-        std::memcpy(out + i * size, data + starts[i], static_cast<size_t>(size));
+        std::memcpy(out + run_bytes * i, data + size * starts[i], static_cast<size_t>(run_bytes));
     }
 }
 
-// Runs of `run_bytes` bytes that begin at `starts`, copied one after the other.
-inline void copy_runs(const uint8_t* data, const int64_t* starts, int64_t count, int64_t run_bytes, uint8_t* out) {
-    if (run_bytes == 32) return copy_runs<32>(data, starts, count, run_bytes, out);
-    if (run_bytes == 64) return copy_runs<64>(data, starts, count, run_bytes, out);
-    copy_runs<0>(data, starts, count, run_bytes, out);
+// Runs of `length` elements of `size` bytes that begin at `starts`, one after the other. left >= count: how many
+// starts there are, to be fetched ahead.
+static inline void copy_runs(const uint8_t* data, int64_t size, const int64_t* starts, int64_t count, int64_t left,
+                             int64_t length, uint8_t* out) {
+    if (size * length == 32) return copy_runs<32>(data, size, starts, count, left, length, out);
+    if (size * length == 64) return copy_runs<64>(data, size, starts, count, left, length, out);
+    copy_runs<0>(data, size, starts, count, left, length, out);
 }
 
 // How many of the `length` values of each row are at least `least`.

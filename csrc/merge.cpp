@@ -512,7 +512,7 @@ int64_t merge_streamed(StreamedSpan streamed, const MergeArgs& args, int64_t off
         const int n = left < kSpan ? static_cast<int>(left) : kSpan;
         const int undecided = n > 0 ? streamed(args, offset, n, at, stats) : -1;
         if (undecided < 0) break;
-        if (undecided > 0) {
+        if (undecided > 0) {  // those stay
             append(args, offset, at, undecided);
             args.candidates->resolved = args.candidates->count;
         }

@@ -2,6 +2,7 @@
 // Sums run in a fixed order (kLanes partial sums, folded pairwise), the same for every instruction set.
 
 #include "formulas.hpp"
+#include "lists.hpp"
 
 namespace ota {
 namespace OTA_ISA {
@@ -66,25 +67,9 @@ void scores(const SurveyArgs& args, float* out, SurveyStats& stats) {
     });
 }
 
-// Runs of x, one after the other. `left`: how many more starts there are, to be fetched ahead.
+// Runs of x, one after the other. `left`: how many more starts there are.
 Operand gather(const Operand& x, const int64_t* starts, int n, int64_t left, int length, uint8_t* room) {
-    constexpr int kAhead = 16;  // each is a cache miss, or two: many at a time
-    const int64_t size = item_size(x.dtype);
-    const auto run_bytes = static_cast<size_t>(size * length);
-    for (int i = 0; i < n; ++i) {
-        if (i + kAhead < left) {
-            const uint8_t* next = x.data + size * starts[i + kAhead];
-            __builtin_prefetch(next);
-            __builtin_prefetch(next + run_bytes - 1);
-        }
-        const uint8_t* run = x.data + size * starts[i];
-        if (run_bytes == 32)
-            std::memcpy(room + 32 * i, run, 32);
-        else if (run_bytes == 64)
-            std::memcpy(room + 64 * i, run, 64);
-        else
-            std::memcpy(room + run_bytes * i, run, run_bytes);
-    }
+    copy_runs(x.data, item_size(x.dtype), starts, n, left, length, room);
     return {room, x.dtype};
 }
 

@@ -131,7 +131,6 @@ class Engine:
         self._survey, self._decisions = survey, decisions
         self._groups: dict[int | None, Group] = {}
         self._decided = dict(decided or {})
-        self._ready: dict[int, tuple[TensorInputs, Terms]] = {}
         self._checkpointed = time.monotonic()
         # Elements of a tensor that one worker decides. A sample is quick, other surveys want all workers.
         local = survey.brackets and not survey.model_scope
@@ -155,19 +154,21 @@ class Engine:
     def _merge(self, todo: Iterable[Range]) -> Iterator[list[tuple[Segment, Tally] | Part]]:
         """The ranges' units in order: per segment its final tally, or what it adds to its group."""
 
+        ready: dict[int, tuple[TensorInputs, Terms]] = {}
+
         def ranges() -> Iterator[Range]:
             for index, start, stop in todo:
                 numel = self._tensors[index].numel
                 alone = stop - start == numel <= self._alone
-                if not alone and index not in self._ready:
-                    self._ready[index] = self._decide(index, self._pool.run)
+                if not alone and index not in ready:
+                    ready[index] = self._decide(index, self._pool.run)
                 yield index, start, stop
 
         def with_terms(unit: list[Segment]) -> list[tuple[Segment, tuple[TensorInputs, Terms] | None]]:
-            given = [(segment, self._ready.get(segment.index)) for segment in unit]
+            given = [(segment, ready.get(segment.index)) for segment in unit]
             for index, _, stop in unit:
                 if stop == self._tensors[index].numel:
-                    self._ready.pop(index, None)  # units in flight hold what they need
+                    ready.pop(index, None)  # units in flight hold what they need
             return given
 
         def merge_unit(unit) -> list[tuple[Segment, Tally] | Part]:
@@ -295,8 +296,6 @@ class Engine:
         tensor = None if key is None else part.tensor
         thresholds = self._survey.exact_thresholds(tensor, part.terms, self._pool.run)
         self._decided[key] = thresholds
-        for index in {p.segment.index for p in group.parts}:
-            self._ready.pop(index, None)  # there still where a resumed merge did not need its last tile
         yield Decided(key, thresholds, repeat=True)
         for done in self._merge(sorted(p.segment for p in group.parts)):
             yield Merged(done)

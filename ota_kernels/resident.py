@@ -76,9 +76,6 @@ def on_cpu(array: np.ndarray) -> Array:
 
 
 def joined(parts: Sequence[Array]) -> Array:
-    """The parts one after the other; a single one as it is."""
-    if len(parts) == 1:
-        return parts[0]
     return library(parts[0]).concatenate(tuple(parts))
 
 

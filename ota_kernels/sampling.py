@@ -104,27 +104,27 @@ def sample(
     reads = release is not None and (far_apart or not spread)
     goes = [release is not None and not (reads and all(b.offset >= 0 for b in t.buffers)) for t in tensors]
 
-    def of_piece(begin: int, end: int, files: Files | None) -> Sequence[np.ndarray] | TensorInputs:
-        """Its scores, or its runs if they are to be scored with others."""
-        tensor, places = tensors[index[begin]], starts[begin:end].reshape(-1)
-        if files is None and tensor.numel >= RUN:
-            found = native.run_scores(tensor, experts(tensor), places, RUN)
-        else:
-            found = gather_runs(tensor, places, files)
-        if goes[index[begin]]:
-            release(tensor.slice(int(places.min()), min(int(places.max()) + RUN, tensor.numel)))
-        return found
+    def mapped(tensor: TensorInputs, places: np.ndarray) -> Sequence[np.ndarray]:
+        if tensor.numel < RUN:
+            return _scored([gather_runs(tensor, places)], experts, native)
+        return native.run_scores(tensor, experts(tensor), places, RUN)
 
-    def of_batch(pieces: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+    def of_batch(pieces: Sequence[tuple[int, int]]) -> Sequence[np.ndarray]:
+        parts: list = []
         with Files(runs) if reads else contextlib.nullcontext() as files:
-            return _scored([of_piece(begin, end, files) for begin, end in pieces], experts, native)
+            for begin, end in pieces:
+                tensor, places = tensors[index[begin]], starts[begin:end].reshape(-1)
+                parts.append(gather_runs(tensor, places, files) if reads else mapped(tensor, places))
+                if goes[index[begin]]:
+                    release(tensor.slice(int(places.min()), min(int(places.max()) + RUN, tensor.numel)))
+        return _scored(parts, experts, native) if reads else _joined(parts)
 
     # A piece is of one tensor, and of one chunk of it where mapped pages must go.
     cuts = np.diff(index) != 0
     cuts |= np.array(goes, bool)[index[1:]] & (np.diff(starts[:, 0] // CHUNK) != 0)
     begins = [0, *(np.flatnonzero(cuts) + 1).tolist(), len(index)]
     found = list(run(of_batch, _batches(begins, max(1, _BATCH // (runs * RUN)))))
-    return [resident.joined(of_expert).reshape(-1, runs * RUN) for of_expert in zip(*found, strict=True)]
+    return [of_expert.reshape(-1, runs * RUN) for of_expert in _joined(found)]
 
 
 def _batches(begins: Sequence[int], most: int) -> Iterator[list[tuple[int, int]]]:
@@ -155,25 +155,23 @@ def _sample_resident(
     return [of_expert.reshape(-1, RUN) for of_expert in _scored(gathered, experts, backend)]
 
 
-def _scored(
-    parts: Sequence[Sequence[Array] | TensorInputs], experts: Experts, backend: Backend
-) -> list[Array]:
-    """Scores per expert, of parts that are scores already or tiles; neighbouring tiles of a form are scored
-    together."""
-    found = []
-    for form, alike in itertools.groupby(parts, _form):
-        if form is None:
-            found += alike
-        else:
-            tile = concatenated(list(alike))
-            found.append([backend.scores(tile, t, terms)[0] for t, terms in experts(tile)])
-    return [resident.joined(of_expert) for of_expert in zip(*found, strict=True)]
+def _scored(gathered: Sequence[TensorInputs], experts: Experts, backend: Backend) -> Sequence[Array]:
+    """Scores per expert; neighbouring tiles of a form are scored together."""
+    tiles = [concatenated(list(alike)) for _, alike in itertools.groupby(gathered, _form)]
+    return _joined([[backend.scores(tile, t, e)[0] for t, e in experts(tile)] for tile in tiles])
 
 
-def _form(tile: TensorInputs | Sequence[Array]) -> tuple | None:
+def _joined(parts: Sequence[Sequence[Array]]) -> Sequence[Array]:
+    """Scores per expert, of parts one after the other; not copied where it is one."""
+    return (
+        parts[0]
+        if len(parts) == 1
+        else [resident.joined(of_expert) for of_expert in zip(*parts, strict=True)]
+    )
+
+
+def _form(tile: TensorInputs) -> tuple:
     """What tiles that are scored together have in common."""
-    if not isinstance(tile, TensorInputs):
-        return None
     curvatures = [(type(c), c.bias_correction) for c in tile.curvatures]
     return tile.base is None, [b.dtype for b in tile.buffers], curvatures
 
