@@ -360,6 +360,17 @@ std::vector<Count> below(const nb::list& alternatives, int size, OutPositions at
     return found;
 }
 
+// Values from low to below high, to `out`: (how many, how many are at least high).
+std::pair<int64_t, int64_t> between(const Floats& values, float low, float high, OutFloats out,
+                                    const std::string& isa) {
+    const auto n = static_cast<int64_t>(values.size());
+    require(static_cast<int64_t>(out.size()) >= n + ota::kSpare, "room for all values and SPARE more");
+    const ota::Kernels& table = kernels(isa);
+    nb::gil_scoped_release release;
+    const ota::Between found = table.between(values.data(), n, low, high, out.data());
+    return {found.inside, found.above};
+}
+
 // How many of each row's values are at least `least`. counts: one for each row.
 void count_rows(const Floats& values, float least, OutInts counts) {
     const auto n = static_cast<int64_t>(values.size()), rows = static_cast<int64_t>(counts.size());
@@ -432,6 +443,7 @@ NB_MODULE(_native, m) {
     m.def("scatter", &scatter, "data"_a, "positions"_a, "elements"_a, "size"_a);
     m.def("scatter_in_file", &scatter_in_file, "fd"_a, "begin"_a, "n"_a, "positions"_a, "elements"_a, "size"_a);
     m.def("below", &below, "alternatives"_a, "size"_a, "at"_a, "values"_a);
+    m.def("between", &between, "values"_a, "low"_a, "high"_a, "out"_a, "isa"_a);
     m.def("count_rows", &count_rows, "values"_a, "least"_a, "counts"_a);
     m.def("copy_runs", &copy_runs, "data"_a, "starts"_a, "out"_a, "run_bytes"_a);
     m.def("read_runs", &read_runs, "fd"_a, "starts"_a, "out"_a, "run_bytes"_a, "together"_a);

@@ -136,6 +136,11 @@ struct SurveyStats {
     NonFinite base, weights, curvature;
 };
 
+// How many of some values are inside of a range, and how many above it.
+struct Between {
+    int64_t inside = 0, above = 0;
+};
+
 struct Kernels {
     void (*merge)(const MergeArgs&, MergeStats&);
     // prefix < 0: counts[bits >> 16] and the sum of bits & 0xffff of each bin; prefix >= 0: counts of the
@@ -146,6 +151,8 @@ struct Kernels {
     // The scores of some experts, at runs of `length` elements that begin at `starts`, to out[t][run, element].
     void (*run_scores)(const SurveyArgs* of_experts, int n_experts, const int64_t* starts, int64_t count,
                        int length, float* const* out);
+    // Values from low to below high, one after the other; out has room for all of them and a vector more.
+    Between (*between)(const float* values, int64_t n, float low, float high, float* out);
     double (*power_sum)(const Curvature&, int64_t n, double power, NonFinite&);
     void (*row_column_sums)(const Curvature&, int64_t rows, int64_t columns, double* row_sums,
                             double* column_sums, NonFinite&);

@@ -2,6 +2,7 @@
 // Sums run in a fixed order (kLanes partial sums, folded pairwise), the same for every instruction set.
 
 #include "formulas.hpp"
+#include "lanes.hpp"
 #include "lists.hpp"
 
 namespace ota {
@@ -107,6 +108,27 @@ void run_scores(const SurveyArgs* of_experts, int n_experts, const int64_t* star
     }
 }
 
+Between between(const float* values, int64_t n, float low, float high, float* out) {
+    Between found;
+    int64_t i = 0;
+#if defined(OTA_LANES)
+    for (; i + OTA_LANES <= n; i += OTA_LANES) {
+        const lanes::Floats x = lanes::load(values + i);
+        const lanes::Mask above = lanes::at_least(x, lanes::all(high));
+        const lanes::Mask inside = lanes::without(lanes::at_least(x, lanes::all(low)), above);
+        lanes::write(inside, lanes::bits(x), reinterpret_cast<uint32_t*>(out + found.inside));
+        found.inside += lanes::count(inside);
+        found.above += lanes::count(above);
+    }
+#endif
+    for (; i < n; ++i) {
+        out[found.inside] = values[i];
+        found.inside += values[i] >= low && values[i] < high ? 1 : 0;
+        found.above += values[i] >= high ? 1 : 0;
+    }
+    return found;
+}
+
 void histogram(const SurveyArgs& args, int64_t prefix, int64_t* counts, int64_t* lows, SurveyStats& stats) {
     const float threshold = args.expert.threshold;
     const bool of_edits = args.score == Score::edit;
@@ -171,7 +193,7 @@ void row_column_sums(const Curvature& v, int64_t rows, int64_t columns, double* 
 
 }  // namespace
 
-const Kernels kernels = {merge, histogram, edits, scores, run_scores, power_sum, row_column_sums};
+const Kernels kernels = {merge, histogram, edits, scores, run_scores, between, power_sum, row_column_sums};
 
 }  // namespace OTA_ISA
 }  // namespace ota

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import resident
+from . import ranks, resident
 from .decide import SMALLEST, Selection
 from .formula import score_bits
 from .resident import Array
@@ -50,29 +50,30 @@ def bracket_of(selection: Selection, scores: Array) -> Bracket | None:
     The elements of a cluster are alike, so that the error is estimated between clusters.
     """
     lib = resident.library(scores)
-    ascending = resident.ascending(scores)
-    n, smallest = len(ascending), resident.scalar(SMALLEST, scores, "float32")
+    n, smallest = scores.shape[0] * scores.shape[1], resident.scalar(SMALLEST, scores, "float32")
     if selection.rule == "mass":
         # A score that overflowed would leave no finite sum to compare with.
-        largest = resident.scalar(np.finfo(np.float32).max, scores, "float32")
-        scores, ascending = (lib.minimum(x, largest) for x in (scores, ascending))
-        from_top = lib.cumsum(lib.flip(ascending, (0,)), 0, dtype=lib.float64)
-        total = from_top[-1]
+        scores = lib.minimum(scores, resident.scalar(np.finfo(np.float32).max, scores, "float32"))
+        ascending = resident.ascending(scores)
+        sums = lib.cumsum(lib.flip(ascending, (0,)), 0, dtype=lib.float64)
+        total = sums[-1]
         least = total / n  # what one element holds
     else:
         total, least = resident.scalar(n, scores, "float64"), 1.0
+        from_top = ranks.from_top(scores, selection.value * n)
 
     def score_at(target: Array) -> Array:
         """The score at which the sum from the top reaches target; 0 where it does not."""
-        place = lib.searchsorted(from_top, target) if selection.rule == "mass" else lib.ceil(target) - 1
-        return resident.from_top(ascending, place)
+        if selection.rule == "mass":
+            return resident.from_top(ascending, lib.searchsorted(sums, target))
+        return from_top(lib.ceil(target) - 1)
 
     target = selection.value * total
     margin = DEVIATIONS * _standard_error(selection, scores, score_at(target)) + least
     lowest = lib.maximum(score_at(target + margin), smallest)
     highest = lib.maximum(score_at(target - margin), smallest)
     highest = lib.where(target > margin, highest, lib.full_like(highest, math.inf))
-    inside = lib.searchsorted(ascending, highest, side="right") - lib.searchsorted(ascending, lowest)
+    inside = lib.count_nonzero((scores >= lowest) & (scores <= highest))
     lowest, highest, inside = resident.numbers(lowest, highest, inside)
     if lowest == highest:
         return Bracket(lowest, 0)

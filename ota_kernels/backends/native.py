@@ -230,6 +230,13 @@ def run_scores(
     return outs
 
 
+def between(values: np.ndarray, low: float, high: float) -> tuple[np.ndarray, int]:
+    """(Those of values[n], float32, from low to below high, in their order; how many are at least high)."""
+    room = np.empty(len(values) + _extension().SPARE, np.float32)
+    inside, above = _extension().between(values, low, high, room, instruction_set())
+    return room[:inside], above
+
+
 def gather_runs(buffer: Buffer, starts: np.ndarray, length: int) -> Buffer:
     """Runs of `length` neighbouring elements that begin at `starts` (int64[m]), one after the other."""
     size = buffer.dtype.itemsize
