@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 from .errors import BackendError, InputError, OtaError, OutputError, RecipeError, RunError
 
 if TYPE_CHECKING:
-    from .density_grid import densities
     from .functional import graft, merge_state_dicts, merge_tensors
+    from .grid.densities import densities
     from .job import merge, plan
     from .selection import topk_threshold
 
@@ -43,7 +43,7 @@ __all__ = [
 _LAZY = {
     "merge": "job",
     "plan": "job",
-    "densities": "density_grid",
+    "densities": "grid.densities",
     "merge_tensors": "functional",
     "merge_state_dicts": "functional",
     "graft": "functional",

@@ -12,9 +12,10 @@ import torch
 from checkpoints import ModelSet, edited, make_set, random_tensors, second_moments, write_recipe
 from safetensors.torch import save_file
 
-from ota_kernels import InputError, RecipeError, density_grid, merge
+from ota_kernels import InputError, RecipeError, merge
 from ota_kernels.cli import density_tables
-from ota_kernels.density_grid import densities
+from ota_kernels.grid import search
+from ota_kernels.grid.densities import densities
 from ota_kernels.roles import DETAILED_ROLES, detailed_role, layer_of
 
 # Name -> shape, role, layer.
@@ -193,8 +194,8 @@ def test_the_recipes_own_selections_play_no_part(models):
 @pytest.fixture
 def tiny_tiles(monkeypatch):
     """Many units of work: a tensor is several tiles."""
-    monkeypatch.setattr(density_grid, "_TILE_ELEMENTS", 100)
-    monkeypatch.setattr(density_grid, "_SMALLEST_TILE", 100)
+    monkeypatch.setattr(search, "_TILE_ELEMENTS", 100)
+    monkeypatch.setattr(search, "_SMALLEST_TILE", 100)
 
 
 @pytest.mark.usefixtures("tiny_tiles")
@@ -213,7 +214,7 @@ def bad_sample(monkeypatch):
     def sample(*arguments):
         return [np.full((4096, 16), np.inf, np.float32)] * 2
 
-    monkeypatch.setattr(density_grid, "sample", sample)
+    monkeypatch.setattr(search, "sample", sample)
 
 
 def without_passes(found: dict) -> dict:
@@ -235,7 +236,7 @@ def test_a_bad_sample_costs_a_pass_and_changes_no_number(models):
 def test_without_room_to_collect(models, monkeypatch):
     """Thresholds from histograms of the predicted high halves; the splits from a second pass."""
     collected = densities(models.recipe(), GRID, MASSES)
-    monkeypatch.setattr(density_grid._Search, "_fits", lambda self, wanted, expected: False)
+    monkeypatch.setattr(search.Search, "_fits", lambda self, wanted, expected: False)
     counted = densities(models.recipe(), GRID, MASSES)
     assert counted["passes"] >= 2
     assert without_passes(counted) == without_passes(collected)
@@ -243,7 +244,7 @@ def test_without_room_to_collect(models, monkeypatch):
 
 @pytest.mark.usefixtures("bad_sample")
 def test_without_room_and_with_a_bad_sample(models, monkeypatch):
-    monkeypatch.setattr(density_grid._Search, "_fits", lambda self, wanted, expected: False)
+    monkeypatch.setattr(search.Search, "_fits", lambda self, wanted, expected: False)
     found = densities(models.recipe(), GRID, MASSES)
     assert found["passes"] == 3
     check(found, models)
@@ -253,12 +254,12 @@ def test_more_to_collect_than_the_sample_promised(models, monkeypatch):
     """The first collection runs out of room; the next pass knows what it will hold."""
     made = []
 
-    class Collected(density_grid._Collected):
+    class Collected(search.Collected):
         def __init__(self, experts, groups, room):
             super().__init__(experts, groups, room if made else 0)
             made.append(self)
 
-    monkeypatch.setattr(density_grid, "_Collected", Collected)
+    monkeypatch.setattr(search, "Collected", Collected)
     found = densities(models.recipe(), GRID, MASSES)
     assert found["passes"] == 2
     check(found, models)

@@ -23,12 +23,12 @@ def densities(recipe: str, grid: str | None, as_json: bool, **options) -> None:
     Reads the inputs once. Thresholds hold over the whole model, and are exact: one can be a model's
     precond_threshold. The recipe's own densities and thresholds play no part.
     """
-    from .. import density_grid
+    from ..grid import densities as of_grid
     from . import density_tables, show
 
-    values = density_grid.DEFAULT_GRID if grid is None else grid.split(",")
+    values = of_grid.DEFAULT_GRID if grid is None else grid.split(",")
     with show.progress() as progress:
-        found = density_grid.densities(recipe, values, progress=progress, **options)
+        found = of_grid.densities(recipe, values, progress=progress, **options)
     if as_json:
         click.echo(json.dumps(found, indent=2, allow_nan=False))
     else:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..density_grid import NO_LAYER
+from ..grid.groups import NO_LAYER
 from ..units import format_count
 
 _WIDTH = 100

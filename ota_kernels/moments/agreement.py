@@ -8,8 +8,8 @@ from os import PathLike
 import numpy as np
 
 from .. import backends, decide
-from ..density_grid import densities as thresholds_of
 from ..formula import ExpertTerms, score_of_saliency
+from ..grid.densities import densities as thresholds_of
 from ..inputs import COPY, Inputs
 from ..io.reader import release
 from ..pool import Pool, default_threads
