@@ -1,0 +1,53 @@
+"""Scores by rank against sorting, wherever the rank is and whatever the scores are."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ota_kernels import ranks
+from ota_kernels.backends import native
+
+SCORES = {
+    "wide": lambda g, n: np.exp(8 * g.standard_normal(n)),
+    "alike in rows": lambda g, n: np.repeat(np.exp(3 * g.standard_normal(-(-n // 16))), 16)[:n],
+    "constant": lambda g, n: np.full(n, 2.5),
+    "mostly zero": lambda g, n: g.random(n) * (g.random(n) < 0.3),
+    "few values": lambda g, n: g.integers(0, 4, n),
+    "ascending": lambda g, n: np.arange(n),
+    "infinite": lambda g, n: np.where(g.random(n) < 0.4, np.inf, g.random(n)),
+}
+
+
+@pytest.mark.parametrize("kind", SCORES)
+@pytest.mark.parametrize("n", [1, 2, 17, 4096, 4097, 20_011, 90_112])
+def test_every_rank_is_the_sorted_one(kind, n):
+    scores = SCORES[kind](np.random.default_rng(n), n).astype(np.float32)
+    expected = np.append(np.sort(scores)[::-1], np.float32(0))  # 0 beyond the last
+    for near in (0.0, 0.3 * n, float(n)):
+        score_at = ranks.from_top(scores, near)
+        for place in {0, n // 100, *(int(near) + i for i in (-300, -1, 0, 1, 300)), n // 2, n - 1, n}:
+            place = min(max(place, -1), n)
+            assert score_at(np.float64(place)) == expected[max(place, 0)]
+
+
+def test_a_rank_that_is_near_sorts_no_more_than_its_surroundings(monkeypatch):
+    scores = np.random.default_rng(0).random(100_000, np.float32)
+    score_at = ranks.from_top(scores, 30_000.0)
+    monkeypatch.setattr(ranks.resident, "from_top", None)
+    expected = np.sort(scores)[::-1]
+    for place in range(26_000, 34_000, 500):
+        assert score_at(np.float64(place)) == expected[place]
+    with pytest.raises(TypeError):
+        score_at(np.float64(50_000))
+
+
+@pytest.mark.parametrize("isa", native.instruction_sets())
+@pytest.mark.parametrize("n", [0, 1, 7, 16, 33, 5000])
+def test_between_is_what_numpy_selects(isa, n, monkeypatch):
+    monkeypatch.setattr(native, "instruction_set", lambda: isa)
+    values = np.random.default_rng(n).integers(-5, 6, n).astype(np.float32)
+    for low, high in ((-2.0, 3.0), (-np.inf, 0.0), (0.0, np.inf), (2.0, 2.0), (-9.0, 9.0), (3.0, -3.0)):
+        inside, above = native.between(values, low, high)
+        np.testing.assert_array_equal(inside, values[(values >= low) & (values < high)])
+        assert above == np.count_nonzero(values >= high)
