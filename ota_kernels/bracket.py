@@ -6,6 +6,7 @@ A bracket that misses is found out by the counts of the merge (group.py); it cos
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,20 +55,10 @@ def bracket_of(selection: Selection, scores: Array) -> Bracket | None:
     if selection.rule == "mass":
         # A score that overflowed would leave no finite sum to compare with.
         scores = lib.minimum(scores, resident.scalar(np.finfo(np.float32).max, scores, "float32"))
-        ascending = resident.ascending(scores)
-        sums = lib.cumsum(lib.flip(ascending, (0,)), 0, dtype=lib.float64)
-        total = sums[-1]
-        least = total / n  # what one element holds
+        total, score_at = _by_mass(scores)
     else:
-        total, least = resident.scalar(n, scores, "float64"), 1.0
-        from_top = ranks.from_top(scores, selection.value * n)
-
-    def score_at(target: Array) -> Array:
-        """The score at which the sum from the top reaches target; 0 where it does not."""
-        if selection.rule == "mass":
-            return resident.from_top(ascending, lib.searchsorted(sums, target))
-        return from_top(lib.ceil(target) - 1)
-
+        total, score_at = _by_count(scores, selection.value * n)
+    least = total / n  # what one element adds, on average
     target = selection.value * total
     margin = DEVIATIONS * _standard_error(selection, scores, score_at(target)) + least
     lowest = lib.maximum(score_at(target + margin), smallest)
@@ -80,6 +71,21 @@ def bracket_of(selection: Selection, scores: Array) -> Bracket | None:
     if inside > _WORTH_IT * n:
         return None
     return Bracket(lowest, score_bits(highest) - score_bits(lowest) + 1)
+
+
+def _by_count(scores: Array, near: float) -> tuple[Array, Callable[[Array], Array]]:
+    """How many there are, and: a count -> the score down to which there are so many, 0 where there are fewer.
+    near: a count that is asked for."""
+    from_top = ranks.from_top(scores, near)
+    n = resident.scalar(scores.shape[0] * scores.shape[1], scores, "float64")
+    return n, lambda count: from_top(resident.library(scores).ceil(count) - 1)
+
+
+def _by_mass(scores: Array) -> tuple[Array, Callable[[Array], Array]]:
+    """The sum of all, and: a sum -> the score down to which they add up to it, 0 where they do not."""
+    lib, ascending = resident.library(scores), resident.ascending(scores)
+    sums = lib.cumsum(lib.flip(ascending, (0,)), 0, dtype=lib.float64)
+    return sums[-1], lambda target: resident.from_top(ascending, lib.searchsorted(sums, target))
 
 
 def _standard_error(selection: Selection, scores: Array, threshold: Array) -> Array:
