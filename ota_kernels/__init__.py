@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from .job import merge, plan
     from .selection import topk_threshold
 
-__version__ = "0.1.0"  # written here: asking the installed package takes as long as all other imports
+# As in pyproject.toml. To ask the installed package takes as long as `ota-merge --help` does.
+__version__ = "0.1.0"
 
 __all__ = [
     "BackendError",

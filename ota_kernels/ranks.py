@@ -17,8 +17,8 @@ from .resident import Array
 
 _EVERY = 8
 _FEW = 1 << 12  # scores that are sorted at once
-# Scores to either side that are sorted, in square roots of the number of all: the errors of the sample and of
-# its eighth are a third of that together, and a rank beyond takes time, no more.
+# Scores to either side that are sorted, in square roots of the number of all: a bracket of independent scores
+# reaches 2, its eighth errs by 5. A rank beyond takes time, no more.
 _REACH = 16
 
 

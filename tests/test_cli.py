@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
 import os
@@ -59,7 +60,8 @@ class TestHelp:
     def test_version(self, ota_merge):
         code, printed, _ = ota_merge("--version")
         assert code == 0
-        assert __version__ in printed
+        assert f"version {__version__}\n" in printed
+        assert __version__ == importlib.metadata.version("ota-kernels")  # pyproject.toml's
 
 
 class TestPlan:
