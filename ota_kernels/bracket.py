@@ -57,10 +57,10 @@ def bracket_of(selection: Selection, scores: Array) -> Bracket | None:
         scores = lib.minimum(scores, resident.scalar(np.finfo(np.float32).max, scores, "float32"))
         total, score_at = _by_mass(scores)
     else:
-        total, score_at = _by_count(scores, selection.value * n)
+        total, score_at = _by_count(scores, selection.value)
     least = total / n  # what one element adds, on average
     target = selection.value * total
-    margin = DEVIATIONS * _standard_error(selection, scores, score_at(target)) + least
+    margin = DEVIATIONS * _standard_error(selection, scores, score_at(target), total) + least
     lowest = lib.maximum(score_at(target + margin), smallest)
     highest = lib.maximum(score_at(target - margin), smallest)
     highest = lib.where(target > margin, highest, lib.full_like(highest, math.inf))
@@ -73,12 +73,13 @@ def bracket_of(selection: Selection, scores: Array) -> Bracket | None:
     return Bracket(lowest, score_bits(highest) - score_bits(lowest) + 1)
 
 
-def _by_count(scores: Array, near: float) -> tuple[Array, Callable[[Array], Array]]:
+def _by_count(scores: Array, share: float) -> tuple[Array, Callable[[Array], Array]]:
     """How many there are, and: a count -> the score down to which there are so many, 0 where there are fewer.
-    near: a count that is asked for."""
-    from_top = ranks.from_top(scores, near)
-    n = resident.scalar(scores.shape[0] * scores.shape[1], scores, "float64")
-    return n, lambda count: from_top(resident.library(scores).ceil(count) - 1)
+    share: counts around this share of all are asked for."""
+    n = scores.shape[0] * scores.shape[1]
+    from_top = ranks.from_top(scores, share * n)
+    total = resident.scalar(n, scores, "float64")
+    return total, lambda count: from_top(resident.library(scores).ceil(count) - 1)
 
 
 def _by_mass(scores: Array) -> tuple[Array, Callable[[Array], Array]]:
@@ -88,17 +89,15 @@ def _by_mass(scores: Array) -> tuple[Array, Callable[[Array], Array]]:
     return sums[-1], lambda target: resident.from_top(ascending, lib.searchsorted(sums, target))
 
 
-def _standard_error(selection: Selection, scores: Array, threshold: Array) -> Array:
-    """Of the sum above the threshold (a count, or a mass) less its expected share of everything."""
+def _standard_error(selection: Selection, scores: Array, threshold: Array, total: Array) -> Array:
+    """Of the sum above the threshold (a count, or a mass) less its expected share of the total."""
     if selection.rule == "mass":
         worth = resident.float64(scores)
         residuals = (worth * (scores >= threshold)).sum(axis=1) - selection.value * worth.sum(axis=1)
-        everything = worth.sum()
     else:
         residuals = resident.counts_at_least(scores, threshold)
-        everything = resident.scalar(scores.shape[0] * scores.shape[1], scores, "float64")
     if len(residuals) < 2:
-        return everything
+        return total
     # A few clusters tell little about their own deviation (Student's t).
     return (1 + 8 / len(residuals)) * error_of_sum(residuals)
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from .backends.stats import STEP_BYTES, Alternatives, Candidates
 from .errors import RunError
+from .io.offsets import read_at, write_at
 from .resident import Array
 from .tensors import TensorInputs
 
@@ -89,10 +90,8 @@ class Store:
             self._open()
             offset = self._end
             for array in _arrays(candidates):
-                view = memoryview(array)
-                while view:
-                    written = os.pwrite(self._fd, view, self._end)
-                    view, self._end = view[written:], self._end + written
+                write_at(self._fd, self._end, array)
+                self._end += array.size
         except OSError as error:
             raise RunError(
                 f"cannot write {self._name}: {error.strerror}; free some room and --resume"
@@ -129,15 +128,12 @@ class Store:
 
     def _read(self, offset: int, size: int) -> np.ndarray:
         data = np.empty(size, np.uint8)
-        view = memoryview(data)
-        while view:
-            try:
-                read = os.preadv(self._fd, [view], offset)
-            except OSError as error:
-                raise RunError(f"cannot read {self._name}: {error.strerror}; --resume when it can") from error
-            if read == 0:
-                raise RunError(f"{self._name} was cut: start again with --overwrite")
-            view, offset = view[read:], offset + read
+        try:
+            whole = read_at(self._fd, offset, data)
+        except OSError as error:
+            raise RunError(f"cannot read {self._name}: {error.strerror}; --resume when it can") from error
+        if not whole:
+            raise RunError(f"{self._name} was cut: start again with --overwrite")
         return data
 
     def drop(self, held: Held) -> None:

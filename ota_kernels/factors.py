@@ -101,6 +101,12 @@ def low_rank(curvature: Full | Log8, shape: tuple[int, ...], rank: int, run: Map
     )
 
 
+def low_rank_bytes(shapes: Iterable[tuple[int, ...]]) -> int:
+    """What `low_rank` holds at most, for the largest matrix among tensors of these shapes."""
+    matrices = (shape for shape in shapes if len(shape) == 2)
+    return max((16 * rows * columns + 16 * min(rows, columns) ** 2 for rows, columns in matrices), default=0)
+
+
 def _leading_eigenvectors(gram: Array, rank: int) -> Array:
     lib = resident.library(gram)
     return lib.flip(lib.linalg.eigh(gram)[1], (1,))[:, :rank]

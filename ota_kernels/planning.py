@@ -11,7 +11,7 @@ from .backends.stats import STEP_BYTES, Alternatives, Candidates
 from .backends.triton import LEAST_SLOTS, MOST_SLOTS
 from .candidates import DEFAULT_BUDGET
 from .errors import RecipeError
-from .factors import CHUNK
+from .factors import CHUNK, low_rank_bytes
 from .inputs import COPY, Inputs
 from .io.writer import Layout, layout
 from .pool import default_threads
@@ -190,5 +190,5 @@ def _survey_bytes(tensors: list[TensorInputs], survey: Survey, threads: int, per
     if survey.recipe.parameters.rescale:
         size += max((12 * t.numel + 16 * min(t.shape) ** 2 for t in matrices), default=0)
     if any(m.rank for m in survey.models):
-        size += max((16 * t.numel + 16 * min(t.shape) ** 2 for t in matrices), default=0)
+        size += low_rank_bytes(t.shape for t in tensors)
     return size

@@ -94,7 +94,7 @@ def test_runs_are_neighbours_in_order_and_reach_every_tensor(tensors):
 def test_runs_of_one_matrix_are_pairs_in_its_rows(tensors, shape, windows, runs):
     numel = int(np.prod(shape))
     values = Buffer(np.arange(numel, dtype=np.float32).view(np.uint8), BY_NAME["float32"])
-    weights = Buffer(np.zeros(2 * numel, np.uint8), BY_NAME["bfloat16"])
+    weights = Buffer(np.zeros(2 * numel, np.uint8), BF16)
     tensor = TensorInputs("m", shape, BF16, None, (weights,), (Full(values),))
     (found,) = sample([tensor], windows, own_curvature, native, map)
     assert len(found) == runs

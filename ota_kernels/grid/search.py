@@ -19,6 +19,7 @@ import numpy as np
 from .. import backends, decide
 from ..bracket import cluster_count
 from ..errors import RecipeError
+from ..factors import low_rank_bytes
 from ..formula import ExpertTerms, score_bits
 from ..inputs import COPY, MERGE, Inputs
 from ..io.reader import release
@@ -111,7 +112,9 @@ class Search:
         threads, name = self.pool.threads, self.backend.NAME
         widest = max((_input_bytes(t) // max(t.numel, 1) for t in self.tensors), default=0)
         in_flight = threads * (_TEMPORARY_BYTES[name] + widest) + pinned_bytes(self.backend, threads, widest)
-        fixed = PROCESS_BYTES[name] + self._factor_bytes()
+        fixed = PROCESS_BYTES[name]
+        if any(m.rank for m in self.survey.models):
+            fixed += low_rank_bytes(t.shape for t in self.tensors)
         fixed += 2 * _HISTOGRAM_BYTES * (self.experts + threads)
         least = self.experts * (len(self.grid) + len(self.masses)) * _HISTOGRAM_BYTES
         need = fixed + least + in_flight * _SMALLEST_TILE
@@ -124,13 +127,6 @@ class Search:
         spare = memory_limit - fixed - least
         self.tile = min(_TILE_ELEMENTS, max(_SMALLEST_TILE, spare // 2 // in_flight))
         self.room = memory_limit - fixed - in_flight * self.tile
-
-    def _factor_bytes(self) -> int:
-        """What the truncated SVD of the largest matrix takes (factors.low_rank)."""
-        if not any(m.parameters.rank for m in self.inputs.recipe.models):
-            return 0
-        matrices = [t for t in self.tensors if len(t.shape) == 2]
-        return max((16 * t.numel + 16 * min(t.shape) ** 2 for t in matrices), default=0)
 
     def run(self) -> None:
         """Settle every target: one pass where the sample was right and there is room, three at most."""
@@ -180,9 +176,8 @@ class Search:
 
     def _sample(self) -> list[np.ndarray]:
         """Scores of random runs, float32[clusters, elements] per expert; a batch of tensors at a time."""
-        bytes_per_cluster = CLUSTER * (
-            8 * self.experts + 64
-        )  # the parts and their whole; one expert in order
+        # The parts and their whole; one expert in order.
+        bytes_per_cluster = CLUSTER * (8 * self.experts + 64)
         runs = max(min(cluster_count(self.elements), self.room // 2 // bytes_per_cluster), 2)
 
         def of_tensor(tensor: TensorInputs) -> list[tuple[int, ExpertTerms]]:

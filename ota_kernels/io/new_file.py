@@ -14,6 +14,7 @@ from ..dtypes import DType
 from ..errors import OutputError
 from .assets import sync_folder
 from .header import build_header
+from .offsets import write_at
 from .reader import FILE_SUFFIX
 
 Entry = tuple[str, DType, tuple[int, ...]]  # name, type, shape of a tensor
@@ -43,18 +44,12 @@ class NewFile:
         self._places = {name: (begin, dtype.itemsize) for (name, dtype, _), (begin, _) in placed}
         self.size = ranges[-1][1] if ranges else len(header)
         os.posix_fallocate(descriptor, 0, self.size)
-        self._write(0, header)
+        write_at(descriptor, 0, header)
 
     def write(self, name: str, start: int, values: np.ndarray) -> None:
         """Write the bytes of `values` from flat index `start` of tensor `name` on."""
         begin, itemsize = self._places[name]
-        self._write(begin + start * itemsize, values.reshape(-1).view(np.uint8))
-
-    def _write(self, offset: int, data: bytes | np.ndarray) -> None:
-        view = memoryview(data)
-        while view:
-            written = os.pwrite(self._descriptor, view, offset)
-            view, offset = view[written:], offset + written
+        write_at(self._descriptor, begin + start * itemsize, values.reshape(-1).view(np.uint8))
 
 
 @contextmanager

@@ -16,10 +16,9 @@ from ..dtypes import DType
 from ..errors import RunError
 from .assets import sync_folder, write_file
 from .header import build_header
+from .offsets import read_at, write_at
 
 INDEX_NAME = "model.safetensors.index.json"
-# Bytes of one write: whole tiles of some megabytes take the page cache up to twice the processor time.
-_WRITE = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -106,10 +105,7 @@ class ShardWriter:
             ) from error
 
     def _write(self, shard: int, offset: int, data) -> None:
-        view = memoryview(data)
-        while view:
-            written = os.pwrite(self._fds[shard], view[:_WRITE], offset)
-            view, offset = view[written:], offset + written
+        write_at(self._fds[shard], offset, data)
         with self._lock:
             self._unsynced.add(shard)
 
@@ -142,16 +138,13 @@ class ShardWriter:
         self.write(tensor, start, room)
 
     def _read(self, tensor: OutputTensor, offset: int, data: np.ndarray) -> None:
-        view = memoryview(data)
-        while view:
-            name = self._layout.shards[tensor.shard].name
-            try:
-                count = os.preadv(self._fds[tensor.shard], [view], offset)
-            except OSError as error:
-                raise RunError(f"cannot read {name}: {error.strerror}; --resume when it can") from error
-            if count == 0:
-                raise RunError(f"{name} was cut while it was written; start again with --overwrite")
-            view, offset = view[count:], offset + count
+        name = self._layout.shards[tensor.shard].name
+        try:
+            whole = read_at(self._fds[tensor.shard], offset, data)
+        except OSError as error:
+            raise RunError(f"cannot read {name}: {error.strerror}; --resume when it can") from error
+        if not whole:
+            raise RunError(f"{name} was cut while it was written; start again with --overwrite")
 
     def sync(self) -> None:
         """Wait until everything written so far is on the disk."""

@@ -1,0 +1,29 @@
+"""Whole arrays at an offset of a file, from any thread: the system may take or give less than asked for."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+
+# Bytes of one write: whole tiles of some megabytes take the page cache up to twice the processor time.
+_WRITE = 1 << 18
+
+
+def write_at(fd: int, offset: int, data: bytes | np.ndarray) -> None:
+    """Write all bytes of `data` (contiguous uint8). Raises OSError."""
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(fd, view[:_WRITE], offset)
+        view, offset = view[written:], offset + written
+
+
+def read_at(fd: int, offset: int, data: np.ndarray) -> bool:
+    """Fill `data` (contiguous uint8); False where the file ends before. Raises OSError."""
+    view = memoryview(data)
+    while view:
+        count = os.preadv(fd, [view], offset)
+        if count == 0:
+            return False
+        view, offset = view[count:], offset + count
+    return True
