@@ -40,6 +40,7 @@ inline Floats load_f16(const uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 inline Bits load(const uint32_t* p) { return _mm512_loadu_si512(p); }
+inline void store(uint32_t* p, Bits x) { _mm512_storeu_si512(p, x); }
 // first, first + 1, ...
 inline Bits from(int first) {
     return _mm512_add_epi32(_mm512_set1_epi32(first),
@@ -99,7 +100,7 @@ inline void write_low_halves(Mask m, Bits x, uint16_t* out) {
     store_low_halves(out, _mm512_maskz_compress_epi32(m, x));
 }
 
-constexpr int kVectors = 4, kOpenVectors = 2;  // whose sums leave enough of 32 registers free
+constexpr int kVectors = 4;  // whose sums leave enough of 32 registers free
 
 #else
 
@@ -123,6 +124,7 @@ inline Floats load_f16(const uint16_t* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 inline Bits load(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline void store(uint32_t* p, Bits x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
 inline Bits from(int first) {
     return _mm256_add_epi32(_mm256_set1_epi32(first), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
@@ -193,7 +195,7 @@ template <typename T> inline void write_each(Mask m, Bits x, T* out) {
 inline void write(Mask m, Bits x, uint32_t* out) { write_each(m, x, out); }
 inline void write_low_halves(Mask m, Bits x, uint16_t* out) { write_each(m, x, out); }
 
-constexpr int kVectors = 2, kOpenVectors = 2;  // of 16 registers
+constexpr int kVectors = 2;  // of 16 registers
 
 #endif
 

@@ -10,8 +10,8 @@
 namespace ota {
 namespace OTA_ISA {
 
-// Elements that are merged at once. Their inputs are still in the second-level cache when those of candidates
-// are picked.
+// Elements that are merged at once. Their inputs are still in the second-level cache when those of undecided
+// elements are picked.
 constexpr int kSpan = 4 * kBlock;
 
 // Merges n elements from `offset` on, adds what they count to `stats` and the alternatives that they have to
@@ -29,10 +29,6 @@ constexpr int kStep = kVectors * OTA_LANES;  // a span is a whole number of step
 constexpr int kAhead = 128;                  // elements between what is read and what is fetched
 
 enum class Masks { none, closed, open };
-
-// Vectors of elements whose sums are held in registers at once. Brackets need twice as many sums.
-template <Masks M>
-constexpr int kHeld = M == Masks::open ? kOpenVectors : kVectors;
 
 // Element types: a vector from element i on.
 struct BF16 {
@@ -94,7 +90,7 @@ struct Seen {
 // undecided experts drop them.
 struct Waiting {
     static constexpr int kRoom = kSpan + OTA_LANES;
-    int count = 0;
+    int count = 0, summed = 0;               // of those not summed, `brackets` has the position alone
     uint32_t brackets[kRoom], score[kRoom];  // score: of the last expert that waits
     uint32_t base[kRoom], numerator[kRoom], denominator[kRoom];
 };
@@ -108,57 +104,55 @@ inline void fetch(const uint8_t* p, int i) {
 
 inline Bits magnitude(Floats x) { return both(bits(x), all(0x7fffffffu)); }
 
-// Elements [begin, end) of the span.
+// As `saliency` and `weight` (formulas.hpp).
+inline Floats score(const Stream& x, Floats h, Floats d) {
+    const Floats scaled = mul(d, all(65536.0f));
+    return mul(mul(h, all(x.k)), mul(scaled, scaled));
+}
+template <Power P>
+Floats weight(const Stream& x, Floats h, Floats epsilon) {
+    return fma(P == Power::half ? sqrt(h) : h, all(x.weight_scale), epsilon);
+}
+
+// Elements [begin, end) of the span. Undecided experts keep theirs; where such elements are goes to `waiting`.
 template <Masks M, Power P, typename W, typename H>
 Seen run(const MergeArgs& args, const uint8_t* base, Stream* streams, int begin, int end, uint8_t* out,
          Waiting* waiting, Seen seen) {
-    constexpr int V = kHeld<M>, step = V * OTA_LANES;
+    constexpr int V = kVectors;
     const Floats epsilon = all(static_cast<float>(args.formula.epsilon));
     const Floats lambda = all(static_cast<float>(args.formula.lambda));
     const int n_streams = args.n_experts;
     const bool to_bf16 = args.out_dtype == DType::bf16;
-    for (int i = begin; i < end; i += step) {
+    for (int i = begin; i < end; i += kStep) {
         Floats b[V], numerator[V], denominator[V];
-        Floats sure_numerator[V], sure_denominator[V], score[V];  // without undecided experts
-        Bits brackets[V];
-        fetch<W, step>(base, i);
+        Mask waits[V];
+        fetch<W, kStep>(base, i);
         for (int v = 0; v < V; ++v) {
             b[v] = W::read(base, i + v * OTA_LANES);
             numerator[v] = denominator[v] = all(0.0f);
-            if (M == Masks::open) {
-                sure_numerator[v] = sure_denominator[v] = score[v] = all(0.0f);
-                brackets[v] = from(i + v * OTA_LANES);
-            }
+            waits[v] = nowhere();
             if (M == Masks::none) seen.top = larger(seen.top, magnitude(b[v]));
         }
         for (int t = 0; t < n_streams; ++t) {
             Stream& x = streams[t];
-            fetch<W, step>(x.w, i);
-            fetch<H, step>(x.h, i);
+            fetch<W, kStep>(x.w, i);
+            fetch<H, kStep>(x.h, i);
             Mask keep[V];
             for (int v = 0; v < V; ++v) {
                 const int j = i + v * OTA_LANES;
                 const Floats w = W::read(x.w, j), h = H::curvature(x.h, j, x.row), d = sub(w, b[v]);
-                Floats weight = fma(P == Power::half ? sqrt(h) : h, all(x.weight_scale), epsilon);
+                Floats p = weight<P>(x, h, epsilon);
                 if (M == Masks::none) {
                     seen.top = larger(seen.top, larger(magnitude(w), bits(h)));
                 } else {
-                    const Floats scaled = mul(d, all(65536.0f));
-                    const Floats s = mul(mul(h, all(x.k)), mul(scaled, scaled));
+                    const Floats s = score(x, h, d);
                     keep[v] = at_least(s, all(x.threshold));
-                    weight = zero_unless(keep[v], weight);
+                    p = zero_unless(keep[v], p);
                     seen.top = larger(seen.top, bits(s));  // usable inputs have a score that is a number >= 0
-                    if (M == Masks::open) {
-                        const Mask inside = not_at_least(keep[v], s, all(x.end));
-                        const Floats sure_weight = zero_where(inside, weight);
-                        sure_denominator[v] = add(sure_denominator[v], sure_weight);
-                        sure_numerator[v] = fma(sure_weight, d, sure_numerator[v]);
-                        score[v] = choose(inside, s, score[v]);
-                        brackets[v] = add_where(inside, brackets[v], all(x.bracket));
-                    }
+                    if (M == Masks::open) waits[v] = either(waits[v], not_at_least(keep[v], s, all(x.end)));
                 }
-                denominator[v] = add(denominator[v], weight);
-                numerator[v] = fma(weight, d, numerator[v]);
+                denominator[v] = add(denominator[v], p);
+                numerator[v] = fma(p, d, numerator[v]);
             }
             if (M != Masks::none) x.kept += count<V>(keep);
         }
@@ -173,21 +167,58 @@ Seen run(const MergeArgs& args, const uint8_t* base, Stream* streams, int begin,
                 store_bf16(reinterpret_cast<uint16_t*>(out) + j, merged);
             else
                 store_f16(reinterpret_cast<uint16_t*>(out) + j, merged);
+            if (M == Masks::open) {
+                write(waits[v], from(j), waiting->brackets + waiting->count);
+                waiting->count += count(waits[v]);
+            }
         }
         seen.zeros += count<V>(zero);
-        for (int v = 0; M == Masks::open && v < V; ++v) {
-            const Mask waits = above(brackets[v], all(kExpert - 1));
-            if (lanes_of(waits) == 0) continue;
-            const int at = waiting->count;
-            write(waits, brackets[v], waiting->brackets + at);
-            write(waits, bits(score[v]), waiting->score + at);
-            write(waits, bits(b[v]), waiting->base + at);
-            write(waits, bits(sure_numerator[v]), waiting->numerator + at);
-            write(waits, bits(sure_denominator[v]), waiting->denominator + at);
-            waiting->count = at + count(waits);
-        }
     }
     return seen;
+}
+
+// The elements `at` of an input, one after the other.
+template <typename T>
+void pick(const uint8_t* p, const uint32_t* at, uint8_t* out) {
+    for (int j = 0; j < OTA_LANES; ++j)
+        std::memcpy(out + T::size * j, p + int64_t{T::size} * at[j], T::size);
+}
+
+// Sums once more what waits, without undecided experts. A few percent of the elements, whose inputs are still in
+// the second-level cache: second sums of all elements would take longer.
+template <Power P, typename W, typename H>
+void sum_without_undecided(const MergeArgs& args, const uint8_t* base, const Stream* streams, Waiting& waiting) {
+    const Floats epsilon = all(static_cast<float>(args.formula.epsilon));
+    if (waiting.summed == waiting.count) return;
+    for (int j = 0; j < OTA_LANES; ++j)  // whole vectors
+        waiting.brackets[waiting.count + j] = waiting.brackets[waiting.count - 1];
+    for (int i = waiting.summed; i < waiting.count; i += OTA_LANES) {
+        uint32_t at[OTA_LANES];
+        uint8_t picked_w[OTA_LANES * W::size], picked_h[OTA_LANES * H::size];
+        std::memcpy(at, waiting.brackets + i, sizeof(at));
+        pick<W>(base, at, picked_w);
+        const Floats b = W::read(picked_w, 0);
+        Floats numerator = all(0.0f), denominator = all(0.0f), last = all(0.0f);
+        Bits brackets = load(at);
+        for (int t = 0; t < args.n_experts; ++t) {
+            const Stream& x = streams[t];
+            pick<W>(x.w, at, picked_w);
+            pick<H>(x.h, at, picked_h);
+            const Floats h = H::curvature(picked_h, 0, x.row), d = sub(W::read(picked_w, 0), b), s = score(x, h, d);
+            const Mask keep = at_least(s, all(x.threshold)), inside = not_at_least(keep, s, all(x.end));
+            const Floats p = zero_unless(without(keep, inside), weight<P>(x, h, epsilon));
+            denominator = add(denominator, p);
+            numerator = fma(p, d, numerator);
+            last = choose(inside, s, last);
+            brackets = add_where(inside, brackets, all(x.bracket));
+        }
+        store(waiting.brackets + i, brackets);
+        store(waiting.score + i, bits(last));
+        store(waiting.base + i, bits(b));
+        store(waiting.numerator + i, bits(numerator));
+        store(waiting.denominator + i, bits(denominator));
+    }
+    waiting.summed = waiting.count;
 }
 
 // Those elements that wait for one expert alone become its alternatives, as merge.cpp's `resolve` has it. Writes
@@ -260,6 +291,7 @@ int merge_span(const MergeArgs& args, int64_t offset, int n, int32_t* at, MergeS
     Waiting waiting;
     const auto piece = [&](int begin, int end) {
         seen = run<M, P, W, H>(args, base, streams, begin, end, out, &waiting, seen);
+        if (M == Masks::open) sum_without_undecided<P, W, H>(args, base, streams, waiting);
     };
     if (first.kind == CurvatureKind::full)
         piece(0, n);
