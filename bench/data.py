@@ -25,29 +25,36 @@ BASE_DEVIATION, EDIT_DEVIATION = 0.02, 5e-4  # of normal weights and task vector
 _DENSITY = 0.3  # what the recipes keep
 _VERSION = 1  # of what is drawn below: a change makes cached sets again
 _CHUNK_ELEMENTS = 1 << 20
+_WIDE_VOCABULARY = 9216  # of models whose width is asked for: their layers are most of them
 _SAMPLE_STRIDE = 61  # of the elements that estimate thresholds; prime, so that no column is favoured
 
 Shapes = dict[str, tuple[int, ...]]
 
 
 def llama_set(
-    folder: Path, parameters: int = 250_000_000, experts: int = 5, curvature: str = "float32", seed: int = 0
+    folder: Path,
+    parameters: int = 250_000_000,
+    experts: int = 5,
+    curvature: str = "float32",
+    seed: int = 0,
+    hidden: int | None = None,
 ) -> Path:
     """A Llama-shaped base and experts in bfloat16, their curvature and recipes; made unless it is there.
 
     Returns a folder inside `folder`: base/, expert_0/, ... (config.json, model.safetensors,
     exp_avg_sq.safetensors), threshold.yaml, density_model.yaml, density_tensor.yaml, linear.yaml.
-    parameters: of each model, at least; curvature: float32 or bfloat16. Raises OutputError when the disk has
-    no room.
+    parameters: of each model, at least; curvature: float32 or bfloat16; hidden: columns of its matrices, None
+    for what suits so many parameters. Raises OutputError when the disk has no room.
     """
     made_of = {"parameters": parameters, "experts": experts, "curvature": curvature, "seed": seed}
+    made_of |= {"hidden": hidden} if hidden else {}
     target = folder / "_".join(["llama", *map(str, made_of.values())])
     marker, text = target / "set.json", json.dumps(made_of | {"version": _VERSION})
     if marker.is_file() and marker.read_text() == text:
         return target
     if target.exists():
         shutil.rmtree(target)
-    config, shapes = _llama(parameters)
+    config, shapes = _llama(parameters, hidden)
     # Experts, base, one merged model; curvature.
     _check_space(folder, shapes, (experts + 2) * 2 + experts * BY_NAME[curvature].itemsize)
     models = [target / name for name in ("base", *(f"expert_{t}" for t in range(experts)))]
@@ -102,11 +109,14 @@ def decode(data: np.ndarray, dtype: str) -> np.ndarray:
     return data.view(dtype).astype(np.float32, copy=False)
 
 
-def _llama(parameters: int) -> tuple[dict, Shapes]:
+def _llama(parameters: int, hidden: int | None) -> tuple[dict, Shapes]:
     """config.json and tensor shapes of the least deep Llama of so many parameters."""
-    # The embeddings alone are 65 million, 4 million and 4 thousand.
-    hidden = 1024 if parameters >= 100_000_000 else 256 if parameters >= 1_000_000 else 8
-    inner, vocabulary, heads = hidden * 11 // 4, hidden * 125 // 4, max(1, hidden // 64)
+    vocabulary = _WIDE_VOCABULARY
+    if hidden is None:
+        # The embeddings alone are 65 million, 4 million and 4 thousand.
+        hidden = 1024 if parameters >= 100_000_000 else 256 if parameters >= 1_000_000 else 8
+        vocabulary = hidden * 125 // 4
+    inner, heads = hidden * 11 // 4, max(1, hidden // 64)
     layer = {
         "input_layernorm": (hidden,),
         "self_attn.q_proj": (hidden, hidden),

@@ -134,6 +134,7 @@ def main() -> None:
         "--data", type=Path, default=DEFAULT_FOLDER, help="where sets are cached [%(default)s]"
     )
     parser.add_argument("--parameters", type=int, default=250_000_000, help="of each model [%(default)s]")
+    parser.add_argument("--hidden", type=int, help="columns of its matrices [what suits its size]")
     parser.add_argument("--densities", default="0.05,0.3,0.6", help="[%(default)s]")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument(
@@ -144,7 +145,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     try:
-        data = in_child(llama_set, arguments.data, arguments.parameters)
+        data = in_child(llama_set, arguments.data, arguments.parameters, hidden=arguments.hidden)
     except OtaError as error:
         sys.exit(f"error: {error}")
     merges = {

@@ -78,10 +78,10 @@ def run_process(command: list[str]) -> Usage:
     return Usage(seconds, processor_seconds, usage.ru_maxrss * 1024, usage.ru_inblock * 512)
 
 
-def in_child(task: Callable, *arguments):
+def in_child(task: Callable, *arguments, **named):
     """Run in a process of its own: Linux starts a child's peak memory at its parent's, which stays small."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
-        return executor.submit(task, *arguments).result()
+        return executor.submit(task, *arguments, **named).result()
 
 
 def check_merge(recipe: dict, out: Path) -> None:
@@ -201,6 +201,7 @@ def _arguments() -> argparse.Namespace:
         "--data", type=Path, default=DEFAULT_FOLDER, help="where sets are cached [%(default)s]"
     )
     parser.add_argument("--parameters", type=int, default=250_000_000, help="of each model [%(default)s]")
+    parser.add_argument("--hidden", type=int, help="columns of its matrices [what suits its size]")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--recipe", choices=_RECIPES, default="threshold")
     parser.add_argument("--only", choices=_CONTENDERS, action="append", help="may be given again [all]")
@@ -220,7 +221,7 @@ def main() -> None:
     arguments = _arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that scratch folders go then, too
     try:
-        data = in_child(llama_set, arguments.data, arguments.parameters)
+        data = in_child(llama_set, arguments.data, arguments.parameters, hidden=arguments.hidden)
     except OtaError as error:
         sys.exit(f"error: {error}")
     recipe = data / f"{arguments.recipe}.yaml"

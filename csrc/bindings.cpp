@@ -399,6 +399,14 @@ bool read_runs(int fd, const Ints& starts, OutBytes out, int64_t run_bytes, int6
     return ota::read_runs(fd, starts.data(), count, out.data(), run_bytes, together);
 }
 
+// Has those windows read from the disk, without waiting for them.
+void ask_for_runs(int fd, const Ints& starts, int64_t run_bytes, int64_t together) {
+    const auto count = static_cast<int64_t>(starts.size());
+    require(together > 0 && count % together == 0, "whole clusters of runs");
+    nb::gil_scoped_release release;
+    ota::ask_for_runs(fd, starts.data(), count, run_bytes, together);
+}
+
 nb::tuple power_sum(const nb::tuple& curvature_spec, int64_t n, double power, const std::string& isa) {
     const ota::Curvature c = curvature(curvature_spec, n);
     const ota::Kernels& table = kernels(isa);
@@ -446,6 +454,7 @@ NB_MODULE(_native, m) {
     m.def("between", &between, "values"_a, "low"_a, "high"_a, "out"_a, "isa"_a);
     m.def("count_rows", &count_rows, "values"_a, "least"_a, "counts"_a);
     m.def("copy_runs", &copy_runs, "data"_a, "starts"_a, "out"_a, "run_bytes"_a);
+    m.def("ask_for_runs", &ask_for_runs, "fd"_a, "starts"_a, "run_bytes"_a, "together"_a);
     m.def("read_runs", &read_runs, "fd"_a, "starts"_a, "out"_a, "run_bytes"_a, "together"_a);
     m.def("power_sum", &power_sum, "curvature"_a, "n"_a, "power"_a, "isa"_a);
     m.def("row_column_sums", &row_column_sums, "curvature"_a, "row_sums"_a, "column_sums"_a, "isa"_a);

@@ -43,6 +43,9 @@ class Sink(Protocol):
     def patch(self, segment: Segment, positions: Array, merged: Array) -> None:
         """Replace the elements at `positions` (integers[m], in the segment) by merged (uint8, m elements)."""
 
+    def wants(self, tensor: TensorInputs, segment: Segment) -> None:
+        """The segment's inputs will be read soon."""
+
     def done_with(self, tile: TensorInputs) -> None:
         """The tile's inputs will not be read again."""
 
@@ -166,9 +169,11 @@ class Engine:
 
         def with_terms(unit: list[Segment]) -> list[tuple[Segment, tuple[TensorInputs, Terms] | None]]:
             given = [(segment, ready.get(segment.index)) for segment in unit]
-            for index, _, stop in unit:
-                if stop == self._tensors[index].numel:
-                    ready.pop(index, None)  # units in flight hold what they need
+            for segment in unit:
+                tensor = self._tensors[segment.index]
+                self._sink.wants(tensor, segment)
+                if segment.stop == tensor.numel:
+                    ready.pop(segment.index, None)  # units in flight hold what they need
             return given
 
         def merge_unit(unit) -> list[tuple[Segment, Tally] | Part]:

@@ -26,12 +26,13 @@ from .errors import BackendError, InputError, OutputError, RecipeError, RunError
 from .inputs import COPY, Inputs
 from .io import journal
 from .io.assets import Asset, plan_assets, recipe_asset, write_assets
-from .io.reader import advise, release
+from .io.pages import advise, release
 from .io.workfolder import WorkFolder
 from .io.writer import ShardWriter
 from .ledger import FORMAT, Ledger, record_of
 from .planning import Plan, make_plan, memory_limit_of, thread_choices
 from .pool import Pool
+from .readahead import ReadAhead
 from .recipe import Recipe, load_recipe, parse_recipe
 from .report import REPORT_NAME, build_report
 from .survey import Survey
@@ -163,7 +164,9 @@ class _Merge:
         options = self.options
         entries = enumerate(self.inputs.entries)
         self.tensors = {i: self.inputs.tensor(e) for i, e in entries if e.action != COPY}
-        self.survey = Survey(self.recipe, list(self.tensors.values()), self.backend, release)
+        tensors = list(self.tensors.values())
+        self.read_ahead = ReadAhead(tensors)
+        self.survey = Survey(self.recipe, tensors, self.backend, release, self.read_ahead)
         self.plan = make_plan(
             self.inputs,
             self.survey,
@@ -321,7 +324,7 @@ class _Merge:
     def _engine(self, ledger: Ledger, writer: ShardWriter, pool: Pool, store: Store) -> Engine:
         return Engine(
             self.tensors,
-            _FileSink(writer, self.plan.layout.tensors),
+            _FileSink(writer, self.plan.layout.tensors, self.read_ahead),
             backend=self.backend,
             pool=pool,
             tile_elements=self.plan.tile_elements,
@@ -384,8 +387,8 @@ def _json_asset(name: str, content: dict) -> Asset:
 class _FileSink:
     """Merged tiles go to the shards; each thread merges into one buffer of its own."""
 
-    def __init__(self, writer: ShardWriter, tensors: list) -> None:
-        self._writer, self._tensors = writer, tensors
+    def __init__(self, writer: ShardWriter, tensors: list, read_ahead: ReadAhead) -> None:
+        self._writer, self._tensors, self._read_ahead = writer, tensors, read_ahead
         self._local = threading.local()
 
     def room(self, segment: Segment, nbytes: int) -> np.ndarray:
@@ -400,6 +403,9 @@ class _FileSink:
     def patch(self, segment: Segment, positions: np.ndarray, merged: np.ndarray) -> None:
         tensor = self._tensors[segment.index]
         self._writer.patch(tensor, segment.start, segment.stop, positions, merged)
+
+    def wants(self, tensor: TensorInputs, segment: Segment) -> None:
+        self._read_ahead(tensor, segment.start, segment.stop)
 
     def done_with(self, tile: TensorInputs) -> None:
         release(tile)

@@ -34,6 +34,9 @@ class MemorySink:
         room = self.room(segment, (segment.stop - segment.start) * size)
         resident.scatter(room, positions, merged, size)
 
+    def wants(self, tensor: TensorInputs, segment: Segment) -> None:
+        pass
+
     def done_with(self, tile: TensorInputs) -> None:
         pass
 

@@ -112,6 +112,9 @@ def sample(
     def of_batch(pieces: Sequence[tuple[int, int]]) -> Sequence[np.ndarray]:
         parts: list = []
         with Files(runs) if reads else contextlib.nullcontext() as files:
+            if reads and not spread:
+                for begin, end in pieces:
+                    files.ask_for(tensors[index[begin]], starts[begin:end].reshape(-1))
             for begin, end in pieces:
                 tensor, places = tensors[index[begin]], starts[begin:end].reshape(-1)
                 parts.append(gather_runs(tensor, places, files) if reads else mapped(tensor, places))
@@ -206,12 +209,22 @@ class Files:
         for fd in self._open.values():
             os.close(fd)
 
+    def _file(self, buffer: Buffer) -> int:
+        if buffer.origin not in self._open:
+            self._open[buffer.origin] = os.open(buffer.origin, os.O_RDONLY)
+        return self._open[buffer.origin]
+
+    def ask_for(self, tensor: TensorInputs, starts: np.ndarray) -> None:
+        """Have a tensor's runs come from the disk, without waiting for them: it works on many at a time."""
+        with contextlib.suppress(OSError):  # `runs` will say so
+            for buffer in tensor.buffers:
+                if buffer.offset >= 0:
+                    native.ask_for_runs(buffer, starts, RUN, self._file(buffer), self._together)
+
     def runs(self, buffer: Buffer, starts: np.ndarray) -> Buffer:
         """As native.gather_runs, without mapping the buffer's pages."""
         try:
-            if buffer.origin not in self._open:
-                self._open[buffer.origin] = os.open(buffer.origin, os.O_RDONLY)
-            found = native.read_runs(buffer, starts, RUN, self._open[buffer.origin], self._together)
+            found = native.read_runs(buffer, starts, RUN, self._file(buffer), self._together)
         except OSError as error:
             raise InputError(f"{buffer.origin}: cannot be read: {error.strerror}") from error
         if found is None:

@@ -39,6 +39,8 @@ from .tensors import Curvature, Full, Log8, TensorInputs, Uniform
 from .tiling import units
 
 Result = TypeVar("Result")
+# Told that elements [start, stop) of a tensor will be read soon.
+Wants = Callable[[TensorInputs, int, int], None]
 
 _MAPPED = 4 * CHUNK  # elements up to which a sampled tensor's pages stay mapped until it is merged
 _DIRECT = 1 << 15  # elements of a tensor that is selected from directly: a sample would be most of it
@@ -67,11 +69,13 @@ class Survey:
         tensors: Sequence[TensorInputs],
         backend: ModuleType,
         release: Callable[[TensorInputs], None] = lambda tile: None,
+        wants: Wants = lambda tensor, start, stop: None,
     ) -> None:
         self.recipe = recipe
         self.tensors = tensors
         self.backend = backend
         self._release = release  # called with each surveyed tile of a large read: its pages may go
+        self._wants = wants
         method = methods.get(recipe.merge_method)
         self.formula = method.kernel(recipe)
         self._fixed_weights = method.weights(recipe) if method.weights else None
@@ -212,6 +216,8 @@ class Survey:
                     yield index, 0, tensor.numel
 
         for unit in units(ranges(), max(map(_chunk, self.tensors), default=CHUNK)):
+            for i, start, stop in unit:
+                self._wants(prepared[i], start, stop)
             yield [(prepared[i].slice(start, stop), start) for i, start, stop in unit]
 
     def _model_histograms(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
@@ -217,3 +218,9 @@ def mounted_tiny_disk(path: Path) -> Iterator[Path]:
         yield path
     finally:
         subprocess.run(["umount", str(path)], check=True)
+
+
+def resident_kib(path: Path) -> int:
+    """Resident memory of the map of `path`, from /proc/self/smaps."""
+    smaps = Path("/proc/self/smaps").read_text()
+    return int(re.search(re.escape(str(path)) + r"\n(?:.*\n)*?Rss:\s+(\d+) kB", smaps)[1])

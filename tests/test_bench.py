@@ -111,7 +111,8 @@ def test_end_to_end(bench, data, tmp_path):
 
 
 def test_density(bench, data, tmp_path):
-    bench("density", "--data", data, *TINY, "--densities", "0.3", "--scores", 4096, "--json", tmp_path / "a")
+    options = ["--hidden", 16, "--densities", "0.3", "--scores", 4096]
+    bench("density", "--data", data, *TINY, *options, "--json", tmp_path / "a")
     figures = json.loads((tmp_path / "a").read_text())
     assert {scope: len(runs) for scope, runs in figures["merges"]["0.3"].items()} == {
         "thresholds": 1,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import mmap
 import os
 import re
 import subprocess
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checkpoints import resident_kib
 from safetensors.torch import save_file
 
 from ota_kernels.dtypes import BY_NAME, BY_TAG
@@ -26,7 +26,8 @@ from ota_kernels.errors import InputError
 from ota_kernels.io import hub
 from ota_kernels.io.curvature import CurvatureFile
 from ota_kernels.io.header import read_header
-from ota_kernels.io.reader import Checkpoint, MappedFile, advise
+from ota_kernels.io.pages import advise
+from ota_kernels.io.reader import Checkpoint, MappedFile
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -63,12 +64,6 @@ def mapped_range(path: Path) -> tuple[int, int]:
     (line,) = [m for m in Path("/proc/self/maps").read_text().splitlines() if m.endswith(str(path))]
     start, stop = line.split()[0].split("-")
     return int(start, 16), int(stop, 16)
-
-
-def resident_kib(path: Path) -> int:
-    """Resident memory of the map of `path`, from /proc/self/smaps."""
-    smaps = Path("/proc/self/smaps").read_text()
-    return int(re.search(re.escape(str(path)) + r"\n(?:.*\n)*?Rss:\s+(\d+) kB", smaps)[1])
 
 
 def test_torch_is_not_imported_before_a_torch_file_is_opened():
@@ -159,41 +154,6 @@ class TestMappedFile:
                 assert mapped.buffer("w").data.sum() > 0
                 assert descriptors_and_maps()[1] == before[1] + 1
         assert descriptors_and_maps() == before
-
-
-class TestAdvise:
-    PAGES = 64
-
-    @pytest.fixture
-    def path(self, tmp_path):
-        path = tmp_path / "model.safetensors"
-        save_file({"w": torch.ones(self.PAGES * mmap.PAGESIZE // 4)}, path)
-        return path
-
-    @linux_only
-    def test_pages_that_are_not_needed_leave_memory_and_come_back(self, path):
-        with MappedFile(path) as mapped:
-            data = mapped.buffer("w").data
-            total = int(data.sum(dtype=np.int64))
-            assert resident_kib(path) >= self.PAGES * mmap.PAGESIZE // 1024
-            advise(data, "dontneed")
-            assert resident_kib(path) == 0
-            advise(data[100:5000], "willneed")
-            assert int(data.sum(dtype=np.int64)) == total
-
-    def test_ordinary_memory_is_left_alone(self):
-        array = np.ones(self.PAGES * mmap.PAGESIZE, np.uint8)
-        advise(array, "dontneed")
-        assert array.all()
-
-    def test_an_empty_array_is_accepted(self, path):
-        with MappedFile(path) as mapped:
-            advise(mapped.buffer("w").data[:0], "dontneed")
-
-    def test_does_nothing_where_the_system_has_no_madvise(self, path, monkeypatch):
-        monkeypatch.setattr("ota_kernels.io.reader._madvise", lambda: None)
-        with MappedFile(path) as mapped:
-            advise(mapped.buffer("w").data, "willneed")
 
 
 class TestCheckpoint:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -18,7 +19,7 @@ from ota_kernels.decide import Selection
 from ota_kernels.dtypes import BY_NAME
 from ota_kernels.formula import ExpertTerms, score_bits, score_of_bits
 from ota_kernels.io.reader import Checkpoint
-from ota_kernels.sampling import RUN, RUNS, are_cached, sample
+from ota_kernels.sampling import RUN, RUNS, Files, are_cached, sample
 from ota_kernels.tensors import Buffer, Full, TensorInputs
 
 BF16 = BY_NAME["bfloat16"]
@@ -128,12 +129,17 @@ def test_brackets_hold_the_threshold_and_leave_out_how_rows_differ():
     assert np.mean(shares["matrix"]) < 0.8 * np.mean(shares["vector"])  # 1024 runs instead of 960 give 0.97
 
 
-def test_what_was_just_written_is_cached(tensors, monkeypatch):
-    buffers = [b for t in tensors for b in t.buffers]
-    assert are_cached(buffers)
-
-    def would_wait(*arguments):
-        raise BlockingIOError
-
-    monkeypatch.setattr(os, "preadv", would_wait)
-    assert not are_cached(buffers)
+def test_windows_that_are_asked_for_come_from_the_disk(tensors, tmp_path):
+    for path in tmp_path.glob("*.safetensors"):
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    tensor = max(tensors, key=lambda t: t.numel)
+    if are_cached(tensor.buffers):
+        pytest.skip("this file system keeps its pages")
+    with Files(RUNS) as files:
+        files.ask_for(tensor, np.arange(RUNS) * (tensor.numel // RUNS))
+    until = time.monotonic() + 30
+    while not are_cached(tensor.buffers) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert are_cached(tensor.buffers)

@@ -255,6 +255,12 @@ def read_runs(buffer: Buffer, starts: np.ndarray, length: int, fd: int, together
     return Buffer(out, buffer.dtype, buffer.origin)
 
 
+def ask_for_runs(buffer: Buffer, starts: np.ndarray, length: int, fd: int, together: int) -> None:
+    """Have what `read_runs` would read come from the disk, without waiting for it."""
+    size = buffer.dtype.itemsize
+    _extension().ask_for_runs(fd, buffer.offset + starts * size, length * size, together)
+
+
 def row_column_sums(matrix: Curvature, row_sums: np.ndarray, column_sums: np.ndarray) -> None:
     """Add the sums of whole rows of curvature: row_sums float64[rows] is set, column_sums float64[columns]
     grows. Values that are not finite or negative count as 0 (the kernels that use the result report them)."""

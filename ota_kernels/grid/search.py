@@ -22,10 +22,11 @@ from ..errors import RecipeError
 from ..factors import low_rank_bytes
 from ..formula import ExpertTerms, score_bits
 from ..inputs import COPY, MERGE, Inputs
-from ..io.reader import release
+from ..io.pages import release
 from ..job import Progress
 from ..planning import PROCESS_BYTES, pinned_bytes
 from ..pool import Pool
+from ..readahead import ReadAhead
 from ..sampling import CLUSTER, are_cached, sample
 from ..survey import Survey, score_scale_of
 from ..tensors import TensorInputs
@@ -85,6 +86,7 @@ class Search:
         entries = [e for e in inputs.entries if e.action != COPY]
         everything = [inputs.tensor(e) for e in entries]
         self.survey = Survey(inputs.recipe, everything, self.backend, release)
+        self.read_ahead = ReadAhead(everything)
         part = [self.survey.takes_part(tensor) for tensor in everything]
         self.tensors = [tensor for tensor, takes_part in zip(everything, part, strict=True) if takes_part]
         self.elements = sum(t.numel for t in self.tensors)
@@ -238,6 +240,8 @@ class Search:
                 yield index, 0, tensor.numel
 
         for unit in units(ranges(), self.tile):
+            for i, start, stop in unit:
+                self.read_ahead(prepared[i], start, stop)
             yield [(prepared[i].slice(start, stop), start, self.groups.of[i]) for i, start, stop in unit]
             for i, _, stop in unit:
                 if stop == self.tensors[i].numel:

@@ -5,14 +5,13 @@ Opening a checkpoint reads headers only; a file is mapped when the first of its 
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import mmap
 import os
 import resource
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from ..tensors import Buffer, Curvature, TensorInputs
+from ..tensors import Buffer
 from .header import Header, TensorInfo, parse_json_object, quoted, read_header
 
 FILE_SUFFIX = ".safetensors"
@@ -30,22 +29,6 @@ _MODEL_FILE = "model" + FILE_SUFFIX
 _MODEL_INDEX = "model" + INDEX_SUFFIX
 _FOREIGN_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz"}
 _OUTPUT_HEAD = "lm_head.weight"
-# The values of MADV_WILLNEED and MADV_DONTNEED on Linux.
-_WINDOW = 1 << 16  # bytes around a touched page that Linux maps with it (fault_around_bytes)
-_ADVICE = {"willneed": 3, "dontneed": 4}
-
-
-class MappedMemory:
-    """Bytes of a file map that `owner` keeps alive; `numpy.asarray` views them read-only as uint8[nbytes]."""
-
-    def __init__(self, owner: object, address: int, nbytes: int):
-        self.owner = owner
-        self.__array_interface__ = {
-            "version": 3,
-            "data": (address, True),
-            "shape": (nbytes,),
-            "typestr": "|u1",
-        }
 
 
 class MappedFile:
@@ -190,51 +173,6 @@ def fingerprint(files: Iterable[Path], root: Path) -> list[list[str | int]]:
             raise InputError(f"{path}: cannot be read: {error.strerror}") from error
         result.append([path.relative_to(root).as_posix(), status.st_size, status.st_mtime_ns])
     return result
-
-
-def advise(array: np.ndarray, advice: str) -> None:
-    """Tell the kernel that the file pages under `array` are wanted soon ("willneed") or no more ("dontneed").
-
-    array: contiguous; whole windows of _WINDOW bytes are meant, because a page that is touched maps its
-    window: dropped pages of neighbours come back from the file when they are touched. Does nothing for memory
-    that is no file map, where "dontneed" would destroy the contents, and on systems other than Linux.
-    """
-    madvise = _madvise()
-    bounds = _file_map(array)
-    if madvise is None or array.nbytes == 0 or bounds is None:
-        return
-    address = array.ctypes.data
-    start = max(address - address % _WINDOW, bounds[0])
-    end = min(-(-(address + array.nbytes) // _WINDOW) * _WINDOW, bounds[1])
-    madvise(start, end - start, _ADVICE[advice])
-
-
-def release(part: TensorInputs | Curvature) -> None:
-    """Let go of the mapped pages of a tile, or of its curvature: resident memory stays what is in flight."""
-    for buffer in part.buffers:
-        advise(buffer.data, "dontneed")
-
-
-def _file_map(array: np.ndarray) -> tuple[int, int] | None:
-    """First address and end of the file map that `array` lies in, whole pages; None for other memory."""
-    whole, owner = array, array.base
-    while isinstance(owner, np.ndarray):
-        whole, owner = owner, owner.base
-    if isinstance(owner, memoryview):
-        owner = owner.obj
-    if not isinstance(owner, (mmap.mmap, MappedMemory)):
-        return None
-    start = whole.ctypes.data
-    return start - start % mmap.PAGESIZE, start + whole.nbytes
-
-
-@functools.cache
-def _madvise() -> Callable[[int, int, int], int] | None:
-    if sys.platform != "linux":
-        return None
-    function = ctypes.CDLL(None).madvise
-    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    return function
 
 
 def _map(path: Path, expected_size: int) -> np.ndarray:

@@ -14,7 +14,7 @@ import numpy as np
 from ..dtypes import BY_NAME
 from ..errors import InputError
 from ..tensors import Buffer
-from .reader import MappedMemory
+from .pages import MappedMemory
 
 if TYPE_CHECKING:
     import torch

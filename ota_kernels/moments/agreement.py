@@ -11,7 +11,7 @@ from .. import backends, decide
 from ..formula import ExpertTerms, score_of_saliency
 from ..grid.densities import densities as thresholds_of
 from ..inputs import COPY, Inputs
-from ..io.reader import release
+from ..io.pages import release
 from ..pool import Pool, default_threads
 from ..recipe import parse_recipe
 from ..survey import Survey, score_scale_of

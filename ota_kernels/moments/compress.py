@@ -24,7 +24,7 @@ from ..io.curvature import CurvatureFile
 from ..io.header import quoted
 from ..io.hub import resolve_file
 from ..io.new_file import Entry, NewFile, check_new_file, new_file
-from ..io.reader import advise
+from ..io.pages import advise
 from ..io.stored import MOMENT
 from ..pool import Pool, default_threads
 from ..tensors import Rank1

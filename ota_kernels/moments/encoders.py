@@ -13,7 +13,7 @@ from ..dtypes import BY_NAME
 from ..errors import InputError
 from ..factors import Map, row_column_sums
 from ..io.new_file import Entry
-from ..io.reader import release
+from ..io.pages import release
 from ..io.stored import CODES, COLUMN, ROW, SCALE
 from ..tensors import Full, Log8, Rank1
 

@@ -15,7 +15,7 @@ from ..errors import InputError
 from ..io.curvature import CurvatureFile
 from ..io.header import quoted
 from ..io.hub import resolve_file
-from ..io.reader import release
+from ..io.pages import release
 from ..tensors import Full, Log8, Rank1
 from .checking import ValueCheck
 from .source import only

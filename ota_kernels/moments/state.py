@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import InputError
 from ..io import torchfile
 from ..io.header import quoted
-from ..io.reader import advise
+from ..io.pages import advise
 from ..tensors import Buffer
 from .source import Piece
 

@@ -1,0 +1,77 @@
+"""Pages of mapped files: which are wanted, and which may go."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import mmap
+import sys
+from collections.abc import Callable
+
+import numpy as np
+
+from ..tensors import Curvature, TensorInputs
+
+_WINDOW = 1 << 16  # bytes around a touched page that Linux maps with it (fault_around_bytes)
+_ADVICE = {"willneed": 3, "dontneed": 4}  # MADV_WILLNEED and MADV_DONTNEED on Linux
+_REQUEST = 1 << 17  # bytes: of "willneed", Linux reads no more than one request of the device
+
+
+class MappedMemory:
+    """Bytes of a file map that `owner` keeps alive; `numpy.asarray` views them read-only as uint8[nbytes]."""
+
+    def __init__(self, owner: object, address: int, nbytes: int):
+        self.owner = owner
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (address, True),
+            "shape": (nbytes,),
+            "typestr": "|u1",
+        }
+
+
+def advise(array: np.ndarray, advice: str) -> None:
+    """Tell the kernel that the file pages under `array` are wanted soon ("willneed") or no more ("dontneed").
+
+    array: contiguous; whole windows of _WINDOW bytes are meant, because a page that is touched maps its
+    window: dropped pages of neighbours come back from the file when they are touched. Does nothing for memory
+    that is no file map, where "dontneed" would destroy the contents, and on systems other than Linux.
+    """
+    madvise = _madvise()
+    bounds = _file_map(array)
+    if madvise is None or array.nbytes == 0 or bounds is None:
+        return
+    address = array.ctypes.data
+    start = max(address - address % _WINDOW, bounds[0])
+    end = min(-(-(address + array.nbytes) // _WINDOW) * _WINDOW, bounds[1])
+    step = _REQUEST if advice == "willneed" else end - start
+    for place in range(start, end, step):
+        madvise(place, min(step, end - place), _ADVICE[advice])
+
+
+def release(part: TensorInputs | Curvature) -> None:
+    """Let go of the mapped pages of a tile, or of its curvature: resident memory stays what is in flight."""
+    for buffer in part.buffers:
+        advise(buffer.data, "dontneed")
+
+
+def _file_map(array: np.ndarray) -> tuple[int, int] | None:
+    """First address and end of the file map that `array` lies in, whole pages; None for other memory."""
+    whole, owner = array, array.base
+    while isinstance(owner, np.ndarray):
+        whole, owner = owner, owner.base
+    if isinstance(owner, memoryview):
+        owner = owner.obj
+    if not isinstance(owner, (mmap.mmap, MappedMemory)):
+        return None
+    start = whole.ctypes.data
+    return start - start % mmap.PAGESIZE, start + whole.nbytes
+
+
+@functools.cache
+def _madvise() -> Callable[[int, int, int], int] | None:
+    if sys.platform != "linux":
+        return None
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return function
