@@ -112,7 +112,7 @@ def decode(data: np.ndarray, dtype: str) -> np.ndarray:
 def _llama(parameters: int, hidden: int | None) -> tuple[dict, Shapes]:
     """config.json and tensor shapes of the least deep Llama of so many parameters."""
     vocabulary = _WIDE_VOCABULARY
-    if hidden is None:
+    if not hidden:
         # The embeddings alone are 65 million, 4 million and 4 thousand.
         hidden = 1024 if parameters >= 100_000_000 else 256 if parameters >= 1_000_000 else 8
         vocabulary = hidden * 125 // 4

@@ -184,8 +184,8 @@ void pick(const uint8_t* p, const uint32_t* at, uint8_t* out) {
         std::memcpy(out + T::size * j, p + int64_t{T::size} * at[j], T::size);
 }
 
-// Sums once more what waits, without undecided experts. A few percent of the elements, whose inputs are still in
-// the second-level cache: second sums of all elements would take longer.
+// Sums once more what waits, without undecided experts. Their inputs are still in the second-level cache. Second sums
+// of all elements would take longer, unless more than a twentieth of them waited (AVX-512; AVX2: a quarter).
 template <Power P, typename W, typename H>
 void sum_without_undecided(const MergeArgs& args, const uint8_t* base, const Stream* streams, Waiting& waiting) {
     const Floats epsilon = all(static_cast<float>(args.formula.epsilon));

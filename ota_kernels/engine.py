@@ -33,7 +33,8 @@ Range = tuple[int, int, int]  # tensor number, first element, end
 
 
 class Sink(Protocol):
-    """Where merged tiles go, on a device where they are resident. Called from worker threads."""
+    """Where merged tiles go, on a device where they are resident. Called from worker threads, `wants` from
+    the one that hands tiles to them."""
 
     def room(self, segment: Segment, nbytes: int) -> Array:
         """uint8[nbytes] to merge into, aligned to 8 bytes; used by one thread until `write` returns."""
@@ -169,8 +170,8 @@ class Engine:
 
         def with_terms(unit: list[Segment]) -> list[tuple[Segment, tuple[TensorInputs, Terms] | None]]:
             given = [(segment, ready.get(segment.index)) for segment in unit]
-            for segment in unit:
-                tensor = self._tensors[segment.index]
+            for segment, decided in given:
+                tensor = decided[0] if decided else self._tensors[segment.index]
                 self._sink.wants(tensor, segment)
                 if segment.stop == tensor.numel:
                     ready.pop(segment.index, None)  # units in flight hold what they need

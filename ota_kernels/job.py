@@ -405,7 +405,8 @@ class _FileSink:
         self._writer.patch(tensor, segment.start, segment.stop, positions, merged)
 
     def wants(self, tensor: TensorInputs, segment: Segment) -> None:
-        self._read_ahead(tensor, segment.start, segment.stop)
+        if not self._read_ahead.is_idle:
+            self._read_ahead(tensor.slice(segment.start, segment.stop).buffers)
 
     def done_with(self, tile: TensorInputs) -> None:
         release(tile)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from .io.pages import advise
 from .sampling import are_cached
-from .tensors import TensorInputs
+from .tensors import Buffer, TensorInputs
 
 
 class ReadAhead:
@@ -18,12 +18,11 @@ class ReadAhead:
         self._tensors = tensors
 
     @functools.cached_property
-    def _is_idle(self) -> bool:
+    def is_idle(self) -> bool:
         return are_cached([buffer for tensor in self._tensors for buffer in tensor.buffers])
 
-    def __call__(self, tensor: TensorInputs, start: int, stop: int) -> None:
-        """Elements [start, stop) will be read soon. Does not wait for them."""
-        if self._is_idle:
-            return
-        for buffer in tensor.slice(start, stop).buffers:
-            advise(buffer.data, "willneed")
+    def __call__(self, buffers: Iterable[Buffer]) -> None:
+        """These will be read soon. Waits for room in the disk's queue, not for their pages."""
+        if not self.is_idle:
+            for buffer in buffers:
+                advise(buffer.data, "willneed")

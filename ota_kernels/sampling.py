@@ -180,7 +180,8 @@ def _form(tile: TensorInputs) -> tuple:
 
 
 def are_cached(buffers: Sequence[Buffer]) -> bool:
-    """Whether the page cache holds what buffers of files show, as far as a few of their pages tell."""
+    """Whether the page cache holds what buffers of files show, as far as a few of their pages tell. Looks for
+    no more once one is missing: Linux may read a page that is looked for."""
     of_files = [b for b in buffers if b.offset >= 0 and b.data.size]
     step = max(1, len(of_files) // _PROBES)
     return all(_is_cached(b, b.data.size // (2 + i % 7)) for i, b in enumerate(of_files[::step]))
@@ -215,7 +216,7 @@ class Files:
         return self._open[buffer.origin]
 
     def ask_for(self, tensor: TensorInputs, starts: np.ndarray) -> None:
-        """Have a tensor's runs come from the disk, without waiting for them: it works on many at a time."""
+        """Have a tensor's runs come from the disk before they are waited for: it works on many at a time."""
         with contextlib.suppress(OSError):  # `runs` will say so
             for buffer in tensor.buffers:
                 if buffer.offset >= 0:

@@ -35,12 +35,12 @@ from .recipe import Recipe
 from .resident import BINS, Array
 from .roles import EMBEDDING, role_of
 from .sampling import are_cached, sample
-from .tensors import Curvature, Full, Log8, TensorInputs, Uniform
+from .tensors import Buffer, Curvature, Full, Log8, TensorInputs, Uniform
 from .tiling import units
 
 Result = TypeVar("Result")
-# Told that elements [start, stop) of a tensor will be read soon.
-Wants = Callable[[TensorInputs, int, int], None]
+# Told what will be read soon.
+Wants = Callable[[Iterable[Buffer]], None]
 
 _MAPPED = 4 * CHUNK  # elements up to which a sampled tensor's pages stay mapped until it is merged
 _DIRECT = 1 << 15  # elements of a tensor that is selected from directly: a sample would be most of it
@@ -69,7 +69,7 @@ class Survey:
         tensors: Sequence[TensorInputs],
         backend: ModuleType,
         release: Callable[[TensorInputs], None] = lambda tile: None,
-        wants: Wants = lambda tensor, start, stop: None,
+        wants: Wants = lambda buffers: None,
     ) -> None:
         self.recipe = recipe
         self.tensors = tensors
@@ -205,8 +205,13 @@ class Survey:
                 found[t] = self._select(tensor, t, terms.experts[t], self.selections[t], False, run)
         return found
 
-    def _units(self, wanted: Callable[[TensorInputs], bool], run: Map) -> Iterator[list[tuple]]:
-        """Units of prepared tiles: (tile, flat index of its first element)."""
+    def _units(
+        self,
+        wanted: Callable[[TensorInputs], bool],
+        reads: Callable[[TensorInputs], Iterable[Buffer]],
+        run: Map,
+    ) -> Iterator[list[tuple]]:
+        """Units of prepared tiles: (tile, flat index of its first element). reads: what of a tile is read."""
         prepared: dict[int, TensorInputs] = {}
 
         def ranges() -> Iterator[tuple[int, int, int]]:
@@ -216,9 +221,10 @@ class Survey:
                     yield index, 0, tensor.numel
 
         for unit in units(ranges(), max(map(_chunk, self.tensors), default=CHUNK)):
-            for i, start, stop in unit:
-                self._wants(prepared[i], start, stop)
-            yield [(prepared[i].slice(start, stop), start) for i, start, stop in unit]
+            tiles = [(prepared[i].slice(start, stop), start) for i, start, stop in unit]
+            for tile, _ in tiles:
+                self._wants(reads(tile))
+            yield tiles
 
     def _model_histograms(
         self, experts: list[int], prefixes: dict[int, int], run: Map
@@ -229,8 +235,14 @@ class Survey:
                 self._release(tile)
             return found
 
+        def inputs_of_scores(tile: TensorInputs) -> Iterator[Buffer]:
+            if tile.base is not None:
+                yield tile.base
+            for t in experts:
+                yield from (tile.experts[t], *tile.curvatures[t].buffers)
+
         totals = {t: (np.zeros(BINS, np.int64), np.zeros(BINS, np.int64)) for t in experts}
-        for result in run(of_unit, self._units(self.takes_part, run)):
+        for result in run(of_unit, self._units(self.takes_part, inputs_of_scores, run)):
             for t, (counts, lows) in result.items():
                 totals[t][0][:] += counts
                 totals[t][1][:] += lows
@@ -258,8 +270,11 @@ class Survey:
                 self._release(tile)
             return sums
 
+        def curvature(tile: TensorInputs) -> Iterator[Buffer]:
+            return (buffer for c in tile.curvatures for buffer in c.buffers)
+
         totals, elements = [0.0] * len(self.models), sum(t.numel for t in self.tensors)
-        for result in run(of_unit, self._units(lambda _: True, run)):
+        for result in run(of_unit, self._units(lambda _: True, curvature, run)):
             for t, sums in enumerate(result):
                 for x in sums:
                     totals[t] += x

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import math
+import mmap
+import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -224,3 +229,34 @@ def resident_kib(path: Path) -> int:
     """Resident memory of the map of `path`, from /proc/self/smaps."""
     smaps = Path("/proc/self/smaps").read_text()
     return int(re.search(re.escape(str(path)) + r"\n(?:.*\n)*?Rss:\s+(\d+) kB", smaps)[1])
+
+
+def cached_pages(path: Path, begin: int = 0, end: int | None = None) -> int:
+    """How many pages of bytes [begin, end) of a file the page cache holds, by mincore: asking reads none."""
+    with (
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED) as whole,
+    ):
+        held = (ctypes.c_ubyte * -(-len(whole) // mmap.PAGESIZE))()
+        address = np.frombuffer(whole, np.uint8).ctypes.data
+        mincore = ctypes.CDLL(None, use_errno=True).mincore
+        assert mincore(ctypes.c_void_p(address), ctypes.c_size_t(len(whole)), held) == 0
+        last = len(whole) if end is None else end
+        return sum(x & 1 for x in held[begin // mmap.PAGESIZE : -(-last // mmap.PAGESIZE)])
+
+
+def drop_pages(path: Path) -> None:
+    """Have the page cache let go of a file; skips the test where it does not."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if cached_pages(path):
+        pytest.skip("this file system keeps its pages")
+
+
+def within_seconds(holds: Callable[[], bool], seconds: float = 30) -> bool:
+    """Whether something comes to hold."""
+    until = time.monotonic() + seconds
+    while not holds() and time.monotonic() < until:
+        time.sleep(0.01)
+    return holds()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import mmap
 import os
 import sys
-import time
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
-from checkpoints import ModelSet, make_set, resident_kib
+from checkpoints import cached_pages, drop_pages, make_set, resident_kib, within_seconds
 from models import random_experts
 from safetensors.torch import save_file
 
@@ -86,18 +86,13 @@ def test_memory_that_is_no_file_counts_as_cached():
 
 
 @linux_only
-def test_what_is_asked_for_ahead_is_read(tensor, path):
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    if are_cached(tensor.buffers):
-        pytest.skip("this file system keeps its pages")
-    ahead = ReadAhead([tensor])
-    ahead(tensor, 0, tensor.numel // 2)
-    until = time.monotonic() + 30
-    while not are_cached(tensor.slice(0, tensor.numel // 2).buffers) and time.monotonic() < until:
-        time.sleep(0.01)
-    assert are_cached(tensor.slice(0, tensor.numel // 2).buffers)
+def test_what_is_asked_for_ahead_is_read(tensor, path, monkeypatch):
+    drop_pages(path)
+    monkeypatch.setattr(readahead, "are_cached", lambda buffers: False)
+    half = PAGES // 2
+    ReadAhead([tensor])(tensor.slice(0, tensor.numel // 2).buffers)
+    assert within_seconds(lambda: cached_pages(path) >= half)
+    assert cached_pages(path) < PAGES  # a window more than half of them, at most
     assert resident_kib(path) == 0  # read, not mapped
 
 
@@ -115,26 +110,32 @@ def asked(monkeypatch):
     return calls
 
 
-def bytes_of(models: ModelSet) -> int:
-    files = [models.base, *models.experts, *models.curvatures]
-    return sum(tensor.nbytes for file in files for tensor in file.values() if tensor.is_floating_point())
+def bytes_of(tensors: Sequence[dict[str, torch.Tensor]]) -> int:
+    return sum(x.nbytes for file in tensors for x in file.values() if x.is_floating_point())
 
 
 @pytest.mark.parametrize("cached", [True, False])
-@pytest.mark.parametrize(
-    ("parameters", "passes"), [({}, 1), ({"density": 0.3}, 1), ({"normalise": "model"}, 2)]
-)
-def test_a_merge_asks_for_every_byte_ahead_unless_it_is_cached(
-    asked, monkeypatch, tmp_path, cached, parameters, passes
-):
+@pytest.mark.parametrize("variant", ["plain", "density", "normalise model", "rank1"])
+def test_a_merge_asks_for_what_it_reads_unless_it_is_cached(asked, monkeypatch, tmp_path, cached, variant):
+    parameters = {
+        "plain": {},
+        "density": {"density": 0.3},
+        "normalise model": {"normalise": "model"},
+        "rank1": {"rank1_approx": True},
+    }[variant]
     models = make_set(tmp_path)
     monkeypatch.setattr(readahead, "are_cached", lambda buffers: cached)
-    merge(models.recipe(**parameters), tmp_path / "out")
-    assert sum(asked) == (0 if cached else passes * bytes_of(models))
+    merge(models.recipe(**parameters), tmp_path / "out", tile_elements=16)
+    expected = bytes_of([models.base, *models.experts, *models.curvatures])
+    if variant == "normalise model":  # the means are of curvature alone
+        expected += bytes_of(models.curvatures)
+    if variant == "rank1":  # matrices of several tiles have been read for their sums
+        expected -= bytes_of([{n: x for n, x in v.items() if x.ndim == 2} for v in models.curvatures])
+    assert sum(asked) == (0 if cached else expected)
 
 
 def test_densities_ask_for_every_byte_ahead(asked, monkeypatch, tmp_path):
     models = make_set(tmp_path)
     monkeypatch.setattr(readahead, "are_cached", lambda buffers: False)
     densities(models.recipe())
-    assert sum(asked) == bytes_of(models)
+    assert sum(asked) == bytes_of([models.base, *models.experts, *models.curvatures])

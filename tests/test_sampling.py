@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from checkpoints import second_moments
+from checkpoints import cached_pages, drop_pages, second_moments, within_seconds
 from safetensors.torch import save_file
 
 from ota_kernels import sampling
@@ -18,9 +16,9 @@ from ota_kernels.bracket import bracket_of
 from ota_kernels.decide import Selection
 from ota_kernels.dtypes import BY_NAME
 from ota_kernels.formula import ExpertTerms, score_bits, score_of_bits
-from ota_kernels.io.reader import Checkpoint
-from ota_kernels.sampling import RUN, RUNS, Files, are_cached, sample
-from ota_kernels.tensors import Buffer, Full, TensorInputs
+from ota_kernels.io.reader import Checkpoint, MappedFile
+from ota_kernels.sampling import RUN, RUNS, Files, sample
+from ota_kernels.tensors import Buffer, Full, TensorInputs, Uniform
 
 BF16 = BY_NAME["bfloat16"]
 SHAPES = {"a": (300, 70), "b": (17,), "c": (5,), "d": (40, 50)}
@@ -129,17 +127,17 @@ def test_brackets_hold_the_threshold_and_leave_out_how_rows_differ():
     assert np.mean(shares["matrix"]) < 0.8 * np.mean(shares["vector"])  # 1024 runs instead of 960 give 0.97
 
 
-def test_windows_that_are_asked_for_come_from_the_disk(tensors, tmp_path):
-    for path in tmp_path.glob("*.safetensors"):
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    tensor = max(tensors, key=lambda t: t.numel)
-    if are_cached(tensor.buffers):
-        pytest.skip("this file system keeps its pages")
-    with Files(RUNS) as files:
-        files.ask_for(tensor, np.arange(RUNS) * (tensor.numel // RUNS))
-    until = time.monotonic() + 30
-    while not are_cached(tensor.buffers) and time.monotonic() < until:
-        time.sleep(0.01)
-    assert are_cached(tensor.buffers)
+def test_windows_that_are_asked_for_come_from_the_disk(tmp_path):
+    path, page = tmp_path / "model.safetensors", 4096
+    save_file({"w": torch.ones(1 << 20)}, path)
+    with MappedFile(path) as mapped:
+        weights = mapped.buffer("w")
+        tensor = TensorInputs("w", (len(weights),), BF16, None, (weights,), (Uniform(),))
+        drop_pages(path)
+        windows = np.array([[50_000], [800_000]]) + np.arange(RUNS) * 500  # 8 pages each, or one more
+        with Files(RUNS) as files:
+            files.ask_for(tensor, windows.reshape(-1))
+        for begin in weights.offset + 4 * windows[:, 0]:
+            window = (path, begin, begin + 4 * (500 * (RUNS - 1) + RUN))
+            assert within_seconds(lambda window=window: cached_pages(*window) >= 4 * 500 * (RUNS - 1) // page)
+        assert cached_pages(path) < 64  # of 1024

@@ -240,9 +240,10 @@ class Search:
                 yield index, 0, tensor.numel
 
         for unit in units(ranges(), self.tile):
-            for i, start, stop in unit:
-                self.read_ahead(prepared[i], start, stop)
-            yield [(prepared[i].slice(start, stop), start, self.groups.of[i]) for i, start, stop in unit]
+            tiles = [(prepared[i].slice(start, stop), start, self.groups.of[i]) for i, start, stop in unit]
+            for tile, _, _ in tiles:
+                self.read_ahead(tile.buffers)
+            yield tiles
             for i, _, stop in unit:
                 if stop == self.tensors[i].numel:
                     del prepared[i]
