@@ -90,8 +90,8 @@ struct Seen {
 // undecided experts drop them.
 struct Waiting {
     static constexpr int kRoom = kSpan + OTA_LANES;
-    int count = 0, summed = 0;               // of those not summed, `brackets` has the position alone
-    uint32_t brackets[kRoom], score[kRoom];  // score: of the last expert that waits
+    int count = 0;
+    uint32_t brackets[kRoom], score[kRoom];  // at first, the position alone; score: of the last expert that waits
     uint32_t base[kRoom], numerator[kRoom], denominator[kRoom];
 };
 
@@ -184,15 +184,17 @@ void pick(const uint8_t* p, const uint32_t* at, uint8_t* out) {
         std::memcpy(out + T::size * j, p + int64_t{T::size} * at[j], T::size);
 }
 
-// Sums once more what waits, without undecided experts. Their inputs are still in the second-level cache. Second sums
-// of all elements would take longer, unless more than a twentieth of them waited (AVX-512; AVX2: a quarter).
+// Sums once more what waits, from number `first` on, without undecided experts. Their inputs are still in the
+// second-level cache. Second sums of all elements would take longer, unless more than a twentieth of them waited
+// (AVX-512; AVX2: a quarter).
 template <Power P, typename W, typename H>
-void sum_without_undecided(const MergeArgs& args, const uint8_t* base, const Stream* streams, Waiting& waiting) {
+void sum_without_undecided(const MergeArgs& args, const uint8_t* base, const Stream* streams, int first,
+                           Waiting& waiting) {
     const Floats epsilon = all(static_cast<float>(args.formula.epsilon));
-    if (waiting.summed == waiting.count) return;
+    if (waiting.count == first) return;
     for (int j = 0; j < OTA_LANES; ++j)  // whole vectors
         waiting.brackets[waiting.count + j] = waiting.brackets[waiting.count - 1];
-    for (int i = waiting.summed; i < waiting.count; i += OTA_LANES) {
+    for (int i = first; i < waiting.count; i += OTA_LANES) {
         uint32_t at[OTA_LANES];
         uint8_t picked_w[OTA_LANES * W::size], picked_h[OTA_LANES * H::size];
         std::memcpy(at, waiting.brackets + i, sizeof(at));
@@ -218,7 +220,6 @@ void sum_without_undecided(const MergeArgs& args, const uint8_t* base, const Str
         store(waiting.numerator + i, bits(numerator));
         store(waiting.denominator + i, bits(denominator));
     }
-    waiting.summed = waiting.count;
 }
 
 // Those elements that wait for one expert alone become its alternatives, as merge.cpp's `resolve` has it. Writes
@@ -290,8 +291,9 @@ int merge_span(const MergeArgs& args, int64_t offset, int n, int32_t* at, MergeS
     Seen seen;
     Waiting waiting;
     const auto piece = [&](int begin, int end) {
+        const int first = waiting.count;
         seen = run<M, P, W, H>(args, base, streams, begin, end, out, &waiting, seen);
-        if (M == Masks::open) sum_without_undecided<P, W, H>(args, base, streams, waiting);
+        if (M == Masks::open) sum_without_undecided<P, W, H>(args, base, streams, first, waiting);
     };
     if (first.kind == CurvatureKind::full)
         piece(0, n);

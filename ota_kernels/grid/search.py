@@ -27,7 +27,7 @@ from ..job import Progress
 from ..planning import PROCESS_BYTES, pinned_bytes
 from ..pool import Pool
 from ..readahead import ReadAhead
-from ..sampling import CLUSTER, are_cached, sample
+from ..sampling import CLUSTER, sample
 from ..survey import Survey, score_scale_of
 from ..tensors import TensorInputs
 from ..tiling import units
@@ -185,7 +185,7 @@ class Search:
         def of_tensor(tensor: TensorInputs) -> list[tuple[int, ExpertTerms]]:
             return [(t, _terms(tensor, t)) for t in range(self.experts)]
 
-        spread, found = are_cached([b for t in self.tensors for b in t.buffers]), []
+        spread, found = self.read_ahead.is_idle, []
         for batch in _batches(self.tensors, self.elements // _SAMPLE_BATCHES):
             prepared = [self.survey.prepare(tensor, self.pool.run) for tensor in batch]
             count = math.ceil(runs * sum(t.numel for t in batch) / self.elements)
