@@ -281,26 +281,45 @@ std::vector<Count> per_element(const std::optional<Bytes>& base, int base_code, 
     return counts_of(stats);
 }
 
-// The scores of experts at runs of `length` of the tile's n elements: one array per expert.
-void run_scores(const std::optional<Bytes>& base, int base_code, const nb::list& experts, int64_t n,
-                const Ints& starts, int length, const nb::list& outs, const std::string& isa) {
-    const auto count = static_cast<int64_t>(starts.size());
-    require(length > 0 && length <= 1024, "runs of 1 to 1024 elements");  // a block
-    require(nb::len(experts) > 0 && nb::len(outs) == nb::len(experts), "one array for each expert");
-    std::vector<ota::SurveyArgs> args;
+// The scores of experts at runs of `length` of the tile's n elements: one array per expert. places: (fd, offset) of
+// the base, then of each expert's weights and curvature; none: all are read in memory. False where a file ends too
+// early.
+bool run_scores(const std::optional<Bytes>& base, int base_code, const nb::list& experts, int64_t n, const Ints& starts,
+                int length, const nb::list& outs, const std::optional<nb::list>& places, int together,
+                const std::string& isa) {
+    const size_t n_experts = nb::len(experts);
+    ota::RunArgs args;
+    args.starts = starts.data(), args.count = static_cast<int64_t>(starts.size());
+    args.length = length, args.together = together, args.n_experts = static_cast<int>(n_experts);
+    require(length > 0 && together > 0 && int64_t{length} * together <= 1024, "runs of 1 to 1024 elements");  // a block
+    require(args.count % together == 0, "whole clusters of runs");
+    require(n_experts > 0 && n_experts <= ota::kMaxExperts && nb::len(outs) == n_experts, "one array for each expert");
+    std::vector<ota::SurveyArgs> of_experts;
     std::vector<float*> out;
     for (const nb::handle spec : experts)
-        args.push_back(survey_args(base, base_code, nb::cast<nb::tuple>(spec), n));
+        of_experts.push_back(survey_args(base, base_code, nb::cast<nb::tuple>(spec), n));
+    args.of_experts = of_experts.data();
     for (const nb::handle one : outs) {
         const auto scores = nb::cast<OutFloats>(one);
-        require(static_cast<int64_t>(scores.size()) == count * length, "room for the scores, no more");
+        require(static_cast<int64_t>(scores.size()) == args.count * length, "room for the scores, no more");
         out.push_back(scores.data());
+    }
+    if (places) {
+        require(nb::len(*places) == 1 + 2 * n_experts, "a place for each input");
+        const auto place = [&](size_t i) {
+            const auto [fd, offset] = nb::cast<std::pair<int, int64_t>>((*places)[i]);
+            require(fd < 0 || offset >= 0, "a place in the file");
+            return ota::FilePlace{fd, offset};
+        };
+        args.base = place(0);
+        for (size_t t = 0; t < n_experts; ++t)
+            args.weights[t] = place(1 + 2 * t), args.curvature[t] = place(2 + 2 * t);
     }
     const ota::Kernels& table = kernels(isa);
     nb::gil_scoped_release release;
-    for (int64_t i = 0; i < count; ++i)
-        require(starts.data()[i] >= 0 && starts.data()[i] + length <= n, "a run outside");
-    table.run_scores(args.data(), static_cast<int>(args.size()), starts.data(), count, length, out.data());
+    for (int64_t i = 0; i < args.count; ++i)
+        require(args.starts[i] >= 0 && args.starts[i] + length <= n, "a run outside");
+    return table.run_scores(args, out.data());
 }
 
 // m elements of `size` bytes for positions in `bytes` bytes.
@@ -389,17 +408,7 @@ void copy_runs(const Bytes& data, const Ints& starts, OutBytes out, int64_t run_
     ota::copy_runs(data.data(), 1, starts.data(), count, count, run_bytes, out.data());
 }
 
-// The same from a file, `together` runs with one read of all that lies between them: their pages are not mapped.
-// False where the file ends too early.
-bool read_runs(int fd, const Ints& starts, OutBytes out, int64_t run_bytes, int64_t together) {
-    const auto count = static_cast<int64_t>(starts.size());
-    require(static_cast<int64_t>(out.size()) == count * run_bytes, "room for the runs, no more");
-    require(together > 0 && count % together == 0, "whole clusters of runs");
-    nb::gil_scoped_release release;
-    return ota::read_runs(fd, starts.data(), count, out.data(), run_bytes, together);
-}
-
-// Has those windows read from the disk, without waiting for them.
+// Has windows of `together` runs read from the disk, without waiting for them.
 void ask_for_runs(int fd, const Ints& starts, int64_t run_bytes, int64_t together) {
     const auto count = static_cast<int64_t>(starts.size());
     require(together > 0 && count % together == 0, "whole clusters of runs");
@@ -447,7 +456,7 @@ NB_MODULE(_native, m) {
     m.def("scores", &per_element<&ota::Kernels::scores>, "base"_a.none(), "base_code"_a, "expert"_a, "out"_a,
           "isa"_a);
     m.def("run_scores", &run_scores, "base"_a.none(), "base_code"_a, "experts"_a, "n"_a, "starts"_a, "length"_a,
-          "outs"_a, "isa"_a);
+          "outs"_a, "places"_a.none(), "together"_a, "isa"_a);
     m.def("scatter", &scatter, "data"_a, "positions"_a, "elements"_a, "size"_a);
     m.def("scatter_in_file", &scatter_in_file, "fd"_a, "begin"_a, "n"_a, "positions"_a, "elements"_a, "size"_a);
     m.def("below", &below, "alternatives"_a, "size"_a, "at"_a, "values"_a);
@@ -455,7 +464,6 @@ NB_MODULE(_native, m) {
     m.def("count_rows", &count_rows, "values"_a, "least"_a, "counts"_a);
     m.def("copy_runs", &copy_runs, "data"_a, "starts"_a, "out"_a, "run_bytes"_a);
     m.def("ask_for_runs", &ask_for_runs, "fd"_a, "starts"_a, "run_bytes"_a, "together"_a);
-    m.def("read_runs", &read_runs, "fd"_a, "starts"_a, "out"_a, "run_bytes"_a, "together"_a);
     m.def("power_sum", &power_sum, "curvature"_a, "n"_a, "power"_a, "isa"_a);
     m.def("row_column_sums", &row_column_sums, "curvature"_a, "row_sums"_a, "column_sums"_a, "isa"_a);
 }

@@ -1,4 +1,4 @@
-// Few elements of large files: read without mapping their pages, overwritten without copying the rest.
+// Few elements of large files: asked for before they are read, overwritten without copying the rest.
 #pragma once
 
 #include <fcntl.h>
@@ -6,49 +6,25 @@
 #include <sys/statvfs.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <vector>
 
 #include "lists.hpp"
+#include "windows.hpp"
 
 namespace ota {
-
-// Where `together` runs of `run_bytes` bytes lie in a file, and how many bytes are between their ends.
-struct Window {
-    int64_t begin, size;
-    Window(const int64_t* starts, int64_t run_bytes, int64_t together) {
-        const auto [first, last] = std::minmax_element(starts, starts + together);
-        begin = *first, size = *last + run_bytes - *first;
-    }
-};
 
 // Has windows of runs that begin at `starts` read from the disk, without waiting: many at a time.
 inline void ask_for_runs(int fd, const int64_t* starts, int64_t count, int64_t run_bytes, int64_t together) {
 #if defined(POSIX_FADV_WILLNEED)
     for (int64_t i = 0; i < count; i += together) {
-        const Window window(starts + i, run_bytes, together);
+        const Window window = window_of(starts + i, together, run_bytes);
         static_cast<void>(posix_fadvise(fd, window.begin, window.size, POSIX_FADV_WILLNEED));
     }
 #else
     static_cast<void>(fd), static_cast<void>(starts), static_cast<void>(count), static_cast<void>(run_bytes);
     static_cast<void>(together);
 #endif
-}
-
-// Runs that begin at `starts`, each window with one read. False where the file ends too early.
-inline bool read_runs(int fd, const int64_t* starts, int64_t count, uint8_t* out, int64_t run_bytes,
-                      int64_t together) {
-    std::vector<uint8_t> bytes;
-    for (int64_t i = 0; i < count; i += together) {
-        const Window window(starts + i, run_bytes, together);
-        bytes.resize(window.size);
-        if (window.begin < 0 || pread(fd, bytes.data(), window.size, window.begin) != window.size) return false;
-        for (int64_t j = i; j < i + together; ++j)
-            std::memcpy(out + j * run_bytes, bytes.data() + (starts[j] - window.begin), run_bytes);
-    }
-    return true;
 }
 
 // Free bytes of a disk that may need new blocks for what is overwritten (copy on write): with less, a page that

@@ -17,6 +17,12 @@ struct Operand {
     DType dtype = DType::f32;
 };
 
+// Where an operand's bytes lie in an open file; fd below 0: nowhere.
+struct FilePlace {
+    int fd = -1;
+    int64_t offset = 0;  // of element 0
+};
+
 enum class CurvatureKind : int { uniform = 0, full = 1, rank1 = 2, low_rank = 3, log8 = 4 };
 
 // full: values. rank1: h = rows[i] * columns[j]. low_rank: h = max(0, sum_r rows[i, r] * columns[r, j]).
@@ -132,6 +138,18 @@ struct SurveyArgs {
     Score score = Score::saliency;  // edit: |d| where the saliency reaches the threshold, else excluded
 };
 
+// Runs of `length` <= 1024 neighbouring elements that begin at `starts`, of some experts' inputs (one base). Inputs
+// that have a place in a file are read there, `together` runs with one read; others where they are in memory.
+struct RunArgs {
+    const SurveyArgs* of_experts = nullptr;
+    int n_experts = 0;
+    const int64_t* starts = nullptr;
+    int64_t count = 0;
+    int length = 0;
+    int together = 1;
+    FilePlace base, weights[kMaxExperts], curvature[kMaxExperts];
+};
+
 struct SurveyStats {
     NonFinite base, weights, curvature;
 };
@@ -148,9 +166,8 @@ struct Kernels {
     void (*histogram)(const SurveyArgs&, int64_t prefix, int64_t* counts, int64_t* lows, SurveyStats&);
     void (*edits)(const SurveyArgs&, float* out, SurveyStats&);
     void (*scores)(const SurveyArgs&, float* out, SurveyStats&);
-    // The scores of some experts, at runs of `length` elements that begin at `starts`, to out[t][run, element].
-    void (*run_scores)(const SurveyArgs* of_experts, int n_experts, const int64_t* starts, int64_t count,
-                       int length, float* const* out);
+    // The scores of each expert at the runs, to out[t][run, element]. False where a file ends too early.
+    bool (*run_scores)(const RunArgs&, float* const* out);
     // Values from low to below high, one after the other; out has room for all of them and a vector more.
     Between (*between)(const float* values, int64_t n, float low, float high, float* out);
     double (*power_sum)(const Curvature&, int64_t n, double power, NonFinite&);

@@ -4,6 +4,7 @@
 #include "formulas.hpp"
 #include "lanes.hpp"
 #include "lists.hpp"
+#include "windows.hpp"
 
 namespace ota {
 namespace OTA_ISA {
@@ -68,44 +69,64 @@ void scores(const SurveyArgs& args, float* out, SurveyStats& stats) {
     });
 }
 
-// Runs of x, one after the other. `left`: how many more starts there are.
-Operand gather(const Operand& x, const int64_t* starts, int n, int64_t left, int length, uint8_t* room) {
-    copy_runs(x.data, item_size(x.dtype), starts, n, left, length, room);
-    return {room, x.dtype};
+// The runs from number `first` on, `n` of them, of inputs of `size` bytes an element, one after the other. False
+// where their file ends too early.
+bool gather(const RunArgs& args, const uint8_t* data, const FilePlace& file, int size, int64_t first, int64_t n,
+            uint8_t* room) {
+    const int64_t* starts = args.starts + first;
+    if (file.fd >= 0) return read_runs(file, size, starts, n, args.length, args.together, room);
+    copy_runs(data, size, starts, n, args.count - first, args.length, room);
+    return true;
 }
 
-void run_scores(const SurveyArgs* of_experts, int n_experts, const int64_t* starts, int64_t count, int length,
-                float* const* out) {
+bool gather(const RunArgs& args, Operand& x, const FilePlace& file, int64_t first, int64_t n, uint8_t* room) {
+    const bool whole = gather(args, x.data, file, item_size(x.dtype), first, n, room);
+    x.data = room;
+    return whole;
+}
+
+// Curvature of the runs, as float32 where it is not stored as numbers.
+bool gather(const RunArgs& args, Curvature& c, const FilePlace& file, int64_t first, int64_t n, uint8_t* room) {
+    if (c.kind == CurvatureKind::uniform) return true;
+    if (c.kind == CurvatureKind::full) return gather(args, c.values, file, first, n, room);
+    uint8_t codes[kBlock];
+    const bool has_codes = c.kind == CurvatureKind::log8;
+    if (has_codes && !gather(args, c.codes, file, 1, first, n, codes)) return false;
+    auto* h = reinterpret_cast<float*>(room);
+    for (int64_t i = 0; i < n; ++i, h += args.length) {
+        Curvature run = c;
+        run.start += args.starts[first + i];
+        run.codes = has_codes ? codes + i * args.length : nullptr;
+        load(run, 0, args.length, h);
+    }
+    c = {};
+    c.kind = CurvatureKind::full;
+    c.values = {room, DType::f32};
+    return true;
+}
+
+bool run_scores(const RunArgs& args, float* const* out) {
     constexpr int kRoom = kBlock * sizeof(double);
     alignas(64) uint8_t base_room[kRoom], weight_room[kRoom], curvature_room[kRoom];
-    const int64_t most = kBlock / length;
-    for (int64_t i = 0; i < count; i += most) {
-        const int64_t left = count - i;
-        const int n = static_cast<int>(left < most ? left : most);
-        Operand base;
-        if (of_experts[0].has_base) base = gather(of_experts[0].base, starts + i, n, left, length, base_room);
-        for (int t = 0; t < n_experts; ++t) {
-            SurveyArgs piece = of_experts[t];
-            Curvature& c = piece.expert.curvature;
-            piece.n = int64_t{n} * length;
-            piece.base = base;
-            piece.expert.weights = gather(piece.expert.weights, starts + i, n, left, length, weight_room);
-            if (c.kind == CurvatureKind::full) {
-                c.values = gather(c.values, starts + i, n, left, length, curvature_room);
-            } else if (c.kind != CurvatureKind::uniform) {
-                auto* h = reinterpret_cast<float*>(curvature_room);
-                for (int j = 0; j < n; ++j) load(c, starts[i + j], length, h + j * length);
-                c = {};
-                c.kind = CurvatureKind::full;
-                c.values = {curvature_room, DType::f32};
-            }
+    const int64_t most = kBlock / args.length / args.together * args.together;
+    for (int64_t first = 0; first < args.count; first += most) {
+        const int64_t n = args.count - first < most ? args.count - first : most;
+        SurveyArgs of_base = args.of_experts[0];
+        if (of_base.has_base && !gather(args, of_base.base, args.base, first, n, base_room)) return false;
+        for (int t = 0; t < args.n_experts; ++t) {
+            SurveyArgs piece = args.of_experts[t];
+            piece.n = n * args.length;
+            piece.base = of_base.base;
+            if (!gather(args, piece.expert.weights, args.weights[t], first, n, weight_room)) return false;
+            if (!gather(args, piece.expert.curvature, args.curvature[t], first, n, curvature_room)) return false;
             SurveyStats unused;
-            float* scores = out[t] + i * length;
+            float* scores = out[t] + first * args.length;
             for_scores(piece, unused, [&](int64_t offset, int m, const float*, const float* s) {
                 std::memcpy(scores + offset, s, sizeof(float) * static_cast<size_t>(m));
             });
         }
     }
+    return true;
 }
 
 Between between(const float* values, int64_t n, float low, float high, float* out) {

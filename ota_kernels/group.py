@@ -87,17 +87,22 @@ class Group:
         """A part's candidates with the exact thresholds of `terms`: (positions of those that change, their
         values as uint8, what all count)."""
         candidates = self._store.get(part.held, part.tensor)
-        operands = candidates.operands
-        out = resident.empty(operands.numel * operands.out_dtype.itemsize, operands.experts[0].data)
-        tally = Tally.of(self._backend.merge(operands, terms, out), [])
-        if not candidates.alternatives:
-            return candidates.positions, out, tally
+        operands, several = candidates.operands, len(candidates.positions)
+        size, single = operands.out_dtype.itemsize, sum(len(a.positions) for a in candidates.alternatives)
+        merged = resident.empty((several + single) * size, operands.experts[0].data)
+        tally = Tally.of(self._backend.merge(operands, terms, merged[: several * size]), [])
+        if single == 0:
+            return candidates.positions, merged, tally
+        positions = np.empty(several + single, np.uint32)
+        positions[:several] = candidates.positions
         steps = [_step(a, b.threshold) for a, b in zip(part.terms.experts, terms.experts, strict=True)]
-        positions, merged, found = dropped(candidates.alternatives, steps, operands.out_dtype.itemsize)
+        rest = positions[several:], merged[several * size :]
+        found = dropped(candidates.alternatives, steps, size, *rest)
         for t, (count, unkept) in enumerate(found):
             tally.kept[t] += len(candidates.alternatives[t].positions) - count
             tally.unkept += unkept
-        return resident.joined([candidates.positions, positions]), resident.joined([out, merged]), tally
+        n = several + sum(count for count, _ in found)
+        return positions[:n], merged[: n * size], tally
 
     def _threshold(self, t: int, terms: ExpertTerms) -> float | Array | None:
         """Expert t's threshold: the least kept score of the k largest, or of the share of mass; None where it

@@ -43,9 +43,12 @@ _STEP = 512  # elements between runs: a window spans 8192
 Experts = Callable[[TensorInputs], Sequence[tuple[int, ExpertTerms]]]
 
 
-def clusters(sizes: Sequence[int], count: int, runs: int = RUNS) -> tuple[np.ndarray, np.ndarray]:
+def clusters(
+    sizes: Sequence[int], count: int, runs: int = RUNS, aligned: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """(tensor number, int64[count']; flat indices at which runs begin, int64[count', runs]) of one cluster in
-    each of `count` strata, in order. sizes: elements of each tensor; runs of small ones overlap."""
+    each of `count` strata, in order. sizes: elements of each tensor; runs of small ones overlap. aligned:
+    runs begin at multiples of RUN."""
     sizes = np.asarray(sizes, np.int64)
     ends = np.cumsum(sizes)
     total = int(ends[-1]) if len(ends) else 0
@@ -61,6 +64,8 @@ def clusters(sizes: Sequence[int], count: int, runs: int = RUNS) -> tuple[np.nda
     window = np.maximum(np.minimum(window, numel - runs * step), 0)
     offsets = random.random((count, runs)) * np.maximum(step - RUN, 1)[:, None]
     starts = window[:, None] + np.arange(runs) * step[:, None] + offsets.astype(np.int64)
+    if aligned:
+        starts -= starts % RUN
     return index, np.maximum(np.minimum(starts, (numel - RUN)[:, None]), 0)
 
 
@@ -77,6 +82,12 @@ def in_pairs(tensors: Sequence[TensorInputs], count: int) -> int:
     rows = tensors[0].numel // max(columns, 1)
     pairs = round(count / max(2 * rows, 1))
     return 2 * rows * pairs if 0 < 2 * RUN * pairs <= columns else count
+
+
+def _fills_lines(tensors: Sequence[TensorInputs]) -> bool:
+    """Whether rows are whole numbers of runs: a run then is one cache line of a tensor that begins with one,
+    and as anywhere else no two rows share it."""
+    return len(tensors) == 1 and bool(tensors[0].shape) and tensors[0].shape[-1] % RUN == 0
 
 
 def sample(
@@ -99,35 +110,52 @@ def sample(
         return _sample_resident(tensors, in_pairs(tensors, count * RUNS), experts, backend)
     runs = 1 if spread else RUNS
     count = in_pairs(tensors, count * RUNS) if spread else count
-    index, starts = _clusters_again(tuple(t.numel for t in tensors), count, runs)
+    index, starts = _clusters_again(tuple(t.numel for t in tensors), count, runs, _fills_lines(tensors))
     far_apart = sum(t.numel for t in tensors) > _NEAR * starts.size
     reads = release is not None and (far_apart or not spread)
     goes = [release is not None and not (reads and all(b.offset >= 0 for b in t.buffers)) for t in tensors]
+    scores = [np.empty((*starts.shape, RUN), np.float32) for _ in experts(tensors[0])]
 
-    def mapped(tensor: TensorInputs, places: np.ndarray) -> Sequence[np.ndarray]:
-        if tensor.numel < RUN:
-            return _scored([gather_runs(tensor, places)], experts, native)
-        return native.run_scores(tensor, experts(tensor), places, RUN)
-
-    def of_batch(pieces: Sequence[tuple[int, int]]) -> Sequence[np.ndarray]:
-        parts: list = []
-        with Files(runs) if reads else contextlib.nullcontext() as files:
+    def of_batch(pieces: Sequence[tuple[int, int]]) -> None:
+        with Files() if reads else contextlib.nullcontext() as files:
             if reads and not spread:
                 for begin, end in pieces:
-                    files.ask_for(tensors[index[begin]], starts[begin:end].reshape(-1))
+                    files.ask_for(tensors[index[begin]], starts[begin:end].reshape(-1), runs)
             for begin, end in pieces:
                 tensor, places = tensors[index[begin]], starts[begin:end].reshape(-1)
-                parts.append(gather_runs(tensor, places, files) if reads else mapped(tensor, places))
+                _score_runs(tensor, experts(tensor), places, [s[begin:end] for s in scores], files, runs)
                 if goes[index[begin]]:
                     release(tensor.slice(int(places.min()), min(int(places.max()) + RUN, tensor.numel)))
-        return _scored(parts, experts, native) if reads else _joined(parts)
 
     # A piece is of one tensor, and of one chunk of it where mapped pages must go.
     cuts = np.diff(index) != 0
     cuts |= np.array(goes, bool)[index[1:]] & (np.diff(starts[:, 0] // CHUNK) != 0)
     begins = [0, *(np.flatnonzero(cuts) + 1).tolist(), len(index)]
-    found = list(run(of_batch, _batches(begins, max(1, _BATCH // (runs * RUN)))))
-    return [of_expert.reshape(-1, runs * RUN) for of_expert in _joined(found)]
+    most = (_BATCH // 8 if reads else _BATCH) // (runs * RUN)
+    for _ in run(of_batch, _batches(begins, most)):
+        pass
+    return [of_expert.reshape(-1, runs * RUN) for of_expert in scores]
+
+
+def _score_runs(
+    tensor: TensorInputs,
+    experts: Sequence[tuple[int, ExpertTerms]],
+    starts: np.ndarray,
+    scores: Sequence[np.ndarray],
+    files: Files | None,
+    together: int,
+) -> None:
+    """Fill scores (per expert, float32 of starts.size * RUN elements): read from `files`, from mapped pages
+    without. A tensor shorter than a run is repeated."""
+    outs = [s.reshape(-1) for s in scores]
+    if tensor.numel < RUN:
+        tile = _gathered(tensor, starts)
+        for out, (t, terms) in zip(outs, experts, strict=True):
+            out[:] = native.scores(tile, t, terms)[0]
+    elif files is None:
+        native.run_scores(tensor, experts, starts, RUN, outs)
+    elif not native.run_scores(tensor, experts, starts, RUN, outs, files.descriptor, together):
+        raise InputError(f"{tensor.experts[0].origin}: changed while in use: it is shorter than before")
 
 
 def _batches(begins: Sequence[int], most: int) -> Iterator[list[tuple[int, int]]]:
@@ -148,29 +176,23 @@ def _sample_resident(
     tensors: Sequence[TensorInputs], count: int, experts: Experts, backend: Backend
 ) -> list[Array]:
     """Scores of `count` runs over tensors on a device, in one batch: a few launches for any number."""
-    index, starts = _clusters_again(tuple(t.numel for t in tensors), count, 1)
+    index, starts = _clusters_again(tuple(t.numel for t in tensors), count, 1, _fills_lines(tensors))
     on_device = resident.beside(starts, tensors[0].experts[0].data)
     bounds = [0, *(np.flatnonzero(np.diff(index)) + 1).tolist(), len(index)]
     gathered = [
-        gather_runs(tensors[index[begin]], on_device[begin:end, 0])
-        for begin, end in itertools.pairwise(bounds)
+        _gathered(tensors[index[begin]], on_device[begin:end, 0]) for begin, end in itertools.pairwise(bounds)
     ]
-    return [of_expert.reshape(-1, RUN) for of_expert in _scored(gathered, experts, backend)]
-
-
-def _scored(gathered: Sequence[TensorInputs], experts: Experts, backend: Backend) -> Sequence[Array]:
-    """Scores per expert; neighbouring tiles of a form are scored together."""
+    # Neighbouring tiles of a form are scored together.
     tiles = [concatenated(list(alike)) for _, alike in itertools.groupby(gathered, _form)]
-    return _joined([[backend.scores(tile, t, e)[0] for t, e in experts(tile)] for tile in tiles])
+    parts = [[backend.scores(tile, t, e)[0] for t, e in experts(tile)] for tile in tiles]
+    return [resident.joined(of_expert).reshape(-1, RUN) for of_expert in zip(*parts, strict=True)]
 
 
-def _joined(parts: Sequence[Sequence[Array]]) -> Sequence[Array]:
-    """Scores per expert, of parts one after the other; not copied where it is one."""
-    return (
-        parts[0]
-        if len(parts) == 1
-        else [resident.joined(of_expert) for of_expert in zip(*parts, strict=True)]
-    )
+def _gathered(tensor: TensorInputs, starts: Array) -> TensorInputs:
+    """The runs that begin at `starts` (int64[m]) as a tile of m * RUN elements. A tensor shorter than a run
+    is repeated."""
+    positions = (starts[:, None] + resident.arange(RUN, starts)).reshape(-1)
+    return tensor.gather(positions % tensor.numel)
 
 
 def _form(tile: TensorInputs) -> tuple:
@@ -196,11 +218,9 @@ def _is_cached(buffer: Buffer, position: int) -> bool:
 
 
 class Files:
-    """The files that one task reads runs from, each opened once; `together` so many runs with one read.
-    Raises InputError where one cannot be read or was cut."""
+    """The files that one task reads runs from, each opened once. Raises InputError where one cannot be."""
 
-    def __init__(self, together: int) -> None:
-        self._together = together
+    def __init__(self) -> None:
         self._open: dict[str, int] = {}
 
     def __enter__(self) -> Files:
@@ -210,45 +230,22 @@ class Files:
         for fd in self._open.values():
             os.close(fd)
 
-    def _file(self, buffer: Buffer) -> int:
+    def descriptor(self, buffer: Buffer) -> int:
+        """Of the buffer's open file; -1 where it is in memory."""
+        if buffer.offset < 0:
+            return -1
         if buffer.origin not in self._open:
-            self._open[buffer.origin] = os.open(buffer.origin, os.O_RDONLY)
+            try:
+                self._open[buffer.origin] = os.open(buffer.origin, os.O_RDONLY)
+            except OSError as error:
+                raise InputError(f"{buffer.origin}: cannot be read: {error.strerror}") from error
         return self._open[buffer.origin]
 
-    def ask_for(self, tensor: TensorInputs, starts: np.ndarray) -> None:
+    def ask_for(self, tensor: TensorInputs, starts: np.ndarray, together: int) -> None:
         """Have a tensor's runs come from the disk before they are waited for: it works on many at a time."""
-        with contextlib.suppress(OSError):  # `runs` will say so
-            for buffer in tensor.buffers:
-                if buffer.offset >= 0:
-                    native.ask_for_runs(buffer, starts, RUN, self._file(buffer), self._together)
-
-    def runs(self, buffer: Buffer, starts: np.ndarray) -> Buffer:
-        """As native.gather_runs, without mapping the buffer's pages."""
-        try:
-            found = native.read_runs(buffer, starts, RUN, self._file(buffer), self._together)
-        except OSError as error:
-            raise InputError(f"{buffer.origin}: cannot be read: {error.strerror}") from error
-        if found is None:
-            raise InputError(f"{buffer.origin}: changed while in use: it is shorter than before")
-        return found
-
-
-def gather_runs(tensor: TensorInputs, starts: Array, files: Files | None = None) -> TensorInputs:
-    """The runs that begin at `starts` (int64[m]) as a tile of m * RUN elements; from mapped pages without
-    `files`. A tensor shorter than a run is repeated."""
-
-    def places() -> Array:
-        return (starts[:, None] + resident.arange(RUN, starts)).reshape(-1) % tensor.numel
-
-    if tensor.numel < RUN or tensor.is_resident:
-        return tensor.gather(places())
-
-    def gathered(buffer: Buffer) -> Buffer:
-        if files is not None and buffer.offset >= 0:
-            return files.runs(buffer, starts)
-        return native.gather_runs(buffer, starts, RUN)
-
-    return tensor.pick(gathered, places)
+        for buffer in tensor.buffers:
+            if buffer.offset >= 0:
+                native.ask_for_runs(buffer, starts, RUN, self.descriptor(buffer), together)
 
 
 def runs_of(buffer: Buffer, starts: np.ndarray) -> Buffer:

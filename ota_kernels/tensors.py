@@ -66,17 +66,16 @@ class Curvature:
         """Elements [start, stop)."""
         raise NotImplementedError
 
-    def pick(self, read: Read, positions: Positions) -> Uniform | Full:
-        """The elements at `positions()` (int64[m]), which `read` copies out of a buffer, each a value."""
+    def gather(self, positions: Array) -> Uniform | Full:
+        """A copy of the elements at `positions` (int64[m]), each a value."""
         raise NotImplementedError
 
-    def mapped(self, change: Read) -> Curvature:
+    def mapped(self, change: Change) -> Curvature:
         """The same curvature with other buffers of the same elements."""
         return self
 
 
-Read = Callable[[Buffer], Buffer]
-Positions = Callable[[], Array]
+Change = Callable[[Buffer], Buffer]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +85,7 @@ class Uniform(Curvature):
     def slice(self, start: int, stop: int) -> Uniform:
         return self
 
-    def pick(self, read: Read, positions: Positions) -> Uniform:
+    def gather(self, positions: Array) -> Uniform:
         return self
 
 
@@ -108,10 +107,10 @@ class Full(Curvature):
     def slice(self, start: int, stop: int) -> Full:
         return Full(self.values.slice(start, stop), self.bias_correction)
 
-    def pick(self, read: Read, positions: Positions) -> Full:
-        return Full(read(self.values), self.bias_correction)
+    def gather(self, positions: Array) -> Full:
+        return Full(self.values.gather(positions), self.bias_correction)
 
-    def mapped(self, change: Read) -> Full:
+    def mapped(self, change: Change) -> Full:
         return Full(change(self.values), self.bias_correction)
 
     def float32(self) -> Array:
@@ -148,10 +147,12 @@ class Log8(Curvature):
     def slice(self, start: int, stop: int) -> Log8:
         return replace(self, codes=self.codes.slice(start, stop), start=self.start + start)
 
-    def pick(self, read: Read, positions: Positions) -> Full:
-        return _full(self._decoded(read(self.codes), positions()), self.bias_correction, self.origin)
+    def gather(self, positions: Array) -> Full:
+        return _full(
+            self._decoded(self.codes.gather(positions), positions), self.bias_correction, self.origin
+        )
 
-    def mapped(self, change: Read) -> Log8:
+    def mapped(self, change: Change) -> Log8:
         return replace(self, codes=change(self.codes))
 
     def float32(self) -> np.ndarray:
@@ -189,8 +190,8 @@ class Rank1(Curvature):
     def slice(self, start: int, stop: int) -> Rank1:
         return replace(self, start=self.start + start)
 
-    def pick(self, read: Read, positions: Positions) -> Full:
-        row, column = _places(self.start + positions(), self.columns.size)
+    def gather(self, positions: Array) -> Full:
+        row, column = _places(self.start + positions, self.columns.size)
         return _full(beside(self.rows, row)[row] * beside(self.columns, row)[column], self.bias_correction)
 
 
@@ -210,8 +211,8 @@ class LowRank(Curvature):
     def slice(self, start: int, stop: int) -> LowRank:
         return replace(self, start=self.start + start)
 
-    def pick(self, read: Read, positions: Positions) -> Full:
-        row, column = _places(self.start + positions(), self.right.shape[1])
+    def gather(self, positions: Array) -> Full:
+        row, column = _places(self.start + positions, self.right.shape[1])
         left, right = beside(self.left, row), beside(self.right, row)
         # The kernels' order, so that scores are the same bits.
         h = sum(left[row, r] * right[r, column] for r in range(len(right)))
@@ -273,15 +274,11 @@ class TensorInputs:
     def gather(self, positions: Array) -> TensorInputs:
         """The elements at `positions` (int64[m]) as a tile of their own, copied; compressed curvature becomes
         one float32 value per element."""
-        return self.pick(lambda buffer: buffer.gather(positions), lambda: positions)
-
-    def pick(self, read: Read, positions: Positions) -> TensorInputs:
-        """The same where `read` copies the elements at `positions()` out of a buffer."""
         return replace(
             self,
-            base=None if self.base is None else read(self.base),
-            experts=tuple(map(read, self.experts)),
-            curvatures=tuple(c.pick(read, positions) for c in self.curvatures),
+            base=None if self.base is None else self.base.gather(positions),
+            experts=tuple(e.gather(positions) for e in self.experts),
+            curvatures=tuple(c.gather(positions) for c in self.curvatures),
         )
 
     def copy(self) -> TensorInputs:

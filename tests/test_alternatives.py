@@ -157,13 +157,16 @@ def test_dropped_are_those_below_the_step():
     tile = tile_of("bfloat16")
     _, candidates = merge(tile, brackets_of(tile, Formula(), 0.1))
     steps = [int(np.median(a.steps)) for a in candidates.alternatives]
-    positions, merged, counts = dropped(candidates.alternatives, steps, 2)
+    total = sum(len(a.positions) for a in candidates.alternatives)
+    positions, merged = np.empty(total, np.uint32), np.empty(2 * total, np.uint8)
+    counts = dropped(candidates.alternatives, steps, 2, positions, merged)
     below = [a.steps < step for a, step in zip(candidates.alternatives, steps, strict=True)]
     taken = [
         (a.positions[b], a.merged.view(np.uint16)[b])
         for a, b in zip(candidates.alternatives, below, strict=True)
     ]
-    np.testing.assert_array_equal(positions, np.concatenate([p & 0x7FFFFFFF for p, _ in taken]))
-    np.testing.assert_array_equal(merged.view(np.uint16), np.concatenate([m for _, m in taken]))
+    n = sum(count for count, _ in counts)
+    np.testing.assert_array_equal(positions[:n], np.concatenate([p & 0x7FFFFFFF for p, _ in taken]))
+    np.testing.assert_array_equal(merged.view(np.uint16)[:n], np.concatenate([m for _, m in taken]))
     assert counts == [(len(p), int((p >> 31).sum())) for p, _ in taken]
-    assert dropped(candidates.alternatives, [0, 0, 0], 2)[2] == [(0, 0)] * 3
+    assert dropped(candidates.alternatives, [0, 0, 0], 2, positions, merged) == [(0, 0)] * 3

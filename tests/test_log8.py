@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from ota_kernels import log8
 from ota_kernels.backends import native
 from ota_kernels.dtypes import BY_NAME
 from ota_kernels.formula import ExpertTerms
-from ota_kernels.sampling import RUN, RUNS, Files, gather_runs
+from ota_kernels.sampling import RUN, RUNS, Files
 from ota_kernels.tensors import Buffer, Log8, Rank1, TensorInputs
 
 SMALLEST_NORMAL, LARGEST = 2.0**-126, float(np.finfo(np.float32).max)
@@ -201,8 +202,24 @@ def test_runs_are_read_from_files_alike(tmp_path, form, together):
         c = Rank1(c.scales, np.float32(2.0 ** -np.arange(50)), bias_correction=0.5)
     tensor = tile_of(c, 2000)
     starts = np.random.default_rng(7).integers(0, 2000 - RUN, 2 * RUNS)
-    with Files(together) if together else contextlib.nullcontext() as files:
-        found = gather_runs(tensor, starts, files).curvatures[0]
+    terms, found = ExpertTerms(score_scale=1.0), np.empty(2 * RUNS * RUN, np.float32)
+    with Files() if together else contextlib.nullcontext() as files:
+        places = (files.descriptor, together) if together else ()
+        assert native.run_scores(tensor, [(0, terms)], starts, RUN, [found], *places)
     positions = (starts[:, None] + np.arange(RUN)).reshape(-1)
-    np.testing.assert_array_equal(found.values.data.view(np.float32), read(c, 2000, native)[positions])
-    assert found.bias_correction == 0.5
+    np.testing.assert_array_equal(found, read(c, 2000, native)[positions])
+    assert tensor.gather(positions).curvatures[0].bias_correction == 0.5
+
+
+def test_runs_of_a_file_that_was_cut_are_not_scored(tmp_path):
+    c = random_codes(6, 40, 50)
+    path = tmp_path / "codes"
+    path.write_bytes(c.codes.data[:-1].tobytes())
+    c = replace(c, codes=replace(c.codes, origin=str(path), offset=0))
+    found = [np.empty(2 * RUN, np.float32)]
+    with Files() as files:
+        for last, whole in ((2000 - RUN - 1, True), (2000 - RUN, False)):
+            for together in (1, 2):
+                starts = np.array([1900, last])
+                given = tile_of(c, 2000), [(0, ExpertTerms())], starts, RUN, found, files.descriptor, together
+                assert native.run_scores(*given) is whole

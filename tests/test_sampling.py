@@ -135,8 +135,8 @@ def test_windows_that_are_asked_for_come_from_the_disk(tmp_path):
         tensor = TensorInputs("w", (len(weights),), BF16, None, (weights,), (Uniform(),))
         drop_pages(path)
         windows = np.array([[50_000], [800_000]]) + np.arange(RUNS) * 500  # 8 pages each, or one more
-        with Files(RUNS) as files:
-            files.ask_for(tensor, windows.reshape(-1))
+        with Files() as files:
+            files.ask_for(tensor, windows.reshape(-1), RUNS)
         for begin in weights.offset + 4 * windows[:, 0]:
             window = (path, begin, begin + 4 * (500 * (RUNS - 1) + RUN))
             assert within_seconds(lambda window=window: cached_pages(*window) >= 4 * 500 * (RUNS - 1) // page)

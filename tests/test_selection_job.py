@@ -425,7 +425,8 @@ def test_scores_of_runs_are_those_of_their_elements(monkeypatch, isa, kind, dtyp
     ]
     for length, count in ((16, 100), (5, 3), (tile.numel, 1), (16, 0)):
         starts = np.random.default_rng(5).integers(0, tile.numel - length + 1, count)
-        found = native.run_scores(tile, experts, starts, length)
+        found = [np.empty(count * length, np.float32) for _ in experts]
+        assert native.run_scores(tile, experts, starts, length, found)
         for scores, (t, terms) in zip(found, experts, strict=True):
             whole = native.scores(tile, t, terms)[0]
             np.testing.assert_array_equal(
@@ -436,7 +437,9 @@ def test_scores_of_runs_are_those_of_their_elements(monkeypatch, isa, kind, dtyp
 @pytest.mark.parametrize("start", [-1, 37 * 11 - 15])
 def test_a_run_outside_is_refused(start):
     with pytest.raises(ValueError, match="a run outside"):
-        native.run_scores(tile_of("float32"), [(0, ExpertTerms())], np.array([0, start]), 16)
+        native.run_scores(
+            tile_of("float32"), [(0, ExpertTerms())], np.array([0, start]), 16, [np.empty(32, np.float32)]
+        )
 
 
 class TestStore:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -219,15 +219,29 @@ def scores(tile: TensorInputs, t: int, terms: ExpertTerms) -> tuple[np.ndarray, 
 
 
 def run_scores(
-    tensor: TensorInputs, experts: Sequence[tuple[int, ExpertTerms]], starts: np.ndarray, length: int
-) -> list[np.ndarray]:
-    """The scores of experts (number, terms) at runs of `length` <= 1024 neighbouring elements that begin at
-    `starts` (int64[m]): float32[m * length] each, 0 where an input is not usable."""
-    outs = [np.empty(len(starts) * length, np.float32) for _ in experts]
+    tensor: TensorInputs,
+    experts: Sequence[tuple[int, ExpertTerms]],
+    starts: np.ndarray,
+    length: int,
+    outs: Sequence[np.ndarray],
+    fd_of: Callable[[Buffer], int] | None = None,
+    together: int = 1,
+) -> bool:
+    """The scores of experts (number, terms) at runs of `length` neighbouring elements that begin at `starts`
+    (int64[m]) into outs, float32[m * length] each; 0 where an input is not usable.
+
+    fd_of: the open file of a buffer, whose pages are then not mapped, -1 for what is in memory; `together`
+    runs, at most 1024 elements, are read at once. False where a file ends too early.
+    """
     specs = [_expert(tensor, t, terms) for t, terms in experts]
+    places = None
+    if fd_of is not None:
+        inputs = [[tensor.base] if tensor.base is not None else []]
+        for t, _ in experts:
+            inputs += [[tensor.experts[t]], tensor.curvatures[t].buffers]
+        places = [(fd_of(buffers[0]), buffers[0].offset) if buffers else (-1, 0) for buffers in inputs]
     numel, isa = tensor.numel, instruction_set()
-    _extension().run_scores(*_base(tensor), specs, numel, starts, length, outs, isa)
-    return outs
+    return _extension().run_scores(*_base(tensor), specs, numel, starts, length, outs, places, together, isa)
 
 
 def between(values: np.ndarray, low: float, high: float) -> tuple[np.ndarray, int]:
@@ -245,18 +259,8 @@ def gather_runs(buffer: Buffer, starts: np.ndarray, length: int) -> Buffer:
     return Buffer(out, buffer.dtype, buffer.origin)
 
 
-def read_runs(buffer: Buffer, starts: np.ndarray, length: int, fd: int, together: int) -> Buffer | None:
-    """The same from the buffer's file, open as `fd`, without mapping its pages: `together` runs with one
-    read. None where the file was cut."""
-    size = buffer.dtype.itemsize
-    out = np.empty(len(starts) * length * size, np.uint8)
-    if not _extension().read_runs(fd, buffer.offset + starts * size, out, length * size, together):
-        return None
-    return Buffer(out, buffer.dtype, buffer.origin)
-
-
 def ask_for_runs(buffer: Buffer, starts: np.ndarray, length: int, fd: int, together: int) -> None:
-    """Have what `read_runs` would read come from the disk, without waiting for it."""
+    """Have what `run_scores` would read of a file come from the disk, without waiting for it."""
     size = buffer.dtype.itemsize
     _extension().ask_for_runs(fd, buffer.offset + starts * size, length * size, together)
 

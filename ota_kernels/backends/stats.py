@@ -59,18 +59,19 @@ class Alternatives(NamedTuple):
 
 
 def dropped(
-    alternatives: Sequence[Alternatives], steps: Sequence[int], size: int
-) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]:
-    """Elements whose scores lie fewer than `steps` (per expert) above the lowest: (positions, values without
-    the expert as uint8, `size` bytes each; per expert how many, and how many of them no expert keeps)."""
+    alternatives: Sequence[Alternatives],
+    steps: Sequence[int],
+    size: int,
+    positions: np.ndarray,
+    merged: np.ndarray,
+) -> list[tuple[int, int]]:
+    """Put elements whose scores lie fewer than `steps` (per expert) above the lowest, one after the other,
+    into positions (uint32) and merged (uint8, `size` bytes each: values without the expert), which have room
+    for all alternatives. Returns per expert how many, and how many of them no expert keeps."""
     from .. import _native
 
-    total = sum(len(a.positions) for a in alternatives)
-    positions, merged = np.empty(total, np.uint32), np.empty(total * size, np.uint8)
     lists = [(*columns, step) for columns, step in zip(alternatives, steps, strict=True)]
-    found = _native.below(lists, size, positions, merged)
-    n = sum(count for count, _ in found)
-    return positions[:n], merged[: n * size], found
+    return _native.below(lists, size, positions, merged)
 
 
 class Candidates(NamedTuple):
