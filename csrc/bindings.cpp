@@ -390,12 +390,12 @@ std::pair<int64_t, int64_t> between(const Floats& values, float low, float high,
     return {found.inside, found.above};
 }
 
-// How many of each row's values are at least `least`. counts: one for each row.
-void count_rows(const Floats& values, float least, OutInts counts) {
-    const auto n = static_cast<int64_t>(values.size()), rows = static_cast<int64_t>(counts.size());
-    require(rows == 0 ? n == 0 : n % rows == 0, "whole rows");
+// Of values[rows, ...]: the sum over pairs of rows of the squared difference of how many are at least `least`.
+int64_t squared_differences(const Floats& values, int64_t rows, float least) {
+    const auto n = static_cast<int64_t>(values.size());
+    require(rows == 0 ? n == 0 : rows > 0 && n % rows == 0, "whole rows");
     nb::gil_scoped_release release;
-    if (rows > 0) ota::count_rows(values.data(), rows, n / rows, least, counts.data());
+    return rows == 0 ? 0 : ota::squared_differences(values.data(), rows, n / rows, least);
 }
 
 // Runs of `run_bytes` bytes that begin at `starts` (bytes), copied one after the other.
@@ -461,7 +461,7 @@ NB_MODULE(_native, m) {
     m.def("scatter_in_file", &scatter_in_file, "fd"_a, "begin"_a, "n"_a, "positions"_a, "elements"_a, "size"_a);
     m.def("below", &below, "alternatives"_a, "size"_a, "at"_a, "values"_a);
     m.def("between", &between, "values"_a, "low"_a, "high"_a, "out"_a, "isa"_a);
-    m.def("count_rows", &count_rows, "values"_a, "least"_a, "counts"_a);
+    m.def("squared_differences", &squared_differences, "values"_a, "rows"_a, "least"_a);
     m.def("copy_runs", &copy_runs, "data"_a, "starts"_a, "out"_a, "run_bytes"_a);
     m.def("ask_for_runs", &ask_for_runs, "fd"_a, "starts"_a, "run_bytes"_a, "together"_a);
     m.def("power_sum", &power_sum, "curvature"_a, "n"_a, "power"_a, "isa"_a);

@@ -5,6 +5,7 @@ A bracket that misses is found out by the counts of the merge (group.py); it cos
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -56,30 +57,26 @@ def bracket_of(selection: Selection, scores: Array) -> Bracket | None:
         # A score that overflowed would leave no finite sum to compare with.
         scores = lib.minimum(scores, resident.scalar(np.finfo(np.float32).max, scores, "float32"))
         total, score_at = _by_mass(scores)
+        count = functools.partial(ranks.count_between, scores)
     else:
-        total, score_at = _by_count(scores, selection.value)
+        total, by_rank = resident.scalar(n, scores, "float64"), ranks.Ranks(scores, selection.value * n)
+        count = by_rank.count
+
+        def score_at(target: Array) -> Array:
+            return by_rank.at(lib.ceil(target) - 1)
+
     least = total / n  # what one element adds, on average
     target = selection.value * total
     margin = DEVIATIONS * _standard_error(selection, scores, score_at(target), total) + least
     lowest = lib.maximum(score_at(target + margin), smallest)
     highest = lib.maximum(score_at(target - margin), smallest)
     highest = lib.where(target > margin, highest, lib.full_like(highest, math.inf))
-    inside = lib.count_nonzero((scores >= lowest) & (scores <= highest))
-    lowest, highest, inside = resident.numbers(lowest, highest, inside)
+    lowest, highest, inside = resident.numbers(lowest, highest, count(lowest, highest))
     if lowest == highest:
         return Bracket(lowest, 0)
     if inside > _WORTH_IT * n:
         return None
     return Bracket(lowest, score_bits(highest) - score_bits(lowest) + 1)
-
-
-def _by_count(scores: Array, share: float) -> tuple[Array, Callable[[Array], Array]]:
-    """How many there are, and: a count -> the score down to which there are so many, 0 where there are fewer.
-    share: counts around this share of all are asked for."""
-    n = scores.shape[0] * scores.shape[1]
-    from_top = ranks.from_top(scores, share * n)
-    total = resident.scalar(n, scores, "float64")
-    return total, lambda count: from_top(resident.library(scores).ceil(count) - 1)
 
 
 def _by_mass(scores: Array) -> tuple[Array, Callable[[Array], Array]]:
@@ -91,23 +88,23 @@ def _by_mass(scores: Array) -> tuple[Array, Callable[[Array], Array]]:
 
 def _standard_error(selection: Selection, scores: Array, threshold: Array, total: Array) -> Array:
     """Of the sum above the threshold (a count, or a mass) less its expected share of the total."""
+    clusters = len(scores)
+    if clusters < 2:
+        return total
     if selection.rule == "mass":
         worth = resident.float64(scores)
         residuals = (worth * (scores >= threshold)).sum(axis=1) - selection.value * worth.sum(axis=1)
+        squares = resident.squared_differences(residuals)
     else:
-        residuals = resident.counts_at_least(scores, threshold)
-    if len(residuals) < 2:
-        return total
+        squares = resident.squared_differences_of_counts(scores, threshold)
     # A few clusters tell little about their own deviation (Student's t).
-    return (1 + 8 / len(residuals)) * error_of_sum(residuals)
+    return (1 + 8 / clusters) * error_of_sum(squares, clusters)
 
 
-def error_of_sum(of_clusters: Array) -> Array:
-    """Standard error of a sum over clusters, shape (). of_clusters: numbers[clusters], at least 2.
+def error_of_sum(squares: Array, clusters: int) -> Array:
+    """Standard error of a sum over clusters (at least 2), shape (). squares: the sum of squared differences
+    within pairs of neighbours.
 
-    From the differences within pairs of neighbours ("collapsed strata"; Cochran, Sampling Techniques, 5A.12):
-    what the two have in common, as the curvature of their row, is no part of the error."""
-    lib = resident.library(of_clusters)
-    n = len(of_clusters)
-    pairs = resident.float64(of_clusters)[: n // 2 * 2].reshape(-1, 2)
-    return lib.sqrt(lib.mean((pairs[:, 0] - pairs[:, 1]) ** 2) / 2 * n)
+    What the two of a pair have in common, as the curvature of their row, is no part of the error ("collapsed
+    strata"; Cochran, Sampling Techniques, 5A.12)."""
+    return resident.library(squares).sqrt(squares / (clusters // 2) / 2 * clusters)

@@ -141,15 +141,20 @@ def from_top(ascending: Array, place: Array) -> Array:
     return library(found).where(place < n, found, found.new_zeros(()))
 
 
-def counts_at_least(values: Array, least: Array) -> Array:
-    """How many values (float32[rows, n]) of each row are at least as large, integers[rows]."""
+def squared_differences(values: Array) -> Array:
+    """Sum of (values[0] - values[1])^2, (values[2] - values[3])^2, ..., float64 of shape (). An odd last one
+    is left out."""
+    pairs = float64(values)[: len(values) // 2 * 2].reshape(-1, 2)
+    return ((pairs[:, 0] - pairs[:, 1]) ** 2).sum()
+
+
+def squared_differences_of_counts(values: Array, least: Array) -> Array:
+    """The same of how many values (float32[rows, n]) of each row are at least as large."""
     if is_resident(values):
-        return (values >= least).sum(dim=1)
+        return squared_differences((values >= least).sum(dim=1))
     from . import _native
 
-    counts = np.empty(len(values), np.int64)
-    _native.count_rows(values.reshape(-1), float(least), counts)
-    return counts
+    return np.float64(_native.squared_differences(values.reshape(-1), len(values), float(least)))
 
 
 def sorted_at(values: Array, positions: Sequence[int]) -> Array:

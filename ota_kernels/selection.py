@@ -164,7 +164,7 @@ def _bracket(ascending: Array, sample: Array, position: int, n: int) -> _Bracket
 
 def _standard_error(sample: Array, threshold: Array) -> Array:
     """Of the count of sampled scores from the threshold up."""
-    return error_of_sum(resident.counts_at_least(sample, threshold))
+    return error_of_sum(resident.squared_differences_of_counts(sample, threshold), len(sample))
 
 
 @dataclass(frozen=True, slots=True)

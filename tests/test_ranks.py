@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
+import torch
 
-from ota_kernels import ranks
+from ota_kernels import ranks, resident
 from ota_kernels.backends import native
 
 SCORES = {
@@ -25,21 +28,34 @@ def test_every_rank_is_the_sorted_one(kind, n):
     scores = SCORES[kind](np.random.default_rng(n), n).astype(np.float32)
     expected = np.append(np.sort(scores)[::-1], np.float32(0))  # 0 beyond the last
     for near in (0.0, 0.3 * n, float(n)):
-        score_at = ranks.from_top(scores, near)
+        ranked = ranks.Ranks(scores, near)
         for place in {0, n // 100, *(int(near) + i for i in (-300, -1, 0, 1, 300)), n // 2, n - 1, n}:
             place = min(max(place, -1), n)
-            assert score_at(np.float64(place)) == expected[max(place, 0)]
+            assert ranked.at(np.float64(place)) == expected[max(place, 0)]
+        for lowest, highest in itertools.combinations_with_replacement(expected[:: n // 5 + 1][::-1], 2):
+            assert ranked.count(lowest, highest) == np.sum((scores >= lowest) & (scores <= highest))
 
 
 def test_a_rank_that_is_near_sorts_no_more_than_its_surroundings(monkeypatch):
     scores = np.random.default_rng(0).random(100_000, np.float32)
-    score_at = ranks.from_top(scores, 30_000.0)
+    ranked = ranks.Ranks(scores, 30_000.0)
     monkeypatch.setattr(ranks.resident, "from_top", None)
     expected = np.sort(scores)[::-1]
     for place in range(26_000, 34_000, 500):
-        assert score_at(np.float64(place)) == expected[place]
+        assert ranked.at(np.float64(place)) == expected[place]
     with pytest.raises(TypeError):
-        score_at(np.float64(50_000))
+        ranked.at(np.float64(50_000))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 7, 64])
+@pytest.mark.parametrize("columns", [1, 16, 100])
+def test_differences_within_pairs_of_rows(rows, columns):
+    values = np.random.default_rng(rows).random((rows, columns), np.float32)
+    counts = np.count_nonzero(values >= 0.4, axis=1)[: rows // 2 * 2].reshape(-1, 2)
+    expected = int(((counts[:, 0] - counts[:, 1]) ** 2).sum())
+    assert resident.squared_differences_of_counts(values, np.float32(0.4)) == expected
+    assert resident.squared_differences(np.count_nonzero(values >= 0.4, axis=1)) == expected
+    assert resident.squared_differences_of_counts(torch.from_numpy(values), torch.tensor(0.4)) == expected
 
 
 @pytest.mark.parametrize("isa", native.instruction_sets())
