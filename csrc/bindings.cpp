@@ -390,12 +390,13 @@ std::pair<int64_t, int64_t> between(const Floats& values, float low, float high,
     return {found.inside, found.above};
 }
 
-// Of values[rows, ...]: the sum over pairs of rows of the squared difference of how many are at least `least`.
-int64_t squared_differences(const Floats& values, int64_t rows, float least) {
+// Of values[rows, ...]; see kernels.hpp.
+int64_t squared_differences(const Floats& values, int64_t rows, float least, const std::string& isa) {
     const auto n = static_cast<int64_t>(values.size());
     require(rows == 0 ? n == 0 : rows > 0 && n % rows == 0, "whole rows");
+    const ota::Kernels& table = kernels(isa);
     nb::gil_scoped_release release;
-    return rows == 0 ? 0 : ota::squared_differences(values.data(), rows, n / rows, least);
+    return rows == 0 ? 0 : table.squared_differences(values.data(), rows, n / rows, least);
 }
 
 // Runs of `run_bytes` bytes that begin at `starts` (bytes), copied one after the other.
@@ -461,7 +462,7 @@ NB_MODULE(_native, m) {
     m.def("scatter_in_file", &scatter_in_file, "fd"_a, "begin"_a, "n"_a, "positions"_a, "elements"_a, "size"_a);
     m.def("below", &below, "alternatives"_a, "size"_a, "at"_a, "values"_a);
     m.def("between", &between, "values"_a, "low"_a, "high"_a, "out"_a, "isa"_a);
-    m.def("squared_differences", &squared_differences, "values"_a, "rows"_a, "least"_a);
+    m.def("squared_differences", &squared_differences, "values"_a, "rows"_a, "least"_a, "isa"_a);
     m.def("copy_runs", &copy_runs, "data"_a, "starts"_a, "out"_a, "run_bytes"_a);
     m.def("ask_for_runs", &ask_for_runs, "fd"_a, "starts"_a, "run_bytes"_a, "together"_a);
     m.def("power_sum", &power_sum, "curvature"_a, "n"_a, "power"_a, "isa"_a);

@@ -170,6 +170,9 @@ struct Kernels {
     bool (*run_scores)(const RunArgs&, float* const* out);
     // Values from low to below high, one after the other; out has room for all of them and a vector more.
     Between (*between)(const float* values, int64_t n, float low, float high, float* out);
+    // Of rows of values: how many are at least `least`; the sum over pairs of neighbouring rows of the squared
+    // difference. An odd last row is left out.
+    int64_t (*squared_differences)(const float* values, int64_t rows, int64_t length, float least);
     double (*power_sum)(const Curvature&, int64_t n, double power, NonFinite&);
     void (*row_column_sums)(const Curvature&, int64_t rows, int64_t columns, double* row_sums,
                             double* column_sums, NonFinite&);

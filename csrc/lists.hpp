@@ -47,23 +47,6 @@ static inline void copy_runs(const uint8_t* data, int64_t size, const int64_t* s
     copy_runs<0>(data, size, starts, count, left, length, out);
 }
 
-// How many of `length` values are at least `least`.
-inline int64_t count_at_least(const float* values, int64_t length, float least) {
-    int32_t n = 0;
-    for (int64_t i = 0; i < length; ++i) n += values[i] >= least ? 1 : 0;
-    return n;
-}
-
-// Sum over pairs of neighbouring rows of the squared difference of their counts. An odd last row is left out.
-inline int64_t squared_differences(const float* values, int64_t rows, int64_t length, float least) {
-    int64_t sum = 0;
-    for (int64_t row = 0; row + 1 < rows; row += 2, values += 2 * length) {
-        const int64_t apart = count_at_least(values, length, least) - count_at_least(values + length, length, least);
-        sum += apart * apart;
-    }
-    return sum;
-}
-
 // Alternatives of one expert (kernels.hpp), and the first step that keeps them.
 struct Below {
     int64_t count;

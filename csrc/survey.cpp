@@ -150,6 +150,21 @@ Between between(const float* values, int64_t n, float low, float high, float* ou
     return found;
 }
 
+int64_t count_at_least(const float* values, int64_t length, float least) {
+    int32_t n = 0;
+    for (int64_t i = 0; i < length; ++i) n += values[i] >= least ? 1 : 0;
+    return n;
+}
+
+int64_t squared_differences(const float* values, int64_t rows, int64_t length, float least) {
+    int64_t sum = 0;
+    for (int64_t row = 0; row + 1 < rows; row += 2, values += 2 * length) {
+        const int64_t apart = count_at_least(values, length, least) - count_at_least(values + length, length, least);
+        sum += apart * apart;
+    }
+    return sum;
+}
+
 void histogram(const SurveyArgs& args, int64_t prefix, int64_t* counts, int64_t* lows, SurveyStats& stats) {
     const float threshold = args.expert.threshold;
     const bool of_edits = args.score == Score::edit;
@@ -214,7 +229,7 @@ void row_column_sums(const Curvature& v, int64_t rows, int64_t columns, double* 
 
 }  // namespace
 
-const Kernels kernels = {merge, histogram, edits, scores, run_scores, between, power_sum, row_column_sums};
+const Kernels kernels = {merge, histogram, edits, scores, run_scores, between, squared_differences, power_sum, row_column_sums};
 
 }  // namespace OTA_ISA
 }  // namespace ota

@@ -1,6 +1,6 @@
 """A sample's scores by rank, in a third of the time of sorting all: a bracket reaches a few percent of them.
 
-every 17th score --sorted--> two scores around the wanted rank --one pass--> those between, sorted
+every 33rd score --sorted--> two scores around the wanted rank --one pass--> those between, sorted
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from . import resident
 from .backends import native
 from .resident import Array
 
-_EVERY = 17  # no multiple of a row's repeats
+_EVERY = 33  # no multiple of a row's repeats
 _FEW = 1 << 12  # scores that are sorted at once
 # Scores to either side that are sorted, in square roots of the number of all: a bracket of independent scores
-# reaches 2, and every 17th of them errs by 7. A rank beyond takes time, no more.
+# reaches 2, and every 33rd of them errs by 10. A rank beyond takes time, no more.
 _REACH = 16
 
 

@@ -152,9 +152,9 @@ def squared_differences_of_counts(values: Array, least: Array) -> Array:
     """The same of how many values (float32[rows, n]) of each row are at least as large."""
     if is_resident(values):
         return squared_differences((values >= least).sum(dim=1))
-    from . import _native
+    from .backends import native
 
-    return np.float64(_native.squared_differences(values.reshape(-1), len(values), float(least)))
+    return np.float64(native.squared_differences(values, float(least)))
 
 
 def sorted_at(values: Array, positions: Sequence[int]) -> Array:

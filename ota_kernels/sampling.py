@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 RUN = 16  # elements of a run: one cache line of float32
 RUNS = 16  # of a window
 CLUSTER = RUN * RUNS  # elements of a window's runs
-_BATCH = 1 << 17  # elements that are gathered and scored by one task
+_BATCH = 1 << 17  # elements that are scored by one task
+_PART = 1 << 14  # of a large sample, which all workers share
 # Elements between runs up to which mapping all pages and letting them go is faster than a read of each run.
 _NEAR = 4096
 _PROBES = 64  # pages that tell whether files are cached
@@ -131,7 +132,7 @@ def sample(
     cuts = np.diff(index) != 0
     cuts |= np.array(goes, bool)[index[1:]] & (np.diff(starts[:, 0] // CHUNK) != 0)
     begins = [0, *(np.flatnonzero(cuts) + 1).tolist(), len(index)]
-    most = (_BATCH // 8 if reads else _BATCH) // (runs * RUN)
+    most = (_BATCH if release is None else _PART) // (runs * RUN)
     for _ in run(of_batch, _batches(begins, most)):
         pass
     return [of_expert.reshape(-1, runs * RUN) for of_expert in scores]

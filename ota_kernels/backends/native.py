@@ -251,6 +251,12 @@ def between(values: np.ndarray, low: float, high: float) -> tuple[np.ndarray, in
     return room[:inside], above
 
 
+def squared_differences(values: np.ndarray, least: float) -> int:
+    """How many of each row of values (float32[rows, n]) are at least `least`: the sum over pairs of
+    neighbouring rows of the squared difference. An odd last row is left out."""
+    return _extension().squared_differences(values.reshape(-1), len(values), least, instruction_set())
+
+
 def gather_runs(buffer: Buffer, starts: np.ndarray, length: int) -> Buffer:
     """Runs of `length` neighbouring elements that begin at `starts` (int64[m]), one after the other."""
     size = buffer.dtype.itemsize
