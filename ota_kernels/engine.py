@@ -198,10 +198,9 @@ class Engine:
         if isinstance(result, Part) and not self._survey.model_scope:
             group = self._new_group(segment.index)
             group.parts.append(result)
-            thresholds = group.thresholds(map)
-            if thresholds is None:
-                closed = close(terms, self._survey.exact_thresholds(tensor, terms, map))
-                room, result = self._run_kernel(segment, tensor, closed)
+            thresholds, missed = self._exact_thresholds(group, tensor, map)
+            if missed:
+                room, result = self._run_kernel(segment, tensor, close(terms, thresholds))
                 result[1].repeats = 1
             else:
                 positions, merged, tally = self._settle(group, result, thresholds)
@@ -287,24 +286,28 @@ class Engine:
     def _finish(self, key: int | None) -> Iterator[Event]:
         """All parts of a group are merged: decide, and patch their candidates or merge them again."""
         group = self._groups.pop(key)
-        thresholds = group.thresholds(self._pool.run)
-        if thresholds is not None:
-            yield Decided(key, thresholds)
+        tensor = None if key is None else group.parts[0].tensor
+        thresholds, missed = self._exact_thresholds(group, tensor, self._pool.run)
+        self._decided[key] = thresholds
+        yield Decided(key, thresholds, missed)
+        if missed:
+            yield from map(Merged, self._merge(sorted(p.segment for p in group.parts)))
+        else:
             patched = self._pool.run(lambda part: self._patch(group, part, thresholds), group.parts)
             yield from map(Merged, _in_batches(patched))
-        else:
-            yield from self._repeat(key, group)
         for part in group.parts:
             self._store.drop(part.held)
 
-    def _repeat(self, key: int | None, group: Group) -> Iterator[Event]:
-        part = group.parts[0]
-        tensor = None if key is None else part.tensor
-        thresholds = self._survey.exact_thresholds(tensor, part.terms, self._pool.run)
-        self._decided[key] = thresholds
-        yield Decided(key, thresholds, repeat=True)
-        for done in self._merge(sorted(p.segment for p in group.parts)):
-            yield Merged(done)
+    def _exact_thresholds(
+        self, group: Group, tensor: TensorInputs | None, run: Map
+    ) -> tuple[list[float | None], bool]:
+        """The thresholds of a group, of one tensor or of all (None); and whether one lay outside its bracket,
+        so that passes over the tensors had to find it, and they must be merged again."""
+        thresholds, missed = group.thresholds(run)
+        if not missed:
+            return thresholds, False
+        exact = self._survey.exact_thresholds(tensor, group.parts[0].terms, missed, run)
+        return [x if e is None else e for x, e in zip(thresholds, exact, strict=True)], True
 
     def _settle(self, group: Group, part: Part, thresholds) -> tuple[Array, Array, Tally]:
         terms = close(part.terms, thresholds)

@@ -69,19 +69,18 @@ class Group:
         """Elements of all parts."""
         return sum(p.segment.stop - p.segment.start for p in self.parts)
 
-    def thresholds(self, run: Map) -> list[float | None] | None:
-        """The exact score threshold of each expert that has a bracket; None if one is outside its bracket."""
+    def thresholds(self, run: Map) -> tuple[list[float | None], list[int]]:
+        """The exact score threshold of each expert that has a bracket (None for the others), and the experts
+        whose threshold is outside of theirs (None, too)."""
         terms = self.parts[0].terms.experts
         wanted = [t for t, e in enumerate(terms) if is_open(e)]
         # One expert a task: each goes through the candidates on its own.
         answers = dict(zip(wanted, run(lambda t: self._threshold(t, terms[t]), wanted), strict=True))
-        if any(x is None for x in answers.values()):
-            return None
-        listed = {t: x for t, x in answers.items() if not isinstance(x, float)}
+        listed = {t: x for t, x in answers.items() if x is not None and not isinstance(x, float)}
         if listed:
             bits = resident.numbers(*listed.values())
             answers |= {t: score_of_bits(int(b)) for t, b in zip(listed, bits, strict=True)}
-        return [answers.get(t) for t in range(len(terms))]
+        return [answers.get(t) for t in range(len(terms))], [t for t in wanted if answers[t] is None]
 
     def settle(self, part: Part, terms: Terms) -> tuple[Array, Array, Tally]:
         """A part's candidates with the exact thresholds of `terms`: (positions of those that change, their

@@ -24,7 +24,6 @@ from .factors import CHUNK, Map, low_rank, rank1
 from .formula import (
     ExpertTerms,
     Terms,
-    is_open,
     saliency_of_score,
     scale_weights,
     score_of_saliency,
@@ -193,13 +192,14 @@ class Survey:
         for t, digit in digits.items():
             thresholds[t] = decide.second_digit(self.selections[t], digit, histograms[t][0])
 
-    def exact_thresholds(self, tensor: TensorInputs | None, terms: Terms, run: Map) -> list[float | None]:
-        """The thresholds of the experts whose bracket missed or may have (terms), by passes over one tensor,
-        or over all of them (None)."""
-        experts = [t for t, e in enumerate(terms.experts) if is_open(e)]
+    def exact_thresholds(
+        self, tensor: TensorInputs | None, terms: Terms, experts: Sequence[int], run: Map
+    ) -> list[float | None]:
+        """The thresholds of experts whose bracket missed (None for the others), by passes over one tensor, or
+        over all of them (None). terms: the tensor's."""
         found: list[float | None] = [None] * len(self.models)
         if tensor is None:
-            self._histogram_thresholds(experts, found, run)
+            self._histogram_thresholds(list(experts), found, run)
         else:
             for t in experts:
                 found[t] = self._select(tensor, t, terms.experts[t], self.selections[t], False, run)

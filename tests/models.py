@@ -182,12 +182,11 @@ def close_group(
         part = Part.of(segment, tensors[i], terms_of[i], stats, Tally.of(stats, []))
         part.held = store.put(part.held.memory.copy())
         group.parts.append(part)
-    thresholds = group.thresholds(map)
-    if thresholds is None:
-        whole = None if survey.model_scope else tensors[waiting[0]]
-        thresholds = survey.exact_thresholds(whole, terms_of[waiting[0]], map)
+    thresholds, missed = group.thresholds(map)
+    whole = None if survey.model_scope else tensors[waiting[0]]
+    exact = survey.exact_thresholds(whole, terms_of[waiting[0]], missed, map)
     for i in waiting:
-        terms_of[i] = close(terms_of[i], thresholds)
+        terms_of[i] = close(close(terms_of[i], thresholds), exact)
 
 
 def merge_one(

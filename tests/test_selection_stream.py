@@ -310,9 +310,11 @@ def test_a_bracket_that_misses_costs_time_only(monkeypatch, backend, bad, scope,
 
 
 @pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("missed", [(0, 1, 2), (1,), (0, 2)], ids=str)
 @pytest.mark.parametrize("bad", BAD_BRACKETS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("backend", ["native", "reference"])
-def test_a_bracket_that_misses_changes_no_dictionary(monkeypatch, backend, bad, scope):
+def test_a_bracket_that_misses_changes_no_dictionary(monkeypatch, backend, bad, missed, scope):
+    densities = [0.3, 0.1, 0.6]
     models = scenario("normal")
     base = {f"t{i}": m.base for i, m in enumerate(models)}
     experts = [{f"t{i}": m.experts[t] for i, m in enumerate(models)} for t in range(3)]
@@ -331,20 +333,23 @@ def test_a_bracket_that_misses_changes_no_dictionary(monkeypatch, backend, bad, 
             base,
             experts,
             curvatures,
-            density=[0.3, 0.1, 0.6],
+            density=densities,
             density_scope=scope,
             backend=backend,
             threads=2,
         )
         return {name: tensor.numpy().tobytes() for name, tensor in found.items()}
 
+    def sometimes_bad(selection, scores):
+        return (bad if densities.index(selection.value) in missed else bracket_of)(selection, scores)
+
     expected = merged()
     assert not decided
-    monkeypatch.setattr("ota_kernels.survey.bracket_of", bad)
+    monkeypatch.setattr("ota_kernels.survey.bracket_of", sometimes_bad)
     assert merged() == expected
     scores = [np.concatenate(scores_of("normal", t)[: None if scope == "model" else 1]) for t in range(3)]
-    pairs = zip(scores, (0.3, 0.1, 0.6), strict=True)
-    assert decided == [[exact_threshold(s, {"density": density}) for s, density in pairs]]
+    exact = [exact_threshold(s, {"density": x}) for s, x in zip(scores, densities, strict=True)]
+    assert decided == [[x if t in missed else None for t, x in enumerate(exact)]]
 
 
 def spoil(experts: Experts, seed: int) -> Experts:

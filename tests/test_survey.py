@@ -125,7 +125,7 @@ def test_histograms_candidates_and_direct_selection_agree(backend, large, parame
     if "ties_density" not in parameters:
         whole = None if scope == "model" else tensor
         assert is_open(terms.experts[0])
-        assert expert.threshold == survey.exact_thresholds(whole, terms, map)[0]
+        assert expert.threshold == survey.exact_thresholds(whole, terms, [0], map)[0]
     scores, _ = backend.scores(tensor, 0, expert)
     selection = decide.selection_of(recipe.models[0].parameters)
     assert expert.threshold == decide.threshold_of_scores(selection, scores)
