@@ -404,7 +404,8 @@ class Survey:
             read = self.backend.edits if of_edits else self.backend.scores
             values, bad = read(tensor, t, terms)
             self.check(tensor, 0, bad)
-            return decide.threshold_of_scores(selection, np.abs(resident.host(values)))
+            values = resident.host(values)
+            return decide.threshold_of_scores(selection, np.abs(values) if of_edits else values)
 
         def histogram(prefix: int) -> tuple[np.ndarray, np.ndarray]:
             def of_chunk(tile: TensorInputs, start: int) -> tuple[np.ndarray, np.ndarray]:
