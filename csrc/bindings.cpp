@@ -282,16 +282,17 @@ std::vector<Count> per_element(const std::optional<Bytes>& base, int base_code, 
 }
 
 // The scores of experts at runs of `length` of the tile's n elements: one array per expert. places: (fd, offset) of
-// the base, then of each expert's weights and curvature; none: all are read in memory. False where a file ends too
-// early.
-bool run_scores(const std::optional<Bytes>& base, int base_code, const nb::list& experts, int64_t n, const Ints& starts,
+// the base, then of each expert's weights and curvature; none: all are read in memory. -1, or which of them is in a
+// file that ends too early.
+int run_scores(const std::optional<Bytes>& base, int base_code, const nb::list& experts, int64_t n, const Ints& starts,
                 int length, const nb::list& outs, const std::optional<nb::list>& places, int together,
                 const std::string& isa) {
     const size_t n_experts = nb::len(experts);
     ota::RunArgs args;
     args.starts = starts.data(), args.count = static_cast<int64_t>(starts.size());
     args.length = length, args.together = together, args.n_experts = static_cast<int>(n_experts);
-    require(length > 0 && together > 0 && int64_t{length} * together <= 1024, "runs of 1 to 1024 elements");  // a block
+    require(length > 0 && together > 0 && int64_t{length} * together <= 1024,  // a block
+            "runs of 1 to 1024 elements together");
     require(args.count % together == 0, "whole clusters of runs");
     require(n_experts > 0 && n_experts <= ota::kMaxExperts && nb::len(outs) == n_experts, "one array for each expert");
     std::vector<ota::SurveyArgs> of_experts;
@@ -300,7 +301,7 @@ bool run_scores(const std::optional<Bytes>& base, int base_code, const nb::list&
         of_experts.push_back(survey_args(base, base_code, nb::cast<nb::tuple>(spec), n));
     args.of_experts = of_experts.data();
     for (const nb::handle one : outs) {
-        const auto scores = nb::cast<OutFloats>(one);
+        const auto scores = nb::cast<OutFloats>(one, false);  // no copy: it would be lost
         require(static_cast<int64_t>(scores.size()) == args.count * length, "room for the scores, no more");
         out.push_back(scores.data());
     }

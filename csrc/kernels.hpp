@@ -138,8 +138,8 @@ struct SurveyArgs {
     Score score = Score::saliency;  // edit: |d| where the saliency reaches the threshold, else excluded
 };
 
-// Runs of `length` <= 1024 neighbouring elements that begin at `starts`, of some experts' inputs (one base). Inputs
-// that have a place in a file are read there, `together` runs with one read; others where they are in memory.
+// Runs of `length` neighbouring elements that begin at `starts`, of some experts' inputs (one base). Inputs that have
+// a place in a file are read there, `together` runs, of 1024 elements at most, with one read; others in memory.
 struct RunArgs {
     const SurveyArgs* of_experts = nullptr;
     int n_experts = 0;
@@ -166,8 +166,9 @@ struct Kernels {
     void (*histogram)(const SurveyArgs&, int64_t prefix, int64_t* counts, int64_t* lows, SurveyStats&);
     void (*edits)(const SurveyArgs&, float* out, SurveyStats&);
     void (*scores)(const SurveyArgs&, float* out, SurveyStats&);
-    // The scores of each expert at the runs, to out[t][run, element]. False where a file ends too early.
-    bool (*run_scores)(const RunArgs&, float* const* out);
+    // The scores of each expert t at the runs, to out[t][run, element]. -1, or whose file ends too early: 0 the base's,
+    // 1 + 2 t the weights', 2 + 2 t the curvature's.
+    int (*run_scores)(const RunArgs&, float* const* out);
     // Values from low to below high, one after the other; out has room for all of them and a vector more.
     Between (*between)(const float* values, int64_t n, float low, float high, float* out);
     // Of rows of values: how many are at least `least`; the sum over pairs of neighbouring rows of the squared

@@ -105,20 +105,20 @@ bool gather(const RunArgs& args, Curvature& c, const FilePlace& file, int64_t fi
     return true;
 }
 
-bool run_scores(const RunArgs& args, float* const* out) {
+int run_scores(const RunArgs& args, float* const* out) {
     constexpr int kRoom = kBlock * sizeof(double);
     alignas(64) uint8_t base_room[kRoom], weight_room[kRoom], curvature_room[kRoom];
     const int64_t most = kBlock / args.length / args.together * args.together;
     for (int64_t first = 0; first < args.count; first += most) {
         const int64_t n = args.count - first < most ? args.count - first : most;
-        SurveyArgs of_base = args.of_experts[0];
-        if (of_base.has_base && !gather(args, of_base.base, args.base, first, n, base_room)) return false;
+        Operand base = args.of_experts[0].base;
+        if (args.of_experts[0].has_base && !gather(args, base, args.base, first, n, base_room)) return 0;
         for (int t = 0; t < args.n_experts; ++t) {
             SurveyArgs piece = args.of_experts[t];
             piece.n = n * args.length;
-            piece.base = of_base.base;
-            if (!gather(args, piece.expert.weights, args.weights[t], first, n, weight_room)) return false;
-            if (!gather(args, piece.expert.curvature, args.curvature[t], first, n, curvature_room)) return false;
+            piece.base = base;
+            if (!gather(args, piece.expert.weights, args.weights[t], first, n, weight_room)) return 1 + 2 * t;
+            if (!gather(args, piece.expert.curvature, args.curvature[t], first, n, curvature_room)) return 2 + 2 * t;
             SurveyStats unused;
             float* scores = out[t] + first * args.length;
             for_scores(piece, unused, [&](int64_t offset, int m, const float*, const float* s) {
@@ -126,7 +126,7 @@ bool run_scores(const RunArgs& args, float* const* out) {
             });
         }
     }
-    return true;
+    return -1;
 }
 
 Between between(const float* values, int64_t n, float low, float high, float* out) {
@@ -229,7 +229,8 @@ void row_column_sums(const Curvature& v, int64_t rows, int64_t columns, double* 
 
 }  // namespace
 
-const Kernels kernels = {merge, histogram, edits, scores, run_scores, between, squared_differences, power_sum, row_column_sums};
+const Kernels kernels = {merge,   histogram,           edits,     scores,         run_scores,
+                         between, squared_differences, power_sum, row_column_sums};
 
 }  // namespace OTA_ISA
 }  // namespace ota

@@ -3,9 +3,10 @@ Those on a device stay there: what holds the tensors has room for a few of their
 
 from __future__ import annotations
 
+import itertools
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,20 @@ class Held:
     def nbytes(self, tensor: TensorInputs) -> int:
         """Bytes that they take; tensor: the one (or the tile) they are elements of."""
         return sum(self.sizes(tensor))
+
+    def owned(self) -> Held:
+        """The same in one piece of memory of their own."""
+        data = np.concatenate([np.empty(0, np.uint8), *_arrays(self.memory)])
+        return replace(self, memory=self.unpacked(data, self.memory.operands))
+
+    def unpacked(self, data: np.ndarray, tensor: TensorInputs) -> Candidates:
+        """Candidates from their arrays one after the other; tensor: as for `nbytes`."""
+        bounds = itertools.pairwise(itertools.accumulate(self.sizes(tensor), initial=0))
+        parts = iter([data[begin:end] for begin, end in bounds])
+        columns = [next(parts) for _ in Candidates.columns(tensor)]
+        steps = [next(parts) for _ in self.steps]
+        alternatives = map(Alternatives.of, zip(*[parts] * _LISTS, strict=True))
+        return Candidates.of(tensor, columns, steps, alternatives)
 
     def sizes(self, tensor: TensorInputs) -> list[int]:
         """Bytes of each array, in the order of `_arrays`."""
@@ -109,12 +124,7 @@ class Store:
         cannot be read."""
         if held.memory is not None:
             return held.memory
-        sizes = held.sizes(tensor)
-        parts = np.split(self._read(held.offset, sum(sizes)), np.cumsum(sizes[:-1]))
-        columns, experts = len(Candidates.columns(tensor)), len(held.steps)
-        steps, rest = parts[columns : columns + experts], iter(parts[columns + experts :])
-        alternatives = map(Alternatives.of, zip(*[rest] * _LISTS, strict=True))
-        return Candidates.of(tensor, parts[:columns], steps, alternatives)
+        return held.unpacked(self._read(held.offset, held.nbytes(tensor)), tensor)
 
     def steps(self, held: Held, tensor: TensorInputs, t: int) -> list[Array]:
         """The steps of expert t, integers of 32 bits; without reading the candidates."""

@@ -151,7 +151,8 @@ def second_digit(selection: Selection, digit: Digit, counts: np.ndarray) -> floa
 
 
 def threshold_of_scores(selection: Selection, scores: np.ndarray) -> float:
-    """The same threshold from the scores themselves (float32, non-negative, one tensor's)."""
+    """The same threshold from the scores themselves (float32, not below 0, one tensor's; a zero may have a
+    sign)."""
     if selection.rule == "density":
         k = count_of_density(selection.value, scores.size)
         if k == 0:

@@ -106,7 +106,7 @@ def _in_batches(results: Iterable[Result]) -> Iterator[list[Result]]:
 def _owned(result: tuple[Segment, Tally] | Part) -> tuple[Segment, Tally] | Part:
     """Candidates on the host are views until the thread's next tile."""
     if isinstance(result, Part) and not result.held.is_resident:
-        result.held = Held.of(result.held.memory.copy())
+        result.held = result.held.owned()
     return result
 
 
@@ -288,9 +288,9 @@ class Engine:
         group = self._groups.pop(key)
         tensor = None if key is None else group.parts[0].tensor
         thresholds, missed = self._exact_thresholds(group, tensor, self._pool.run)
-        self._decided[key] = thresholds
         yield Decided(key, thresholds, missed)
         if missed:
+            self._decided[key] = thresholds
             yield from map(Merged, self._merge(sorted(p.segment for p in group.parts)))
         else:
             patched = self._pool.run(lambda part: self._patch(group, part, thresholds), group.parts)

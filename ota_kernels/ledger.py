@@ -11,7 +11,7 @@ from .survey import ModelDecisions
 from .tally import Tally
 from .tiling import Segment
 
-FORMAT = 4  # of the records, and of the file of candidates
+FORMAT = 5  # of the records, of the file of candidates, and of which runs are sampled
 
 
 def record_of(event: Event) -> dict | None:

@@ -26,9 +26,7 @@ class Ranks:
 
     def __init__(self, scores: Array, near: float) -> None:
         self._scores = scores.reshape(-1)
-        if resident.is_resident(scores):
-            self._middle, self._above = self._everything, 0
-        else:
+        if not resident.is_resident(scores):
             self._middle, self._above = _around(self._scores, len(self._scores) - 1 - near)
 
     @functools.cached_property

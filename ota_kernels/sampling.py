@@ -153,10 +153,11 @@ def _score_runs(
         tile = _gathered(tensor, starts)
         for out, (t, terms) in zip(outs, experts, strict=True):
             out[:] = native.scores(tile, t, terms)[0]
-    elif files is None:
-        native.run_scores(tensor, experts, starts, RUN, outs)
-    elif not native.run_scores(tensor, experts, starts, RUN, outs, files.descriptor, together):
-        raise InputError(f"{tensor.experts[0].origin}: changed while in use: it is shorter than before")
+        return
+    descriptor = None if files is None else files.descriptor
+    cut = native.run_scores(tensor, experts, starts, RUN, outs, descriptor, together)
+    if cut is not None:
+        raise InputError(f"{cut.origin}: changed while in use: it is shorter than before")
 
 
 def _batches(begins: Sequence[int], most: int) -> Iterator[list[tuple[int, int]]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -70,13 +70,6 @@ class Curvature:
         """A copy of the elements at `positions` (int64[m]), each a value."""
         raise NotImplementedError
 
-    def mapped(self, change: Change) -> Curvature:
-        """The same curvature with other buffers of the same elements."""
-        return self
-
-
-Change = Callable[[Buffer], Buffer]
-
 
 @dataclass(frozen=True, slots=True)
 class Uniform(Curvature):
@@ -109,9 +102,6 @@ class Full(Curvature):
 
     def gather(self, positions: Array) -> Full:
         return Full(self.values.gather(positions), self.bias_correction)
-
-    def mapped(self, change: Change) -> Full:
-        return Full(change(self.values), self.bias_correction)
 
     def float32(self) -> Array:
         """The values, float32[n]."""
@@ -151,9 +141,6 @@ class Log8(Curvature):
         return _full(
             self._decoded(self.codes.gather(positions), positions), self.bias_correction, self.origin
         )
-
-    def mapped(self, change: Change) -> Log8:
-        return replace(self, codes=change(self.codes))
 
     def float32(self) -> np.ndarray:
         """The values, float32[n]."""
@@ -279,19 +266,6 @@ class TensorInputs:
             base=None if self.base is None else self.base.gather(positions),
             experts=tuple(e.gather(positions) for e in self.experts),
             curvatures=tuple(c.gather(positions) for c in self.curvatures),
-        )
-
-    def copy(self) -> TensorInputs:
-        """The same elements in memory of their own on the host; factors are shared."""
-
-        def own(buffer: Buffer) -> Buffer:
-            return Buffer(buffer.data.copy(), buffer.dtype, buffer.origin)
-
-        return replace(
-            self,
-            base=None if self.base is None else own(self.base),
-            experts=tuple(map(own, self.experts)),
-            curvatures=tuple(c.mapped(own) for c in self.curvatures),
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 
@@ -19,7 +19,7 @@ from ota_kernels.recipe import Recipe, parse_recipe
 from ota_kernels.roles import role_of
 from ota_kernels.survey import Survey
 from ota_kernels.tally import Tally
-from ota_kernels.tensors import Buffer, Full, TensorInputs, Uniform
+from ota_kernels.tensors import Buffer, Curvature, Full, Log8, TensorInputs, Uniform
 from ota_kernels.tiling import Segment
 
 INPUT_DTYPES = ("float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "float8_e5m2")
@@ -180,7 +180,7 @@ def close_group(
         _, stats = merge_tile(tensors[i], terms_of[i], backend)
         segment = Segment(i, 0, tensors[i].numel)
         part = Part.of(segment, tensors[i], terms_of[i], stats, Tally.of(stats, []))
-        part.held = store.put(part.held.memory.copy())
+        part.held = store.put(part.held.owned().memory)
         group.parts.append(part)
     thresholds, missed = group.thresholds(map)
     whole = None if survey.model_scope else tensors[waiting[0]]
@@ -194,6 +194,22 @@ def merge_one(
 ) -> Outcome:
     """`merge_model` of one tensor and one output type."""
     return merge_model(recipe, [experts.inputs(out_dtype, name)], backend)[name][0]
+
+
+def with_buffers(tile: TensorInputs, change: Callable[[Buffer], Buffer]) -> TensorInputs:
+    """The same tile with other buffers of the same elements; factors are shared."""
+
+    def curvature(c: Curvature) -> Curvature:
+        if isinstance(c, Full):
+            return replace(c, values=change(c.values))
+        return replace(c, codes=change(c.codes)) if isinstance(c, Log8) else c
+
+    return replace(
+        tile,
+        base=None if tile.base is None else change(tile.base),
+        experts=tuple(map(change, tile.experts)),
+        curvatures=tuple(map(curvature, tile.curvatures)),
+    )
 
 
 def merge_tile(tile: TensorInputs, terms: Terms, backend: ModuleType) -> tuple[np.ndarray, MergeStats]:

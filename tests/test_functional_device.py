@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import reference64
 import torch
-from models import Experts, random_experts
+from models import Experts, random_experts, with_buffers
 from streams import Streamed, inputs_of, recipe_of, stream
 from test_topk import CASES, DTYPES, assert_grafted, ranks, sorted_answers
 from tolerances import assert_close
@@ -94,12 +94,7 @@ def moved(tensor: TensorInputs) -> TensorInputs:
     def buffer(given: Buffer) -> Buffer:
         return replace(given, data=torch.from_numpy(given.data.copy()).to(device()))
 
-    return replace(
-        tensor,
-        base=None if tensor.base is None else buffer(tensor.base),
-        experts=tuple(map(buffer, tensor.experts)),
-        curvatures=tuple(c.mapped(buffer) for c in tensor.curvatures),
-    )
+    return with_buffers(tensor, buffer)
 
 
 def stream_on_device(recipe, tensors, tile: int = resident.TILE) -> Streamed:

@@ -205,7 +205,7 @@ def test_runs_are_read_from_files_alike(tmp_path, form, together):
     terms, found = ExpertTerms(score_scale=1.0), np.empty(2 * RUNS * RUN, np.float32)
     with Files() if together else contextlib.nullcontext() as files:
         places = (files.descriptor, together) if together else ()
-        assert native.run_scores(tensor, [(0, terms)], starts, RUN, [found], *places)
+        assert native.run_scores(tensor, [(0, terms)], starts, RUN, [found], *places) is None
     positions = (starts[:, None] + np.arange(RUN)).reshape(-1)
     np.testing.assert_array_equal(found, read(c, 2000, native)[positions])
     assert tensor.gather(positions).curvatures[0].bias_correction == 0.5
@@ -218,8 +218,8 @@ def test_runs_of_a_file_that_was_cut_are_not_scored(tmp_path):
     c = replace(c, codes=replace(c.codes, origin=str(path), offset=0))
     found = [np.empty(2 * RUN, np.float32)]
     with Files() as files:
-        for last, whole in ((2000 - RUN - 1, True), (2000 - RUN, False)):
+        for last, cut in ((2000 - RUN - 1, None), (2000 - RUN, c.codes)):
             for together in (1, 2):
                 starts = np.array([1900, last])
                 given = tile_of(c, 2000), [(0, ExpertTerms())], starts, RUN, found, files.descriptor, together
-                assert native.run_scores(*given) is whole
+                assert native.run_scores(*given) is cut

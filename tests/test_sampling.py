@@ -15,6 +15,7 @@ from ota_kernels.backends import native
 from ota_kernels.bracket import bracket_of
 from ota_kernels.decide import Selection
 from ota_kernels.dtypes import BY_NAME
+from ota_kernels.errors import InputError
 from ota_kernels.formula import ExpertTerms, score_bits, score_of_bits
 from ota_kernels.io.reader import Checkpoint, MappedFile
 from ota_kernels.sampling import RUN, RUNS, Files, sample
@@ -101,6 +102,41 @@ def test_runs_of_one_matrix_are_pairs_in_its_rows(tensors, shape, windows, runs)
         rows = found[:, 0] // shape[-1]
         assert np.array_equal(rows[::2], rows[1::2])
         assert np.array_equal(np.unique(rows), np.arange(numel // shape[-1]))
+
+
+@pytest.mark.parametrize(("shape", "aligned"), [((300, 64), True), ((2, 1000, 16), True), ((300, 70), False)])
+def test_runs_fill_cache_lines_where_rows_do(shape, aligned):
+    tensor = TensorInputs("m", shape, BF16, None, (zeros(shape),), (Uniform(),))
+    (tensor,) = numbered([tensor])
+    (found,) = sample([tensor], 60, own_curvature, native, map)
+    assert np.all(found[:, 0] % RUN == 0) == aligned
+    assert len(np.unique(found[:, 0])) > 0.8 * len(found)
+    rows = found // shape[-1]
+    assert not aligned or np.array_equal(rows[:, 0], rows[:, -1])
+
+
+@pytest.mark.parametrize("spread", [True, False])
+@pytest.mark.parametrize("cut", [0, 1, 2, 3, 4])
+def test_an_input_that_was_cut_while_in_use_is_named(tmp_path, cut, spread, monkeypatch):
+    monkeypatch.setattr(sampling, "_NEAR", 0)
+    n = 40_000
+    paths = [tmp_path / f"{i}.safetensors" for i in range(5)]
+    for path in paths:
+        save_file({"w": torch.ones(n)}, path)
+    files = [MappedFile(path) for path in paths]
+    base, *experts = (file.buffer("w") for file in files[:3])
+    curvatures = tuple(Full(file.buffer("w")) for file in files[3:])
+    tensor = TensorInputs("w", (n,), BF16, base, tuple(experts), curvatures)
+    with paths[cut].open("r+b") as file:
+        file.truncate(paths[cut].stat().st_size // 2)
+    with pytest.raises(InputError, match=rf"/{cut}\.safetensors: changed while in use"):
+        sample([tensor], 60, own_curvature, native, map, lambda tile: None, spread)
+    for file in files:
+        file.close()
+
+
+def zeros(shape: tuple[int, ...]) -> Buffer:
+    return Buffer(np.zeros(2 * int(np.prod(shape)), np.uint8), BF16)
 
 
 def matrix_with_rows(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:

@@ -384,7 +384,8 @@ def candidates_of(tile: TensorInputs, backend, share: float = 0.5):
         lowest = max(float(scores[int(len(scores) * share)]), SMALLEST)
         experts.append(replace(e, threshold=lowest, span=score_bits(np.inf) - score_bits(lowest) + 1))
     out = np.empty(tile.numel * tile.out_dtype.itemsize, np.uint8)
-    return backend.merge(tile, Terms(Formula(), 1e-26, tuple(experts)), out).candidates.copy()
+    found = backend.merge(tile, Terms(Formula(), 1e-26, tuple(experts)), out).candidates
+    return Held.of(found).owned().memory
 
 
 def nbytes(candidates) -> int:
@@ -426,7 +427,7 @@ def test_scores_of_runs_are_those_of_their_elements(monkeypatch, isa, kind, dtyp
     for length, count in ((16, 100), (5, 3), (tile.numel, 1), (16, 0)):
         starts = np.random.default_rng(5).integers(0, tile.numel - length + 1, count)
         found = [np.empty(count * length, np.float32) for _ in experts]
-        assert native.run_scores(tile, experts, starts, length, found)
+        assert native.run_scores(tile, experts, starts, length, found) is None
         for scores, (t, terms) in zip(found, experts, strict=True):
             whole = native.scores(tile, t, terms)[0]
             np.testing.assert_array_equal(
@@ -440,6 +441,14 @@ def test_a_run_outside_is_refused(start):
         native.run_scores(
             tile_of("float32"), [(0, ExpertTerms())], np.array([0, start]), 16, [np.empty(32, np.float32)]
         )
+
+
+@pytest.mark.parametrize(
+    "out", [np.empty(32, np.float64), np.empty(64, np.float32)[::2]], ids=["type", "gaps"]
+)
+def test_scores_are_not_written_to_a_copy(out):
+    with pytest.raises(RuntimeError):
+        native.run_scores(tile_of("float32"), [(0, ExpertTerms())], np.array([0, 16]), 16, [out])
 
 
 class TestStore:

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import load_merged, make_set
-from models import decode, merge_tile, random_experts
+from models import decode, merge_tile, random_experts, with_buffers
 from test_triton import log8_of, terms_of
 from tolerances import assert_close
 
@@ -451,12 +451,7 @@ def resident(tile: TensorInputs, device: torch.device) -> TensorInputs:
     def moved(b: Buffer) -> Buffer:
         return replace(b, data=torch.from_numpy(b.data.copy()).to(device))
 
-    return replace(
-        tile,
-        base=None if tile.base is None else moved(tile.base),
-        experts=tuple(map(moved, tile.experts)),
-        curvatures=tuple(c.mapped(moved) for c in tile.curvatures),
-    )
+    return with_buffers(tile, moved)
 
 
 class TestResidentTilesOnTheDevice:
@@ -493,12 +488,7 @@ class TestResidentTilesOnTheDevice:
         devices = {x.device.type for x in (found.positions, *found.steps)}
         devices |= {b.data.device.type for b in found.operands.buffers}
         assert devices == {backend.device.type}
-        on_host = replace(
-            found.operands,
-            base=on_the_host(found.operands.base),
-            experts=tuple(map(on_the_host, found.operands.experts)),
-            curvatures=tuple(c.mapped(on_the_host) for c in found.operands.curvatures),
-        )
+        on_host = with_buffers(found.operands, on_the_host)
         host = Candidates(found.positions.cpu().numpy(), on_host, tuple(s.cpu().numpy() for s in found.steps))
         assert_same_stats(replace(stats, candidates=host), truth)
         final = np.ones(tile.numel, bool)

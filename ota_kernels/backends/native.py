@@ -226,22 +226,23 @@ def run_scores(
     outs: Sequence[np.ndarray],
     fd_of: Callable[[Buffer], int] | None = None,
     together: int = 1,
-) -> bool:
+) -> Buffer | None:
     """The scores of experts (number, terms) at runs of `length` neighbouring elements that begin at `starts`
     (int64[m]) into outs, float32[m * length] each; 0 where an input is not usable.
 
     fd_of: the open file of a buffer, whose pages are then not mapped, -1 for what is in memory; `together`
-    runs, at most 1024 elements, are read at once. False where a file ends too early.
+    runs, of 1024 elements at most, are read at once. Returns None, or a buffer whose file ends too early.
     """
     specs = [_expert(tensor, t, terms) for t, terms in experts]
+    inputs = [tensor.base]
+    for t, _ in experts:
+        inputs += [tensor.experts[t], next(iter(tensor.curvatures[t].buffers), None)]
     places = None
     if fd_of is not None:
-        inputs = [[tensor.base] if tensor.base is not None else []]
-        for t, _ in experts:
-            inputs += [[tensor.experts[t]], tensor.curvatures[t].buffers]
-        places = [(fd_of(buffers[0]), buffers[0].offset) if buffers else (-1, 0) for buffers in inputs]
+        places = [(-1, 0) if b is None else (fd_of(b), b.offset) for b in inputs]
     numel, isa = tensor.numel, instruction_set()
-    return _extension().run_scores(*_base(tensor), specs, numel, starts, length, outs, places, together, isa)
+    cut = _extension().run_scores(*_base(tensor), specs, numel, starts, length, outs, places, together, isa)
+    return None if cut < 0 else inputs[cut]
 
 
 def between(values: np.ndarray, low: float, high: float) -> tuple[np.ndarray, int]:

@@ -133,12 +133,6 @@ class Candidates(NamedTuple):
         listed = tuple(resident.elements(s, STEP_BYTES) for s in steps)
         return cls(resident.elements(index, _INDEX), operands, listed, tuple(alternatives))
 
-    def copy(self) -> Candidates:
-        """In memory of their own on the host."""
-        steps = tuple(s.copy() for s in self.steps)
-        alternatives = tuple(Alternatives(*(column.copy() for column in a)) for a in self.alternatives)
-        return Candidates(self.positions.copy(), self.operands.copy(), steps, alternatives)
-
 
 @dataclass(frozen=True, slots=True)
 class MergeStats:
