@@ -14,7 +14,7 @@ from . import resident
 from .backends import native
 from .resident import Array
 
-_EVERY = 33  # no multiple of a row's repeats
+_EVERY = 33  # odd: what repeats in rows or runs does so in powers of 2
 _FEW = 1 << 12  # scores that are sorted at once
 # Scores to either side that are sorted, in square roots of the number of all: a bracket of independent scores
 # reaches 2, and every 33rd of them errs by 10. A rank beyond takes time, no more.
