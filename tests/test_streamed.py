@@ -14,6 +14,7 @@ from models import random_experts, undecided
 from ota_kernels import log8
 from ota_kernels.backends import native, reference
 from ota_kernels.backends.stats import MergeStats
+from ota_kernels.candidates import Held
 from ota_kernels.dtypes import BY_NAME
 from ota_kernels.formula import ExpertTerms, Formula, Terms, score_bits, score_of_bits, score_scale
 from ota_kernels.tensors import Buffer, Log8, Rank1, TensorInputs
@@ -65,7 +66,7 @@ def merge(monkeypatch, isa: str, inputs: TensorInputs, terms: Terms) -> tuple[by
     out = np.zeros(inputs.numel * inputs.out_dtype.itemsize, np.uint8)
     stats = native.merge(inputs, terms, out)
     held = stats.candidates
-    return out.tobytes(), replace(stats, candidates=None if held is None else held.copy())
+    return out.tobytes(), replace(stats, candidates=None if held is None else Held.of(held).owned().memory)
 
 
 def assert_alike(monkeypatch, inputs: TensorInputs, terms: Terms) -> MergeStats:
