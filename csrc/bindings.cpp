@@ -283,7 +283,7 @@ std::vector<Count> per_element(const std::optional<Bytes>& base, int base_code, 
 
 // The scores of experts at runs of `length` of the tile's n elements: one array per expert. places: (fd, offset) of
 // the base, then of each expert's weights and curvature; none: all are read in memory. -1, or which of them is in a
-// file that ends too early.
+// file that could not be read.
 int run_scores(const std::optional<Bytes>& base, int base_code, const nb::list& experts, int64_t n, const Ints& starts,
                 int length, const nb::list& outs, const std::optional<nb::list>& places, int together,
                 const std::string& isa) {

@@ -166,8 +166,8 @@ struct Kernels {
     void (*histogram)(const SurveyArgs&, int64_t prefix, int64_t* counts, int64_t* lows, SurveyStats&);
     void (*edits)(const SurveyArgs&, float* out, SurveyStats&);
     void (*scores)(const SurveyArgs&, float* out, SurveyStats&);
-    // The scores of each expert t at the runs, to out[t][run, element]. -1, or whose file ends too early: 0 the base's,
-    // 1 + 2 t the weights', 2 + 2 t the curvature's.
+    // The scores of each expert t at the runs, to out[t][run, element]. -1, or whose file could not be read: 0 the
+    // base's, 1 + 2 t the weights', 2 + 2 t the curvature's.
     int (*run_scores)(const RunArgs&, float* const* out);
     // Values from low to below high, one after the other; out has room for all of them and a vector more.
     Between (*between)(const float* values, int64_t n, float low, float high, float* out);

@@ -70,7 +70,7 @@ void scores(const SurveyArgs& args, float* out, SurveyStats& stats) {
 }
 
 // The runs from number `first` on, `n` of them, of inputs of `size` bytes an element, one after the other. False
-// where their file ends too early.
+// where their file could not be read.
 bool gather(const RunArgs& args, const uint8_t* data, const FilePlace& file, int size, int64_t first, int64_t n,
             uint8_t* room) {
     const int64_t* starts = args.starts + first;

@@ -4,6 +4,7 @@
 
 #include <unistd.h>
 
+#include <cerrno>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -26,14 +27,20 @@ static inline Window window_of(const int64_t* starts, int64_t runs, int64_t leng
     return {first, last + length - first};
 }
 
-// Elements of `size` bytes from number `begin` on. False where the file ends too early.
+// Elements of `size` bytes from number `begin` on. False where the file ends too early or the disk fails.
 static inline bool read_elements(const FilePlace& file, int64_t size, const Window& window, uint8_t* out) {
-    const int64_t bytes = size * window.size;
-    return pread(file.fd, out, static_cast<size_t>(bytes), file.offset + size * window.begin) == bytes;
+    int64_t bytes = size * window.size, position = file.offset + size * window.begin;
+    while (bytes > 0) {  // file systems over a network may return less, and stop for a signal
+        const ssize_t read = pread(file.fd, out, static_cast<size_t>(bytes), position);
+        if (read < 0 && errno == EINTR) continue;
+        if (read <= 0) return false;
+        bytes -= read, position += read, out += read;
+    }
+    return true;
 }
 
-// `count` runs of `length` elements of `size` bytes, one after the other, `together` with one read. False where the
-// file ends too early.
+// `count` runs of `length` elements of `size` bytes, one after the other, `together` with one read. False as
+// above.
 static inline bool read_runs(const FilePlace& file, int64_t size, const int64_t* starts, int64_t count, int64_t length,
                              int64_t together, uint8_t* out) {
     const int64_t run_bytes = size * length;

@@ -21,8 +21,8 @@ from .resident import Array
 DEVIATIONS = 3.5
 # Beyond this share of undecided elements, two histogram passes are cheaper than candidates.
 _WORTH_IT = 1 / 4
-# Deviation between successive clusters of the share that is kept, as measured at densities around 0.3.
-_CLUSTER_DEVIATION = 0.05
+# Deviation between successive clusters of the share that is kept, in those of a single element. Measured.
+_CLUSTER_DEVIATION = 0.11
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +40,11 @@ def cluster_count(elements: int) -> int:
     return max(1, int(min(elements ** (2 / 3) / 80, max(1_400, elements / 1_200_000))))
 
 
-def bracket_share(elements: int) -> float:
+def bracket_share(selection: Selection, elements: int) -> float:
     """Estimate of the share of elements that a bracket holds."""
-    return min(1.0, 2 * DEVIATIONS * _CLUSTER_DEVIATION / math.sqrt(cluster_count(elements)))
+    kept = selection.value if selection.rule == "density" else 1 / 2
+    deviation = _CLUSTER_DEVIATION * math.sqrt(kept * (1 - kept))
+    return min(1.0, 2 * DEVIATIONS * deviation / math.sqrt(cluster_count(elements)))
 
 
 def bracket_of(selection: Selection, scores: Array) -> Bracket | None:
@@ -96,7 +98,7 @@ def _standard_error(selection: Selection, scores: Array, threshold: Array, total
         residuals = (worth * (scores >= threshold)).sum(axis=1) - selection.value * worth.sum(axis=1)
         squares = resident.squared_differences(residuals)
     else:
-        squares = resident.squared_differences_of_counts(scores, threshold)
+        squares = ranks.squared_differences(scores, threshold)
     # A few clusters tell little about their own deviation (Student's t).
     return (1 + 8 / clusters) * error_of_sum(squares, clusters)
 

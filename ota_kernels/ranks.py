@@ -57,6 +57,14 @@ def count_between(scores: Array, lowest: Array, highest: Array) -> Array:
     return resident.library(scores).count_nonzero((scores >= lowest) & (scores <= highest))
 
 
+def squared_differences(scores: Array, least: Array) -> Array:
+    """How many scores of each row (float32[rows, n]) are at least `least`: the sum of the squared differences
+    within pairs of rows, float64 of shape (). An odd last row is left out."""
+    if resident.is_resident(scores):
+        return resident.squared_differences((scores >= least).sum(dim=1))
+    return np.float64(native.squared_differences(scores, float(least)))
+
+
 def _around(scores: np.ndarray, position: float) -> tuple[np.ndarray, int]:
     """(Scores around a position of the ascending order, themselves ascending; how many are above them)."""
     if len(scores) <= _FEW:

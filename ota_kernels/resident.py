@@ -148,15 +148,6 @@ def squared_differences(values: Array) -> Array:
     return ((pairs[:, 0] - pairs[:, 1]) ** 2).sum()
 
 
-def squared_differences_of_counts(values: Array, least: Array) -> Array:
-    """The same of how many values (float32[rows, n]) of each row are at least as large."""
-    if is_resident(values):
-        return squared_differences((values >= least).sum(dim=1))
-    from .backends import native
-
-    return np.float64(native.squared_differences(values, float(least)))
-
-
 def sorted_at(values: Array, positions: Sequence[int]) -> Array:
     """values[n] in an order whose elements at `positions` are those of the ascending order."""
     return ascending(values) if is_resident(values) else np.partition(values, positions)

@@ -155,9 +155,13 @@ def _score_runs(
             out[:] = native.scores(tile, t, terms)[0]
         return
     descriptor = None if files is None else files.descriptor
-    cut = native.run_scores(tensor, experts, starts, RUN, outs, descriptor, together)
-    if cut is not None:
-        raise InputError(f"{cut.origin}: changed while in use: it is shorter than before")
+    failed = native.run_scores(tensor, experts, starts, RUN, outs, descriptor, together)
+    if failed is not None:
+        is_cut = os.fstat(files.descriptor(failed)).st_size < failed.offset + failed.data.size
+        raise InputError(
+            f"{failed.origin}: "
+            + ("changed while in use: it is shorter than before" if is_cut else "a read from its disk failed")
+        )
 
 
 def _batches(begins: Sequence[int], most: int) -> Iterator[list[tuple[int, int]]]:

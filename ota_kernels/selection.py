@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import resident
+from . import ranks, resident
 from .bracket import DEVIATIONS, cluster_count, error_of_sum
 from .errors import InputError, RecipeError
 from .factors import CHUNK
@@ -164,7 +164,7 @@ def _bracket(ascending: Array, sample: Array, position: int, n: int) -> _Bracket
 
 def _standard_error(sample: Array, threshold: Array) -> Array:
     """Of the count of sampled scores from the threshold up."""
-    return error_of_sum(resident.squared_differences_of_counts(sample, threshold), len(sample))
+    return error_of_sum(ranks.squared_differences(sample, threshold), len(sample))
 
 
 @dataclass(frozen=True, slots=True)

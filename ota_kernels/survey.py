@@ -104,9 +104,9 @@ class Survey:
         """Estimate of the undecided elements that are held at a time."""
         if not self.brackets:
             return 0
-        experts = sum(s.surveyed for s in self.selections)
-        sizes = [self.elements] if self.model_scope else [t.numel for t in self.tensors]
-        return max((int(experts * bracket_share(n) * n) for n in sizes if n), default=0)
+        open_ones = [s for s in self.selections if s.surveyed]
+        sizes = [self.elements] if self.model_scope else {t.numel for t in self.tensors}
+        return max((int(n * sum(bracket_share(s, n) for s in open_ones)) for n in sizes if n), default=0)
 
     @property
     def passes(self) -> int:

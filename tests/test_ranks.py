@@ -53,9 +53,9 @@ def test_differences_within_pairs_of_rows(rows, columns):
     values = np.random.default_rng(rows).random((rows, columns), np.float32)
     counts = np.count_nonzero(values >= 0.4, axis=1)[: rows // 2 * 2].reshape(-1, 2)
     expected = int(((counts[:, 0] - counts[:, 1]) ** 2).sum())
-    assert resident.squared_differences_of_counts(values, np.float32(0.4)) == expected
+    assert ranks.squared_differences(values, np.float32(0.4)) == expected
     assert resident.squared_differences(np.count_nonzero(values >= 0.4, axis=1)) == expected
-    assert resident.squared_differences_of_counts(torch.from_numpy(values), torch.tensor(0.4)) == expected
+    assert ranks.squared_differences(torch.from_numpy(values), torch.tensor(0.4)) == expected
 
 
 @pytest.mark.parametrize("isa", native.instruction_sets())

@@ -135,6 +135,20 @@ def test_an_input_that_was_cut_while_in_use_is_named(tmp_path, cut, spread, monk
         file.close()
 
 
+def test_a_read_that_fails_is_not_called_a_file_that_was_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr(sampling, "_NEAR", 0)
+    n, path = 40_000, tmp_path / "expert.safetensors"
+    save_file({"w": torch.ones(n)}, path)
+    with MappedFile(path) as file, path.open("r+b") as for_all, path.open("ab") as not_for_reading:
+        weights = file.buffer("w")
+        tensor = TensorInputs("w", (n,), BF16, None, (weights,), (Uniform(),))
+        monkeypatch.setattr(sampling.Files, "descriptor", lambda self, buffer: for_all.fileno())
+        assert sample([tensor], 60, own_curvature, native, map, lambda tile: None)[0].all()
+        monkeypatch.setattr(sampling.Files, "descriptor", lambda self, buffer: not_for_reading.fileno())
+        with pytest.raises(InputError, match=r"/expert\.safetensors: a read from its disk failed"):
+            sample([tensor], 60, own_curvature, native, map, lambda tile: None)
+
+
 def zeros(shape: tuple[int, ...]) -> Buffer:
     return Buffer(np.zeros(2 * int(np.prod(shape)), np.uint8), BF16)
 

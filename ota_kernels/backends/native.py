@@ -231,7 +231,7 @@ def run_scores(
     (int64[m]) into outs, float32[m * length] each; 0 where an input is not usable.
 
     fd_of: the open file of a buffer, whose pages are then not mapped, -1 for what is in memory; `together`
-    runs, of 1024 elements at most, are read at once. Returns None, or a buffer whose file ends too early.
+    runs, of 1024 elements at most, are read at once. Returns None, or a buffer whose file could not be read.
     """
     specs = [_expert(tensor, t, terms) for t, terms in experts]
     inputs = [tensor.base]
@@ -241,8 +241,8 @@ def run_scores(
     if fd_of is not None:
         places = [(-1, 0) if b is None else (fd_of(b), b.offset) for b in inputs]
     numel, isa = tensor.numel, instruction_set()
-    cut = _extension().run_scores(*_base(tensor), specs, numel, starts, length, outs, places, together, isa)
-    return None if cut < 0 else inputs[cut]
+    which = _extension().run_scores(*_base(tensor), specs, numel, starts, length, outs, places, together, isa)
+    return None if which < 0 else inputs[which]
 
 
 def between(values: np.ndarray, low: float, high: float) -> tuple[np.ndarray, int]:
