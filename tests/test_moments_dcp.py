@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from ota_kernels.errors import InputError
-from ota_kernels.moments.dcp import read_dcp, recognise_dcp
+from ota_kernels.moments.readers.dcp import read_dcp, recognise_dcp
 
 RANKS = 2
 STEPS = 3

@@ -23,10 +23,11 @@ from torch import nn
 from ota_kernels import InputError, OutputError, RecipeError
 from ota_kernels.cli import moments as command
 from ota_kernels.io.curvature import CurvatureFile
-from ota_kernels.moments import extract, formats
-from ota_kernels.moments import state as state_module
-from ota_kernels.moments.decay import decay_rules
-from ota_kernels.moments.matching import match_by_shape, match_in_order
+from ota_kernels.moments import extract
+from ota_kernels.moments.readers import formats
+from ota_kernels.moments.readers import state as state_module
+from ota_kernels.moments.readers.decay import decay_rules
+from ota_kernels.moments.readers.matching import match_by_shape, match_in_order
 from ota_kernels.moments.source import Moment, Piece, Source
 from ota_kernels.moments.writing import write_moments
 

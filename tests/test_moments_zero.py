@@ -22,8 +22,8 @@ import torch
 
 from ota_kernels.errors import InputError
 from ota_kernels.io.reader import Checkpoint
-from ota_kernels.moments import state
-from ota_kernels.moments.zero import (
+from ota_kernels.moments.readers import state
+from ota_kernels.moments.readers.zero import (
     read_universal,
     read_zero,
     recognise_universal,

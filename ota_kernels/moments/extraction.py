@@ -9,8 +9,8 @@ from pathlib import Path
 
 from ..io.new_file import check_new_file
 from ..io.reader import Checkpoint
-from . import formats
 from .checking import check_source
+from .readers import formats
 from .source import only
 from .writing import write_moments
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InputError
-from ..io import torchfile
-from ..io.header import quoted
-from ..io.pages import advise
-from ..tensors import Buffer
-from .source import Piece
+from ...errors import InputError
+from ...io import torchfile
+from ...io.header import quoted
+from ...io.pages import advise
+from ...tensors import Buffer
+from ..source import Piece
 
 # A piece is 16 MiB of float32; a multiple of every block size of 8-bit states.
 PIECE_ELEMENTS = 1 << 22

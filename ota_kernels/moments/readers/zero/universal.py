@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
-from ..io.reader import Checkpoint
-from . import zero_files
-from .source import Moment, Source
-from .state import State, as_number, pieces
-from .zero_files import LABEL, ModelStates, Shape, with_aliases
-from .zero_rank import beta2_of, check_param_groups, param_group
+from ....errors import InputError
+from ....io.reader import Checkpoint
+from ...source import Moment, Source
+from ..state import State, as_number, pieces
+from . import files
+from .files import LABEL, ModelStates, Shape, with_aliases
+from .rank import beta2_of, check_param_groups, param_group
 
 _MOMENT = "exp_avg_sq"
 _FOLDER = "zero"
@@ -33,14 +33,14 @@ def read_universal(path: Path, model: Checkpoint | None) -> Source:
     model: gives the shapes of parameters stored flat (from ZeRO-3) where the model's file was not kept.
     Raises InputError for files that are missing or damaged, and where sizes do not fit.
     """
-    folder = path if os.path.isdir(path / _FOLDER) else zero_files.latest_folder(path, _POINTER)
+    folder = path if os.path.isdir(path / _FOLDER) else files.latest_folder(path, _POINTER)
     parameters = folder / _FOLDER
     names = [
         name for name in sorted(os.listdir(parameters)) if os.path.isfile(_moment_file(parameters / name))
     ]
     if not names:
         raise InputError(f"{LABEL}: {parameters}: holds no folder of a parameter with a file {_MOMENT}.pt")
-    states = _NO_STATES if zero_files.model_file(folder) is None else zero_files.model_states(folder)
+    states = _NO_STATES if files.model_file(folder) is None else files.model_states(folder)
     if states.round_robin:
         raise InputError(
             f"{LABEL}: {folder}: DeepSpeed converts checkpoints of round_robin_gradients wrongly: "
@@ -72,7 +72,7 @@ class _Optimizer:
     def load(cls, path: Path, states: ModelStates) -> _Optimizer:
         """Raises InputError for a damaged file; one that is missing says nothing."""
         where = f"{LABEL}: {path}"
-        content = zero_files.load(path) if os.path.isfile(path) else {}
+        content = files.load(path) if os.path.isfile(path) else {}
         param_groups = content.get("param_groups", [])
         check_param_groups(param_groups, where)
         base = content.get("optimizer_state_dict")
@@ -108,7 +108,7 @@ def _known_shape(name: str, states: ModelStates, model: Checkpoint | None) -> Sh
 def _moment(folder: Path, known: Shape | None, optimizer: _Optimizer) -> Moment:
     """The moments in one parameter's folder. known: its shape, which is not with ZeRO-3's values."""
     path = _moment_file(folder)
-    content = zero_files.load_value(path)
+    content = files.load_value(path)
     is_flat = not isinstance(content, dict)
     state = State(
         {_MOMENT: content} if is_flat else {_MOMENT: content.get("param")}, path, f"{LABEL}: {path}"
@@ -130,4 +130,4 @@ def _moment(folder: Path, known: Shape | None, optimizer: _Optimizer) -> Moment:
 
 
 def _step(path: Path) -> float | None:
-    return as_number(zero_files.load_value(path), f"{LABEL}: {path}") if os.path.isfile(path) else None
+    return as_number(files.load_value(path), f"{LABEL}: {path}") if os.path.isfile(path) else None

@@ -9,14 +9,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..errors import InputError
-from ..io import torchfile
-from ..io.header import quoted
-from ..io.reader import Checkpoint
+from ...errors import InputError
+from ...io import torchfile
+from ...io.header import quoted
+from ...io.reader import Checkpoint
+from ..source import Source
 from . import adafactor, adam, eight_bit
 from .matching import match_by_shape, match_in_order
 from .order import UnknownOrderError, parameter_order
-from .source import Source
 from .state import State, as_number
 
 _FILES = ("optimizer.pt", "optimizer.bin", "optimizer.pth")

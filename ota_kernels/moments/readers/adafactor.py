@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..errors import InputError
-from ..tensors import Buffer
-from .source import FactoredMoment, Moment
+from ...errors import InputError
+from ...tensors import Buffer
+from ..source import FactoredMoment, Moment
 from .state import State, pieces, read_once
 
 _ROWS, _COLUMNS = "exp_avg_sq_row", "exp_avg_sq_col"

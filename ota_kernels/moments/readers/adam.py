@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .source import Moment
+from ..source import Moment
 from .state import State, pieces
 
 _KEY = "exp_avg_sq"

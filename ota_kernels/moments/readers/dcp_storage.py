@@ -26,8 +26,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from ..errors import InputError
-from ..io.header import quoted
+from ...errors import InputError
+from ...io.header import quoted
 
 LABEL = "checkpoint"
 METADATA_FILE = ".metadata"

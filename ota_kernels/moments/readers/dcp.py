@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import InputError
-from ..io.header import quoted
-from ..io.reader import Checkpoint
-from .source import Moment, Piece, Source
+from ...errors import InputError
+from ...io.header import quoted
+from ...io.reader import Checkpoint
+from ..source import Moment, Piece, Source
 from .state import as_number
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from functools import partial
 
 import numpy as np
 
-from ..errors import InputError
-from ..tensors import Buffer
-from .source import Moment, Piece
+from ...errors import InputError
+from ...tensors import Buffer
+from ..source import Moment, Piece
 from .state import State, cut, pieces, read_once
 
 # bitsandbytes nests the tensors of a state under this key, where FSDP does not look for tensors to gather.

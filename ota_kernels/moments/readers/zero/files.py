@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
-from ..io import torchfile
-from ..io.header import quoted
-from ..io.reader import Checkpoint
-from .source import Moment
+from ....errors import InputError
+from ....io import torchfile
+from ....io.header import quoted
+from ....io.reader import Checkpoint
+from ...source import Moment
 
 LABEL = "checkpoint"
 _OPTIMIZER_SUFFIX = "_optim_states.pt"

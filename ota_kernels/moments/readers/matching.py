@@ -13,8 +13,8 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..errors import InputError
-from ..io.header import quoted
+from ...errors import InputError
+from ...io.header import quoted
 
 Shape = tuple[int, ...]
 Groups = Sequence[Sequence[Shape | None]]

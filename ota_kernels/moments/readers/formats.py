@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from ..errors import InputError, RecipeError
-from ..io.reader import Checkpoint
-from .source import Source
+from ...errors import InputError, RecipeError
+from ...io.reader import Checkpoint
+from ..source import Source
 
 AUTO = "auto"
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
-from ..io.header import quoted
-from . import zero_files
-from .state import State, as_number
-from .zero_files import LABEL
+from ....errors import InputError
+from ....io.header import quoted
+from ..state import State, as_number
+from . import files
+from .files import LABEL
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Rank:
     def load(cls, path: Path) -> Rank:
         """Raises InputError for a file that holds no state of a ZeRO optimizer."""
         where = f"{LABEL}: {path}"
-        content = zero_files.load(path)
+        content = files.load(path)
         state = content.get("optimizer_state_dict")
         if not isinstance(state, dict):
             raise InputError(f"{where}: has no dict optimizer_state_dict: was it written by ZeRO?")
@@ -50,7 +50,7 @@ class Rank:
         if not isinstance(base, dict) or not isinstance(base.get("state"), dict):
             raise InputError(f"{where}: {key} is not an optimizer's state: was it written by ZeRO-1, 2 or 3?")
         check_param_groups(base.get("param_groups"), where)
-        return cls(path, state, base, spreads, is_lean, zero_files.is_round_robin(content))
+        return cls(path, state, base, spreads, is_lean, files.is_round_robin(content))
 
     @property
     def where(self) -> str:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..io.header import quoted
-from ..io.reader import Checkpoint
+from ...io.header import quoted
+from ...io.reader import Checkpoint
 from .decay import decay_rules
 from .matching import Shape
 

@@ -13,19 +13,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from ..errors import InputError
-from ..io.header import quoted
-from ..io.reader import Checkpoint
-from ..tensors import Buffer
-from . import zero_files
-from .source import Moment, Piece, Source
-from .state import State, cut, read_once
-from .zero_files import LABEL, ModelStates, Shape, with_aliases
-from .zero_flat import Fragment, concatenated, share_size, spread
-from .zero_rank import Rank
-from .zero_universal import read_universal, recognise_universal
-
-__all__ = ["read_universal", "read_zero", "recognise_universal", "recognise_zero"]
+from ....errors import InputError
+from ....io.header import quoted
+from ....io.reader import Checkpoint
+from ....tensors import Buffer
+from ...source import Moment, Piece, Source
+from ..state import State, cut, read_once
+from . import files
+from .files import LABEL, ModelStates, Shape, with_aliases
+from .flat import Fragment, concatenated, share_size, spread
+from .rank import Rank
 
 _MOMENT = "exp_avg_sq"
 _POINTER = "latest"
@@ -33,7 +30,7 @@ _POINTER = "latest"
 
 def recognise_zero(path: Path) -> bool:
     """Whether `path` holds ZeRO optimizer files, or a file `latest` that names the folder of them."""
-    return zero_files.has_optimizer_files(path) or os.path.isfile(path / _POINTER)
+    return files.has_optimizer_files(path) or os.path.isfile(path / _POINTER)
 
 
 def read_zero(path: Path, model: Checkpoint | None) -> Source:
@@ -43,9 +40,9 @@ def read_zero(path: Path, model: Checkpoint | None) -> Source:
     Raises InputError for files that are missing, damaged or of different steps, for tensor, pipeline and
     expert parallelism, and where sizes do not fit.
     """
-    folder = path if zero_files.has_optimizer_files(path) else zero_files.latest_folder(path, _POINTER)
-    ranks = [Rank.load(file) for file in zero_files.optimizer_files(folder)]
-    states = zero_files.model_states(folder)
+    folder = path if files.has_optimizer_files(path) else files.latest_folder(path, _POINTER)
+    ranks = [Rank.load(file) for file in files.optimizer_files(folder)]
+    states = files.model_states(folder)
     _check_ranks(ranks, states, folder)
     moments: dict[str, Moment] = {}
     skipped = dict.fromkeys(states.frozen, "frozen")
@@ -66,7 +63,7 @@ def _check_ranks(ranks: Sequence[Rank], states: ModelStates, folder: Path) -> No
     for rank in ranks:
         counts = rank.partition_counts
         if max(counts) > len(ranks):
-            raise zero_files.missing_rank(folder, len(ranks))
+            raise files.missing_rank(folder, len(ranks))
         if min(counts) < len(ranks):
             raise InputError(
                 f"{rank.where}: {min(counts)} ranks share some parameters, {len(ranks)} there are: "
