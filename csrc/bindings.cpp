@@ -460,6 +460,7 @@ NB_MODULE(_native, m) {
     m.def("run_scores", &run_scores, "base"_a.none(), "base_code"_a, "experts"_a, "n"_a, "starts"_a, "length"_a,
           "outs"_a, "places"_a.none(), "together"_a, "isa"_a);
     m.def("scatter", &scatter, "data"_a, "positions"_a, "elements"_a, "size"_a);
+    m.def("is_in_memory", &ota::is_in_memory, "fd"_a);
     m.def("scatter_in_file", &scatter_in_file, "fd"_a, "begin"_a, "n"_a, "positions"_a, "elements"_a, "size"_a);
     m.def("below", &below, "alternatives"_a, "size"_a, "at"_a, "values"_a);
     m.def("between", &between, "values"_a, "low"_a, "high"_a, "out"_a, "isa"_a);

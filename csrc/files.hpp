@@ -4,6 +4,9 @@
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/statvfs.h>
+#if defined(__linux__)
+#include <sys/vfs.h>
+#endif
 #include <unistd.h>
 
 #include <cstdint>
@@ -13,6 +16,20 @@
 #include "windows.hpp"
 
 namespace ota {
+
+// Whether an open file has no disk to be read from.
+inline bool is_in_memory(int fd) {
+#if defined(__linux__)
+    constexpr unsigned kTmpfs = 0x01021994, kRamfs = 0x858458f6;
+    struct statfs system;
+    if (fstatfs(fd, &system) != 0) return false;
+    const auto kind = static_cast<unsigned>(system.f_type);
+    return kind == kTmpfs || kind == kRamfs;
+#else
+    static_cast<void>(fd);
+    return false;
+#endif
+}
 
 // Has windows of runs that begin at `starts` read from the disk, without waiting: many at a time.
 inline void ask_for_runs(int fd, const int64_t* starts, int64_t count, int64_t run_bytes, int64_t together) {

@@ -218,6 +218,8 @@ def are_cached(buffers: Sequence[Buffer]) -> bool:
 def _is_cached(buffer: Buffer, position: int) -> bool:
     try:
         with open(buffer.origin, "rb", buffering=0) as file:
+            if native.is_in_memory(file.fileno()):  # which would not tell
+                return True
             return os.preadv(file.fileno(), [bytearray(1)], buffer.offset + position, os.RWF_NOWAIT) == 1
     except (OSError, AttributeError):  # it would wait; or the file system, or the platform, cannot tell
         return False

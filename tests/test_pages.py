@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,12 +17,13 @@ from models import random_experts
 from safetensors.torch import save_file
 
 from ota_kernels import densities, merge, readahead
+from ota_kernels.backends import native
 from ota_kernels.dtypes import BY_NAME
 from ota_kernels.io.pages import advise
 from ota_kernels.io.reader import MappedFile
 from ota_kernels.readahead import ReadAhead
 from ota_kernels.sampling import are_cached
-from ota_kernels.tensors import TensorInputs, Uniform
+from ota_kernels.tensors import Buffer, TensorInputs, Uniform
 
 PAGES = 64
 
@@ -73,6 +76,7 @@ def tensor(path):
 
 def test_what_was_just_written_is_cached(tensor, monkeypatch):
     assert are_cached(tensor.buffers)
+    monkeypatch.setattr(native, "is_in_memory", lambda fd: False)
 
     def would_wait(*arguments):
         raise BlockingIOError
@@ -83,6 +87,24 @@ def test_what_was_just_written_is_cached(tensor, monkeypatch):
 
 def test_memory_that_is_no_file_counts_as_cached():
     assert are_cached(random_experts(1, (8, 8)).inputs("bfloat16").buffers)
+
+
+@linux_only
+def test_files_without_a_disk_are_cached(monkeypatch):
+    with tempfile.NamedTemporaryFile(dir="/dev/shm") as file:
+        if not native.is_in_memory(file.fileno()):
+            pytest.skip("/dev/shm lies on a disk")
+        file.write(bytes(1 << 16))
+        file.flush()
+        buffer = Buffer(np.zeros(1 << 16, np.uint8), BY_NAME["float32"], file.name, 0)
+
+        def cannot_tell(*arguments):
+            raise OSError(errno.EOPNOTSUPP, "tmpfs")
+
+        monkeypatch.setattr(os, "preadv", cannot_tell)
+        assert are_cached([buffer])
+        monkeypatch.setattr(native, "is_in_memory", lambda fd: False)
+        assert not are_cached([buffer])
 
 
 @linux_only

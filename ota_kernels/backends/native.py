@@ -272,6 +272,11 @@ def ask_for_runs(buffer: Buffer, starts: np.ndarray, length: int, fd: int, toget
     _extension().ask_for_runs(fd, buffer.offset + starts * size, length * size, together)
 
 
+def is_in_memory(fd: int) -> bool:
+    """Whether an open file has no disk to be read from: it lies in tmpfs, as those of /dev/shm do."""
+    return _extension().is_in_memory(fd)
+
+
 def row_column_sums(matrix: Curvature, row_sums: np.ndarray, column_sums: np.ndarray) -> None:
     """Add the sums of whole rows of curvature: row_sums float64[rows] is set, column_sums float64[columns]
     grows. Values that are not finite or negative count as 0 (the kernels that use the result report them)."""
