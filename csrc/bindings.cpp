@@ -285,8 +285,8 @@ std::vector<Count> per_element(const std::optional<Bytes>& base, int base_code, 
 // the base, then of each expert's weights and curvature; none: all are read in memory. -1, or which of them is in a
 // file that could not be read.
 int run_scores(const std::optional<Bytes>& base, int base_code, const nb::list& experts, int64_t n, const Ints& starts,
-                int length, const nb::list& outs, const std::optional<nb::list>& places, int together,
-                const std::string& isa) {
+               int length, const nb::list& outs, const std::optional<nb::list>& places, int together,
+               const std::string& isa) {
     const size_t n_experts = nb::len(experts);
     ota::RunArgs args;
     args.starts = starts.data(), args.count = static_cast<int64_t>(starts.size());

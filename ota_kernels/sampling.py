@@ -157,11 +157,7 @@ def _score_runs(
     descriptor = None if files is None else files.descriptor
     failed = native.run_scores(tensor, experts, starts, RUN, outs, descriptor, together)
     if failed is not None:
-        is_cut = os.fstat(files.descriptor(failed)).st_size < failed.offset + failed.data.size
-        raise InputError(
-            f"{failed.origin}: "
-            + ("changed while in use: it is shorter than before" if is_cut else "a read from its disk failed")
-        )
+        raise files.failure(failed)
 
 
 def _batches(begins: Sequence[int], most: int) -> Iterator[list[tuple[int, int]]]:
@@ -248,6 +244,13 @@ class Files:
             except OSError as error:
                 raise InputError(f"{buffer.origin}: cannot be read: {error.strerror}") from error
         return self._open[buffer.origin]
+
+    def failure(self, buffer: Buffer) -> InputError:
+        """Why a read of the buffer's elements gave less than all."""
+        size = os.fstat(self.descriptor(buffer)).st_size
+        if size < buffer.offset + buffer.data.size:
+            return InputError(f"{buffer.origin}: changed while in use: it is shorter than before")
+        return InputError(f"{buffer.origin}: a read from its disk failed")
 
     def ask_for(self, tensor: TensorInputs, starts: np.ndarray, together: int) -> None:
         """Have a tensor's runs come from the disk before they are waited for: it works on many at a time."""

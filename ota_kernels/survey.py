@@ -193,13 +193,13 @@ class Survey:
             thresholds[t] = decide.second_digit(self.selections[t], digit, histograms[t][0])
 
     def exact_thresholds(
-        self, tensor: TensorInputs | None, terms: Terms, experts: Sequence[int], run: Map
+        self, tensor: TensorInputs | None, terms: Terms, experts: list[int], run: Map
     ) -> list[float | None]:
         """The thresholds of experts whose bracket missed (None for the others), by passes over one tensor, or
         over all of them (None). terms: the tensor's."""
         found: list[float | None] = [None] * len(self.models)
         if tensor is None:
-            self._histogram_thresholds(list(experts), found, run)
+            self._histogram_thresholds(experts, found, run)
         else:
             for t in experts:
                 found[t] = self._select(tensor, t, terms.experts[t], self.selections[t], False, run)
