@@ -11,6 +11,7 @@ import pytest
 import torch
 from checkpoints import digests
 from hypothesis import settings
+from optimizers import Net
 
 from ota_kernels.backends import native, reference
 from ota_kernels.cli import main
@@ -34,6 +35,12 @@ def backend(request):
         native.instruction_set.cache_clear()
         yield native
     native.instruction_set.cache_clear()
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return Net()
 
 
 @pytest.fixture(scope="module")
