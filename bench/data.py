@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from ota_kernels.dtypes import BY_NAME
 from ota_kernels.errors import OutputError
 from ota_kernels.io.header import build_header
-from ota_kernels.pool import Pool, default_threads
-from ota_kernels.units import format_bytes
+from ota_kernels.run.pool import Pool, default_threads
+from ota_kernels.sizes import format_bytes
+from ota_kernels.tensors.dtypes import BY_NAME
 
 WEIGHTS, CURVATURE = "model.safetensors", "exp_avg_sq.safetensors"
 DEFAULT_FOLDER = Path(os.environ.get("OTA_BENCH_DATA") or Path.home() / ".cache" / "ota_kernels" / "bench")

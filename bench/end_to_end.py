@@ -93,7 +93,7 @@ def check_merge(recipe: dict, out: Path) -> None:
     from ota_kernels import merge_tensors
     from ota_kernels.backends import reference
     from ota_kernels.io.curvature import CurvatureFile
-    from ota_kernels.planning import TILE_ELEMENTS
+    from ota_kernels.planning.plan import TILE_ELEMENTS
 
     def ranges(n: int, columns: int = 1) -> list[tuple[int, int]]:
         """Rows about the first border of two tiles, where the tensor has one, and the end."""

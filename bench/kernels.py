@@ -19,13 +19,15 @@ from pathlib import Path
 import numpy as np
 
 from ota_kernels import backends
-from ota_kernels.dtypes import BY_NAME
-from ota_kernels.formula import Terms
-from ota_kernels.planning import TILE_ELEMENTS
-from ota_kernels.pool import Pool, default_threads
-from ota_kernels.recipe import parse_recipe
-from ota_kernels.survey import Survey
-from ota_kernels.tensors import Buffer, Full, TensorInputs, Uniform
+from ota_kernels.planning.plan import TILE_ELEMENTS
+from ota_kernels.recipe.schema import parse_recipe
+from ota_kernels.run.pool import Pool, default_threads
+from ota_kernels.run.survey import Survey
+from ota_kernels.tensors.buffer import Buffer
+from ota_kernels.tensors.curvature import Full, Uniform
+from ota_kernels.tensors.dtypes import BY_NAME
+from ota_kernels.tensors.terms import Terms
+from ota_kernels.tensors.tile import TensorInputs
 
 from . import bandwidth, data
 from .bandwidth import Bandwidth

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from ota_kernels.dtypes import BY_NAME
+from ota_kernels.tensors.dtypes import BY_NAME
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from ota_kernels.pool import Pool, default_threads
+from ota_kernels.run.pool import Pool, default_threads
 
 from . import bandwidth
 from .bandwidth import Bandwidth

@@ -196,7 +196,7 @@ inline const float* load(const Operand& x, int64_t offset, int n, float* room) {
     return room;
 }
 
-// What a log8 code stands for, before it is scaled: see ota_kernels/log8.py.
+// What a log8 code stands for, before it is scaled: see ota_kernels/tensors/log8.py.
 inline float level(uint8_t code) {
     const uint32_t c = code, m = c & 3u;
     const uint32_t bits = ((32u * c - (m * (45u - 11u * m) >> 2)) << 16) + (64u << 23);

@@ -9,7 +9,7 @@ namespace ota {
 constexpr int kMaxExperts = 64;
 constexpr int kBins = 1 << 16;
 
-// Codes shared with ota_kernels/dtypes.py.
+// Codes shared with ota_kernels/tensors/dtypes.py.
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2, f64 = 3, f8_e4m3 = 4, f8_e5m2 = 5 };
 
 struct Operand {

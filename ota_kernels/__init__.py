@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 from .errors import BackendError, InputError, OtaError, OutputError, RecipeError, RunError
 
 if TYPE_CHECKING:
-    from .functional import graft, merge_state_dicts, merge_tensors
-    from .grid.densities import densities
-    from .job import merge, plan
-    from .selection import topk_threshold
+    from .api import graft, merge_state_dicts, merge_tensors
+    from .run.grid.densities import densities
+    from .run.job import merge, plan
+    from .select.topk import topk_threshold
 
 # As in pyproject.toml. To ask the installed package takes as long as `ota-merge --help` does.
 __version__ = "0.1.0"
@@ -41,13 +41,13 @@ __all__ = [
 ]
 
 _LAZY = {
-    "merge": "job",
-    "plan": "job",
-    "densities": "grid.densities",
-    "merge_tensors": "functional",
-    "merge_state_dicts": "functional",
-    "graft": "functional",
-    "topk_threshold": "selection",
+    "merge": "run.job",
+    "plan": "run.job",
+    "densities": "run.grid.densities",
+    "merge_tensors": "api",
+    "merge_state_dicts": "api",
+    "graft": "api",
+    "topk_threshold": "select.topk",
 }
 
 

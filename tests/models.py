@@ -10,17 +10,19 @@ import numpy as np
 import reference64
 import torch
 
-from ota_kernels.backends.stats import Candidates, MergeStats
-from ota_kernels.candidates import Store
-from ota_kernels.dtypes import BY_NAME
-from ota_kernels.formula import Terms, close, is_open
-from ota_kernels.group import Group, Part
-from ota_kernels.recipe import Recipe, parse_recipe
-from ota_kernels.roles import role_of
-from ota_kernels.survey import Survey
-from ota_kernels.tally import Tally
-from ota_kernels.tensors import Buffer, Curvature, Full, Log8, TensorInputs, Uniform
-from ota_kernels.tiling import Segment
+from ota_kernels.planning.roles import role_of
+from ota_kernels.recipe.schema import Recipe, parse_recipe
+from ota_kernels.run.counts import Tally
+from ota_kernels.run.survey import Survey
+from ota_kernels.select.pending import Store
+from ota_kernels.select.settle import Group, Part
+from ota_kernels.tensors.buffer import Buffer
+from ota_kernels.tensors.curvature import Curvature, Full, Log8, Uniform
+from ota_kernels.tensors.dtypes import BY_NAME
+from ota_kernels.tensors.result import Candidates, MergeStats
+from ota_kernels.tensors.segment import Segment
+from ota_kernels.tensors.terms import Terms, close, is_open
+from ota_kernels.tensors.tile import TensorInputs
 
 INPUT_DTYPES = ("float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "float8_e5m2")
 OUTPUT_DTYPES = ("bfloat16", "float16", "float32", "float64")

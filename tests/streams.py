@@ -9,14 +9,14 @@ from types import ModuleType
 import numpy as np
 from models import Experts
 
-from ota_kernels.candidates import Store
-from ota_kernels.engine import Engine, Open
-from ota_kernels.ledger import Ledger
-from ota_kernels.pool import Pool
-from ota_kernels.recipe import Recipe, parse_recipe
-from ota_kernels.survey import Survey
-from ota_kernels.tally import Tally
-from ota_kernels.tensors import TensorInputs
+from ota_kernels.recipe.schema import Recipe, parse_recipe
+from ota_kernels.run.counts import Tally
+from ota_kernels.run.engine import Engine, Open
+from ota_kernels.run.pool import Pool
+from ota_kernels.run.state import Ledger
+from ota_kernels.run.survey import Survey
+from ota_kernels.select.pending import Store
+from ota_kernels.tensors.tile import TensorInputs
 
 BIG = (180, 200)  # elements enough that the thresholds of one tensor are bracketed
 KEEP_NOTHING = 1e30  # as an absolute saliency: above every finite score

@@ -9,9 +9,11 @@ import pytest
 from models import random_experts
 
 from ota_kernels.backends import native
-from ota_kernels.backends.stats import Candidates, dropped
-from ota_kernels.formula import ExpertTerms, Formula, Terms, score_bits, score_of_bits, score_scale
-from ota_kernels.tensors import Buffer, Full, TensorInputs
+from ota_kernels.tensors.buffer import Buffer
+from ota_kernels.tensors.curvature import Full
+from ota_kernels.tensors.result import Candidates, dropped
+from ota_kernels.tensors.terms import ExpertTerms, Formula, Terms, score_bits, score_of_bits, score_scale
+from ota_kernels.tensors.tile import TensorInputs
 
 SHAPE = (23, 192)
 ELEMENTS = SHAPE[0] * SHAPE[1]

@@ -6,9 +6,9 @@ import os
 import pytest
 import yaml
 
-from ota_kernels.card import model_card
 from ota_kernels.errors import InputError, RecipeError, RunError
 from ota_kernels.io.assets import Asset, plan_assets, recipe_asset, write_assets, write_file
+from ota_kernels.run.card import model_card
 
 
 def make_folder(path, **files):

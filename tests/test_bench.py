@@ -52,7 +52,7 @@ def small(case):
 
 
 def test_every_kind_of_kernel_case(kernels):
-    from ota_kernels.pool import Pool
+    from ota_kernels.run.pool import Pool
 
     kinds = {(case.method, case.weights, case.curvature): case for case in kernels.CASES if case.experts == 5}
     assert len(kinds) == 2 * 3 + 3  # OTA: weights x curvatures; linear: weights

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from checkpoints import digests, load_merged, make_set, model_digests, shard_files, write_recipe
 
-from ota_kernels import __version__, merge, planning
+from ota_kernels import __version__, merge
+from ota_kernels.planning import plan as planning
 
 SHAPES = {"embed_tokens.weight": (50, 16), "layer.weight": (33, 17), "norm.weight": (17,), "scale": ()}
 
@@ -245,7 +246,7 @@ class TestFailure:
         def fail(*arguments, **options):
             raise error
 
-        monkeypatch.setattr("ota_kernels.job.merge", fail)
+        monkeypatch.setattr("ota_kernels.run.job.merge", fail)
         code, _, errors = ota_merge("run", recipe, tmp_path / "out", "-q")
         assert code == 1
         (line,) = errors.splitlines()
@@ -256,12 +257,12 @@ class TestFailure:
         def interrupt(*arguments, **options):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("ota_kernels.job.merge", interrupt)
+        monkeypatch.setattr("ota_kernels.run.job.merge", interrupt)
         code, _, errors = ota_merge("run", recipe, tmp_path / "out", "-q")
         assert code == 130
         (line,) = errors.splitlines()
         assert "--resume" in line
-        monkeypatch.setattr("ota_kernels.job.plan", interrupt)
+        monkeypatch.setattr("ota_kernels.run.job.plan", interrupt)
         code, printed, errors = ota_merge("plan", recipe)
         assert (code, printed, errors.strip()) == (130, "", "interrupted")
 

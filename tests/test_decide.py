@@ -11,9 +11,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from ota_kernels import decide
-from ota_kernels.decide import Digit, Selection
-from ota_kernels.recipe import ModelParameters
+from ota_kernels.recipe.schema import ModelParameters
+from ota_kernels.select import thresholds as decide
+from ota_kernels.select.thresholds import Digit, Selection
 
 TINIEST = np.float32(2.0**-149)
 LARGEST = np.finfo(np.float32).max

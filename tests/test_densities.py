@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 
 from ota_kernels import InputError, RecipeError, merge
 from ota_kernels.cli import density_tables
-from ota_kernels.grid import search
-from ota_kernels.grid.densities import densities
-from ota_kernels.roles import DETAILED_ROLES, detailed_role, layer_of
+from ota_kernels.planning.roles import DETAILED_ROLES, detailed_role, layer_of
+from ota_kernels.run.grid import search
+from ota_kernels.run.grid.densities import densities
 
 # Name -> shape, role, layer.
 TENSORS = {

@@ -20,10 +20,11 @@ from models import (
     random_experts,
 )
 
-from ota_kernels.dtypes import BY_NAME
 from ota_kernels.errors import InputError
-from ota_kernels.formula import ExpertTerms, Formula, Terms
-from ota_kernels.tensors import Full, TensorInputs, Uniform
+from ota_kernels.tensors.curvature import Full, Uniform
+from ota_kernels.tensors.dtypes import BY_NAME
+from ota_kernels.tensors.terms import ExpertTerms, Formula, Terms
+from ota_kernels.tensors.tile import TensorInputs
 
 _MEAN = Formula(denominator=1.0, curvature_weights=False, masked=False)
 

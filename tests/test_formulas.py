@@ -24,9 +24,10 @@ from models import (
 )
 from tolerances import assert_close
 
-from ota_kernels.dtypes import BY_NAME
-from ota_kernels.formula import ExpertTerms, Formula, Terms, score_scale
-from ota_kernels.tensors import Buffer, Log8, LowRank, Rank1, Uniform
+from ota_kernels.tensors.buffer import Buffer
+from ota_kernels.tensors.curvature import Log8, LowRank, Rank1, Uniform
+from ota_kernels.tensors.dtypes import BY_NAME
+from ota_kernels.tensors.terms import ExpertTerms, Formula, Terms, score_scale
 
 # A saliency in the middle of those that random_experts makes: h near 1e-10, d near 5e-3.
 MIDDLE = 2e-15

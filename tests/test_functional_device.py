@@ -23,20 +23,21 @@ from test_topk import CASES, DTYPES, assert_grafted, ranks, sorted_answers
 from tolerances import assert_close
 
 import ota_kernels
-import ota_kernels.functional as functional
-import ota_kernels.resident as resident
-import ota_kernels.selection as selection
-import ota_kernels.survey as survey
+import ota_kernels.api as functional
+import ota_kernels.run.survey as survey
+import ota_kernels.select.topk as selection
+import ota_kernels.tensors.array as resident
 from ota_kernels import graft, merge_state_dicts, merge_tensors, topk_threshold
 from ota_kernels.backends import native, triton
-from ota_kernels.bracket import Bracket, bracket_of
-from ota_kernels.candidates import Store
-from ota_kernels.engine import Engine, Open
 from ota_kernels.errors import BackendError, InputError
-from ota_kernels.interchange import buffer_of
-from ota_kernels.ledger import Ledger
-from ota_kernels.memory import Inline, MemorySink
-from ota_kernels.tensors import Buffer, TensorInputs
+from ota_kernels.run.engine import Engine, Open
+from ota_kernels.run.sinks import Inline, MemorySink
+from ota_kernels.run.state import Ledger
+from ota_kernels.select.bracket import Bracket, bracket_of
+from ota_kernels.select.pending import Store
+from ota_kernels.tensors.buffer import Buffer
+from ota_kernels.tensors.convert import buffer_of
+from ota_kernels.tensors.tile import TensorInputs
 
 RUNS_HERE = triton.verify()[0]
 SHAPE = (25, 38)  # one block of the kernels: the interpreter takes half a second for a few
@@ -204,7 +205,7 @@ class TestSelections:
             right = bracket_of(given, scores)
             return Bracket(right.lowest * (4.0 if bad == "too high" else 0.25), right.span // 8)
 
-        monkeypatch.setattr("ota_kernels.survey.bracket_of", beside)
+        monkeypatch.setattr("ota_kernels.run.survey.bracket_of", beside)
         found = stream_on_device(recipe, tensors)
         assert found.repeats == 1
         assert found.counts() == expected.counts()

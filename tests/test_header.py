@@ -17,7 +17,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from ota_kernels.dtypes import BY_NAME, BY_TAG
 from ota_kernels.errors import InputError
 from ota_kernels.io.header import (
     DATA_ALIGNMENT,
@@ -27,6 +26,7 @@ from ota_kernels.io.header import (
     parse_header,
     read_header,
 )
+from ota_kernels.tensors.dtypes import BY_NAME, BY_TAG
 
 F32 = BY_NAME["float32"]
 

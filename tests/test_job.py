@@ -33,11 +33,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tolerances import assert_close
 
-from ota_kernels import InputError, job, merge, merge_state_dicts, merge_tensors
-from ota_kernels.dtypes import BY_NAME
-from ota_kernels.factors import CHUNK
+from ota_kernels import InputError, merge, merge_state_dicts, merge_tensors
 from ota_kernels.io.reader import Checkpoint
 from ota_kernels.io.writer import ShardWriter, layout
+from ota_kernels.run import job
+from ota_kernels.run.factors import CHUNK
+from ota_kernels.tensors.dtypes import BY_NAME
 
 # Every way to decide and to combine, each with a base and, but for the last, with curvature.
 VARIANTS = {

@@ -14,12 +14,14 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from models import buffer
 
-from ota_kernels import log8
 from ota_kernels.backends import native
-from ota_kernels.dtypes import BY_NAME
-from ota_kernels.formula import ExpertTerms
-from ota_kernels.sampling import RUN, RUNS, Files
-from ota_kernels.tensors import Buffer, Log8, Rank1, TensorInputs
+from ota_kernels.select.sample import RUN, RUNS, Files
+from ota_kernels.tensors import log8
+from ota_kernels.tensors.buffer import Buffer
+from ota_kernels.tensors.curvature import Log8, Rank1
+from ota_kernels.tensors.dtypes import BY_NAME
+from ota_kernels.tensors.terms import ExpertTerms
+from ota_kernels.tensors.tile import TensorInputs
 
 SMALLEST_NORMAL, LARGEST = 2.0**-126, float(np.finfo(np.float32).max)
 LOWEST_LEVEL = 152 / 128 * 2.0**-63  # times a row's scale

@@ -15,14 +15,15 @@ from click.testing import CliRunner
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ota_kernels import InputError, OutputError, RecipeError, engine, merge, plan
+from ota_kernels import InputError, OutputError, RecipeError, merge, plan
 from ota_kernels.backends import reference
 from ota_kernels.cli.moments_compress import compress as command
 from ota_kernels.io.curvature import CurvatureFile
-from ota_kernels.log8 import LARGEST_ERROR
 from ota_kernels.moments.agreement import mask_agreement
 from ota_kernels.moments.compress import compress
 from ota_kernels.moments.relative_error import Errors
+from ota_kernels.run import engine
+from ota_kernels.tensors.log8 import LARGEST_ERROR
 
 FORMATS = ("rank1", "bf16", "log8")
 ADAM = {"step": "7", "beta2": "0.9"}

@@ -23,12 +23,7 @@ import torch
 from ota_kernels.errors import InputError
 from ota_kernels.io.reader import Checkpoint
 from ota_kernels.moments.readers import state
-from ota_kernels.moments.readers.zero import (
-    read_universal,
-    read_zero,
-    recognise_universal,
-    recognise_zero,
-)
+from ota_kernels.moments.readers.zero import read_universal, read_zero, recognise_universal, recognise_zero
 
 STEP = 5.0
 GAP = "gap"

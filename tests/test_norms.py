@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ota_kernels import norms
-from ota_kernels.roles import EMBEDDING, MATRIX, OUTPUT, VECTOR
+from ota_kernels.planning.roles import EMBEDDING, MATRIX, OUTPUT, VECTOR
+from ota_kernels.run import norms
 
 SIDES = st.integers(1, 40)
 

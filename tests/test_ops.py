@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 import ota_kernels
-from ota_kernels import errors, graft, merge_state_dicts, merge_tensors, ops, topk_threshold
+from ota_kernels import errors, graft, merge_state_dicts, merge_tensors, topk_threshold
+from ota_kernels.integrations import torch_ops as ops
 
 CHECKS = (
     "test_schema",

@@ -16,14 +16,17 @@ from checkpoints import cached_pages, drop_pages, make_set, resident_kib, within
 from models import random_experts
 from safetensors.torch import save_file
 
-from ota_kernels import densities, merge, readahead
+from ota_kernels import densities, merge
 from ota_kernels.backends import native
-from ota_kernels.dtypes import BY_NAME
 from ota_kernels.io.pages import advise
 from ota_kernels.io.reader import MappedFile
-from ota_kernels.readahead import ReadAhead
-from ota_kernels.sampling import are_cached
-from ota_kernels.tensors import Buffer, TensorInputs, Uniform
+from ota_kernels.run import readahead
+from ota_kernels.run.readahead import ReadAhead
+from ota_kernels.select.sample import are_cached
+from ota_kernels.tensors.buffer import Buffer
+from ota_kernels.tensors.curvature import Uniform
+from ota_kernels.tensors.dtypes import BY_NAME
+from ota_kernels.tensors.tile import TensorInputs
 
 PAGES = 64
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from ota_kernels import ranks, resident
 from ota_kernels.backends import native
+from ota_kernels.select import order_statistics as ranks
+from ota_kernels.tensors import array as resident
 
 SCORES = {
     "wide": lambda g, n: np.exp(8 * g.standard_normal(n)),

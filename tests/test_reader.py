@@ -21,13 +21,13 @@ import torch
 from checkpoints import resident_kib
 from safetensors.torch import save_file
 
-from ota_kernels.dtypes import BY_NAME, BY_TAG
 from ota_kernels.errors import InputError
 from ota_kernels.io import hub
 from ota_kernels.io.curvature import CurvatureFile
 from ota_kernels.io.header import read_header
 from ota_kernels.io.pages import advise
 from ota_kernels.io.reader import Checkpoint, MappedFile
+from ota_kernels.tensors.dtypes import BY_NAME, BY_TAG
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 

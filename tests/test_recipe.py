@@ -10,10 +10,10 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ota_kernels import methods
 from ota_kernels.errors import RecipeError
-from ota_kernels.methods import Method
-from ota_kernels.recipe import (
+from ota_kernels.recipe import methods
+from ota_kernels.recipe.methods import Method
+from ota_kernels.recipe.schema import (
     MAX_MODELS,
     ModelParameters,
     Parameters,

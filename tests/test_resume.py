@@ -30,9 +30,9 @@ from checkpoints import (
 
 from ota_kernels import OutputError, RunError, merge
 from ota_kernels.backends import native
-from ota_kernels.engine import Engine
 from ota_kernels.io.journal import Journal, read
-from ota_kernels.survey import Survey
+from ota_kernels.run.engine import Engine
+from ota_kernels.run.survey import Survey
 
 TILE = 1500
 # Many tiles of one tensor, tensors of several tiles each, and tensors that share a unit.
@@ -49,8 +49,9 @@ TILES = sum(max(-(-math.prod(shape) // TILE), 1) for shape in SHAPES.values())
 # Where a shell has started the tests in the background, processes ignore Ctrl-C unless they say otherwise.
 DRIVER = f"""
 import functools, os, signal, sys, time
-from ota_kernels import cli, job
-from ota_kernels.engine import Engine
+from ota_kernels import cli
+from ota_kernels.run import job
+from ota_kernels.run.engine import Engine
 from ota_kernels.io.journal import Journal, read
 
 signal.signal(signal.SIGINT, signal.default_int_handler)

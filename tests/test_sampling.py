@@ -10,16 +10,18 @@ import torch
 from checkpoints import cached_pages, drop_pages, second_moments, within_seconds
 from safetensors.torch import save_file
 
-from ota_kernels import sampling
 from ota_kernels.backends import native
-from ota_kernels.bracket import bracket_of
-from ota_kernels.decide import Selection
-from ota_kernels.dtypes import BY_NAME
 from ota_kernels.errors import InputError
-from ota_kernels.formula import ExpertTerms, score_bits, score_of_bits
 from ota_kernels.io.reader import Checkpoint, MappedFile
-from ota_kernels.sampling import RUN, RUNS, Files, sample
-from ota_kernels.tensors import Buffer, Full, TensorInputs, Uniform
+from ota_kernels.select import sample as sampling
+from ota_kernels.select.bracket import bracket_of
+from ota_kernels.select.sample import RUN, RUNS, Files, sample
+from ota_kernels.select.thresholds import Selection
+from ota_kernels.tensors.buffer import Buffer
+from ota_kernels.tensors.curvature import Full, Uniform
+from ota_kernels.tensors.dtypes import BY_NAME
+from ota_kernels.tensors.terms import ExpertTerms, score_bits, score_of_bits
+from ota_kernels.tensors.tile import TensorInputs
 
 BF16 = BY_NAME["bfloat16"]
 SHAPES = {"a": (300, 70), "b": (17,), "c": (5,), "d": (40, 50)}

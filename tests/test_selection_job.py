@@ -14,15 +14,18 @@ import pytest
 from checkpoints import CURVATURE, WEIGHTS, make_set, model_digests
 from models import random_experts, undecided
 
-from ota_kernels import RunError, engine, job, merge
+from ota_kernels import RunError, merge
 from ota_kernels.backends import native, reference
-from ota_kernels.bracket import Bracket, bracket_of
-from ota_kernels.candidates import Held, Store
-from ota_kernels.decide import SMALLEST
-from ota_kernels.dtypes import BY_NAME
-from ota_kernels.formula import ExpertTerms, Formula, Terms, score_bits, score_of_bits, score_scale
-from ota_kernels.survey import Survey
-from ota_kernels.tensors import Buffer, Log8, LowRank, Rank1, TensorInputs
+from ota_kernels.run import engine, job
+from ota_kernels.run.survey import Survey
+from ota_kernels.select.bracket import Bracket, bracket_of
+from ota_kernels.select.pending import Held, Store
+from ota_kernels.select.thresholds import SMALLEST
+from ota_kernels.tensors.buffer import Buffer
+from ota_kernels.tensors.curvature import Log8, LowRank, Rank1
+from ota_kernels.tensors.dtypes import BY_NAME
+from ota_kernels.tensors.terms import ExpertTerms, Formula, Terms, score_bits, score_of_bits, score_scale
+from ota_kernels.tensors.tile import TensorInputs
 
 # Two tensors whose own thresholds are bracketed, and small ones.
 SHAPES = {
@@ -108,8 +111,8 @@ def test_model_scope_is_the_merge_with_these_thresholds(models, tmp_path, expect
 @pytest.mark.parametrize("options", [{}, {"candidates_memory": 0}], ids=str)
 @pytest.mark.parametrize("scope", SCOPES)
 def test_brackets_of_more_scores_than_memory_holds(models, tmp_path, expected, monkeypatch, scope, options):
-    monkeypatch.setattr("ota_kernels.group._FEW", 0)
-    monkeypatch.setattr("ota_kernels.group._BATCH", 1000)
+    monkeypatch.setattr("ota_kernels.select.settle._FEW", 0)
+    monkeypatch.setattr("ota_kernels.select.settle._BATCH", 1000)
     report = merge(recipe_of(models, scope), tmp_path / "out", **options)
     assert_as_expected(tmp_path / "out", report, expected[scope])
 
@@ -123,7 +126,7 @@ def misplaced_brackets(monkeypatch):
         bits = score_bits(right.lowest) + right.span + (1 << 23)  # twice the score, and more
         return Bracket(score_of_bits(bits), right.span)
 
-    monkeypatch.setattr("ota_kernels.survey.bracket_of", above)
+    monkeypatch.setattr("ota_kernels.run.survey.bracket_of", above)
 
 
 class Progress:
@@ -195,14 +198,14 @@ def test_the_page_cache_changes_before_a_resume(models, tmp_path, expected, monk
     """A tensor that is half merged is sampled again: its bracket must be the one of its candidates."""
     recipe, out = recipe_of(models, scope), tmp_path / "out"
     options = {"tile_elements": TILE, "threads": 1, "candidates_memory": 0}
-    monkeypatch.setattr("ota_kernels.survey._MAPPED", 0)
+    monkeypatch.setattr("ota_kernels.run.survey._MAPPED", 0)
     with monkeypatch.context() as patch:
-        patch.setattr("ota_kernels.survey.are_cached", lambda buffers: cached)
+        patch.setattr("ota_kernels.run.survey.are_cached", lambda buffers: cached)
         patch.setattr(engine.Engine, "_run_kernel", Interrupt(engine.Engine._run_kernel, 17))
         with pytest.raises(KeyboardInterrupt):
             merge(recipe, out, **options)
     assert any("open" in record for record in records(out))
-    monkeypatch.setattr("ota_kernels.survey.are_cached", lambda buffers: not cached)
+    monkeypatch.setattr("ota_kernels.run.survey.are_cached", lambda buffers: not cached)
     report = merge(recipe, out, resume=True, **options)
     assert report["resumed"]
     assert_as_expected(out, report, expected[scope])

@@ -15,9 +15,9 @@ from streams import BIG, closed_recipe, inputs_of, recipe_of, stream
 
 from ota_kernels import merge_state_dicts
 from ota_kernels.backends import native, reference
-from ota_kernels.bracket import Bracket, bracket_of
-from ota_kernels.formula import is_open
-from ota_kernels.survey import Survey
+from ota_kernels.run.survey import Survey
+from ota_kernels.select.bracket import Bracket, bracket_of
+from ota_kernels.tensors.terms import is_open
 
 TINY = (1, 2, 15, 17, 40)
 SCOPES = ("model", "tensor")
@@ -301,7 +301,7 @@ def test_a_bracket_that_misses_costs_time_only(monkeypatch, backend, bad, scope,
     tensors = inputs_of(scenario("normal"), "bfloat16")
     recipe = recipe_of(MIXED, density_scope=scope)
     expected = stream(recipe, tensors, backend, tile)
-    monkeypatch.setattr("ota_kernels.survey.bracket_of", bad)
+    monkeypatch.setattr("ota_kernels.run.survey.bracket_of", bad)
     found = stream(recipe, tensors, backend, tile)
     assert (expected.repeats, found.repeats) == (0, 1)
     assert found.outputs == expected.outputs
@@ -345,7 +345,7 @@ def test_a_bracket_that_misses_changes_no_dictionary(monkeypatch, backend, bad, 
 
     expected = merged()
     assert not decided
-    monkeypatch.setattr("ota_kernels.survey.bracket_of", sometimes_bad)
+    monkeypatch.setattr("ota_kernels.run.survey.bracket_of", sometimes_bad)
     assert merged() == expected
     scores = [np.concatenate(scores_of("normal", t)[: None if scope == "model" else 1]) for t in range(3)]
     exact = [exact_threshold(s, {"density": x}) for s, x in zip(scores, densities, strict=True)]

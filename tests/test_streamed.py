@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 from models import random_experts, undecided
 
-from ota_kernels import log8
 from ota_kernels.backends import native, reference
-from ota_kernels.backends.stats import MergeStats
-from ota_kernels.candidates import Held
-from ota_kernels.dtypes import BY_NAME
-from ota_kernels.formula import ExpertTerms, Formula, Terms, score_bits, score_of_bits, score_scale
-from ota_kernels.tensors import Buffer, Log8, Rank1, TensorInputs
+from ota_kernels.select.pending import Held
+from ota_kernels.tensors import log8
+from ota_kernels.tensors.buffer import Buffer
+from ota_kernels.tensors.curvature import Log8, Rank1
+from ota_kernels.tensors.dtypes import BY_NAME
+from ota_kernels.tensors.result import MergeStats
+from ota_kernels.tensors.terms import ExpertTerms, Formula, Terms, score_bits, score_of_bits, score_scale
+from ota_kernels.tensors.tile import TensorInputs
 
 WIDER = [isa for isa in native.instruction_sets() if isa != "base"]
 pytestmark = pytest.mark.skipif(not WIDER, reason="this processor runs the portable loops only")

@@ -11,14 +11,14 @@ import torch
 from models import Experts, buffer, make_recipe, masks_of, merge_model, merge_one, random_experts
 from tolerances import assert_close
 
-from ota_kernels import decide
 from ota_kernels.backends import native
 from ota_kernels.errors import InputError
-from ota_kernels.factors import CHUNK, low_rank, rank1
-from ota_kernels.formula import ExpertTerms, is_open, score_scale
-from ota_kernels.recipe import MAX_MODELS
-from ota_kernels.survey import Survey
-from ota_kernels.tensors import Full, LowRank, Uniform
+from ota_kernels.recipe.schema import MAX_MODELS
+from ota_kernels.run.factors import CHUNK, low_rank, rank1
+from ota_kernels.run.survey import Survey
+from ota_kernels.select import thresholds as decide
+from ota_kernels.tensors.curvature import Full, LowRank, Uniform
+from ota_kernels.tensors.terms import ExpertTerms, is_open, score_scale
 
 
 def graft(saliencies: np.ndarray) -> Experts:

@@ -10,7 +10,7 @@ import reference64
 import torch
 from models import Experts, random_experts
 
-import ota_kernels.selection as selection
+import ota_kernels.select.topk as selection
 from ota_kernels import graft, merge_state_dicts, topk_threshold
 from ota_kernels.errors import BackendError, InputError, RecipeError
 

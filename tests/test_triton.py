@@ -18,11 +18,13 @@ import torch
 from models import OUTPUT_DTYPES, Experts, buffer, decode, merge_tile, random_experts
 from tolerances import assert_close
 
-from ota_kernels import log8
 from ota_kernels.backends import reference, triton
-from ota_kernels.dtypes import BY_NAME
-from ota_kernels.formula import ExpertTerms, Formula, Terms, score_bits, score_scale
-from ota_kernels.tensors import Buffer, Full, Log8, LowRank, Rank1, TensorInputs, Uniform
+from ota_kernels.tensors import log8
+from ota_kernels.tensors.buffer import Buffer
+from ota_kernels.tensors.curvature import Full, Log8, LowRank, Rank1, Uniform
+from ota_kernels.tensors.dtypes import BY_NAME
+from ota_kernels.tensors.terms import ExpertTerms, Formula, Terms, score_bits, score_scale
+from ota_kernels.tensors.tile import TensorInputs
 
 RUNS_HERE = triton.verify()[0]
 backend = triton.on() if RUNS_HERE else None

@@ -26,12 +26,14 @@ from tolerances import assert_close
 
 from ota_kernels import InputError, RunError, merge, plan
 from ota_kernels.backends import native, reference, triton
-from ota_kernels.backends.stats import Candidates, MergeStats, NonFinite
-from ota_kernels.bracket import Bracket
-from ota_kernels.engine import Engine
-from ota_kernels.formula import Formula, score_bits
 from ota_kernels.moments.compress import compress
-from ota_kernels.tensors import Buffer, LowRank, Rank1, TensorInputs, Uniform
+from ota_kernels.run.engine import Engine
+from ota_kernels.select.bracket import Bracket
+from ota_kernels.tensors.buffer import Buffer
+from ota_kernels.tensors.curvature import LowRank, Rank1, Uniform
+from ota_kernels.tensors.result import Candidates, MergeStats, NonFinite
+from ota_kernels.tensors.terms import Formula, score_bits
+from ota_kernels.tensors.tile import TensorInputs
 
 RUNS_HERE = triton.verify()[0]
 
@@ -190,7 +192,7 @@ def wide_brackets(monkeypatch):
         low, high = (float(np.float32(np.quantile(np.asarray(scores), q))) for q in (0.5, 0.9))
         return Bracket(low, score_bits(high) - score_bits(low))
 
-    monkeypatch.setattr("ota_kernels.survey.bracket_of", bracket)
+    monkeypatch.setattr("ota_kernels.run.survey.bracket_of", bracket)
 
 
 def assert_agree(models, one, other) -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from ota_kernels.errors import RecipeError
-from ota_kernels.units import format_bytes, format_count, format_seconds, parse_size
+from ota_kernels.sizes import format_bytes, format_count, format_seconds, parse_size
 
 
 @pytest.mark.parametrize(

@@ -17,13 +17,13 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from ota_kernels import decide
 from ota_kernels.backends import native
-from ota_kernels.bracket import bracket_of, cluster_count
-from ota_kernels.formula import ExpertTerms, saliency_of_score, score_bits, score_of_bits, score_scale
-from ota_kernels.inputs import Inputs
-from ota_kernels.recipe import load_recipe
-from ota_kernels.sampling import sample
+from ota_kernels.planning.pairing import Inputs
+from ota_kernels.recipe.schema import load_recipe
+from ota_kernels.select import thresholds as decide
+from ota_kernels.select.bracket import bracket_of, cluster_count
+from ota_kernels.select.sample import sample
+from ota_kernels.tensors.terms import ExpertTerms, saliency_of_score, score_bits, score_of_bits, score_scale
 
 _OUT = Path(__file__).parent / "exact_threshold.svg"
 _DROPPED, _KEPT, _OPEN, _LINE = "#9aa5b1", "#2f6f4f", "#d9822b", "#1f2933"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ota_kernels.backends import triton
 from ota_kernels.errors import OtaError
-from ota_kernels.units import parse_size
+from ota_kernels.sizes import parse_size
 
 from ..data import DEFAULT_FOLDER
 from ..end_to_end import DROP_CACHES

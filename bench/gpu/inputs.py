@@ -8,13 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ota_kernels import tensors
 from ota_kernels.backends import reference
 from ota_kernels.backends.triton.tiles import DeviceTile, Rank1
-from ota_kernels.decide import count_of_density
-from ota_kernels.dtypes import BY_NAME
-from ota_kernels.formula import ExpertTerms, Formula, Terms, scale_weights, score_scale
-from ota_kernels.tensors import Full, TensorInputs
+from ota_kernels.select.thresholds import count_of_density
+from ota_kernels.tensors import curvature as curvature_forms
+from ota_kernels.tensors.buffer import Buffer
+from ota_kernels.tensors.curvature import Full
+from ota_kernels.tensors.dtypes import BY_NAME
+from ota_kernels.tensors.terms import ExpertTerms, Formula, Terms, scale_weights, score_scale
+from ota_kernels.tensors.tile import TensorInputs
 
 from .. import data
 from ..output import check_close
@@ -125,9 +127,9 @@ def _threshold(tile: DeviceTile, t: int) -> float:
 def host(tile: DeviceTile, start: int, stop: int) -> TensorInputs:
     """The elements [start, stop) as the reference takes them."""
 
-    def curvature(c: torch.Tensor | Rank1) -> tensors.Curvature:
+    def curvature(c: torch.Tensor | Rank1) -> curvature_forms.Curvature:
         if isinstance(c, Rank1):
-            return tensors.Rank1(c.rows.cpu().numpy(), c.columns.cpu().numpy(), start)
+            return curvature_forms.Rank1(c.rows.cpu().numpy(), c.columns.cpu().numpy(), start)
         return Full(_buffer(c[start:stop]))
 
     base, *experts = (_buffer(w[start:stop]) for w in (tile.base, *tile.experts))
@@ -136,6 +138,6 @@ def host(tile: DeviceTile, start: int, stop: int) -> TensorInputs:
     return TensorInputs("weight", shape, base.dtype, base, tuple(experts), curvatures)
 
 
-def _buffer(x: torch.Tensor) -> tensors.Buffer:
+def _buffer(x: torch.Tensor) -> Buffer:
     elements = x.contiguous().cpu().view(torch.uint8).numpy()
-    return tensors.Buffer(elements, BY_NAME[str(x.dtype).removeprefix("torch.")])
+    return Buffer(elements, BY_NAME[str(x.dtype).removeprefix("torch.")])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from ota_kernels.pool import Pool
+from ota_kernels.run.pool import Pool
 
 from ..data import CURVATURE, WEIGHTS, llama_set
 from ..end_to_end import DROP_CACHES, OTA_MERGE, check_merge, in_child, moved_bytes, run_process

@@ -12,8 +12,8 @@ import torch
 from ota_kernels.backends import reference
 from ota_kernels.backends.triton import survey_kernels
 from ota_kernels.backends.triton.tiles import DeviceTile
-from ota_kernels.formula import score_bits
-from ota_kernels.tensors import TensorInputs
+from ota_kernels.tensors.terms import score_bits
+from ota_kernels.tensors.tile import TensorInputs
 
 from .inputs import Inputs, Problem, draw, host
 from .timing import COLUMNS, Bench, Call, Case

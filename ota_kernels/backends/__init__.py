@@ -13,9 +13,10 @@ from . import triton
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..formula import ExpertTerms, Terms
-    from ..tensors import Curvature, TensorInputs
-    from .stats import MergeStats, NonFinite
+    from ..tensors.curvature import Curvature
+    from ..tensors.result import MergeStats, NonFinite
+    from ..tensors.terms import ExpertTerms, Terms
+    from ..tensors.tile import TensorInputs
 
 logger = logging.getLogger(__name__)
 

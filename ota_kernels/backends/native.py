@@ -13,9 +13,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ..errors import BackendError
-from ..formula import ExpertTerms, Terms
-from ..tensors import Buffer, Curvature, Full, Log8, LowRank, Rank1, TensorInputs
-from .stats import CENSUS, STEP_BYTES, Alternatives, Candidates, MergeStats, NonFinite
+from ..tensors.buffer import Buffer
+from ..tensors.curvature import Curvature, Full, Log8, LowRank, Rank1
+from ..tensors.result import CENSUS, STEP_BYTES, Alternatives, Candidates, MergeStats, NonFinite
+from ..tensors.terms import ExpertTerms, Terms
+from ..tensors.tile import TensorInputs
 
 NAME = "native"
 

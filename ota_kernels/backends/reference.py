@@ -11,11 +11,13 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from .. import log8
-from ..dtypes import BY_NAME
-from ..formula import ExpertTerms, Terms, score_bits
-from ..tensors import Buffer, Curvature, Full, Log8, LowRank, Rank1, TensorInputs, Uniform
-from .stats import CENSUS, EXPONENTS, Candidates, MergeStats, NonFinite
+from ..tensors import log8
+from ..tensors.buffer import Buffer
+from ..tensors.curvature import Curvature, Full, Log8, LowRank, Rank1, Uniform
+from ..tensors.dtypes import BY_NAME
+from ..tensors.result import CENSUS, EXPONENTS, Candidates, MergeStats, NonFinite
+from ..tensors.terms import ExpertTerms, Terms, score_bits
+from ..tensors.tile import TensorInputs
 
 NAME = "reference"
 

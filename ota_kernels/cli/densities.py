@@ -23,7 +23,7 @@ def densities(recipe: str, grid: str | None, as_json: bool, **options) -> None:
     Reads the inputs once. Thresholds hold over the whole model, and are exact: one can be a model's
     precond_threshold. The recipe's own densities and thresholds play no part.
     """
-    from ..grid import densities as of_grid
+    from ..run.grid import densities as of_grid
     from . import density_tables, show
 
     values = of_grid.DEFAULT_GRID if grid is None else grid.split(",")

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..grid.groups import NO_LAYER
-from ..units import format_count
+from ..run.grid.groups import NO_LAYER
+from ..sizes import format_count
 
 _WIDTH = 100
 _LAYER_ROWS = 16

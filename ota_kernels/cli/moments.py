@@ -75,7 +75,7 @@ def show(file: str, as_json: bool) -> None:
 
 
 def _summary_lines(summary: Summary, out: str) -> list[str]:
-    from ..units import format_bytes, format_count
+    from ..sizes import format_bytes, format_count
 
     lines = [
         f"extracted {summary.format} into {out}: {summary.tensors} tensors, "
@@ -115,7 +115,7 @@ def _print_table(overview: Overview, file: str) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from ..units import format_bytes, format_count
+    from ..sizes import format_bytes, format_count
 
     # A table that is cut to a narrow terminal loses digits; one that wraps does not.
     screen = Console()

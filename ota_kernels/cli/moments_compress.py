@@ -59,7 +59,7 @@ def _print(summary: Summary, agreement: dict[float, float], out: str) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from ..units import format_bytes, format_count
+    from ..sizes import format_bytes, format_count
 
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column()

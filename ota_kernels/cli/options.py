@@ -19,7 +19,7 @@ class Size(click.ParamType):
         self._least = least
 
     def convert(self, value, param, ctx) -> int:
-        from ..units import parse_size
+        from ..sizes import parse_size
 
         try:
             return parse_size(value, self._least)

@@ -15,7 +15,7 @@ from .options import merging
 @click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
 def plan(recipe: str, as_json: bool, **options) -> None:
     """Show what merging RECIPE would read, write and hold in memory. Reads file headers only."""
-    from .. import job
+    from ..run import job
     from . import show
 
     found = job.plan(recipe, **options)

@@ -26,7 +26,7 @@ def run(recipe: str, out: str, dry_run: bool, quiet: bool, **options) -> None:
 
     OUT appears only when it is complete. A merge that was stopped, however hard, goes on with --resume.
     """
-    from .. import job
+    from ..run import job
     from . import show
 
     if dry_run:

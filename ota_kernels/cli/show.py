@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ..planning import Plan
-from ..units import format_bytes, format_count, format_seconds
+from ..planning.plan import Plan
+from ..sizes import format_bytes, format_count, format_seconds
 
 _PLAIN_INTERVAL = 10.0  # seconds between lines where there is no terminal
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..tensors import Buffer, Full, Log8, Rank1
+from ..tensors.buffer import Buffer
+from ..tensors.curvature import Full, Log8, Rank1
 from . import stored, torchfile
 from .header import quoted
 from .reader import FILE_SUFFIX, INDEX_SUFFIX, Checkpoint, fingerprint

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..dtypes import BY_TAG, DType
 from ..errors import InputError
+from ..tensors.dtypes import BY_TAG, DType
 
 PREFIX_BYTES = 8
 # The cap of the safetensors library: a longer header is a lie or an attack, never a model.

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..dtypes import DType
 from ..errors import OutputError
+from ..tensors.dtypes import DType
 from .assets import sync_folder
 from .header import build_header
 from .offsets import write_at

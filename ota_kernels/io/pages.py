@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..tensors import Curvature, TensorInputs
+from ..tensors.curvature import Curvature
+from ..tensors.tile import TensorInputs
 
 _WINDOW = 1 << 16  # bytes around a touched page that Linux maps with it (fault_around_bytes)
 _ADVICE = {"willneed": 3, "dontneed": 4}  # MADV_WILLNEED and MADV_DONTNEED on Linux

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from ..tensors import Buffer
+from ..tensors.buffer import Buffer
 from .header import Header, TensorInfo, parse_json_object, quoted, read_header
 
 FILE_SUFFIX = ".safetensors"

@@ -14,9 +14,10 @@ from typing import Protocol
 
 import numpy as np
 
-from ..dtypes import BY_NAME
 from ..errors import InputError
-from ..tensors import Buffer, Curvature, Full, Log8, Rank1
+from ..tensors.buffer import Buffer
+from ..tensors.curvature import Curvature, Full, Log8, Rank1
+from ..tensors.dtypes import BY_NAME
 from .header import quoted
 
 MOMENT = "exp_avg_sq"

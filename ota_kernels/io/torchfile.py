@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..dtypes import BY_NAME
 from ..errors import InputError
-from ..tensors import Buffer
+from ..tensors.buffer import Buffer
+from ..tensors.dtypes import BY_NAME
 from .pages import MappedMemory
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import shutil
 from pathlib import Path
 
 from ..errors import OutputError, RunError
-from ..units import format_bytes
+from ..sizes import format_bytes
 from . import journal
 
 

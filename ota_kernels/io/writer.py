@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..dtypes import DType
 from ..errors import RunError
+from ..tensors.dtypes import DType
 from .assets import sync_folder, write_file
 from .header import build_header
 from .offsets import read_at, write_at

@@ -7,16 +7,17 @@ from os import PathLike
 
 import numpy as np
 
-from .. import backends, decide
-from ..formula import ExpertTerms, score_of_saliency
-from ..grid.densities import densities as thresholds_of
-from ..inputs import COPY, Inputs
+from .. import backends
 from ..io.pages import release
-from ..pool import Pool, default_threads
-from ..recipe import parse_recipe
-from ..survey import Survey, score_scale_of
-from ..tensors import TensorInputs
-from ..tiling import units
+from ..planning.pairing import COPY, Inputs
+from ..recipe.schema import parse_recipe
+from ..run.grid.densities import densities as thresholds_of
+from ..run.pool import Pool, default_threads
+from ..run.survey import Survey, score_scale_of
+from ..select import thresholds as decide
+from ..tensors.segment import units
+from ..tensors.terms import ExpertTerms, score_of_saliency
+from ..tensors.tile import TensorInputs
 
 DENSITIES = (0.1, 0.3, 0.6)
 _TILE_ELEMENTS = 1 << 18

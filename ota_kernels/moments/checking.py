@@ -9,7 +9,7 @@ import numpy as np
 from ..errors import InputError
 from ..io.header import quoted
 from ..io.reader import Checkpoint
-from ..roles import OUTPUT, role_of
+from ..planning.roles import OUTPUT, role_of
 from .source import Source
 
 

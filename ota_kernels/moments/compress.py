@@ -17,17 +17,17 @@ from typing import Any
 
 import numpy as np
 
-from ..dtypes import BY_NAME
 from ..errors import InputError, RecipeError
-from ..factors import Map
 from ..io.curvature import CurvatureFile
 from ..io.header import quoted
 from ..io.hub import resolve_file
 from ..io.new_file import Entry, NewFile, check_new_file, new_file
 from ..io.pages import advise
 from ..io.stored import MOMENT
-from ..pool import Pool, default_threads
-from ..tensors import Rank1
+from ..run.factors import Map
+from ..run.pool import Pool, default_threads
+from ..tensors.curvature import Rank1
+from ..tensors.dtypes import BY_NAME
 from .encoders import FORMATS, Encoder
 from .relative_error import Errors
 

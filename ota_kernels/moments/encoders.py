@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from .. import log8
-from ..dtypes import BY_NAME
 from ..errors import InputError
-from ..factors import Map, row_column_sums
 from ..io.new_file import Entry
 from ..io.pages import release
 from ..io.stored import CODES, COLUMN, ROW, SCALE
-from ..tensors import Full, Log8, Rank1
+from ..run.factors import Map, row_column_sums
+from ..tensors import log8
+from ..tensors.curvature import Full, Log8, Rank1
+from ..tensors.dtypes import BY_NAME
 
 _BLOCK = 1 << 17  # elements of a block, whose temporaries then stay in a core's cache
 

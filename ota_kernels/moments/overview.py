@@ -16,7 +16,7 @@ from ..io.curvature import CurvatureFile
 from ..io.header import quoted
 from ..io.hub import resolve_file
 from ..io.pages import release
-from ..tensors import Full, Log8, Rank1
+from ..tensors.curvature import Full, Log8, Rank1
 from .checking import ValueCheck
 from .source import only
 

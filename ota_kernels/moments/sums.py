@@ -24,11 +24,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ..dtypes import BY_NAME
 from ..errors import OutputError, RunError
 from ..io.assets import sync_folder, write_file
 from ..io.header import build_header
-from ..units import format_bytes
+from ..sizes import format_bytes
+from ..tensors.dtypes import BY_NAME
 
 _STATE = "state.json"
 _FLOAT32 = BY_NAME["float32"]

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ..dtypes import BY_NAME
 from ..errors import InputError
 from ..io.header import quoted
 from ..io.new_file import NewFile, new_file
 from ..io.stored import COLUMN, ROW
+from ..tensors.dtypes import BY_NAME
 from .checking import ValueCheck
 from .source import FactoredMoment, Moment, Source
 

@@ -12,24 +12,17 @@ import numpy as np
 import torch
 
 from ...errors import BackendError
-from ...formula import ExpertTerms, Terms
-from ...resident import Array, is_resident, library
-from ...tensors import Full, Log8, TensorInputs
+from ...tensors.array import Array, is_resident, library
+from ...tensors.curvature import Full, Log8
+from ...tensors.result import MergeStats, NonFinite
+from ...tensors.terms import ExpertTerms, Terms
+from ...tensors.tile import TensorInputs
 from .. import triton
-from ..stats import MergeStats, NonFinite
 from . import merge as merging
 from . import survey_kernels, tiles
 from .faults import FAULTS, DeviceMemoryError, is_out_of_memory, line_of, reported
 from .halves import merge_in_halves
-from .operands import (
-    Fetch,
-    Load,
-    candidates,
-    device_curvature,
-    device_tile,
-    in_place,
-    left_there,
-)
+from .operands import Fetch, Load, candidates, device_curvature, device_tile, in_place, left_there
 from .ring import Ring, Slot
 
 _SMALLEST_TILE = 1 << 14  # elements below which a tile is not halved any more

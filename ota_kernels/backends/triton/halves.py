@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from ...formula import Terms
-from ...resident import Array, joined
-from ...tensors import Buffer, Curvature, Full, TensorInputs
-from ..stats import Candidates, MergeStats, NonFinite
+from ...tensors.array import Array, joined
+from ...tensors.buffer import Buffer
+from ...tensors.curvature import Curvature, Full
+from ...tensors.result import Candidates, MergeStats, NonFinite
+from ...tensors.terms import Terms
+from ...tensors.tile import TensorInputs
 
 Merge = Callable[[TensorInputs, Terms, Array], MergeStats]
 

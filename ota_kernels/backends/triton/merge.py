@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from ...errors import BackendError
-from ...formula import ExpertTerms, Formula, Terms, score_bits
-from ..stats import CENSUS, MergeStats
+from ...tensors.result import CENSUS, MergeStats
+from ...tensors.terms import ExpertTerms, Formula, Terms, score_bits
 from .merge_kernel import MOST, N_TOTALS, UNROLLED, _merge_kernel
 from .survey_kernels import scores
 from .tiles import (

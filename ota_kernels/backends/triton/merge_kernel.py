@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..stats import CENSUS, EXPONENTS
+from ...tensors.result import CENSUS, EXPONENTS
 from . import formulas as f
 from . import loads
 

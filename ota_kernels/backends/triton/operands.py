@@ -8,9 +8,11 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from ...resident import Array, is_resident
-from ...tensors import Buffer, Curvature, Full, Log8, LowRank, Rank1, TensorInputs, Uniform
-from ..stats import Candidates
+from ...tensors.array import Array, is_resident
+from ...tensors.buffer import Buffer
+from ...tensors.curvature import Curvature, Full, Log8, LowRank, Rank1, Uniform
+from ...tensors.result import Candidates
+from ...tensors.tile import TensorInputs
 from . import tiles
 from .merge import Undecided
 

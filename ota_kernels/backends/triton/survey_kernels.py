@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...formula import ExpertTerms
+from ...tensors.terms import ExpertTerms
 from . import formulas as f
 from . import loads
 from .tiles import (

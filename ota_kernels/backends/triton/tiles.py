@@ -11,8 +11,8 @@ import numpy as np
 import torch
 import triton.language as tl
 
-from ... import log8
-from ..stats import NonFinite
+from ...tensors import log8
+from ...tensors.result import NonFinite
 
 ALIGNMENT = 16  # bytes of the widest load
 WARPS = 4

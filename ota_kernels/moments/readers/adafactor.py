@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ...errors import InputError
-from ...tensors import Buffer
+from ...tensors.buffer import Buffer
 from ..source import FactoredMoment, Moment
 from .state import State, pieces, read_once
 

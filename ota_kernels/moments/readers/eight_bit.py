@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 
 from ...errors import InputError
-from ...tensors import Buffer
+from ...tensors.buffer import Buffer
 from ..source import Moment, Piece
 from .state import State, cut, pieces, read_once
 

@@ -14,7 +14,7 @@ from ...errors import InputError
 from ...io import torchfile
 from ...io.header import quoted
 from ...io.pages import advise
-from ...tensors import Buffer
+from ...tensors.buffer import Buffer
 from ..source import Piece
 
 # A piece is 16 MiB of float32; a multiple of every block size of 8-bit states.

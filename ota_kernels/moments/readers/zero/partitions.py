@@ -16,7 +16,7 @@ from pathlib import Path
 from ....errors import InputError
 from ....io.header import quoted
 from ....io.reader import Checkpoint
-from ....tensors import Buffer
+from ....tensors.buffer import Buffer
 from ...source import Moment, Piece, Source
 from ..state import State, cut, read_once
 from . import files

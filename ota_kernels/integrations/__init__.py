@@ -1,0 +1,1 @@
+"""The kernels inside of other tools."""

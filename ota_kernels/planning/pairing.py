@@ -1,0 +1,284 @@
+"""Opens everything a recipe names and checks that it fits together. Reads headers, and what compressed
+curvature has beside its elements."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..errors import InputError
+from ..io.curvature import CurvatureFile
+from ..io.hub import resolve_file, resolve_model
+from ..io.reader import Checkpoint
+from ..recipe import methods
+from ..recipe.schema import Recipe
+from ..tensors.curvature import Curvature, Rank1, Uniform
+from ..tensors.dtypes import BY_NAME, OUTPUT_NAMES, DType
+from ..tensors.tile import TensorInputs
+from .roles import EMBEDDING, OUTPUT, embedding_for, role_of
+
+MERGE, COPY, KEEP_BASE = "merge", "copy", "keep base"
+_LISTED = 8  # names an error lists before it says how many more there are
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One output tensor.
+
+    action: MERGE; COPY where the models must agree (integers, booleans); KEEP_BASE where the base's values
+    are taken (`missing_curvature: base`). sources: the tensor's name in each checkpoint; dtype: the output's.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: DType
+    action: str
+    sources: tuple[str, ...]
+
+    @property
+    def numel(self) -> int:
+        n = 1
+        for size in self.shape:
+            n *= size
+        return n
+
+
+class Inputs:
+    """The open files of a recipe.
+
+    checkpoints: the base first where the method uses one, then the experts; entries: output tensors in the
+    order of the first checkpoint; untied: the output has an output matrix of its own although some model ties
+    it to the embeddings; model_folders: every folder by its name in the recipe, the base first.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.method = methods.get(recipe.merge_method)
+        self.has_base = recipe.base_model is not None and self.method.base != "unused"
+        self._files = contextlib.ExitStack()
+        try:
+            self._open()
+            self.untied = False
+            self._names = self._output_names()
+            self.entries = self._entries()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        recipe = self.recipe
+        labels = [recipe.base_model] if recipe.base_model is not None else []
+        labels += [m.model for m in recipe.models]
+        self.model_folders: dict[str, Path] = {label: resolve_model(label) for label in labels}
+        used = labels if self.has_base else [m.model for m in recipe.models]
+        self.checkpoints = [
+            self._files.enter_context(contextlib.closing(Checkpoint.open(self.model_folders[label], label)))
+            for label in used
+        ]
+        self.curvatures = [
+            self._open_curvature(m.parameters.preconditioner_path, m.model) if self.method.curvature else None
+            for m in recipe.models
+        ]
+
+    def _open_curvature(self, path: str | None, label: str) -> CurvatureFile | None:
+        if path is None:
+            return None
+        file = CurvatureFile.open(resolve_file(path), label)
+        return self._files.enter_context(contextlib.closing(file))
+
+    def close(self) -> None:
+        """Unmap and close everything."""
+        self._files.close()
+
+    def __enter__(self) -> Inputs:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def experts(self) -> list[Checkpoint]:
+        return self.checkpoints[1:] if self.has_base else self.checkpoints
+
+    @functools.cached_property
+    def bytes_per_element(self) -> list[int]:
+        """Input bytes that one element of each entry reads."""
+        return [self._bytes_per_element(entry) for entry in self.entries]
+
+    def _bytes_per_element(self, entry: TensorEntry) -> int:
+        if entry.action == KEEP_BASE:
+            return self.checkpoints[0].tensors[entry.sources[0]].dtype.itemsize
+        pairs = zip(self.checkpoints, entry.sources, strict=True)
+        size = sum(checkpoint.tensors[source].dtype.itemsize for checkpoint, source in pairs)
+        if entry.action == MERGE:
+            names = [self._curvature_name(t, entry) for t in range(len(self.experts))]
+            if None not in names:
+                size += sum(f.bytes_per_element(n) for f, n in zip(self.curvatures, names, strict=True))
+        return size
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes that one pass over the inputs reads."""
+        return sum(e.numel * size for e, size in zip(self.entries, self.bytes_per_element, strict=True))
+
+    def fingerprint(self) -> list:
+        """Names, sizes and times of all input files."""
+        files = [c.fingerprint() for c in self.checkpoints]
+        return files + [f.fingerprint() for f in self.curvatures if f is not None]
+
+    def buffers(self, entry: TensorEntry) -> list:
+        """The tensor in every checkpoint, mapped."""
+        return [c.buffer(source) for c, source in zip(self.checkpoints, entry.sources, strict=True)]
+
+    def tensor(self, entry: TensorEntry) -> TensorInputs:
+        """The mapped inputs of an entry that is not COPY. Under KEEP_BASE every expert is the base itself."""
+        found = self.buffers(entry)
+        if entry.action == KEEP_BASE:
+            found = [found[0]] * len(found)
+        base = found[0] if self.has_base else None
+        experts = tuple(found[1:] if self.has_base else found)
+        return TensorInputs(
+            entry.name, entry.shape, entry.dtype, base, experts, self._tensor_curvatures(entry)
+        )
+
+    def _tensor_curvatures(self, entry: TensorEntry) -> tuple[Curvature, ...]:
+        names = [self._curvature_name(t, entry) for t in range(len(self.experts))]
+        if (
+            entry.action == KEEP_BASE or None in names
+        ):  # `missing_curvature: uniform`: no expert's curvature can be compared with 1
+            return (Uniform(),) * len(names)
+        correct = self.recipe.parameters.bias_correction
+        return tuple(file.curvature(name, correct) for file, name in zip(self.curvatures, names, strict=True))
+
+    def _curvature_name(self, t: int, entry: TensorEntry) -> str | None:
+        """The name under which expert t's curvature file knows the tensor: its own, or that of the embeddings
+        it is tied to."""
+        file = self.curvatures[t]
+        if file is None:
+            return None
+        source = entry.sources[t + self.has_base]
+        return next((name for name in (entry.name, source) if file.find(name) is not None), None)
+
+    def _is_tied(self, checkpoint: Checkpoint, name: str) -> bool:
+        """Whether `name` is an output matrix that this model takes from its embeddings."""
+        if embedding_for(name, checkpoint.tensors) is None:
+            return False
+        absent = name not in checkpoint.tensors
+        return checkpoint.tied_embeddings or (absent and checkpoint.config is None)
+
+    def _output_names(self) -> list[str]:
+        names = list(dict.fromkeys(name for c in self.checkpoints for name in c.tensors))
+        kept = []
+        for name in names:
+            tied = [self._is_tied(c, name) for c in self.checkpoints]
+            if all(tied):
+                continue
+            self.untied = self.untied or any(tied)
+            kept.append(name)
+        return kept
+
+    def _source(self, checkpoint: Checkpoint, name: str) -> str | None:
+        if self._is_tied(checkpoint, name):
+            return embedding_for(name, checkpoint.tensors)
+        return name if name in checkpoint.tensors else None
+
+    def _entries(self) -> list[TensorEntry]:
+        sources = {name: [self._source(c, name) for c in self.checkpoints] for name in self._names}
+        self._check_present(sources)
+        entries = [self._entry(name, tuple(found)) for name, found in sources.items()]
+        return self._with_curvature(entries)
+
+    def _check_present(self, sources: dict[str, list[str | None]]) -> None:
+        lacking = {
+            name: [c.label for c, source in zip(self.checkpoints, found, strict=True) if source is None]
+            for name, found in sources.items()
+            if None in found
+        }
+        if lacking:
+            name, labels = next(iter(lacking.items()))
+            more = f" ({len(lacking)} such tensors: {_listing(lacking)})" if len(lacking) > 1 else ""
+            raise InputError(f"{', '.join(labels)}: has no tensor {name}, which other models have{more}")
+
+    def _entry(self, name: str, sources: tuple[str, ...]) -> TensorEntry:
+        infos = [c.tensors[source] for c, source in zip(self.checkpoints, sources, strict=True)]
+        shapes = [info.shape for info in infos]
+        if len(set(shapes)) > 1:
+            self._raise_shapes(name, shapes)
+        floats = [info.dtype.is_float for info in infos]
+        if (any(floats) and not all(floats)) or (not any(floats) and len({i.dtype for i in infos}) > 1):
+            listed = ", ".join(
+                f"{c.label}: {i.dtype.name}" for c, i in zip(self.checkpoints, infos, strict=True)
+            )
+            raise InputError(f"{name}: types that cannot be merged ({listed})")
+        if not all(floats):
+            return TensorEntry(name, shapes[0], infos[0].dtype, COPY, sources)
+        return TensorEntry(name, shapes[0], self._output_dtype(name, infos[0].dtype), MERGE, sources)
+
+    def _raise_shapes(self, name: str, shapes: list[tuple[int, ...]]) -> None:
+        listed = ", ".join(
+            f"{c.label}: {list(shape)}" for c, shape in zip(self.checkpoints, shapes, strict=True)
+        )
+        advice = ""
+        if role_of(name, shapes[0]) in (EMBEDDING, OUTPUT):
+            advice = "; the vocabularies differ: resize the models' embeddings to one tokenizer first"
+        raise InputError(f"{name}: shapes differ ({listed}){advice}")
+
+    def _output_dtype(self, name: str, own: DType) -> DType:
+        if self.recipe.output_dtype is not None:
+            return BY_NAME[self.recipe.output_dtype]
+        if own.name not in OUTPUT_NAMES:
+            raise InputError(
+                f"{self.checkpoints[0].label}: {name} is {own.name}, which a merge cannot be written in; "
+                "set `dtype: bfloat16` in the recipe"
+            )
+        return own
+
+    def _with_curvature(self, entries: list[TensorEntry]) -> list[TensorEntry]:
+        if not self.method.curvature:
+            return entries
+        policy = self.recipe.parameters.missing_curvature
+        missing: dict[str, list[str]] = {}
+        checked = []
+        for entry in entries:
+            lacking = [] if entry.action == COPY else self._check_curvature(entry)
+            if lacking:
+                missing[entry.name] = lacking
+            kept = lacking and policy == "base"
+            checked.append(replace(entry, action=KEEP_BASE) if kept else entry)
+        if missing and policy == "error":
+            labels = sorted({label for lacking in missing.values() for label in lacking})
+            raise InputError(
+                f"no curvature for {len(missing)} tensors in the files of {', '.join(labels)}: "
+                f"{', '.join(missing)}; `missing_curvature: uniform` or `base` merges without it"
+            )
+        return checked
+
+    def _check_curvature(self, entry: TensorEntry) -> list[str]:
+        """Labels of the experts without curvature for the tensor; InputError for one that does not fit."""
+        lacking = []
+        for t, expert in enumerate(self.experts):
+            name = self._curvature_name(t, entry)
+            if name is None:
+                lacking.append(expert.label)
+                continue
+            file = self.curvatures[t]
+            found = file.curvature(name, self.recipe.parameters.bias_correction)
+            if tuple(file.shape(name)) != entry.shape:
+                raise InputError(
+                    f"{file.path}: the curvature of {entry.name} has shape {list(file.shape(name))}, "
+                    f"the tensor {list(entry.shape)}"
+                )
+            if self.recipe.models[t].parameters.rank and isinstance(found, Rank1):
+                raise InputError(
+                    f"{file.path}: holds row and column sums of {entry.name}, which have rank 1: leave out "
+                    "`rank`, or give a file of all second moments"
+                )
+        return lacking
+
+
+def _listing(names) -> str:
+    names = list(names)
+    shown = ", ".join(names[:_LISTED])
+    return shown if len(names) <= _LISTED else f"{shown}, and {len(names) - _LISTED} more"

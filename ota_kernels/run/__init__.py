@@ -1,0 +1,1 @@
+"""Doing it: a recipe's whole job, and the passes over tiles."""

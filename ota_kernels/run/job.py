@@ -1,0 +1,414 @@
+"""The whole job from a recipe to a published folder: plan, work folder, merge, report, publish."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import itertools
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from .. import __version__, backends
+from ..errors import BackendError, InputError, OutputError, RecipeError, RunError
+from ..io import journal
+from ..io.assets import Asset, plan_assets, recipe_asset, write_assets
+from ..io.pages import advise, release
+from ..io.workfolder import WorkFolder
+from ..io.writer import ShardWriter
+from ..planning.pairing import COPY, Inputs
+from ..planning.plan import Plan, make_plan, memory_limit_of, thread_choices
+from ..recipe import methods
+from ..recipe.schema import Recipe, load_recipe, parse_recipe
+from ..select.pending import DEFAULT_BUDGET, Store
+from ..sizes import parse_size
+from ..tensors.buffer import Buffer
+from ..tensors.segment import Segment
+from ..tensors.tile import TensorInputs
+from .card import model_card
+from .counts import Tally
+from .engine import Decided, Engine, Event, Merged
+from .pool import Pool
+from .readahead import ReadAhead
+from .report import REPORT_NAME, build_report
+from .state import FORMAT, Ledger, record_of
+from .survey import Survey
+
+logger = logging.getLogger(__name__)
+
+_COPY_BYTES = 1 << 24
+_SPARE_BYTES = 64 << 20  # room asked for beside the tensors: config, tokenizer, report, journal
+
+
+class Progress(Protocol):
+    """Told how far a merge is. Called from one thread at a time."""
+
+    def stage(self, name: str, total_bytes: int) -> None: ...
+
+    def advance(self, nbytes: int) -> None: ...
+
+
+class Silent:
+    """A Progress that shows nothing."""
+
+    def __enter__(self) -> Silent:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def stage(self, name: str, total_bytes: int) -> None:
+        pass
+
+    def advance(self, nbytes: int) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a merge runs; what it computes is the recipe's.
+
+    device: "auto", "cpu", "cuda" or "cuda:N"; memory_limit: bytes resident on the host at most, None for
+    1 GiB, on a GPU 4 GiB; shard_size: bytes of one output file at most; threads: None for every processor;
+    seed: of methods that draw random numbers; tile_elements: None for what fits the limit;
+    candidates_memory: bytes of undecided elements held in memory at most, the rest goes to the work folder.
+    """
+
+    backend: str = "auto"
+    device: str = "auto"
+    memory_limit: int | None = None
+    threads: int | None = None
+    shard_size: int = 5_000_000_000
+    seed: int = 0
+    overwrite: bool = False
+    resume: bool = False
+    tile_elements: int | None = None
+    candidates_memory: int = DEFAULT_BUDGET
+
+    def __post_init__(self) -> None:
+        backends.check_device(self.device)
+        if self.threads is not None and self.threads < 1:
+            raise RecipeError(f"--threads must be at least 1, not {self.threads}")
+
+    @classmethod
+    def of(cls, **given: Any) -> Options:
+        """Options whose sizes may be text."""
+        least = {"memory_limit": 1, "shard_size": 1, "candidates_memory": 0}
+        sized = (key for key in least.keys() & given.keys() if given[key] is not None)
+        sizes = {key: parse_size(given[key], least[key]) for key in sized}
+        return cls(**given | sizes)
+
+
+def as_recipe(recipe: Recipe | str | os.PathLike | dict) -> Recipe:
+    """A recipe from a file, a mapping, or as it is."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    return parse_recipe(recipe) if isinstance(recipe, dict) else load_recipe(recipe)
+
+
+def plan(
+    recipe: Recipe | str | os.PathLike | dict,
+    *,
+    out: str | os.PathLike | None = None,
+    **options: Any,
+) -> Plan:
+    """What `merge` with the same arguments would do; writes nothing. Reads headers only.
+
+    With `out`, checks too that `merge` could write there. Raises as `merge` does.
+    """
+    with _Merge(as_recipe(recipe), Options.of(**options)) as job:
+        job.assets()
+        if out is not None:
+            job.check_output(Path(out).resolve())
+        return job.plan
+
+
+def merge(
+    recipe: Recipe | str | os.PathLike | dict,
+    out: str | os.PathLike,
+    *,
+    progress: Progress | None = None,
+    **options: Any,
+) -> dict:
+    """Merge the models of a recipe into the folder `out`; returns what merge_report.json says.
+
+    recipe: a YAML file, a mapping of the same form, or a Recipe. options: the fields of `Options`, sizes in
+    bytes or as text ("5GB", "512MiB"). Raises RecipeError, InputError, OutputError or BackendError before
+    anything is written, InputError for values that are not finite, RunError (resumable) while running.
+    """
+    with _Merge(as_recipe(recipe), Options.of(**options)) as job:
+        return job.run(Path(out), progress or Silent())
+
+
+class _Merge:
+    """One merge: open inputs, its plan, and `run`."""
+
+    def __init__(self, recipe: Recipe, options: Options) -> None:
+        self.recipe, self.options = recipe, options
+        self.backend = backends.select(options.backend, options.device)
+        self.inputs = Inputs(recipe)
+        try:
+            self._prepare()
+        except BaseException:
+            self.inputs.close()
+            raise
+
+    def _prepare(self) -> None:
+        options = self.options
+        entries = enumerate(self.inputs.entries)
+        self.tensors = {i: self.inputs.tensor(e) for i, e in entries if e.action != COPY}
+        tensors = list(self.tensors.values())
+        self.read_ahead = ReadAhead(tensors)
+        self.survey = Survey(self.recipe, tensors, self.backend, release, self.read_ahead)
+        self.plan = make_plan(
+            self.inputs,
+            self.survey,
+            self.backend,
+            threads=thread_choices(options.threads, self.backend),
+            memory_limit=memory_limit_of(options.memory_limit, self.backend),
+            shard_size=options.shard_size,
+            tile_elements=options.tile_elements,
+            candidates_memory=options.candidates_memory,
+        )
+
+    def __enter__(self) -> _Merge:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.inputs.close()
+        self.backend.release()
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Changes whenever the merge does: recipe, inputs, layout, seed, versions. Not with the backend: one
+        may go on where another was stopped, since masks are the same on all of them."""
+        parts = [
+            __version__,
+            FORMAT,
+            self.recipe.as_dict(),
+            self.options.seed,
+            self.inputs.fingerprint(),
+            [asdict(shard) | {"header": shard.header.hex()} for shard in self.plan.layout.shards],
+        ]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def assets(self) -> list[Asset]:
+        return [
+            *plan_assets(
+                self.inputs.model_folders,
+                tokenizer_source=self.recipe.tokenizer_source,
+                dtype=self.recipe.output_dtype,
+                untied=self.inputs.untied,
+            ),
+            recipe_asset(self.recipe.as_dict()),
+        ]
+
+    def run(self, out: Path, progress: Progress) -> dict:
+        out = out.resolve()
+        finished = self.check_output(out)
+        work = self._work_folder(out)
+        if finished is not None:
+            work.remove_if_published()
+            return finished
+        assets = self.assets()
+        with work:
+            try:
+                report = self._run_in(work, assets, progress)
+            except InputError:
+                work.remove()  # nothing to resume: the inputs themselves must change
+                raise
+            except BackendError as error:
+                raise RunError(
+                    f"{error}; the journal is kept: --resume with --backend native goes on on the CPU"
+                ) from error
+            work.publish()
+        return report
+
+    def _work_folder(self, out: Path) -> WorkFolder:
+        options = self.options
+        needed = self.plan.bytes_out + self.plan.spilled_bytes + _SPARE_BYTES
+        return WorkFolder(out, needed, resume=options.resume, overwrite=options.overwrite)
+
+    def check_output(self, out: Path) -> dict | None:
+        """OutputError where `out` (resolved) cannot be used. With --resume, the report of a merge that is
+        complete."""
+        for label, path in self._sources().items():
+            source = path.resolve()
+            if out == source or source in out.parents or out in source.parents:
+                raise OutputError(
+                    f"the output {out} and the input {label} lie inside each other: name another folder"
+                )
+        if out.exists() and not out.is_dir():
+            raise OutputError(f"the output {out} is a file; name a folder")
+        if os.path.ismount(out):
+            raise OutputError(
+                f"the output {out} is a mount point, which cannot be replaced: name a folder in it"
+            )
+        if out.exists() and any(out.iterdir()):
+            report = _published_report(out) if self.options.resume else {}
+            if report.get("fingerprint") == self.fingerprint:
+                logger.info("%s is complete already", out)
+                return report
+            if not self.options.overwrite:
+                found = "holds something else than this merge" if self.options.resume else "is not empty"
+                raise OutputError(f"the output {out} {found}: choose another folder, or add --overwrite")
+        self._work_folder(out).check()
+        return None
+
+    def _sources(self) -> dict[str, Path]:
+        """Everything that is read, by what an error calls it."""
+        sources = dict(self.inputs.model_folders)
+        sources |= {str(file.path): file.path for file in self.inputs.curvatures if file is not None}
+        tokenizer = self.recipe.tokenizer_source
+        if tokenizer not in ("base", "union"):
+            sources.setdefault(tokenizer, Path(os.path.expanduser(tokenizer)))
+        return sources
+
+    def _run_in(self, work: WorkFolder, assets: list[Asset], progress: Progress) -> dict:
+        started = time.perf_counter()
+        ledger = Ledger(work.journal_records(self.fingerprint), len(self.inputs.entries))
+        writer = ShardWriter(work.files, self.plan.layout)
+        store = Store(self.plan.candidates_memory, work.path / "candidates.bin")
+
+        def sync() -> None:
+            writer.sync()
+            store.sync()
+
+        log = journal.Journal(work.path, sync)
+        seconds = {}
+        try:
+            if ledger.fresh:
+                log.append({"fingerprint": self.fingerprint})
+            log.append(ledger.begin(self.backend.NAME))
+            with Pool(self.plan.threads) as pool:
+                if ledger.decisions is None:
+                    progress.stage("survey", 0)
+                    ledger.decisions = self.survey.decide_model(pool.run)
+                    log.append({"decisions": asdict(ledger.decisions)})
+                seconds["survey"] = time.perf_counter() - started
+                weights = self.inputs.bytes_per_element
+                progress.stage("merge", self.inputs.total_bytes)
+                progress.advance(sum(ledger.done_elements(i) * w for i, w in enumerate(weights)))
+                engine = self._engine(ledger, writer, pool, store)
+                try:
+                    for event in itertools.chain(self._copy(ledger, writer), self._merge(engine, ledger)):
+                        log.append(record_of(event), of_data=not isinstance(event, Decided))
+                        for segment in ledger.add(event):
+                            progress.advance((segment.stop - segment.start) * weights[segment.index])
+                except (KeyboardInterrupt, RunError, BackendError):
+                    with contextlib.suppress(RunError):
+                        for event in engine.checkpoint():
+                            log.append(record_of(event))
+                    raise
+            seconds["merge"] = time.perf_counter() - started - seconds["survey"]
+            progress.stage("sync", 0)
+        finally:
+            try:
+                log.close()
+            finally:
+                writer.close()
+                store.close()
+        seconds["sync"] = time.perf_counter() - started - seconds["survey"] - seconds["merge"]
+        report = build_report(self.inputs, self.plan, self.survey, ledger, self.fingerprint, seconds)
+        writer.write_index(work.files)
+        write_assets(work.files, [*assets, self._card(assets, report), _json_asset(REPORT_NAME, report)])
+        return report
+
+    def _engine(self, ledger: Ledger, writer: ShardWriter, pool: Pool, store: Store) -> Engine:
+        return Engine(
+            self.tensors,
+            _FileSink(writer, self.plan.layout.tensors, self.read_ahead),
+            backend=self.backend,
+            pool=pool,
+            tile_elements=self.plan.tile_elements,
+            survey=self.survey,
+            decisions=ledger.decisions,
+            store=store,
+            decided=ledger.decided,
+        )
+
+    def _merge(self, engine: Engine, ledger: Ledger) -> Iterator[Event]:
+        sizes = {index: tensor.numel for index, tensor in self.tensors.items()}
+        todo = [(index, *gap) for index, numel in sizes.items() for gap in ledger.gaps(index, numel)]
+        return engine.run(todo, ledger.open)
+
+    def _copy(self, ledger: Ledger, writer: ShardWriter) -> Iterator:
+        """Tensors that are not floating point: equal in all models, or an error."""
+        for index, entry in enumerate(self.inputs.entries):
+            if entry.action != COPY or not ledger.gaps(index, entry.numel):
+                continue
+            step = _COPY_BYTES // entry.dtype.itemsize
+            for start in range(0, entry.numel, step):
+                pieces = [b.slice(start, min(start + step, entry.numel)) for b in self.inputs.buffers(entry)]
+                _check_equal(entry.name, pieces)
+                writer.write(self.plan.layout.tensors[index], start, pieces[0].data)
+                for piece in pieces:
+                    advise(piece.data, "dontneed")
+            yield Merged([(Segment(index, 0, entry.numel), Tally([]))])
+
+    def _card(self, assets: list[Asset], report: dict) -> Asset:
+        has_config = any(a.name == "config.json" for a in assets)
+        formula = methods.get(self.recipe.merge_method).formula
+        card = model_card(self.recipe.as_dict(), report, __version__, formula=formula, has_config=has_config)
+        return Asset("README.md", card.encode())
+
+
+def _published_report(out: Path) -> dict:
+    """The report in an output folder; empty where there is none that can be read."""
+    try:
+        report = json.loads((out / REPORT_NAME).read_text())
+    except (OSError, ValueError):
+        return {}
+    return report if isinstance(report, dict) else {}
+
+
+def _check_equal(name: str, pieces: list[Buffer]) -> None:
+    """InputError unless all models have the same values."""
+    first, *others = pieces
+    for other in others:
+        if not np.array_equal(first.data, other.data):
+            raise InputError(
+                f"{other.origin}: {name} ({other.dtype.name}) differs from {first.origin}; "
+                "only floating-point tensors are merged"
+            )
+
+
+def _json_asset(name: str, content: dict) -> Asset:
+    return Asset(name, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+
+
+class _FileSink:
+    """Merged tiles go to the shards; each thread merges into one buffer of its own."""
+
+    def __init__(self, writer: ShardWriter, tensors: list, read_ahead: ReadAhead) -> None:
+        self._writer, self._tensors, self._read_ahead = writer, tensors, read_ahead
+        self._local = threading.local()
+
+    def room(self, segment: Segment, nbytes: int) -> np.ndarray:
+        buffer = getattr(self._local, "buffer", None)
+        if buffer is None or buffer.size < nbytes:
+            buffer = self._local.buffer = np.empty(nbytes, np.uint8)
+        return buffer[:nbytes]
+
+    def write(self, segment: Segment, merged: np.ndarray) -> None:
+        self._writer.write(self._tensors[segment.index], segment.start, merged)
+
+    def patch(self, segment: Segment, positions: np.ndarray, merged: np.ndarray) -> None:
+        tensor = self._tensors[segment.index]
+        self._writer.patch(tensor, segment.start, segment.stop, positions, merged)
+
+    def wants(self, tensor: TensorInputs, segment: Segment) -> None:
+        if not self._read_ahead.is_idle:
+            self._read_ahead(tensor.slice(segment.start, segment.stop).buffers)
+
+    def done_with(self, tile: TensorInputs) -> None:
+        release(tile)

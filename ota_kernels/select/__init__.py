@@ -1,0 +1,1 @@
+"""Which elements: exact thresholds in one pass."""

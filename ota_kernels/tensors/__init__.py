@@ -1,0 +1,1 @@
+"""With what kernels work, and what comes back."""

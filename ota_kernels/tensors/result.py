@@ -1,0 +1,154 @@
+"""What a merged tile reports, the same for every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from . import array as resident
+from .array import Array
+from .buffer import Buffer
+from .curvature import Curvature, Full, Uniform
+from .dtypes import BY_NAME
+from .tile import TensorInputs
+
+
+@dataclass(frozen=True, slots=True)
+class NonFinite:
+    """Elements of one input that cannot be used. role: "base", "weights" or "curvature"; expert: its index,
+    -1 for the base; first: index of the first one within the tile."""
+
+    role: str
+    expert: int
+    count: int
+    first: int
+
+
+# A census of one expert's scores outside its bracket, int64[CENSUS]: sums of significands by exponent, of the
+# scores up to the end of the bracket and of those above it; last, how many are above.
+EXPONENTS = 256
+CENSUS = 2 * EXPONENTS + 1
+
+STEP_BYTES = 4  # of one score that is listed
+_INDEX, _CURVATURE = 4, BY_NAME["float32"]
+
+
+class Alternatives(NamedTuple):
+    """Elements of a tile that one expert's bracket alone leaves undecided, merged as if the expert kept them.
+
+    positions: uint32[m], ascending but for the highest bit, which is set where no other expert keeps the
+    element; steps: as in Candidates; merged: uint8, the m values of the output where the expert does not keep
+    them.
+    """
+
+    positions: np.ndarray
+    steps: np.ndarray
+    merged: np.ndarray
+
+    @staticmethod
+    def columns(tile: TensorInputs) -> list[int]:
+        """Bytes of one element: position, step, value."""
+        return [_INDEX, STEP_BYTES, tile.out_dtype.itemsize]
+
+    @classmethod
+    def of(cls, columns: Sequence[np.ndarray]) -> Alternatives:
+        """From uint8 columns."""
+        positions, steps, merged = columns
+        return cls(positions.view(np.uint32), steps.view(np.uint32), merged)
+
+
+def dropped(
+    alternatives: Sequence[Alternatives],
+    steps: Sequence[int],
+    size: int,
+    positions: np.ndarray,
+    merged: np.ndarray,
+) -> list[tuple[int, int]]:
+    """Put elements whose scores lie fewer than `steps` (per expert) above the lowest, one after the other,
+    into positions (uint32) and merged (uint8, `size` bytes each: values without the expert), which have room
+    for all alternatives. Returns per expert how many, and how many of them no expert keeps."""
+    from .. import _native
+
+    lists = [(*columns, step) for columns, step in zip(alternatives, steps, strict=True)]
+    return _native.below(lists, size, positions, merged)
+
+
+class Candidates(NamedTuple):
+    """Elements of a tile that some expert's bracket leaves undecided.
+
+    positions: uint32[m], ascending; operands: their inputs, m elements each, curvature as float32; steps: per
+    expert, of each score in its bracket, how many float32 numbers it lies above the lowest one (uint32, empty
+    for experts without a bracket). Of a resident tile, all are on its device: torch's int32 for uint32.
+    alternatives: per expert, elements that are listed there instead; empty where a backend tells none apart.
+    """
+
+    positions: Array
+    operands: TensorInputs
+    steps: tuple[Array, ...]
+    alternatives: tuple[Alternatives, ...] = ()
+
+    @classmethod
+    def none(cls, tile: TensorInputs) -> Candidates:
+        """A tile without candidates."""
+        empty = resident.elements(resident.empty(0, tile.experts[0].data), _INDEX)
+        return cls(empty, tile.slice(0, 0), (empty,) * len(tile.experts))
+
+    @staticmethod
+    def columns(tile: TensorInputs) -> list[int]:
+        """Bytes of one candidate of `tile`: index, base, each expert's weights and curvature (0: none)."""
+        weights = [0 if b is None else b.dtype.itemsize for b in (tile.base, *tile.experts)]
+        return [
+            _INDEX,
+            *weights,
+            *(0 if isinstance(c, Uniform) else _CURVATURE.itemsize for c in tile.curvatures),
+        ]
+
+    @classmethod
+    def of(
+        cls,
+        tile: TensorInputs,
+        columns: Sequence[Array],
+        steps: Sequence[Array],
+        alternatives: Sequence[Alternatives] = (),
+    ) -> Candidates:
+        """Candidates of `tile` (or of its tensor) from their columns and steps, uint8 each."""
+        index, base, *rest = columns
+        experts, curvatures = rest[: len(tile.experts)], rest[len(tile.experts) :]
+
+        def like(buffer: Buffer, column: Array) -> Buffer:
+            return Buffer(column, buffer.dtype, buffer.origin)
+
+        def curvature(given: Curvature, column: Array) -> Curvature:
+            if isinstance(given, Uniform):
+                return given
+            return Full(Buffer(column, _CURVATURE, given.origin), given.bias_correction)
+
+        operands = replace(
+            tile,
+            base=None if tile.base is None else like(tile.base, base),
+            experts=tuple(map(like, tile.experts, experts)),
+            curvatures=tuple(map(curvature, tile.curvatures, curvatures)),
+        )
+        listed = tuple(resident.elements(s, STEP_BYTES) for s in steps)
+        return cls(resident.elements(index, _INDEX), operands, listed, tuple(alternatives))
+
+
+@dataclass(frozen=True, slots=True)
+class MergeStats:
+    """kept: elements each expert keeps; reached: elements whose score reaches the threshold, or the lowest
+    score of the bracket; unkept: kept by nobody; overflow: results beyond the output type's range; repaired:
+    set to the base value because an input was not finite. Undecided elements count nowhere but in `reached`
+    and as not finite; alternatives count for the experts that are decided. candidates: None where every
+    threshold is known; censuses: per expert, None where not asked for."""
+
+    kept: tuple[int, ...]
+    reached: tuple[int, ...]
+    unkept: int
+    overflow: int
+    repaired: int
+    nonfinite: tuple[NonFinite, ...]
+    candidates: Candidates | None = None
+    censuses: tuple[np.ndarray | None, ...] = ()

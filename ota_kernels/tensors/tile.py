@@ -1,0 +1,86 @@
+"""What the backends receive: flat views of the inputs of one output tensor, cut into tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from .array import Array, is_resident, joined
+from .buffer import Buffer
+from .curvature import Curvature, Full, Uniform
+from .dtypes import DType
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInputs:
+    """All inputs of one output tensor, or of one tile of it.
+
+    base: None where the method has no base; experts and curvatures: one per expert, in recipe order.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    out_dtype: DType
+    base: Buffer | None
+    experts: tuple[Buffer, ...]
+    curvatures: tuple[Curvature, ...]
+
+    @property
+    def numel(self) -> int:
+        """Elements of this view."""
+        return len(self.experts[0])
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether all buffers are on a device."""
+        return is_resident(self.experts[0].data)
+
+    @property
+    def buffers(self) -> list[Buffer]:
+        """Every buffer that has one value per element: base, experts, curvature that is not factored."""
+        weights = [b for b in (self.base, *self.experts) if b is not None]
+        return [*weights, *(b for c in self.curvatures for b in c.buffers)]
+
+    def slice(self, start: int, stop: int) -> TensorInputs:
+        """The tile of elements [start, stop); name and shape stay those of the whole tensor."""
+        return TensorInputs(
+            self.name,
+            self.shape,
+            self.out_dtype,
+            None if self.base is None else self.base.slice(start, stop),
+            tuple(e.slice(start, stop) for e in self.experts),
+            tuple(c.slice(start, stop) for c in self.curvatures),
+        )
+
+    def gather(self, positions: Array) -> TensorInputs:
+        """The elements at `positions` (int64[m]) as a tile of their own, copied; compressed curvature becomes
+        one float32 value per element."""
+        return replace(
+            self,
+            base=None if self.base is None else self.base.gather(positions),
+            experts=tuple(e.gather(positions) for e in self.experts),
+            curvatures=tuple(c.gather(positions) for c in self.curvatures),
+        )
+
+
+def concatenated(tiles: Sequence[TensorInputs]) -> TensorInputs:
+    """The elements of tiles of one form, whose curvature has a value per element or none, as one tile."""
+    if len(tiles) == 1:
+        return tiles[0]
+
+    def together(buffers: Iterable[Buffer]) -> Buffer:
+        first, *rest = buffers
+        return Buffer(joined([first.data, *(b.data for b in rest)]), first.dtype, first.origin)
+
+    def curvature(curvatures: Sequence[Curvature]) -> Curvature:
+        first = curvatures[0]
+        if isinstance(first, Uniform):
+            return first
+        return Full(together(c.values for c in curvatures), first.bias_correction)
+
+    return replace(
+        tiles[0],
+        base=None if tiles[0].base is None else together(t.base for t in tiles),
+        experts=tuple(map(together, zip(*(t.experts for t in tiles), strict=True))),
+        curvatures=tuple(map(curvature, zip(*(t.curvatures for t in tiles), strict=True))),
+    )
