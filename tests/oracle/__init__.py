@@ -7,6 +7,7 @@ are float64, and agree with a backend's within a rounding of its output type (`M
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from . import absent, elementwise, gram, options, ota, task_vectors
@@ -44,9 +45,9 @@ def evaluate(
 ) -> dict[str, Merged]:
     """Merge a model.
 
-    parameters: recipe keys, and the options `layers`, `match_norm`, `weights_path` (the table itself); a key of
-    one model is one value, or a list of T values. settings: parameters of single tensors, where gradients or
-    filters make them differ. The order of `model` is that of the layout, which decides among equal scores
+    parameters: recipe keys, and the options `layers`, `match_norm`, `weights_path` (the table itself); a key
+    of one model is one value, or a list of T values. settings: parameters of single tensors, where gradients
+    or filters make them differ. The order of `model` is that of the layout, which decides among equal scores
     where a density counts over the model. A tensor that the method leaves out is missing from the result.
     ValueError: a parameter that is unknown, missing or out of range, a wrong number of models, inputs that
     have no merge.
@@ -65,6 +66,10 @@ def evaluate(
         raise ValueError(f"tensors have {sorted(counts)} experts: give None where a model lacks one")
     n_experts = counts.pop() if counts else 0
     _check_count(method, row, n_experts)
+    if row.base == "ignored":
+        model = {name: replace(tensor, base=None) for name, tensor in model.items()}
+    if row.base == "required" and model and all(tensor.base is None for tensor in model.values()):
+        raise ValueError(f"{method} needs a base")
 
     passed: dict[str, Merged] = {}
     present: dict[str, Tensor] = {}
@@ -77,10 +82,7 @@ def evaluate(
         elif left is not None:
             present[name], resolved[name] = left
     if chosen.get("layers") is not None:
-        resolved = options.scaled(
-            resolved,
-            {n: f for n, f in options.layer_factors(chosen["layers"], model).items() if n in resolved},
-        )
+        resolved = options.scaled(resolved, options.layer_factors(chosen["layers"], model))
     found = row.evaluate(present, resolved)
     if chosen.get("match_norm") is not None:
         factor = options.norm_factor(present, found, resolved)

@@ -17,23 +17,25 @@ def reduce(
 
     merge        over those present; a missing base is an error
     only one     slerp, nuslerp, arcee_fusion: the only one that is present is passed through
-    base alone   nearswap: the base, if it alone has the tensor
-    three        model_stock: with fewer than 3 inputs the base, if it alone has the tensor, else left out
+    base alone   nearswap: nothing but the base is passed through
+    three        model_stock: with fewer than 3 inputs left out
+
+    A tensor that the base alone has stays as it is, in every method that has a base.
     """
     here = [t for t, w in enumerate(tensor.experts) if w is not None]
+    if not here and tensor.base is not None and method.base != "ignored":
+        return _passed(tensor, tensor.base)
     if method.base == "required" and tensor.base is None and method.absent != "only one":
         if method.absent == "three" and len(here) < 3:
             return None
         raise ValueError(f"{name}: the base lacks the tensor")
     if len(here) == len(tensor.experts) and (tensor.base is not None or method.base != "required"):
         return tensor, settings
-    inputs = [x for x in (tensor.base, *tensor.experts) if x is not None]
-    if not inputs:
+    if not here:
         return None
+    inputs = [x for x in (tensor.base, *tensor.experts) if x is not None]
     if method.absent == "three" and len(inputs) < 3:
-        return _passed(tensor, tensor.base) if not here else None
-    if method.absent == "base alone" and not here:
-        return _passed(tensor, tensor.base)
+        return None
     if method.absent == "only one" and len(inputs) == 1:
         return _passed(tensor, inputs[0])
     if method.absent in ("only one", "base alone"):
@@ -47,7 +49,8 @@ def reduce(
 def _passed(tensor: Tensor, x: np.ndarray) -> Merged:
     """An input as it is; kept by the expert that it is, if any."""
     found = merged(x, Tensor(x, ()), [])
-    masks = np.stack([np.full(x.shape, w is not None) for w in tensor.experts])
+    masks = np.zeros((len(tensor.experts), *x.shape), bool)
+    masks[[w is not None for w in tensor.experts]] = True
     return replace(found, masks=masks, unkept=~masks.any(axis=0))
 
 

@@ -64,9 +64,9 @@ def checkpoints(tensor: Tensor, settings: Settings) -> Merged:
 def spread(d32: np.ndarray) -> np.ndarray:
     """2^32 T times the population variance of d_t over t, float32[shape]: the score of sce.
 
-    In float32, each operation rounded, nothing fused: e_t = 2^16 d_t - 2^16 d_0; m = (e_1 + e_2 + ..) float32(1/T)
-    added in recipe order; sum over t = 0, 1, .. of (e_t - m)^2. Equal edits give exactly 0, which a mean of the
-    d_t themselves would not."""
+    In float32, each operation rounded, nothing fused: e_t = 2^16 d_t - 2^16 d_0; m = (e_1 + e_2 + ..)
+    float32(1/T), added in recipe order; sum over t = 0, 1, .. of (e_t - m)^2. Equal edits give exactly 0,
+    which a mean of the d_t themselves would not."""
     n_experts = len(d32)
     scaled = d32 * np.float32(2.0**16)
     e = [x - scaled[0] for x in scaled]
@@ -81,14 +81,12 @@ def spread(d32: np.ndarray) -> np.ndarray:
 
 
 def sce(tensor: Tensor, settings: Settings) -> Merged:
-    """SCE (2408.07990): exactly floor(N select_topk) elements of largest `spread`, N those of spread > 0, kept in
-    all experts; weights q_t by the squares of what was kept; election by the unweighted sum.
+    """SCE (2408.07990): exactly floor(N select_topk) elements of largest `spread` are kept in all experts, N
+    those of spread > 0; weights q_t by the squares of what was kept; election by the unweighted sum.
 
     q_t: sums of float32 d squared, taken in float64; sum_t q_t < 1e-6: 1/T each. Election: float32 sum of the
     kept d_t in recipe order."""
     n_experts, shape, top = len(tensor.experts), tensor.shape, settings["select_topk"]
-    if not n_experts:
-        return merged(tensor.base, tensor, [])
     d32 = tensor.edits32()
     shared = np.ones(shape, bool)
     if top < 1:
@@ -116,7 +114,7 @@ def changed(tensor: Tensor, epsilon: float) -> np.ndarray:
 
 
 def _ram(tensor: Tensor, settings: Settings, alone: list[float]) -> Merged:
-    """Mean of the edits that changed an element; `alone`: the factor of expert t's where no other changed it."""
+    """Mean of the edits that changed an element; alone: the factor of expert t's where no other did."""
     a = changed(tensor, settings["epsilon"])
     c = a.sum(axis=0)
     factor = np.array(alone).reshape(-1, *[1] * len(tensor.shape))
@@ -150,8 +148,8 @@ def ramplus_tl(tensor: Tensor, settings: Settings) -> Merged:
 
 
 def ramplus(model: Model, settings: dict[str, Settings]) -> dict[str, Merged]:
-    """RAM+ with counts of the whole model: 1 + (R - 1) min(1, rho_t), which is ramplus_tl's factor for r = R - 1 =
-    0.2 and alpha = 1 (the defaults here); an expert that changed nothing alone would get R."""
+    """RAM+ with counts of the whole model: 1 + (R - 1) min(1, rho_t), which is ramplus_tl's factor for r =
+    R - 1 = 0.2 and alpha = 1 (the defaults here); an expert that changed nothing alone would get R."""
     counts = {name: overlap(t, settings[name]["epsilon"]) for name, t in model.items()}
     totals = {
         position: [sum(int(counts[name][i][t]) for name, t in where) for i in (0, 1)]
@@ -173,11 +171,11 @@ def nearswap(tensor: Tensor, settings: Settings) -> Merged:
 
 
 def fisher(model: Model, settings: dict[str, Settings]) -> dict[str, Merged]:
-    """Fisher averaging (2111.09832): sum_t P_t w_t / sum_t P_t, P_t = weight_t n(F_t), F_t = max(h_t, fisher_floor).
+    """Fisher averaging (2111.09832): sum_t P_t w_t / sum_t P_t, P_t = weight_t n(max(h_t, fisher_floor)).
 
     n by `normalise`: none: x; global: x / (mean of x over the tensor + epsilon); model (default): over the
-    model. The paper's code divides by the L2 norm of the model's F where this takes its mean. sum_t P_t = 0: the
-    mean of the w_t. The base is not read."""
+    model. The paper's code divides by the L2 norm of the model's F where this takes its mean. sum_t P_t = 0:
+    the mean of the w_t. The base is not read."""
     floored = {name: _fisher(tensor, settings[name]) for name, tensor in model.items()}
     totals, sizes = {}, {}
     for position, where in places(settings).items():
@@ -215,7 +213,7 @@ def _fisher(tensor: Tensor, settings: Settings) -> list[np.ndarray]:
 
 
 def consensus(tensor: Tensor, settings: Settings) -> Merged:
-    """Consensus merging (tall masks): w_0 + lambda D [sum_t M_t >= k], D = sum_t d_t, M_t = |d_t| > q |D - d_t|.
+    """Consensus of tall masks: w_0 + lambda D [sum_t M_t >= k], D = sum_t d_t, M_t = |d_t| > q |D - d_t|.
 
     M_t in float32: D added in recipe order, D - d_t, times float32(q). masks: M_t."""
     d32 = tensor.edits32()

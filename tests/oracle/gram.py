@@ -1,8 +1,9 @@
 """The Gram family: coefficients from inner products, then one linear combination (METHODS section 6).
 
-Everything in float64, decisions too: x_t = w_t or d_t taken in float64, N_t = ||x_t||. Inner products are sums of
-a whole tensor, whose last bits depend on the order of adding; tests keep away from the borders (0.9995 of
-slerp, 1e-16 of nuslerp, eps, tol). A vector group lies along one axis; a scalar is a vector of length 1.
+Everything in float64, decisions too: x_t = w_t or d_t taken in float64, N_t = ||x_t||. Inner products are
+sums of a whole tensor, whose last bits depend on the order of adding; tests keep away from the borders
+(0.9995 of slerp, 1e-16 of nuslerp, eps, tol). Groups of vectors lie along one axis; a scalar is a vector of
+length 1.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def _slerp_coefficients(cosine: np.ndarray, t: float, straight: np.ndarray) -> t
 
 
 def slerp(tensor: Tensor, settings: Settings) -> Merged:
-    """Between the base and one expert, each tensor one vector; linear where |cosine| > 0.9995; norms up to 1e-8
-    count as 1."""
+    """Between the base and one expert, each tensor one vector; linear where |cosine| > 0.9995. Norms up to
+    1e-8 count as 1."""
     t, pair = settings["t"], (tensor.base, tensor.experts[0])
     norms = [math.sqrt(inner(x, x)) for x in pair]
     norms = [n if n > SLERP_FLOOR else 1.0 for n in norms]
@@ -76,8 +77,8 @@ def _combination(tensor: Tensor, coefficients: list, settings: Settings) -> Merg
 def multislerp(tensor: Tensor, settings: Settings) -> Merged:
     """(sum_t omega_t N_t) v / ||v||, v = sum_t omega_t x_t / (N_t + eps), plus w_0 with a base.
 
-    One expert: its tensor. ||v|| < eps: two experts: sum omega_t x_t; more: ValueError, but where all N_t are 0 the
-    sum of nothing (the base). Weights whose decimals sum to 0 with normalize_weights: ValueError."""
+    One expert: its tensor. ||v|| < eps: two experts: sum omega_t x_t; more: ValueError, but where all N_t are
+    0 the sum of nothing (the base). Weights whose decimals sum to 0 with normalize_weights: ValueError."""
     weights, eps = settings.each("weight"), settings["eps"]
     if len(weights) == 1:
         return merged(tensor.experts[0], tensor, [])
@@ -139,8 +140,8 @@ def karcher(tensor: Tensor, settings: Settings) -> Merged:
 def model_stock(tensor: Tensor, settings: Settings) -> Merged:
     """w_0 + tau (mean_t d_t), tau = T c / (1 + (T-1) c), c the mean cosine of pairs of edits (2403.19522).
 
-    The product of two norms is at least 1e-6; |1 + (T-1) c| < 1e-6: tau = 0. filter_wise: for each vector along the
-    last axis."""
+    The product of two norms counts as at least 1e-6; |1 + (T-1) c| < 1e-6: tau = 0. filter_wise: for each
+    vector along the last axis."""
     d, n_experts = tensor.edits(), len(tensor.experts)
     axis = _axis(d.ndim - 1, row_wise=False, flatten=not settings["filter_wise"])
     norms = [np.sqrt(inner(x, x, axis)) for x in d]

@@ -1,8 +1,8 @@
 """Options of every row that adds edits to a base, and tables of weights (FIELD section 1).
 
 layers: [a, b]     lambda of layer l of L times a + (b - a) l / (L - 1), a outside the layers; L = 1: b
-match_norm: mean   lambda times mean_t ||d_t|| / ||out - w_0||, norms over the whole model in float64, out with
-                   its own lambda and layers; a merged edit of 0 stays 0
+match_norm: mean   lambda times mean_t ||d_t|| / ||out - w_0||, norms over the whole model in float64, out
+                   with its own lambda and layers; a merged edit of 0 stays 0
 weights_path       {tensor: T weights}: takes the place of `weight`; every tensor needs its row
 origin             `Tensor.origins`: d_t = w_t - o_t, in values, decisions and norms alike
 """

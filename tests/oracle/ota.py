@@ -1,10 +1,10 @@
 """OTA merging with Fast Fisher Grafting (arXiv 2509.11167), and its rows `ffg` and `localize_stitch`.
 
-Decisions, all float32: the saliency (h 2^32) (2^16 d)^2, in this order, with h and d in float32 (d = float32(w) -
-float32(w_0)); without a base h times 2^64; a bias correction c makes the factor of h float32(2^32 / c). It is compared with
-float32(2^64 theta). Equal saliencies are kept together, saliency 0 is not kept by a density below 1. TIES
-trims |d| and elects by sum_t float32(r_t) d_t, added in recipe order; `rescale` compares norms of the same d,
-taken in float64.
+Decisions, all float32: the saliency (h 2^32) ((2^16 d) (2^16 d)), with h and d in float32 (d = float32(w) -
+float32(w_0)); without a base h times 2^64; a bias correction c makes the factor of h float32(2^32 / c). It is
+compared with float32(2^64 theta). Equal saliencies are kept together, saliency 0 is not kept by a density
+below 1. TIES trims |d| and elects by sum_t float32(r_t) d_t, added in recipe order; `rescale` compares norms
+of the same d, taken in float64.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ OWN = {
 
 
 def ota(model: Model, settings: dict[str, Settings]) -> dict[str, Merged]:
-    """w_0 + lambda sum_t P_t d_t / sum_t P_t, P_t = m_t (n(g_t h_t^p) + eps), and its variants `linear`, `ties`."""
+    """w_0 + lambda sum_t P_t d_t / sum_t P_t, P_t = m_t (n(g_t h_t^p) + eps); variants `linear`, `ties`."""
     curvatures = {name: _curvatures(tensor, settings[name]) for name, tensor in model.items()}
     masks = _masks(model, curvatures, settings)
     with np.errstate(invalid="ignore", over="ignore"):
@@ -244,8 +244,6 @@ def _ota(
 ) -> Merged:
     n_experts, shape = len(tensor.experts), tensor.shape
     base = np.zeros(shape) if tensor.base is None else tensor.base
-    if not n_experts:
-        return merged(base, tensor, [])
     variant = settings["masked_task_vector_merge_method"]
     d32 = tensor.edits32()
     scales = [1.0] * n_experts
@@ -294,7 +292,7 @@ def _elected(d32: np.ndarray, scales: list[float], masks: np.ndarray, density: f
 def localize_stitch(model: Model, settings: dict[str, Settings]) -> dict[str, Merged]:
     """Localize-and-Stitch without data (2408.13656): out = w_0 + lambda sum_t m_t d_t / max(1, sum_t m_t).
 
-    m_t: the floor(rho n) largest |d_t| (float32) over the model, ties kept, zeros never kept for rho < 1: OTA's
+    m_t: the floor(rho n) largest |d_t| (float32) over the model, ties kept, zeros never for rho < 1: OTA's
     masks with curvature 1. `embeddings: base` (default) leaves input embeddings as they are, and out of n;
     `merge` treats them as any tensor."""
     merging = {n for n, t in model.items() if settings[n]["embeddings"] == "merge" or t.role != "embedding"}

@@ -54,7 +54,17 @@ class Method:
 
 def one_by_one(evaluate: Callable[[Tensor, Settings], Merged]) -> Evaluation:
     """A method that sees one tensor at a time."""
-    return lambda model, settings: {name: evaluate(t, settings[name]) for name, t in model.items()}
+
+    def evaluate_all(model: Model, settings: dict[str, Settings]) -> dict[str, Merged]:
+        found = {}
+        for name, tensor in model.items():
+            try:
+                found[name] = evaluate(tensor, settings[name])
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+        return found
+
+    return evaluate_all
 
 
 def resolve(name: str, method: Method, parameters: dict[str, Any], n_experts: int) -> Settings:

@@ -1,8 +1,8 @@
 """Random draws that depend on what is drawn for, and on nothing else: Philox 4x32-10.
 
-    h       = the 64-bit integer that the 8 bytes of blake2b(tensor name in UTF-8, digest_size=8) are, little endian
+    h       = the 8 bytes of blake2b(tensor name in UTF-8, digest_size=8), as a little-endian integer
     key     = (seed mod 2^32, h mod 2^32)
-    counter = ((i // 4) mod 2^32, (i // 4) >> 32, expert position, h >> 32)       i: flat index in the whole tensor
+    counter = ((i // 4) mod 2^32, (i // 4) >> 32, expert position, h >> 32)    i: flat index in the tensor
     u       = (word i mod 4 of the output) >> 8, times 2^-24                      float32 in [0, 1), exact
     kept    when u < p, both float32
 

@@ -1,4 +1,4 @@
-"""The task-vector family, per tensor: edits, keep sets, rescale, weights, election, quotient (METHODS section 4).
+"""The task-vector family: edits, keep sets, rescale, weights, election, quotient (METHODS section 4).
 
     d_t = w_t - w_0;   e_t = r_t k_t d_t;   y_t = weight_t e_t
     s = +1 where sum_t y_t >= 0, else -1;   g_t = [sign(y_t) = s], 1 without election
@@ -9,12 +9,14 @@ Decisions, all float32, d = float32(w) - float32(w_0):
     magnitude          exactly max(1, floor(density n)) in the order (|d| descending, index ascending)
     outliers           ranks low .. low + K - 1 in the order (|d| ascending, index ascending)
     random             u < float32(density), u of `philox.uniforms`
-    rank-random        u < float32(p), p in float64 from the rank in the order (|d| ascending, index ascending)
-    election           y_t = float32(weight_t r_t) d_t, where r_t is of each element with `rescale_by: density` of
-                       rank-random: y_t = (float32(weight_t) d_t) float32(1 / float32(p)); added in recipe order
-                       to a float32 that starts at 0. y_t = 0 never agrees
-    den = 0            elect: sum g_t float32(weight_t), in float32 and recipe order, is 0, or the float64 sum is;
-                       else |sum_t weight_t| < 1e-8 in float64
+    rank-random        u < float32(p), p in float64 from the rank in the row, in the order (|d| ascending,
+                       index ascending)
+    election           y_t = float32(weight_t r_t) d_t, and with `rescale_by: density` of rank-random, whose
+                       factor is of each element, (float32(weight_t) d_t) float32(1 / float32(p)); added in
+                       recipe order to a float32 that starts at 0 (`consensus: count`: sign(y_t) is). An
+                       expert with y_t = 0 never agrees
+    den = 0            elect: sum g_t float32(weight_t), in float32 and recipe order, is 0, or the float64
+                       sum is; else |sum_t weight_t| < 1e-8 in float64
 
 The l1 sums of r_t are those of the float32 |d|, added exactly; floor(density n) takes the density as the
 decimal that is written.
@@ -67,7 +69,7 @@ class Kept:
 
 
 def window(scores: np.ndarray, first: int, count: int) -> np.ndarray:
-    """The elements with the ranks first .. first + count - 1 in the order (score ascending, index ascending)."""
+    """The elements of ranks first .. first + count - 1 in the order (score ascending, index ascending)."""
     kept = np.zeros(scores.size, bool)
     kept[np.argsort(scores.ravel(), kind="stable")[first : first + count]] = True
     return kept.reshape(scores.shape)
@@ -95,13 +97,13 @@ def kept_between_outliers(scores: np.ndarray, density: float, gamma: float) -> n
 def rank_probabilities(magnitudes: np.ndarray, density: float, epsilon: float) -> np.ndarray:
     """float32 p of MagPrune: density - epsilon for the smallest of a row, density + epsilon for its largest.
 
-    Rows lie along axis 1, a vector is one row. p_j = density - epsilon + 2 epsilon j / (L - 1), float64 in this
-    order, rounded once; L = 1: density."""
+    Rows lie along axis 1, a vector is one row. p_j = density - epsilon + 2 epsilon j / (L - 1), float64 from
+    left to right, rounded once; L = 1: density."""
     if density >= 1 or density <= 0:
         return np.full(magnitudes.shape, np.float32(density >= 1))
-    if not (0 < density - epsilon and density + epsilon < 1):
+    if density - epsilon <= 0 or density + epsilon >= 1:
         raise ValueError(
-            f"della needs 0 < density - epsilon and density + epsilon < 1: density {density}, epsilon {epsilon}"
+            f"density {density} and epsilon {epsilon}: density +- epsilon must lie between 0 and 1"
         )
     axis = 1 if magnitudes.ndim > 1 else 0
     rows = magnitudes if magnitudes.ndim else magnitudes.reshape(1)

@@ -21,8 +21,9 @@ class Tensor:
 
     base: float64[shape] or None; experts: float64[shape] each, None where a model lacks the tensor;
     curvatures: float32[shape] each, or None for curvature 1; role: embedding, output, matrix or vector;
-    bias_corrections: 1 - beta2^step of each expert, by which its curvature is divided; origins: float64[shape]
-    or None (the base) of each expert; layer: its number in the output model, None outside the layers.
+    bias_corrections: 1 - beta2^step of each expert, by which its curvature is divided; origins:
+    float64[shape] or None (the base) of each expert; layer: its number in the output model, None outside the
+    layers.
     """
 
     base: np.ndarray | None
@@ -82,8 +83,8 @@ class Tensor:
 @dataclass(frozen=True)
 class Merged:
     """out: float64[shape]; masks: bool[T, *shape], what each expert's selection kept (False where the model
-    lacks the tensor); unkept: bool[shape], kept by nobody; operand: float64[shape], the largest magnitude that
-    was added up; agreed: bool[T, *shape], kept and in agreement with the elected sign, None without election."""
+    lacks the tensor); unkept: bool[shape], kept by nobody; operand: float64[shape], the largest magnitude
+    that was added up; agreed: bool[T, *shape], kept and of the elected sign, None without election."""
 
     out: np.ndarray
     masks: np.ndarray
