@@ -84,7 +84,7 @@ def sce(tensor: Tensor, settings: Settings) -> Merged:
     """SCE (2408.07990): exactly floor(N select_topk) elements of largest `spread` are kept in all experts, N
     those of spread > 0; weights q_t by the squares of what was kept; election by the unweighted sum.
 
-    q_t: sums of float32 d squared, taken in float64; sum_t q_t < 1e-6: 1/T each. Election: float32 sum of the
+    q_t: of the float64 edits, added exactly; sum_t q_t < 1e-6: 1/T each. Election: float32 sum of the
     kept d_t in recipe order."""
     n_experts, shape, top = len(tensor.experts), tensor.shape, settings["select_topk"]
     d32 = tensor.edits32()
@@ -93,7 +93,7 @@ def sce(tensor: Tensor, settings: Settings) -> Merged:
         v = spread(d32)
         shared = largest(v, share_of(int(np.count_nonzero(v)), max(top, 0)))
     kept32 = np.where(shared, d32, np.float32(0))
-    q = np.array([math.fsum(np.square(x.astype(np.float64)).ravel().tolist()) for x in kept32])
+    q = np.array([math.fsum(np.square(d[shared]).tolist()) for d in tensor.edits()])
     q = q / max(tensor.size, 1)
     q = np.full(n_experts, 1 / n_experts) if q.sum() < SCE_SQUARES_FLOOR else q / q.sum()
     votes = np.zeros(shape, np.float32)

@@ -18,8 +18,8 @@ Decisions, all float32, d = float32(w) - float32(w_0):
     den = 0            elect: sum g_t float32(weight_t), in float32 and recipe order, is 0, or the float64
                        sum is; else |sum_t weight_t| < 1e-8 in float64
 
-The l1 sums of r_t are those of the float32 |d|, added exactly; floor(density n) takes the density as the
-decimal that is written.
+The l1 sums of r_t are of the float64 |d|, added exactly, so that they know no order; floor(density n) takes
+the density as the decimal that is written.
 """
 
 from __future__ import annotations
@@ -166,14 +166,14 @@ def _keep_by_model(row: Row, model: Model, settings: dict[str, Settings]) -> dic
 
 
 def _l1(x: np.ndarray) -> float:
-    return math.fsum(np.abs(x).astype(np.float64).ravel().tolist())
+    return math.fsum(np.abs(x).ravel().tolist())
 
 
-def _rescale_by_norm(d32: np.ndarray, mask: np.ndarray, own: dict, row: Row) -> float:
+def _rescale_by_norm(d: np.ndarray, mask: np.ndarray, own: dict, row: Row) -> float:
     """r_t = sum |d_t| / sum |k_t d_t|; 1 when either sum < 1e-7, and where nothing was sparsified."""
     if row.sparsify == "none" or own["density"] >= 1:
         return 1.0
-    whole, kept = _l1(d32), _l1(np.where(mask, d32, np.float32(0)))
+    whole, kept = _l1(d), _l1(np.where(mask, d, 0.0))
     return 1.0 if min(whole, kept) < NORM_FLOOR else whole / kept
 
 
@@ -199,7 +199,7 @@ def _weighted(row: Row, tensor: Tensor, kept: Kept, settings: Settings) -> Weigh
                 vote = np.float32(weight * inverse) * d32[t]
             value = weight * inverse * d64[t]
         else:
-            r = _rescale_by_norm(d32[t], mask, own, row) if settings["rescale"] else 1.0
+            r = _rescale_by_norm(d64[t], mask, own, row) if settings["rescale"] else 1.0
             vote, value = np.float32(weight * r) * d32[t], weight * r * d64[t]
         values[t], votes[t] = np.where(mask, value, 0.0), np.where(mask, vote, np.float32(0))
     return Weighted(values, votes)

@@ -2,8 +2,9 @@
 decisions.
 
 An edit is d_t = w_t - w_0 (w_t - o_t where the model has an origin; w_t itself without a base). Its value is
-taken in float64. Whatever *decides* (scores, thresholds, elections, the l1 norms and squares that `rescale`
-and sce divide by) takes d_t as float32(w_t) - float32(w_0), one float32 subtraction.
+taken in float64, in sums over a tensor too (norms, squares, inner products). Whatever *decides* an element
+(scores, thresholds, elections) takes d_t as float32(w_t) - float32(w_0), one float32 subtraction; of 16-bit
+weights both are the same but where the exponents of w_t and w_0 lie far apart.
 """
 
 from __future__ import annotations
