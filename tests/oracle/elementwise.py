@@ -131,9 +131,9 @@ def overlap(tensor: Tensor, epsilon: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _factor_alone(shared: int, unique: int, settings: Settings) -> float:
-    """1 + r clip(shared / max(unique, epsilon), 0, alpha)."""
-    rho = shared / max(unique, settings["epsilon"])
-    return 1 + settings["r"] * min(max(rho, 0), settings["alpha"])
+    """1 + r clip(shared / max(unique, epsilon), 0, alpha); nothing unique multiplies nothing: any factor."""
+    floor = max(unique, settings["epsilon"])
+    return 1 + settings["r"] * min(shared / floor if floor else np.inf, settings["alpha"])
 
 
 def ram(tensor: Tensor, settings: Settings) -> Merged:
