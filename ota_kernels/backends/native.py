@@ -89,6 +89,23 @@ def _base(tile: TensorInputs) -> tuple:
     return (None, 0) if tile.base is None else (tile.base.data, tile.base.dtype.code)
 
 
+def _formula(terms: Terms) -> tuple:
+    words = terms.words
+    fixed = words.divide == "number"
+    return (
+        terms.power,
+        terms.epsilon,
+        terms.lambda_,
+        terms.denominator if fixed else 0.0,
+        words.weigh == "curvature",
+        words.select != "all",
+        words.divide != "weights",
+        words.elect == "sum",
+        terms.fallback == "base",
+        terms.repair,
+    )
+
+
 def _nonfinite(t: int, counts) -> tuple[NonFinite, ...]:
     (base, weights, curvature) = counts
     found = (
@@ -105,7 +122,6 @@ def merge(tile: TensorInputs, terms: Terms, out: np.ndarray) -> MergeStats:
 
     Candidates are views of memory that the thread's next merge with brackets uses again.
     """
-    f = terms.formula
     censuses = tuple(np.zeros(CENSUS, np.int64) if e.census else None for e in terms.experts)
     room = _candidate_room(tile, terms) if any(e.span for e in terms.experts) else None
     found = _extension().merge(
@@ -114,18 +130,7 @@ def merge(tile: TensorInputs, terms: Terms, out: np.ndarray) -> MergeStats:
             _expert(tile, t, e, census)
             for t, (e, census) in enumerate(zip(terms.experts, censuses, strict=True))
         ],
-        (
-            f.power,
-            terms.epsilon,
-            f.lambda_,
-            f.denominator or 0.0,
-            f.curvature_weights,
-            f.masked,
-            f.mask_weights,
-            f.elect_signs,
-            f.fallback_to_base,
-            f.repair_nonfinite,
-        ),
+        _formula(terms),
         out,
         tile.out_dtype.code,
         None if room is None else (*room[:2], *_per_expert(room[2:], len(tile.experts))),
@@ -182,7 +187,7 @@ def _candidates(
 def histogram(
     tile: TensorInputs,
     t: int,
-    terms: ExpertTerms,
+    terms: Terms,
     of_edits: bool,
     prefix: int,
     counts: np.ndarray,
@@ -195,15 +200,22 @@ def histogram(
     bits in each bin; prefix p: counts by the low 16 bits of the scores whose high 16 bits are p.
     """
     bad = _extension().histogram(
-        *_base(tile), _expert(tile, t, terms), tile.numel, of_edits, prefix, counts, lows, instruction_set()
+        *_base(tile),
+        _expert(tile, t, terms.experts[t]),
+        tile.numel,
+        of_edits,
+        prefix,
+        counts,
+        lows,
+        instruction_set(),
     )
     return _nonfinite(t, bad)
 
 
-def edits(tile: TensorInputs, t: int, terms: ExpertTerms) -> tuple[np.ndarray, tuple[NonFinite, ...]]:
+def edits(tile: TensorInputs, t: int, terms: Terms) -> tuple[np.ndarray, tuple[NonFinite, ...]]:
     """The masked edits m_t d_t of expert t, float32[n]."""
     out = np.empty(tile.numel, np.float32)
-    bad = _extension().edits(*_base(tile), _expert(tile, t, terms), out, instruction_set())
+    bad = _extension().edits(*_base(tile), _expert(tile, t, terms.experts[t]), out, instruction_set())
     return out, _nonfinite(t, bad)
 
 
@@ -213,31 +225,32 @@ def power_sum(tile: TensorInputs, t: int, power: float) -> tuple[float, tuple[No
     return total, _nonfinite(t, ((0, -1), (0, -1), bad))
 
 
-def scores(tile: TensorInputs, t: int, terms: ExpertTerms) -> tuple[np.ndarray, tuple[NonFinite, ...]]:
+def scores(tile: TensorInputs, t: int, terms: Terms) -> tuple[np.ndarray, tuple[NonFinite, ...]]:
     """The scores s_t of expert t, float32[n], 0 where an input is not usable."""
     out = np.empty(tile.numel, np.float32)
-    bad = _extension().scores(*_base(tile), _expert(tile, t, terms), out, instruction_set())
+    bad = _extension().scores(*_base(tile), _expert(tile, t, terms.experts[t]), out, instruction_set())
     return out, _nonfinite(t, bad)
 
 
 def run_scores(
     tensor: TensorInputs,
-    experts: Sequence[tuple[int, ExpertTerms]],
+    terms: Terms,
+    experts: Sequence[int],
     starts: np.ndarray,
     length: int,
     outs: Sequence[np.ndarray],
     fd_of: Callable[[Buffer], int] | None = None,
     together: int = 1,
 ) -> Buffer | None:
-    """The scores of experts (number, terms) at runs of `length` neighbouring elements that begin at `starts`
+    """The scores of `experts` (numbers) at runs of `length` neighbouring elements that begin at `starts`
     (int64[m]) into outs, float32[m * length] each; 0 where an input is not usable.
 
     fd_of: the open file of a buffer, whose pages are then not mapped, -1 for what is in memory; `together`
     runs, of 1024 elements at most, are read at once. Returns None, or a buffer whose file could not be read.
     """
-    specs = [_expert(tensor, t, terms) for t, terms in experts]
+    specs = [_expert(tensor, t, terms.experts[t]) for t in experts]
     inputs = [tensor.base]
-    for t, _ in experts:
+    for t in experts:
         inputs += [tensor.experts[t], next(iter(tensor.curvatures[t].buffers), None)]
     places = None
     if fd_of is not None:

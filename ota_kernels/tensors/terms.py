@@ -1,20 +1,53 @@
-"""The numbers a merge kernel needs beside its tensors, and how they follow from the recipe's.
+"""What a kernel receives beside a tile's elements: the words that say what it computes, and their numbers.
 
-A kernel computes, per element and in this order (README, "How it works"; arXiv 2509.11167):
+Per element i, in this order. Decisions (score, select, elect) are float32 operations in the order written here, without
+contraction, the same bits on every backend; values are of the type acc, float32 for 16-bit outputs and float64 for wider
+ones. w_0 is the base, 0 without one.
 
-    d_t = w_t - w_0                                 (w_t, without a base)
-    s_t = (h_t * score_scale_t) * (2^16 d_t)^2      (h_t * score_scale_t, without a base)
-    m_t = s_t >= threshold_t
-    P_t = h_t^power * weight_scale_t + epsilon      (weight_scale_t, where weights ignore curvature)
-    out = w_0 + lambda * sum_t m_t P_t (edit_scale_t d_t) / (sum_t m_t P_t, or a fixed denominator)
+    d_t = w_t - o_t                     the edit; o_t: the base, or the expert's own origin. d32_t: the same in float32
+    edit    difference    y_t = d_t
+            clipped       y_t = clip(clip / max(|d_t|, 1e-6), 0, 1) d_t                                       (nearswap)
+    score   none          no score: select is all, random or random by rank
+            saliency      s_t = (h_t score_scale_t) ((2^16 d32_t) (2^16 d32_t))                               (FFG)
+            curvature     s_t = h_t score_scale_t
+            magnitude     s_t = |d32_t|
+            row magnitude s_t = |2^16 d32_t| row_scores_t[row]                                                (arcee_fusion)
+            spread        e_t = 2^16 d32_t - 2^16 d32_1; m = (sum_{t > 1} e_t) float32(1 / T); s = sum_t (e_t - m)^2, sums
+                          from 0 in recipe order: one score for all experts, 0 where edits are equal          (sce)
+    select  all           m_t = 1
+            at least      m_t = s_t > threshold_t, or s_t = threshold_t and first_t <= i <= last_t
+            between       as `at least`, and s_t < upper_t, or s_t = upper_t and i <= upto_t                  (breadcrumbs)
+            above         m_t = s_t > threshold_t                                                             (ram)
+            random        m_t = u_t(i) < probability_t, u of random.py                                        (dare)
+            random by rank  m_t = u_t(i) < p_t(rank of |d32_t| in its row), as random.py has it               (della)
+            Then |d32_t| >= trim_t too, where `trim_t` > 0: for what is elected and added, not for what counts as kept.
+    elect   none          g_t = m_t
+            sum           v_t = float32(vote_t) d32_t; E = sum_t m_t v_t; g_t = m_t and sign(v_t) = sign(E); where E is 0
+                          its sign is `tie`, 0 (nobody agrees) or 1; v_t = 0 never agrees                     (ties)
+            count         the same with E = sum_t m_t sign(v_t)
+            largest       g_t = m_t for the last t of the largest |v_t| among those with m_t                  (magmax)
+            agreement     E as in `sum`; g_t = m_t where at least `needed` experts have |v_t| > agreement |E - v_t|
+                          (float32 product) among those with m_t                                              (consensus)
+    weigh   constant      P_t = weight_scale_t
+            curvature     P_t = fma(h_t^power, weight_scale_t, epsilon)
+            alone         P_t = weight_scale_t, times alone_t where no other expert has g                     (ramplus)
+            by row        P_t = weights_t[row]; by column: P_t = weights_t[column]                            (nuslerp)
+    divide  number        D = denominator
+            weights       D = sum_t P_t
+            kept weights  D = max(sum_t g_t P_t, least)                                       (least: 0 means no floor)
+            kept count    D = max(sum_t g_t, 1)                                                               (ram)
+    N = sum_t g_t P_t (edit_scale_t y_t), each product fused into the sum; in recipe order
+    out = w_0 + lambda (N / D)
+    no m_t at all, or D = 0 with zero "fallback": the base (fallback "base", with one), or the mean of the w_t;
+    D = 0 with zero "one": D is 1
 
-Scales are powers of two times the recipe's numbers, so that float32 neither underflows nor loses the order.
+Scales of scores are powers of two times the recipe's numbers, so that float32 neither underflows nor loses the order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 
@@ -27,55 +60,102 @@ _CURVATURE_EXPONENT = 32
 _WEIGHT_EXPONENT = 40
 _LARGEST_SCALED_WEIGHT = 2.0**60
 
+LAST_INDEX = (1 << 63) - 1
+
+# The words of each step; kernels know them by their place here.
+WORDS = {
+    "edit": ("difference", "clipped"),
+    "score": ("none", "saliency", "curvature", "magnitude", "row magnitude", "spread"),
+    "select": ("all", "at least", "between", "above", "random", "random by rank"),
+    "elect": ("none", "sum", "count", "largest", "agreement"),
+    "weigh": ("constant", "curvature", "alone", "by row", "by column"),
+    "divide": ("number", "weights", "kept weights", "kept count"),
+}
+
 
 @dataclass(frozen=True, slots=True)
-class Formula:
-    """What holds for every tensor of a merge.
+class Words:
+    """What a kernel computes: one word for each step, of those in WORDS. ValueError for any other."""
 
-    power: exponent of the curvature; lambda_: factor of the merged edit; denominator: None for the sum of
-    the P_t; curvature_weights: whether P_t depends on h_t; masked: whether any threshold can drop an element;
-    mask_weights: whether dropped elements leave the denominator too; elect_signs: TIES consensus;
-    fallback_to_base: what an element kept by nobody gets (the base, or the mean of the w_t);
-    repair_nonfinite: write the base value where an input is not finite instead of failing.
-    """
+    edit: str = "difference"
+    score: str = "saliency"
+    select: str = "at least"
+    elect: str = "none"
+    weigh: str = "curvature"
+    divide: str = "kept weights"
 
-    power: float = 0.5
-    lambda_: float = 1.0
-    denominator: float | None = None
-    curvature_weights: bool = True
-    masked: bool = True
-    mask_weights: bool = True
-    elect_signs: bool = False
-    fallback_to_base: bool = True
-    repair_nonfinite: bool = False
+    def __post_init__(self) -> None:
+        for step in fields(self):
+            word = getattr(self, step.name)
+            if word not in WORDS[step.name]:
+                raise ValueError(f"{step.name}: {word!r} is none of {', '.join(WORDS[step.name])}")
+
+    @property
+    def codes(self) -> tuple[int, ...]:
+        """The words by their places in WORDS."""
+        return tuple(words.index(getattr(self, step)) for step, words in WORDS.items())
+
+    @property
+    def curvature(self) -> bool:
+        """Whether elements of curvature are read."""
+        return self.score in ("saliency", "curvature") or self.weigh == "curvature"
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertTerms:
-    """One expert's numbers for one tensor, scaled as the kernels want them.
+    """One expert's numbers for one tensor, named as in the module's formulas.
 
-    threshold: float32 score from which an edit is kept (0 keeps all, NaN none); trim: least |d| that
-    survives TIES trimming; span: where the threshold is not known yet, how many float32 numbers from
-    `threshold` upwards it may be (0: it is known); census: whether the scores are to be summed; the rest as
-    in the module's formula.
+    threshold: float32 score from which an edit is kept (0 keeps all, NaN none); first, last, upto: flat
+    indices in the tensor; span: where the threshold is not known yet, how many float32 numbers from
+    `threshold` upwards it may be (0: it is known); census: whether the scores are to be summed; position: the
+    expert's number in the recipe, which keys its random numbers; weights: float64[rows or columns], by row
+    and by column; row_scores: float32[rows].
     """
 
     threshold: float = 0.0
+    first: int = 0
+    last: int = LAST_INDEX
+    upper: float = float("inf")
+    upto: int = LAST_INDEX
     score_scale: float = 1.0
     weight_scale: float = 1.0
     edit_scale: float = 1.0
+    vote: float = 1.0
     trim: float = 0.0
+    alone: float = 1.0
+    probability: float = 1.0
+    spread: float = 0.0
+    position: int = 0
     span: int = 0
     census: bool = False
+    weights: np.ndarray | None = field(default=None, compare=False)
+    row_scores: np.ndarray | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """Everything a kernel needs for one tensor beside its elements. epsilon is scaled like the weights."""
+    """Everything a kernel needs for one tensor beside its elements, named as in the module's formulas.
 
-    formula: Formula
-    epsilon: float
+    epsilon: scaled like the weights; fallback: "base" or "mean"; zero: "fallback" or "one"; repair: write the
+    base value where an input is not finite, instead of failing; seed, name_hash: keys of random numbers.
+    """
+
+    words: Words
     experts: tuple[ExpertTerms, ...]
+    power: float = 0.5
+    epsilon: float = 0.0
+    lambda_: float = 1.0
+    denominator: float = 1.0
+    least: float = 0.0
+    clip: float = 0.0
+    tie: float = 0.0
+    agreement: float = 0.0
+    needed: int = 1
+    fallback: str = "base"
+    zero: str = "fallback"
+    repair: bool = False
+    seed: int = 0
+    name_hash: int = 0
 
 
 def is_open(terms: ExpertTerms) -> bool:

@@ -15,7 +15,9 @@ from .dtypes import DType
 class TensorInputs:
     """All inputs of one output tensor, or of one tile of it.
 
-    base: None where the method has no base; experts and curvatures: one per expert, in recipe order.
+    base: None where the method has no base; experts and curvatures: one per expert, in recipe order; origins:
+    what each expert's edit is taken from, where some is not the base (None: the base); start: flat index of
+    the first element in its tensor; index: int64[n], the flat indices where the elements were gathered.
     """
 
     name: str
@@ -24,6 +26,9 @@ class TensorInputs:
     base: Buffer | None
     experts: tuple[Buffer, ...]
     curvatures: tuple[Curvature, ...]
+    origins: tuple[Buffer | None, ...] = ()
+    start: int = 0
+    index: Array | None = None
 
     @property
     def numel(self) -> int:
@@ -38,7 +43,7 @@ class TensorInputs:
     @property
     def buffers(self) -> list[Buffer]:
         """Every buffer that has one value per element: base, experts, curvature that is not factored."""
-        weights = [b for b in (self.base, *self.experts) if b is not None]
+        weights = [b for b in (self.base, *self.experts, *self.origins) if b is not None]
         return [*weights, *(b for c in self.curvatures for b in c.buffers)]
 
     def slice(self, start: int, stop: int) -> TensorInputs:
@@ -50,6 +55,9 @@ class TensorInputs:
             None if self.base is None else self.base.slice(start, stop),
             tuple(e.slice(start, stop) for e in self.experts),
             tuple(c.slice(start, stop) for c in self.curvatures),
+            tuple(o and o.slice(start, stop) for o in self.origins),
+            self.start + start,
+            None if self.index is None else self.index[start:stop],
         )
 
     def gather(self, positions: Array) -> TensorInputs:
@@ -60,6 +68,8 @@ class TensorInputs:
             base=None if self.base is None else self.base.gather(positions),
             experts=tuple(e.gather(positions) for e in self.experts),
             curvatures=tuple(c.gather(positions) for c in self.curvatures),
+            origins=tuple(o and o.gather(positions) for o in self.origins),
+            index=positions + self.start if self.index is None else self.index[positions],
         )
 
 
@@ -83,4 +93,6 @@ def concatenated(tiles: Sequence[TensorInputs]) -> TensorInputs:
         base=None if tiles[0].base is None else together(t.base for t in tiles),
         experts=tuple(map(together, zip(*(t.experts for t in tiles), strict=True))),
         curvatures=tuple(map(curvature, zip(*(t.curvatures for t in tiles), strict=True))),
+        origins=tuple(o[0] and together(o) for o in zip(*(t.origins for t in tiles), strict=True)),
+        index=joined([t.index for t in tiles]),
     )
