@@ -271,6 +271,11 @@ def _dump(parameters: Parameters | ModelParameters, accepted: frozenset[str]) ->
     return {key: value for key, value in values.items() if key in accepted and value is not None}
 
 
+def values_of(parameters: Parameters | ModelParameters) -> dict[str, Any]:
+    """Every value by its key."""
+    return {key: getattr(parameters, field.name) for key, field in _yaml_keys(type(parameters)).items()}
+
+
 class ParameterHelp(NamedTuple):
     """One recipe key as help and README print it; default None: not set."""
 
