@@ -1,4 +1,5 @@
-"""The table of merge methods: one row each. A row is words (tensors/terms.py), its own parameters, and two pure functions."""
+"""The table of merge methods: one row each. A row is words (tensors/terms.py), its own parameters, and two
+pure functions."""
 
 from __future__ import annotations
 

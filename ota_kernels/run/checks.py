@@ -1,4 +1,5 @@
-"""Inputs that are not finite, or negative curvature: one line that names file, tensor, count and first index."""
+"""Inputs that are not finite, or negative curvature: one line that names file, tensor, count and first
+index."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """From statistics to the terms of each tensor: what must be known before it merges, read after read.
 
-Model-wide facts (brackets or thresholds over the whole model, mean weights) are found once, before the merge. All
-others are found tensor by tensor, right before a tensor's first tile, so that nothing grows with the model.
+Model-wide facts (brackets or thresholds over the whole model, mean weights) are found once, before the
+merge. All others are found tensor by tensor, right before a tensor's first tile, so that nothing grows with
+the model.
 """
 
 from __future__ import annotations
@@ -209,7 +210,8 @@ class Decider:
         return self._forms.of(tensor, self.settings(tensor))
 
     def terms(self, tensor: TensorInputs, model: ModelFound) -> Terms:
-        """The kernel's numbers for one prepared tensor; open (see terms.is_open) where a threshold follows."""
+        """The kernel's numbers for one prepared tensor; open (see terms.is_open) where a threshold
+        follows."""
         settings = self.settings(tensor)
         found = self._unknown(tensor)
         found.brackets = self._thresholds(tensor, model)
@@ -344,10 +346,8 @@ class Decider:
         """How many edits expert t keeps beyond the k of its density, because they tie with the k-th. kept: by
         tensor name."""
         tensors = [x for x in self.tensors if x.name in kept]
-        if self.model_scope:
-            groups = [[x for x in tensors if self.takes_part(x)]]
-        else:
-            groups = [[x] for x in tensors]
+        taking_part = [[x for x in tensors if self.takes_part(x)]]
+        groups = taking_part if self.model_scope else [[x] for x in tensors]
         beyond = 0
         for group in groups:
             selection = self.selections(group[0])[t] if group else Selection("all")
@@ -373,7 +373,8 @@ def scores_of(experts: int, tile: TensorInputs) -> Terms:
 
 @dataclass(frozen=True)
 class Needs:
-    """What the settings of all tensors need together. of_tensor: right before a tensor merges; model: once."""
+    """What the settings of all tensors need together. of_tensor: right before a tensor merges; model:
+    once."""
 
     everything: tuple[Need, ...]
     model_scope: bool

@@ -1,8 +1,9 @@
 """Runs a merge over tensors: decide, merge, settle. Knows neither files nor the command line.
 
-    tensors --units--> worker threads: terms (small tensors), kernel per tile --> sink.write --> Merged, Pending
-    all tiles of a group --> exact thresholds --> undecided elements merged again --> sink.patch --> Merged
-    a threshold outside its bracket --> exact thresholds by histograms --> the group's tiles once more
+    tensors --units--> worker threads: terms (small tensors), kernel per tile --> sink.write --> Merged,
+    Pending all tiles of a group --> exact thresholds --> undecided elements merged again --> sink.patch -->
+    Merged a threshold outside its bracket --> exact thresholds by histograms --> the group's tiles once
+    more
 
 A tensor that is one tile is decided by the worker that merges it (statistics of more than a chunk apart); a
 larger one once, by all workers, before its first tile. A group is the whole model, or one tensor
@@ -63,8 +64,8 @@ class Decided(NamedTuple):
     repeat: bool = False
 
 
-# A Pending is to be recorded once its elements are in the store's file: then it comes a second time, if it was
-# in memory before.
+# A Pending is to be recorded once its elements are in the store's file: then it comes a second time, if it
+# was in memory before.
 Event = Merged | Pending | Decided
 
 # How much work a kill may undo. Undecided elements are a tenth of what is read: spilling them takes no time.
@@ -116,8 +117,9 @@ class Engine:
         self._alone = tile_elements if local else min(CHUNK, tile_elements)
 
     def run(self, todo: Iterable[Range] | None = None, pending: Iterable[Pending] = ()) -> Iterator[Event]:
-        """Merge the ranges `todo` (default: everything) and settle what an earlier process left pending. Yields
-        what happens, in an order that can be recorded. Raises InputError where an input is not finite."""
+        """Merge the ranges `todo` (default: everything) and settle what an earlier process left pending.
+        Yields what happens, in an order that can be recorded. Raises InputError where an input is not
+        finite."""
         for left in pending:
             yield from self._restore(left)
         everything = ((i, 0, t.numel) for i, t in self._tensors.items())

@@ -28,8 +28,9 @@ Sums = Callable[[Curvature, np.ndarray, np.ndarray], None]  # as native.row_colu
 
 
 class LowRankForms:
-    """Low-rank curvature in place of what a tensor has, where its settings ask for it. Sums of small matrices are
-    kept: a tensor is asked for once a read. check: raises for curvature of expert t that is not usable."""
+    """Low-rank curvature in place of what a tensor has, where its settings ask for it. Sums of small
+    matrices are kept: a tensor is asked for once a read. check: raises for curvature of expert t that is
+    not usable."""
 
     def __init__(self, backend: Backend, pool: Pool, check: Callable[[TensorInputs, int], None]) -> None:
         self._backend, self._pool, self._check = backend, pool, check

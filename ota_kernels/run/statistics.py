@@ -3,8 +3,8 @@
     new() -> arrays                                 combine(into, arrays)
     update(arrays, backend, tile, terms): a tile    finish(arrays) -> value
 
-Work is cut into fixed chunks that are folded in order, so that sums depend on neither tiles, threads nor memory;
-threads, devices and ranks differ only in who combines.
+Work is cut into fixed chunks that are folded in order, so that sums depend on neither tiles, threads nor
+memory; threads, devices and ranks differ only in who combines.
 """
 
 from __future__ import annotations

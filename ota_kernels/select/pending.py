@@ -1,5 +1,5 @@
-"""Undecided elements that wait until their thresholds are known: in memory up to a budget, the rest in a file.
-Those on a device stay there: what holds the tensors has room for a few of their elements."""
+"""Undecided elements that wait until their thresholds are known: in memory up to a budget, the rest in a
+file. Those on a device stay there: what holds the tensors has room for a few of their elements."""
 
 from __future__ import annotations
 
@@ -98,8 +98,8 @@ class Pending:
 
 
 class Store:
-    """Pending elements of many tiles. budget: bytes held in memory at most; path: the file for the rest (None:
-    an unnamed temporary file). `get` and `sync` from any thread, the rest from one."""
+    """Pending elements of many tiles. budget: bytes held in memory at most; path: the file for the rest
+    (None: an unnamed temporary file). `get` and `sync` from any thread, the rest from one."""
 
     def __init__(self, budget: int, path: Path | None = None) -> None:
         self._budget, self._path = budget, path
