@@ -11,6 +11,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from ..backends import Backend
 from ..planning.roles import role_of
 from ..recipe.methods import Method, Need
@@ -21,7 +23,7 @@ from ..select.sample import are_cached, sample
 from ..tensors import array as resident
 from ..tensors.buffer import Buffer
 from ..tensors.curvature import Uniform
-from ..tensors.found import KEEP_ALL, Found, Selection, Threshold, selection_of
+from ..tensors.found import KEEP_ALL, SUMS, Found, Selection, Threshold, selection_of
 from ..tensors.segment import CHUNK
 from ..tensors.terms import (
     ExpertTerms,
@@ -35,8 +37,19 @@ from ..tensors.tile import TensorInputs
 from .checks import check
 from .low_rank import LowRankForms, is_factored
 from .norms import edit_norm
+from .order import DIRECT, order_statistics
 from .pool import Pool
-from .statistics import Edits, MeanWeight, Reader, ValidCurvature, exact_thresholds
+from .statistics import (
+    Edits,
+    Gram,
+    Grams,
+    MaskedSums,
+    MeanWeight,
+    Reader,
+    RowDivergence,
+    ValidCurvature,
+    exact_thresholds,
+)
 
 _MAPPED = 4 * CHUNK  # elements up to which a sampled tensor's pages stay mapped until it is merged
 _DIRECT = 1 << 15  # elements of a tensor that is selected from directly: a sample would be most of it
@@ -47,12 +60,14 @@ class ModelFound:
     """What is found once for the whole model, per expert: the score threshold (None where it is decided
     elsewhere), or the bracket in which it is expected; the mean weight that `normalise: model` divides by.
     spread: how large tensors are sampled. A tensor may be sampled again, by a process that resumes: it must
-    find the same bracket, whatever the page cache holds then."""
+    find the same bracket, whatever the page cache holds then. sums: masked sums (tensors.found.SUMS), where a
+    method needs them."""
 
     thresholds: tuple[float | None, ...]
     brackets: tuple[Bracket | None, ...]
     mean_weights: tuple[float | None, ...]
     spread: bool
+    sums: tuple[tuple[float, ...], ...] | None = None
 
 
 class Decider:
@@ -154,7 +169,11 @@ class Decider:
             for t, threshold in self._model_thresholds(surveyed).items():
                 thresholds[t] = threshold
         means = self._model_means() if self.needs.has("mean weight", "model") else [None for _ in experts]
-        return ModelFound(tuple(thresholds), tuple(brackets), tuple(means), spread)
+        sums = None
+        if self.needs.has("sums", "model"):
+            statistic = MaskedSums(len(selections), len(SUMS))
+            sums = tuple(map(tuple, self._reader.over(statistic, self.tensors, self._ready).tolist()))
+        return ModelFound(tuple(thresholds), tuple(brackets), tuple(means), spread, sums)
 
     def _sampled_brackets(
         self, tensors: Sequence[TensorInputs], selections: Sequence[Selection], spread: bool
@@ -206,8 +225,10 @@ class Decider:
     # One tensor
 
     def prepare(self, tensor: TensorInputs) -> TensorInputs:
-        """The tensor with low-rank curvature where the recipe asks for it."""
-        return self._forms.of(tensor, self.settings(tensor))
+        """The tensor as its kernels see it: low-rank curvature where the recipe asks for it, and what else the
+        method makes of its inputs."""
+        settings = self.settings(tensor)
+        return self.method.view(self._forms.of(tensor, settings), settings)
 
     def terms(self, tensor: TensorInputs, model: ModelFound) -> Terms:
         """The kernel's numbers for one prepared tensor; open (see terms.is_open) where a threshold
@@ -217,6 +238,8 @@ class Decider:
         found.brackets = self._thresholds(tensor, model)
         if self.needs.has("mean weight", "model"):
             found.means = list(model.mean_weights)
+        if model.sums is not None:
+            found.model_sums = np.array(model.sums)
         for need in self.needs.of_tensor:
             _FINDERS[need.statistic](self, tensor, settings, found)
         return self.method.terms(settings, found)
@@ -320,6 +343,38 @@ class Decider:
         terms = self.method.terms(settings, replace(found, trims=[0.0] * len(found.trims)))
         found.trims = [self._select(tensor, t, terms, density, True) for t in range(len(settings.experts))]
 
+    def _find_sums(self, tensor: TensorInputs, settings: Settings, found: Found) -> None:
+        statistic = MaskedSums(len(tensor.experts), len(SUMS))
+        found.sums = self._reader.of_tensor(statistic, tensor, self.method.terms(settings, found))
+
+    def _find_gram(self, tensor: TensorInputs, settings: Settings, found: Found) -> None:
+        groups = self.method.groups(settings)
+        statistic = Gram(len(tensor.experts)) if groups == "tensor" else Grams(groups)
+        found.gram = self._reader.of_tensor(statistic, tensor, self.method.terms(settings, found))
+
+    def _find_row_scores(self, tensor: TensorInputs, settings: Settings, found: Found) -> None:
+        terms = self.method.terms(settings, found)
+        count = range(len(tensor.experts))
+        found.row_scores = [self._reader.of_tensor(RowDivergence(t), tensor, terms) for t in count]
+
+    def _find_ranks(self, tensor: TensorInputs, settings: Settings, found: Found) -> None:
+        """What stands at the ranks that the method asks for; of one score for all experts, found once."""
+        terms, n = self.method.terms(settings, found), tensor.numel
+        experts = [0] if terms.words.score == "spread" else list(range(len(tensor.experts)))
+        wanted = {t: lambda nonzero, t=t: self.method.ranks(settings, t, n, nonzero) for t in experts}
+        wanted = {t: ranks for t, ranks in wanted.items() if n and ranks(n)}
+        samples = self._samples(tensor, list(wanted), lambda _: terms) if n > DIRECT and wanted else {}
+        found.at = [[] for _ in tensor.experts]
+        for t, ranks in wanted.items():
+            found.at[t] = order_statistics(self._reader, tensor, t, terms, ranks, samples.get(t))
+        if experts == [0]:
+            found.at = found.at[:1] * len(tensor.experts)
+
+    def _samples(self, tensor: TensorInputs, experts: list[int], terms_of) -> dict[int, np.ndarray]:
+        count = cluster_count(tensor.numel)
+        found = sample([tensor], count, experts, terms_of, self.backend, self.pool.run)
+        return dict(zip(experts, map(resident.host, found), strict=True))
+
     # Inputs that are not finite
 
     def check(self, tile: TensorInputs, nonfinite: Iterable) -> None:
@@ -361,6 +416,10 @@ _FINDERS = {
     "mean weight": Decider._find_means,
     "norms": Decider._find_norms,
     "trims": Decider._find_trims,
+    "sums": Decider._find_sums,
+    "gram": Decider._find_gram,
+    "row scores": Decider._find_row_scores,
+    "ranks": Decider._find_ranks,
 }
 
 
