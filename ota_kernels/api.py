@@ -18,10 +18,10 @@ from .integrations.tracing import traceable
 from .planning.plan import TILE_ELEMENTS
 from .recipe import methods
 from .recipe.schema import Recipe, parse_recipe
+from .run.decide import Decider
 from .run.engine import Engine
 from .run.pool import Pool, default_threads
 from .run.sinks import GraftSink, Inline, MemorySink
-from .run.survey import Survey
 from .select.pending import Store
 from .tensors import array as resident
 from .tensors.buffer import Buffer
@@ -253,19 +253,18 @@ def _merge(
     for each expert's threshold. Known thresholds: once per tensor.
     """
     on_device = tensors[0].is_resident
-    survey = Survey(recipe, tensors, backend)
+    method = methods.get(recipe.merge_method)
+    of_each = dict.fromkeys((t.name for t in tensors), method.settings(recipe))
     device = tensors[0].experts[0].data.device if on_device else None
     with Inline(device) if on_device else Pool(threads or default_threads()) as pool:
         sink = sink_of(tensors)
-        decisions = survey.decide_model(pool.run)
+        decider = Decider(method, tensors, of_each, backend, pool)
         engine = Engine(
             dict(enumerate(tensors)),
             sink,
-            backend=backend,
-            pool=pool,
+            decider=decider,
+            found=decider.decide_model(),
             tile_elements=resident.TILE if on_device else TILE_ELEMENTS,
-            survey=survey,
-            decisions=decisions,
             store=Store(_UNLIMITED),
         )
         for _ in engine.run():

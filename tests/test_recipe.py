@@ -386,7 +386,8 @@ def test_unknown_or_misplaced_key(data, words):
         ),
         (
             ota(own={"lambda": 0.5}),
-            "`lambda` in `models[0].parameters` holds for the whole merge and is not read there: move it to the global "
+            "`lambda` in `models[0].parameters` holds for the whole merge and is not read there: move it to "
+            "the global "
             "`parameters`",
         ),
         (
@@ -532,7 +533,7 @@ def test_number_of_models():
 
 
 def test_method_that_requires_a_base(monkeypatch):
-    row = Method("needy", "w_0", "required", ())
+    row = Method("needy", "w_0", "required", (), None)
     monkeypatch.setitem(methods._REGISTRY, "needy", row)
     data = {"merge_method": "needy", "models": [{"model": "a"}, {"model": "b"}]}
     fails(data, "`needy` needs a `base_model`")
@@ -816,7 +817,7 @@ def test_duplicate_method_raises():
 
 def test_register_adds_a_row(monkeypatch):
     monkeypatch.setattr(methods, "_REGISTRY", {})
-    row = Method("one", "w_1", "ignored", ())
+    row = Method("one", "w_1", "ignored", (), None)
     methods.register(row)
     assert methods.names() == ("one",)
     assert methods.get("one") is row

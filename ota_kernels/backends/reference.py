@@ -1,7 +1,8 @@
 """The reference backend: plain torch, one tile at a time. It defines what the other backends must compute.
 
-The words and the order of operations stand in tensors/terms.py; here each is a function. Decisions are float32 and
-come out bit-identical everywhere. Values are float32 for 16-bit outputs and float64 for wider ones.
+The words and the order of operations stand in tensors/terms.py; here each is a function. Decisions are
+float32 and come out bit-identical everywhere. Values are float32 for 16-bit outputs and float64 for wider
+ones.
 """
 
 from __future__ import annotations
@@ -107,8 +108,8 @@ class _Place:
 
 @dataclass(frozen=True, slots=True)
 class _Expert:
-    """One expert's elements: w and its edit in the type of the sums, the edit in float32, h in float32, whether
-    all its inputs are usable."""
+    """One expert's elements: w and its edit in the type of the sums, the edit in float32, h in float32,
+    whether all its inputs are usable."""
 
     w: torch.Tensor
     edit: torch.Tensor

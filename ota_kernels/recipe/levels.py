@@ -25,7 +25,8 @@ from .parameters import (
 # Of each group a model may have one; what a level says replaces the whole group of the levels further out.
 _EXCLUSIVE = (("precond_threshold", "density", "saliency_mass"), ("rank", "rank1_approx"))
 
-# What mergekit's recipes carry although their method does not read it. Recipes in the wild have them everywhere.
+# What mergekit's recipes carry although their method does not read it. Recipes in the wild have them
+# everywhere.
 _MERGEKIT_SHARED = frozenset(
     [
         "normalize",
@@ -73,7 +74,8 @@ class Notes:
 
 
 def parse_level(data: Any, where: str, method: Method, notes: Notes, *, of_model: bool = False) -> Level:
-    """One `parameters` mapping. of_model: it stands under a model, so that what the experts share is not read there."""
+    """One `parameters` mapping. of_model: it stands under a model, so that what the experts share is not read
+    there."""
     if data is None:
         data = {}
     if not isinstance(data, Mapping):
@@ -88,7 +90,8 @@ def parse_level(data: Any, where: str, method: Method, notes: Notes, *, of_model
         values[key] = parse_value(value, name, fields[key].kind)
         if not fields[key].varies and not is_constant(values[key]):
             raise RecipeError(
-                f"{name} is {show(value)}: it holds for all tensors and takes no gradient or filter; it must be "
+                f"{name} is {show(value)}: it holds for all tensors and takes no gradient or filter; it must "
+                "be "
                 f"{fields[key].kind.allowed}"
             )
     for group in _EXCLUSIVE:
@@ -110,7 +113,8 @@ def _check_unused(
         )
     if key in method.keys:
         notes.add(
-            f"{name} in {{}} holds for the whole merge and is not read there: move it to the global `parameters`",
+            f"{name} in {{}} holds for the whole merge and is not read there: move it to the global "
+            "`parameters`",
             where,
         )
     elif key in _MERGEKIT or any(key in methods.get(other).keys for other in methods.names()):
@@ -126,8 +130,9 @@ def _chosen(values: Mapping[str, Value], group: Iterable[str]) -> list[str]:
 
 
 def combined(parameters: Sequence[Parameter], levels: Sequence[Level], owner: str) -> dict[str, Value]:
-    """The value of each parameter, by the levels from the inside out, then the default; those that are not set are left
-    out. owner: what an error calls the model or slice. RecipeError where a required one is given nowhere."""
+    """The value of each parameter, by the levels from the inside out, then the default; those that are not
+    set are left out. owner: what an error calls the model or slice. RecipeError where a required one is given
+    nowhere."""
     values = [dict(level.values) for level in levels]
     for group in _EXCLUSIVE:
         _keep_one(group, values, owner)
@@ -160,7 +165,8 @@ def _keep_one(group: tuple[str, ...], levels: list[dict[str, Value]], owner: str
         for other in _chosen(values, group):
             if key not in (None, other):
                 raise RecipeError(
-                    f"`{key}` of {owner} is for some tensors only, and `{other}` for the rest: they exclude each other, so "
+                    f"`{key}` of {owner} is for some tensors only, and `{other}` for the rest: they exclude "
+                    "each other, so "
                     f"give `{key}` a value without a filter"
                 )
             key = other

@@ -50,9 +50,9 @@ REQUIRED = _Required()
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of plain value. allowed: what may stand there, in words; parse: raises ValueError for anything else;
-    between: how a gradient goes from one value to the next: "linear", "whole" (linear, and every value must be an
-    integer) or "steps"."""
+    """A kind of plain value. allowed: what may stand there, in words; parse: raises ValueError for anything
+    else; between: how a gradient goes from one value to the next: "linear", "whole" (linear, and every value
+    must be an integer) or "steps"."""
 
     allowed: str
     parse: Callable[[Any], Any]
@@ -63,8 +63,8 @@ class Kind:
 class Parameter:
     """One recipe key of a method.
 
-    default: None where it is not set, REQUIRED where a recipe must give it; level: "shared" by the experts, or each
-    "expert" has its own; varies: whether tensors may differ in it.
+    default: None where it is not set, REQUIRED where a recipe must give it; level: "shared" by the experts,
+    or each "expert" has its own; varies: whether tensors may differ in it.
     """
 
     key: str
@@ -231,7 +231,8 @@ def parse_plain(value: Any, name: str, kind: Kind) -> Any:
 
 
 def parse_value(value: Any, name: str, kind: Kind) -> Value:
-    """What a recipe gives for a parameter, in the simplest form that means the same. RecipeError for anything else."""
+    """What a recipe gives for a parameter, in the simplest form that means the same. RecipeError for anything
+    else."""
     if isinstance(value, Mapping):
         return _simplified([_parse_condition(value, name, kind)])
     if not isinstance(value, list | tuple):
@@ -241,7 +242,8 @@ def parse_value(value: Any, name: str, kind: Kind) -> Value:
     for i, item in enumerate(value):
         if not isinstance(item, Mapping):
             raise RecipeError(
-                f"{name}[{i}] is {show(item)}: a list holds either values (a gradient over the layers) or mappings "
+                f"{name}[{i}] is {show(item)}: a list holds either values (a gradient over the layers) or "
+                "mappings "
                 "of `value` and `filter`"
             )
     return _simplified([_parse_condition(item, f"{name}[{i}]", kind) for i, item in enumerate(value)])
@@ -313,8 +315,9 @@ def filters_of(value: Value) -> Iterator[str]:
 
 
 def value_at(parameter: Parameter, value: Value, name: str, position: float) -> Any:
-    """The plain value for one tensor; None where no condition holds. name: the tensor's, which filters are parts of;
-    position: of its layer in the slice, 0 to 1. RecipeError where an integer's gradient is not whole there."""
+    """The plain value for one tensor; None where no condition holds. name: the tensor's, which filters are
+    parts of; position: of its layer in the slice, 0 to 1. RecipeError where an integer's gradient is not
+    whole there."""
     if isinstance(value, Conditions):
         value = next((c.value for c in value.items if c.holds(name)), None)
     if not isinstance(value, Gradient):
@@ -332,7 +335,8 @@ def value_at(parameter: Parameter, value: Value, name: str, position: float) -> 
         return found
     if abs(found - round(found)) > _WHOLE:
         raise RecipeError(
-            f"the gradient {list(value.ends)} of `{parameter.key}` is {found:.6g} at {name}: it must be a whole number "
+            f"the gradient {list(value.ends)} of `{parameter.key}` is {found:.6g} at {name}: it must be a "
+            "whole number "
             "in every layer"
         )
     return round(found)

@@ -14,7 +14,8 @@ from .parameters import TEXT, parse_plain, show, suggest
 
 @dataclass(frozen=True)
 class Reference:
-    """A model: a local folder or a hub id, at a revision of the hub, with a LoRA adapter that is added to its weights.
+    """A model: a local folder or a hub id, at a revision of the hub, with a LoRA adapter that is added to its
+    weights.
 
     architecture: the name that replaces `architectures` of its config.json.
     """
@@ -74,7 +75,8 @@ def resolve_path(text: str, folder: Path | None) -> str:
 
 
 def parse_reference(value: Any, name: str, folder: Path | None) -> Reference:
-    """`path[@revision][+adapter[@revision]]`, or `{model, lora, override_architecture}`. name: what an error calls it."""
+    """`path[@revision][+adapter[@revision]]`, or `{model, lora, override_architecture}`. name: what an error
+    calls it."""
     if isinstance(value, Mapping):
         return _from_mapping(value, name, folder)
     text = parse_plain(value, name, TEXT)
@@ -94,7 +96,8 @@ def _from_text(part: str, text: str, name: str, folder: Path | None) -> tuple[st
     path, at, revision = part.partition("@")
     if not path.strip() or "@" in revision or (at and not revision.strip()):
         raise RecipeError(
-            f"{name} is {show(text)}: it must be `path[@revision][+adapter[@revision]]`; a path with + or @ in it is "
+            f"{name} is {show(text)}: it must be `path[@revision][+adapter[@revision]]`; a path with + or @ "
+            "in it is "
             "given as {model: {path: ...}}"
         )
     return resolve_path(path, folder), revision if at else None

@@ -1,23 +1,22 @@
-"""mergekit's YAML schema, read into one frozen Recipe, in which everything is slices and all levels of parameters are
-one. What is unknown or out of range raises RecipeError."""
+"""mergekit's YAML schema, read into one frozen Recipe, in which everything is slices and all levels of
+parameters are one. What is unknown or out of range raises RecipeError."""
 
 from __future__ import annotations
 
 import logging
 import numbers
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import RecipeError
 from . import methods
+from .checks import check
 from .documents import load_documents
-from .levels import Level, Notes, combined, dumped, parse_level
-from .methods import Method
-from .parameters import DTYPE, REQUIRED, TEXT, Kind, Value, is_constant, parse_plain, show, suggest
+from .levels import Level, Notes, combined, parse_level
+from .parameters import DTYPE, REQUIRED, TEXT, Kind, parse_plain, show, suggest
+from .recipe import ModelEntry, Module, Recipe, Slice
 from .reference import Reference, parse_reference, resolve_path
-from .settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -40,146 +39,6 @@ _UNSUPPORTED_TOP_KEYS = {
 }
 _IGNORED_TOP_KEYS = ("name",)
 _FORMS = ("models", "slices", "modules")
-_SELECTIONS = ("precond_threshold", "density", "saliency_mass")
-
-
-@dataclass(frozen=True)
-class ModelEntry:
-    """One model where it takes part. layers: the first one and the end, None for the whole model; number: its place
-    among the recipe's models, from 0; parameters: its own, by key, with those of all levels and the defaults in them;
-    keys that are not set are left out."""
-
-    reference: Reference
-    parameters: Mapping[str, Value]
-    number: int = 0
-    layers: tuple[int, int] | None = None
-
-    @property
-    def model(self) -> str:
-        """What reports and errors call the model."""
-        return self.reference.label
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Layers of the output and the models they are merged from, all of them where no entry has `layers`. base: where
-    edits are taken from, None without; shared: the parameters of the slice, by key."""
-
-    experts: tuple[ModelEntry, ...]
-    shared: Mapping[str, Value]
-    base: ModelEntry | None = None
-
-    @property
-    def entries(self) -> tuple[ModelEntry, ...]:
-        """Base and experts."""
-        return self.experts if self.base is None else (self.base, *self.experts)
-
-    @property
-    def whole(self) -> bool:
-        """Whether it is all layers of its models."""
-        return self.experts[0].layers is None
-
-
-@dataclass(frozen=True)
-class Module:
-    """A part of the model by its name, None where the recipe names none."""
-
-    name: str | None
-    slices: tuple[Slice, ...]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A whole merge, checked: every value is in range, every default filled in.
-
-    base: the base_model; also the first giver of config and tokenizer; dtype and out_dtype: torch names or None;
-    tokenizer_source: "base", "union", or a model.
-    """
-
-    merge_method: str
-    modules: tuple[Module, ...]
-    base: Reference | None = None
-    dtype: str | None = None
-    out_dtype: str | None = None
-    tokenizer_source: str = "base"
-
-    @property
-    def method(self) -> Method:
-        """The row of its method."""
-        return methods.get(self.merge_method)
-
-    @property
-    def base_model(self) -> str | None:
-        """The base's label."""
-        return None if self.base is None else self.base.label
-
-    @property
-    def slices(self) -> tuple[Slice, ...]:
-        """Of all modules."""
-        return tuple(s for module in self.modules for s in module.slices)
-
-    @property
-    def models(self) -> tuple[ModelEntry, ...]:
-        """The models that are merged, each where it stands first, in order of their numbers; without the base where the
-        method uses one."""
-        first: dict[int, ModelEntry] = {}
-        for part in self.slices:
-            for entry in part.experts:
-                first.setdefault(entry.number, entry)
-        return tuple(first[number] for number in sorted(first))
-
-    @property
-    def parameters(self) -> Mapping[str, Value]:
-        """The shared parameters of the first slice: of the whole merge, where they do not vary."""
-        return self.modules[0].slices[0].shared
-
-    @property
-    def references(self) -> tuple[Reference, ...]:
-        """Every model, the base first, each once."""
-        found = [] if self.base is None else [self.base]
-        found += [e.reference for part in self.slices for e in part.entries]
-        return tuple(dict.fromkeys(found))
-
-    @property
-    def output_dtype(self) -> str | None:
-        """The torch name of the type that is written; None means the base's (or first model's) own."""
-        return self.out_dtype or self.dtype
-
-    def as_dict(self) -> dict[str, Any]:
-        """The canonical mapping, defaults written out; parse_recipe makes an equal Recipe from it."""
-        whole = {
-            "merge_method": self.merge_method,
-            "base_model": None if self.base is None else self.base.as_yaml(),
-            **_dump_modules(self.modules),
-            "dtype": self.dtype,
-            "out_dtype": self.out_dtype,
-            "tokenizer_source": self.tokenizer_source,
-        }
-        return {key: value for key, value in whole.items() if value is not None}
-
-
-def _dump_modules(modules: tuple[Module, ...]) -> dict[str, Any]:
-    if modules[0].name is None:
-        return _dump_module(modules[0])
-    return {"modules": {module.name: _dump_module(module) for module in modules}}
-
-
-def _dump_module(module: Module) -> dict[str, Any]:
-    first = module.slices[0]
-    if first.whole:
-        models = [_dump_entry(entry) for entry in first.experts]
-        return {"models": models, "parameters": dumped(first.shared)}
-    return {"slices": [_dump_slice(part) for part in module.slices]}
-
-
-def _dump_slice(part: Slice) -> dict[str, Any]:
-    base = {} if part.base is None else {"base_model": part.base.reference.as_yaml()}
-    return base | {"sources": [_dump_entry(e) for e in part.entries], "parameters": dumped(part.shared)}
-
-
-def _dump_entry(entry: ModelEntry) -> dict[str, Any]:
-    layers = {} if entry.layers is None else {"layer_range": list(entry.layers)}
-    return {"model": entry.reference.as_yaml(), **layers, "parameters": dumped(entry.parameters)}
 
 
 class ParameterHelp(NamedTuple):
@@ -218,8 +77,8 @@ def load_recipe(path: str | Path) -> Recipe:
 def parse_recipe(data: Mapping[str, Any], folder: Path | None = None) -> Recipe:
     """Check a recipe that is a mapping already. folder: where relative paths may start, besides the current.
 
-    RecipeError names the key and value that are wrong. What mergekit's recipes carry and their method does not read is
-    one warning for each key.
+    RecipeError names the key and value that are wrong. What mergekit's recipes carry and their method does
+    not read is one warning for each key.
     """
     notes = Notes()
     recipe = _Parser(_mapping(data, "the recipe"), folder, notes).recipe()
@@ -261,7 +120,7 @@ class _Parser:
             out_dtype=_top_value(data, "out_dtype", DTYPE, None),
             tokenizer_source=source if source in ("base", "union") else resolve_path(source, self.folder),
         )
-        _check(recipe)
+        check(recipe)
         return recipe
 
     def _modules(self) -> tuple[Module, ...]:
@@ -306,7 +165,8 @@ class _Parser:
             entries = [entry for entry in entries if not entry.reference.same_as(self.base)]
             if not entries:
                 raise RecipeError(
-                    f"`{where}` lists only the base model {self.base.label!r}: add the models to merge into it"
+                    f"`{where}` lists only the base model {self.base.label!r}: add the models to merge into "
+                    "it"
                 )
             return self._merged(entries, ModelEntry(self.base, {}), levels, where)
         if not any(entry.reference.same_as(self.base) for entry in entries):
@@ -314,11 +174,12 @@ class _Parser:
         return self._merged(entries, None, levels, where)
 
     def _base_as_model(self, levels: list[Level]) -> list[ModelEntry]:
-        """The base of a method that uses none is one more model, as in mergekit. There a method with weights needs one
-        for it from the outer levels; without, it gives config and tokenizer only."""
+        """The base of a method that uses none is one more model, as in mergekit. There a method with weights
+        needs one for it from the outer levels; without, it gives config and tokenizer only."""
         if "weight" in self.method.keys and not any("weight" in level.values for level in levels):
             self.notes.add(
-                f"`{self.method.name}` takes no edits from a base: {{}} gives config and tokenizer; to merge it too, list it "
+                f"`{self.method.name}` takes no edits from a base: {{}} gives config and tokenizer; to merge "
+                "it too, list it "
                 "in `models`",
                 "base_model",
             )
@@ -352,7 +213,8 @@ class _Parser:
         own = [entry for entry in entries if entry.reference.same_as(base)]
         if not own:
             raise RecipeError(
-                f"the base model {base.label!r} is no source of `{where}`: add it there with its `layer_range`"
+                f"the base model {base.label!r} is no source of `{where}`: add it there with its "
+                "`layer_range`"
             )
         experts = [entry for entry in entries if entry is not own[0]]
         return self._merged(experts, ModelEntry(base, {}, layers=own[0].layers), levels, where)
@@ -389,7 +251,8 @@ class _Parser:
     def _source(
         self, data: Any, where: str, levels: list[Level], base: Reference | None, ranged: bool
     ) -> ModelEntry:
-        """One entry of `models` or `sources`. The parameters of a base are never read, so they may be anything."""
+        """One entry of `models` or `sources`. The parameters of a base are never read, so they may be
+        anything."""
         data = _mapping(data, f"`{where}`")
         _check_keys(
             data, ("model", "layer_range", "parameters") if ranged else ("model", "parameters"), f"`{where}`"
@@ -420,7 +283,8 @@ def _layers(data: Mapping[Any, Any], where: str) -> tuple[int, int]:
         or not 0 <= given[0] < given[1]
     ):
         raise RecipeError(
-            f"`layer_range` in `{where}` is {show(given)}: it must be [first layer, end], two integers, 0 <= first < end"
+            f"`layer_range` in `{where}` is {show(given)}: it must be [first layer, end], two integers, 0 <= "
+            "first < end"
         )
     return int(given[0]), int(given[1])
 
@@ -459,88 +323,3 @@ def _top_value(data: Mapping[Any, Any], key: str, kind: Kind, default: Any) -> A
     """The value of a top-level key; absent or null gives the default."""
     value = data.get(key)
     return default if value is None else parse_plain(value, f"`{key}`", kind)
-
-
-# Checks of a whole recipe
-
-
-def _check(recipe: Recipe) -> None:
-    method = recipe.method
-    for part in recipe.slices:
-        _check_base(part, method)
-        if all(
-            map(
-                is_constant,
-                [*part.shared.values(), *(v for e in part.experts for v in e.parameters.values())],
-            )
-        ):
-            settings = Settings.of(
-                method.name,
-                part.base is not None,
-                filled(method.shared, part.shared),
-                [filled(method.own, e.parameters) for e in part.experts],
-            )
-            if method.check and (fault := method.check(settings)):
-                raise RecipeError(fault)
-    _check_whole(recipe, method)
-    _check_selections(recipe)
-    _check_curvature(recipe, method)
-
-
-def filled(parameters: Iterable[Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of all parameters, None where one is not set."""
-    return {p.key: values.get(p.key) for p in parameters}
-
-
-def _check_base(part: Slice, method: Method) -> None:
-    if part.base is not None:
-        return
-    if method.base == "required":
-        raise RecipeError(f"`{method.name}` needs a `base_model`: add one")
-    for key, value in (("on_nonfinite", "base"), ("missing_curvature", "base"), ("rescale", True)):
-        if part.shared.get(key) == value:
-            raise RecipeError(
-                f"`{key}: {str(value).lower()}` needs a `base_model`: add one, or remove the key"
-            )
-
-
-def _check_whole(recipe: Recipe, method: Method) -> None:
-    """What holds for all tensors holds for all slices."""
-    for parameter in method.shared:
-        found = [part.shared.get(parameter.key) for part in recipe.slices]
-        other = next((value for value in found if value != found[0]), None)
-        if not parameter.varies and other is not None:
-            raise RecipeError(
-                f"`{parameter.key}` is {show(found[0])} in one slice and {show(other)} in another: it holds for the whole "
-                "merge; move it to the global `parameters`"
-            )
-
-
-def _check_selections(recipe: Recipe) -> None:
-    """A share of the whole model is one number for each model."""
-    if recipe.parameters.get("density_scope", "tensor") != "model":
-        return
-    first: dict[int, dict[str, Value]] = {}
-    for part in recipe.slices:
-        for entry in part.experts:
-            chosen = {key: entry.parameters[key] for key in _SELECTIONS if key in entry.parameters}
-            counted = [key for key in ("density", "saliency_mass") if key in chosen]
-            before = first.setdefault(entry.number, chosen)
-            counted += [key for key in ("density", "saliency_mass") if key in before and before != chosen]
-            if counted and (before != chosen or not is_constant(chosen[counted[0]])):
-                raise RecipeError(
-                    f"`{counted[0]}` of {entry.model!r} differs between tensors, but is a share of the whole model: give it one "
-                    "value, or set `density_scope: tensor`"
-                )
-
-
-def _check_curvature(recipe: Recipe, method: Method) -> None:
-    if not method.curvature or recipe.parameters["missing_curvature"] != "error":
-        return
-    entries = [entry for part in recipe.slices for entry in part.experts]
-    without = dict.fromkeys(repr(e.model) for e in entries if "preconditioner_path" not in e.parameters)
-    if without:
-        raise RecipeError(
-            f"no `preconditioner_path` for {', '.join(without)}: `{method.name}` needs one for each model; "
-            "`missing_curvature: uniform` or `base` opts out"
-        )

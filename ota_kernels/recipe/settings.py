@@ -1,4 +1,5 @@
-"""A method's parameters as they hold for one output tensor: gradients, filters and levels are resolved, defaults filled in."""
+"""A method's parameters as they hold for one output tensor: gradients, filters and levels are resolved,
+defaults filled in."""
 
 from __future__ import annotations
 

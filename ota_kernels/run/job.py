@@ -32,16 +32,16 @@ from ..recipe.schema import Recipe, load_recipe, parse_recipe
 from ..select.pending import DEFAULT_BUDGET, Store
 from ..sizes import parse_size
 from ..tensors.buffer import Buffer
+from ..tensors.result import Counts
 from ..tensors.segment import Segment
 from ..tensors.tile import TensorInputs
 from .card import model_card
-from .counts import Tally
+from .decide import Decider
 from .engine import Decided, Engine, Event, Merged
-from .pool import Pool
+from .pool import IN_PLACE, Pool
 from .readahead import ReadAhead
 from .report import REPORT_NAME, build_report
-from .state import FORMAT, Ledger, record_of
-from .survey import Survey
+from .state import FORMAT, State, record_of
 
 logger = logging.getLogger(__name__)
 
@@ -168,10 +168,9 @@ class _Merge:
         self.tensors = {i: self.inputs.tensor(e) for i, e in entries if e.action != COPY}
         tensors = list(self.tensors.values())
         self.read_ahead = ReadAhead(tensors)
-        self.survey = Survey(self.recipe, tensors, self.backend, release, self.read_ahead)
         self.plan = make_plan(
             self.inputs,
-            self.survey,
+            self._decider(IN_PLACE),
             self.backend,
             threads=thread_choices(options.threads, self.backend),
             memory_limit=memory_limit_of(options.memory_limit, self.backend),
@@ -179,6 +178,12 @@ class _Merge:
             tile_elements=options.tile_elements,
             candidates_memory=options.candidates_memory,
         )
+
+    def _decider(self, pool: Pool) -> Decider:
+        settings = self.inputs.method.settings(self.recipe)
+        tensors = list(self.tensors.values())
+        of_each = {t.name: settings for t in tensors}
+        return Decider(self.inputs.method, tensors, of_each, self.backend, pool, release, self.read_ahead)
 
     def __enter__(self) -> _Merge:
         return self
@@ -275,7 +280,7 @@ class _Merge:
 
     def _run_in(self, work: WorkFolder, assets: list[Asset], progress: Progress) -> dict:
         started = time.perf_counter()
-        ledger = Ledger(work.journal_records(self.fingerprint), len(self.inputs.entries))
+        state = State(work.journal_records(self.fingerprint), len(self.inputs.entries))
         writer = ShardWriter(work.files, self.plan.layout)
         store = Store(self.plan.candidates_memory, work.path / "candidates.bin")
 
@@ -286,23 +291,24 @@ class _Merge:
         log = journal.Journal(work.path, sync)
         seconds = {}
         try:
-            if ledger.fresh:
+            if state.fresh:
                 log.append({"fingerprint": self.fingerprint})
-            log.append(ledger.begin(self.backend.NAME))
+            log.append(state.begin(self.backend.NAME))
             with Pool(self.plan.threads) as pool:
-                if ledger.decisions is None:
+                decider = self._decider(pool)
+                if state.found is None:
                     progress.stage("survey", 0)
-                    ledger.decisions = self.survey.decide_model(pool.run)
-                    log.append({"decisions": asdict(ledger.decisions)})
+                    state.found = decider.decide_model()
+                    log.append({"found": asdict(state.found)})
                 seconds["survey"] = time.perf_counter() - started
                 weights = self.inputs.bytes_per_element
                 progress.stage("merge", self.inputs.total_bytes)
-                progress.advance(sum(ledger.done_elements(i) * w for i, w in enumerate(weights)))
-                engine = self._engine(ledger, writer, pool, store)
+                progress.advance(sum(state.done_elements(i) * w for i, w in enumerate(weights)))
+                engine = self._engine(state, writer, decider, store)
                 try:
-                    for event in itertools.chain(self._copy(ledger, writer), self._merge(engine, ledger)):
+                    for event in itertools.chain(self._copy(state, writer), self._merge(engine, state)):
                         log.append(record_of(event), of_data=not isinstance(event, Decided))
-                        for segment in ledger.add(event):
+                        for segment in state.add(event):
                             progress.advance((segment.stop - segment.start) * weights[segment.index])
                 except (KeyboardInterrupt, RunError, BackendError):
                     with contextlib.suppress(RunError):
@@ -318,33 +324,31 @@ class _Merge:
                 writer.close()
                 store.close()
         seconds["sync"] = time.perf_counter() - started - seconds["survey"] - seconds["merge"]
-        report = build_report(self.inputs, self.plan, self.survey, ledger, self.fingerprint, seconds)
+        report = build_report(self.inputs, self.plan, decider, state, self.fingerprint, seconds)
         writer.write_index(work.files)
         write_assets(work.files, [*assets, self._card(assets, report), _json_asset(REPORT_NAME, report)])
         return report
 
-    def _engine(self, ledger: Ledger, writer: ShardWriter, pool: Pool, store: Store) -> Engine:
+    def _engine(self, state: State, writer: ShardWriter, decider: Decider, store: Store) -> Engine:
         return Engine(
             self.tensors,
             _FileSink(writer, self.plan.layout.tensors, self.read_ahead),
-            backend=self.backend,
-            pool=pool,
+            decider=decider,
+            found=state.found,
             tile_elements=self.plan.tile_elements,
-            survey=self.survey,
-            decisions=ledger.decisions,
             store=store,
-            decided=ledger.decided,
+            decided=state.decided,
         )
 
-    def _merge(self, engine: Engine, ledger: Ledger) -> Iterator[Event]:
+    def _merge(self, engine: Engine, state: State) -> Iterator[Event]:
         sizes = {index: tensor.numel for index, tensor in self.tensors.items()}
-        todo = [(index, *gap) for index, numel in sizes.items() for gap in ledger.gaps(index, numel)]
-        return engine.run(todo, ledger.open)
+        todo = [(index, *gap) for index, numel in sizes.items() for gap in state.gaps(index, numel)]
+        return engine.run(todo, state.pending)
 
-    def _copy(self, ledger: Ledger, writer: ShardWriter) -> Iterator:
+    def _copy(self, state: State, writer: ShardWriter) -> Iterator:
         """Tensors that are not floating point: equal in all models, or an error."""
         for index, entry in enumerate(self.inputs.entries):
-            if entry.action != COPY or not ledger.gaps(index, entry.numel):
+            if entry.action != COPY or not state.gaps(index, entry.numel):
                 continue
             step = _COPY_BYTES // entry.dtype.itemsize
             for start in range(0, entry.numel, step):
@@ -353,7 +357,7 @@ class _Merge:
                 writer.write(self.plan.layout.tensors[index], start, pieces[0].data)
                 for piece in pieces:
                     advise(piece.data, "dontneed")
-            yield Merged([(Segment(index, 0, entry.numel), Tally([]))])
+            yield Merged([(Segment(index, 0, entry.numel), Counts([]))])
 
     def _card(self, assets: list[Asset], report: dict) -> Asset:
         has_config = any(a.name == "config.json" for a in assets)

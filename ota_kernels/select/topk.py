@@ -19,12 +19,12 @@ from typing import Any
 
 from ..errors import InputError, RecipeError
 from ..integrations.tracing import traceable
-from ..run.factors import CHUNK
 from ..run.pool import Pool, default_threads
 from ..tensors import array as resident
 from ..tensors.array import Array
 from ..tensors.buffer import Buffer
 from ..tensors.convert import buffer_of
+from ..tensors.segment import CHUNK
 from . import order_statistics as ranks
 from .bracket import DEVIATIONS, cluster_count, error_of_sum
 from .sample import RUN, RUNS, clusters, runs_of

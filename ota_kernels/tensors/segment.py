@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
+
+# Elements of one piece of work. Fixed, so that float64 sums do not depend on tiles, threads or memory.
+CHUNK = 1 << 20
+
+Map = Callable[[Callable, Iterable], Iterable]  # as Pool.run
 
 
 class Segment(NamedTuple):
