@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..errors import RecipeError
-from ..tensors.found import Found
+from ..tensors.found import Found, selection_of
 from ..tensors.terms import ExpertTerms, Terms, Words, scale_weights
 from .parameters import (
     FINITE,
@@ -239,7 +239,7 @@ def _ota_needs(settings: Settings) -> list[Need]:
     needs = []
     if any(e["rank"] or e["rank1_approx"] for e in settings.experts):
         needs.append(Need("low rank", reads=2 if any(settings.each("rank")) else 1))
-    if any(e["density"] is not None or e["saliency_mass"] is not None for e in settings.experts):
+    if any(selection_of(e).surveyed for e in settings.experts):
         needs.append(Need("thresholds", settings["density_scope"]))
     weighted = settings["masked_task_vector_merge_method"] == "precond"
     if weighted and settings["normalise"] != "none":

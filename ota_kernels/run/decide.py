@@ -21,7 +21,7 @@ from ..select.sample import are_cached, sample
 from ..tensors import array as resident
 from ..tensors.buffer import Buffer
 from ..tensors.curvature import Uniform
-from ..tensors.found import KEEP_ALL, Found, Selection, Threshold
+from ..tensors.found import KEEP_ALL, Found, Selection, Threshold, selection_of
 from ..tensors.segment import CHUNK
 from ..tensors.terms import (
     ExpertTerms,
@@ -88,7 +88,7 @@ class Decider:
     def selections(self, tensor: TensorInputs | None = None) -> list[Selection]:
         """Per expert; of the whole model (None), where it has one threshold."""
         settings = next(iter(self._settings.values())) if tensor is None else self.settings(tensor)
-        return [decide.selection_of(e) for e in settings.experts]
+        return [selection_of(e) for e in settings.experts]
 
     @property
     def brackets(self) -> bool:

@@ -7,10 +7,8 @@ largest is found digit by digit (16 bits each) from two histograms, exactly.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 
@@ -21,18 +19,6 @@ KEEP_ALL = 0.0
 KEEP_NOTHING = math.nan  # every comparison with it is false
 SMALLEST = float(np.float32(2.0**-149))  # keeps every score but 0
 _BINS_PER_EXPONENT = 128  # of the high 16 bits, the lower 7 belong to the significand
-
-
-def selection_of(parameters: Mapping[str, Any]) -> Selection:
-    """The selection that an expert's settings ask for; a density of 1 keeps everything."""
-    if parameters.get("precond_threshold") is not None:
-        return Selection("threshold", parameters["precond_threshold"])
-    density = parameters.get("density")
-    if density is not None:
-        return Selection("all") if density >= 1 else Selection("density", density)
-    if parameters.get("saliency_mass") is not None:
-        return Selection("mass", parameters["saliency_mass"])
-    return Selection("all")
 
 
 def count_of_density(density: float, total: int) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +20,18 @@ class Selection(NamedTuple):
     def surveyed(self) -> bool:
         """Whether the threshold depends on the tensors."""
         return self.rule in ("density", "mass")
+
+
+def selection_of(parameters: Mapping[str, Any]) -> Selection:
+    """The selection that an expert's settings ask for; a density of 1 keeps everything."""
+    if parameters.get("precond_threshold") is not None:
+        return Selection("threshold", parameters["precond_threshold"])
+    density = parameters.get("density")
+    if density is not None:
+        return Selection("all") if density >= 1 else Selection("density", density)
+    if parameters.get("saliency_mass") is not None:
+        return Selection("mass", parameters["saliency_mass"])
+    return Selection("all")
 
 
 class Threshold(NamedTuple):
