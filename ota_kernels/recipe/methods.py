@@ -3,18 +3,30 @@ pure functions."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable
+import functools
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from ..errors import RecipeError
 from ..tensors.found import Found, selection_of
 from ..tensors.terms import ExpertTerms, Terms, Words, scale_weights
+from .parameters import (
+    FINITE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    POSITIVE_INTEGER,
+    SHARE,
+    SWITCH,
+    TEXT,
+    Parameter,
+    choice,
+    number,
+    show,
+    suggest,
+)
 from .settings import Settings
-
-if TYPE_CHECKING:
-    from .schema import Recipe
 
 
 class Need(NamedTuple):
@@ -34,36 +46,46 @@ class Need(NamedTuple):
 class Method:
     """What a merge method needs and which recipe keys it accepts.
 
-    formula: one line in the symbols of README, "Methods"; base: "required", "optional" or "unused";
-    curvature: whether each model brings second moments; parameters: keys for the whole merge;
-    model_parameters: keys of one model, each of which may also stand in the recipe's global `parameters`
-    as the default of all models; needs: what must be known before a tensor merges, read after read;
-    terms: what the kernels compute for a tensor, from its settings and what was found.
+    formula: one line in the symbols of README, "Methods"; base: "required", "optional" or "ignored" (there
+    it is one more model); parameters: its keys, each of which may stand at every level of a recipe, those of
+    an expert also under a model; terms: what the kernels compute for a tensor, from its settings and what was
+    found; needs: what must be known before a tensor merges, read after read; check: what is wrong with the
+    settings of a tensor, None where nothing is; least: models that it merges at least where it has no base.
     """
 
     name: str
     formula: str
     base: str
-    curvature: bool
-    parameters: frozenset[str]
-    model_parameters: frozenset[str]
+    parameters: tuple[Parameter, ...]
     terms: Callable[[Settings, Found], Terms]
     needs: Callable[[Settings], list[Need]] = lambda settings: []
+    check: Callable[[Settings], str | None] = lambda settings: None
+    least: int = 2
+
+    @functools.cached_property
+    def by_key(self) -> dict[str, Parameter]:
+        """The parameters by their keys, in order."""
+        return {p.key: p for p in self.parameters}
 
     @property
     def keys(self) -> frozenset[str]:
         """Every key that the method accepts somewhere."""
-        return self.parameters | self.model_parameters
+        return frozenset(self.by_key)
 
-    def settings(self, recipe: Recipe) -> Settings:
-        """The recipe's parameters for a tensor of which nothing special is said."""
-        from .schema import values_of
+    @functools.cached_property
+    def shared(self) -> tuple[Parameter, ...]:
+        """The parameters that all experts share."""
+        return tuple(p for p in self.parameters if p.level == "shared")
 
-        shared = values_of(recipe.parameters)
-        experts = [values_of(m.parameters) for m in recipe.models]
-        return Settings.of(
-            self.name, recipe.base_model is not None and self.base != "unused", shared, experts
-        )
+    @functools.cached_property
+    def own(self) -> tuple[Parameter, ...]:
+        """The parameters of which each expert has its own."""
+        return tuple(p for p in self.parameters if p.level == "expert")
+
+    @property
+    def curvature(self) -> bool:
+        """Whether each model brings second moments."""
+        return "preconditioner_path" in self.by_key
 
 
 _REGISTRY: dict[str, Method] = {}
@@ -88,14 +110,117 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(_REGISTRY))
 
 
-def suggest(word: str, known: Iterable[str]) -> str:
-    """The end of an "unknown word" message: the nearest known word, or all of them if none is near."""
-    known = sorted(known)
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known)}"
-
-
 # ota
+
+_ONE = number("1.0: `ota` weights by curvature; use `scaling_factor`", at_least=1, at_most=1)
+
+# The parameters of `ota`, in the order in which they are shown.
+_OTA = (
+    Parameter("epsilon", NOT_NEGATIVE, 1e-26, "eps, added to each weight P_t"),
+    Parameter(
+        "normalise",
+        choice("none", "global", "model"),
+        "none",
+        "n: divide g_t * h_t^p by its mean over the tensor (global) or over the whole model (model)",
+        varies=False,
+    ),
+    Parameter("power", POSITIVE, 0.5, "p, the exponent of the curvature"),
+    Parameter("lambda", FINITE, 1.0, "the factor of the merged task vector"),
+    Parameter(
+        "fallback_to_base",
+        SWITCH,
+        True,
+        "an element that no expert keeps takes the base's value; false: the experts' mean",
+    ),
+    Parameter(
+        "density_scope",
+        choice("model", "tensor"),
+        "model",
+        "`density` and `saliency_mass` count over the model or each tensor",
+        varies=False,
+    ),
+    Parameter(
+        "mask_weights",
+        SWITCH,
+        True,
+        "masked experts leave the denominator too; false: their weights stay in it",
+    ),
+    Parameter(
+        "masked_task_vector_merge_method",
+        choice("precond", "linear", "ties"),
+        "precond",
+        "how masked task vectors are combined: by curvature, by mean, or by TIES",
+        varies=False,
+    ),
+    Parameter("ties_density", SHARE, 1.0, "the share that the ties variant keeps when it trims"),
+    Parameter("rescale", SWITCH, False, "scale masked task vectors back to the norm they had", varies=False),
+    Parameter("approximate_norm", SWITCH, False, "estimate the spectral norms that `rescale` needs"),
+    Parameter(
+        "rescale_relative_threshold",
+        NOT_NEGATIVE,
+        0.0,
+        "`rescale` zeroes a masked task vector whose norm is below this share of its former norm",
+    ),
+    Parameter(
+        "bias_correction",
+        SWITCH,
+        False,
+        "divide curvature by 1 - beta2^step, read from its file's metadata",
+        varies=False,
+    ),
+    Parameter(
+        "missing_curvature",
+        choice("error", "uniform", "base"),
+        "error",
+        "a parameter without curvature: an error, curvature 1, or the base's value",
+        varies=False,
+    ),
+    Parameter(
+        "on_nonfinite",
+        choice("error", "base"),
+        "error",
+        "NaN, infinity or negative curvature: an error, or the base's value there",
+        varies=False,
+    ),
+    Parameter(
+        "preconditioner_path",
+        TEXT,
+        None,
+        "file of the model's second moments (exp_avg_sq)",
+        "expert",
+        varies=False,
+    ),
+    Parameter(
+        "precond_threshold",
+        NOT_NEGATIVE,
+        None,
+        "theta_t: edits of at least this saliency are kept",
+        "expert",
+    ),
+    Parameter("density", SHARE, None, "share of the edits that are kept, the most salient ones", "expert"),
+    Parameter(
+        "saliency_mass",
+        SHARE,
+        None,
+        "keep the fewest edits that hold this share of the total saliency",
+        "expert",
+    ),
+    Parameter("scaling_factor", POSITIVE, 1.0, "g_t, the factor of the model's curvature", "expert"),
+    Parameter(
+        "rank",
+        POSITIVE_INTEGER,
+        None,
+        "use the curvature's truncated SVD of this rank",
+        "expert",
+        varies=False,
+    ),
+    Parameter(
+        "rank1_approx", SWITCH, False, "use the curvature's row and column sums only", "expert", varies=False
+    ),
+    Parameter(
+        "weight", _ONE, 1.0, "accepted where it is 1: `ota` weights by curvature", "expert", varies=False
+    ),
+)
 
 
 def _ota_words(settings: Settings, masked: bool) -> Words:
@@ -175,38 +300,7 @@ register(
         name="ota",
         formula="w_0 + lambda * sum_t P_t d_t / sum_t P_t, P_t = m_t * (n(g_t * h_t^p) + eps)",
         base="optional",
-        curvature=True,
-        parameters=frozenset(
-            {
-                "epsilon",
-                "normalise",
-                "power",
-                "lambda",
-                "fallback_to_base",
-                "density_scope",
-                "mask_weights",
-                "masked_task_vector_merge_method",
-                "ties_density",
-                "rescale",
-                "approximate_norm",
-                "rescale_relative_threshold",
-                "bias_correction",
-                "missing_curvature",
-                "on_nonfinite",
-            }
-        ),
-        model_parameters=frozenset(
-            {
-                "preconditioner_path",
-                "precond_threshold",
-                "density",
-                "saliency_mass",
-                "scaling_factor",
-                "rank",
-                "rank1_approx",
-                "weight",
-            }
-        ),
+        parameters=_OTA,
         needs=_ota_needs,
         terms=_ota_terms,
     )
@@ -214,6 +308,19 @@ register(
 
 
 # linear
+
+_LINEAR = (
+    Parameter("normalize", SWITCH, True, "divide by the sum of the weights"),
+    Parameter("weight", FINITE, 1.0, "the model's weight", "expert"),
+)
+
+
+def _sum_of_weights(settings: Settings) -> str | None:
+    weights = settings.each("weight")
+    # 0.1 + 0.2 - 0.3 is 3e-17 in binary: a sum that is rounding only counts as zero.
+    if settings["normalize"] and abs(math.fsum(weights)) <= 1e-12 * math.fsum(map(abs, weights)):
+        return f"the weights {show(weights)} sum to 0: change them, or set `normalize: false`"
+    return None
 
 
 def _linear_terms(settings: Settings, found: Found) -> Terms:
@@ -227,10 +334,10 @@ register(
     Method(
         name="linear",
         formula="sum_t weight_t w_t / sum_t weight_t (normalize: false: not divided)",
-        base="unused",
-        curvature=False,
-        parameters=frozenset({"normalize"}),
-        model_parameters=frozenset({"weight"}),
+        base="ignored",
+        parameters=_LINEAR,
         terms=_linear_terms,
+        check=_sum_of_weights,
+        least=1,
     )
 )
