@@ -24,6 +24,7 @@ from ..tensors import array as resident
 from ..tensors.buffer import Buffer
 from ..tensors.curvature import Uniform
 from ..tensors.found import KEEP_ALL, SUMS, Found, Selection, Threshold, selection_of
+from ..tensors.random import name_hash
 from ..tensors.segment import CHUNK
 from ..tensors.terms import (
     ExpertTerms,
@@ -73,7 +74,9 @@ class ModelFound:
 class Decider:
     """Decides for one method over a list of tensors. settings: of each tensor, by its name.
 
-    release: called with each tile of a large read, whose pages may go; wants: told what will be read soon.
+    release: called with each tile of a large read, whose pages may go; wants: told what will be read soon;
+    positions: the numbers in the recipe of a tensor's experts, by its name, where some do not take part; seed:
+    of random numbers.
     """
 
     def __init__(
@@ -85,9 +88,12 @@ class Decider:
         pool: Pool,
         release: Callable[[TensorInputs], None] = lambda tile: None,
         wants: Callable[[Iterable[Buffer]], None] = lambda buffers: None,
+        positions: Mapping[str, Sequence[int]] | None = None,
+        seed: int = 0,
     ) -> None:
         self.method, self.tensors, self.backend, self.pool = method, tensors, backend, pool
         self._settings, self._release = settings, release
+        self._positions, self._seed = positions or {}, seed
         self._reader = Reader(backend, pool, self.check, release, wants)
         self.needs = Needs.of(method, settings.values())
         self.model_scope = self.needs.model_scope
@@ -117,7 +123,13 @@ class Decider:
 
     def takes_part(self, tensor: TensorInputs) -> bool:
         """Whether model-wide and absolute thresholds apply to a tensor."""
+        if self._keeps_base(tensor):
+            return False
         return self._all_uniform or not any(isinstance(c, Uniform) for c in tensor.curvatures)
+
+    def _keeps_base(self, tensor: TensorInputs) -> bool:
+        """Whether the method leaves a tensor of this role as the base has it."""
+        return self.method.keeps_base(self.settings(tensor), role_of(tensor.name, tensor.shape))
 
     def expected_candidates(self) -> int:
         """Estimate of the undecided elements that are held at a time."""
@@ -211,16 +223,13 @@ class Decider:
 
     def _model_means(self) -> list[float]:
         settings = next(iter(self._settings.values()))
-        statistic = MeanWeight(self._gains, settings["power"], len(settings.experts))
+        statistic = MeanWeight(self._gains, settings.power, len(settings.experts))
         elements = sum(t.numel for t in self.tensors)
         totals = self._reader.over(statistic, self.tensors, self._ready)
         return [total / max(elements, 1) for total in totals.tolist()]
 
     def _gains(self, tile: TensorInputs) -> list[float]:
-        settings = self.settings(tile)
-        corrections = (c.bias_correction for c in tile.curvatures)
-        scales = settings.each("scaling_factor")
-        return [g * c ** -settings["power"] for g, c in zip(scales, corrections, strict=True)]
+        return self.settings(tile).gains([c.bias_correction for c in tile.curvatures])
 
     # One tensor
 
@@ -251,7 +260,11 @@ class Decider:
         corrections = [c.bias_correction for c in tensor.curvatures]
         masks = [s.surveyed or (s.rule == "threshold" and s.value > 0) for s in self.selections(tensor)]
         return Found(
+            name=tensor.name,
             shape=tensor.shape,
+            positions=list(self._positions.get(tensor.name) or range(count)),
+            seed=self._seed,
+            name_hash=name_hash(tensor.name),
             score_scales=[score_scale(tensor.base is not None, c) for c in corrections],
             bias_corrections=corrections,
             brackets=[Threshold(masks=m) for m in masks],
@@ -261,6 +274,8 @@ class Decider:
 
     def _thresholds(self, tensor: TensorInputs, model: ModelFound) -> list[Threshold]:
         selections, brackets = self.selections(tensor), model.brackets
+        if self._keeps_base(tensor):
+            return [Threshold(decide.KEEP_NOTHING)] * len(selections)
         if self.brackets and not self.model_scope and tensor.numel > _DIRECT:
             brackets = self._sampled_brackets([tensor], selections, model.spread)
         found = []
@@ -317,7 +332,7 @@ class Decider:
     # Statistics of one tensor, by name
 
     def _find_means(self, tensor: TensorInputs, settings: Settings, found: Found) -> None:
-        statistic = MeanWeight(self._gains, settings["power"], len(settings.experts))
+        statistic = MeanWeight(self._gains, settings.power, len(settings.experts))
         totals = self._reader.of_tensor(statistic, tensor, self.score_terms(tensor))
         found.means = [total / max(tensor.numel, 1) for total in totals.tolist()]
 
@@ -348,7 +363,7 @@ class Decider:
         found.sums = self._reader.of_tensor(statistic, tensor, self.method.terms(settings, found))
 
     def _find_gram(self, tensor: TensorInputs, settings: Settings, found: Found) -> None:
-        groups = self.method.groups(settings)
+        groups = self.method.groups(settings, tensor.shape)
         statistic = Gram(len(tensor.experts)) if groups == "tensor" else Grams(groups)
         found.gram = self._reader.of_tensor(statistic, tensor, self.method.terms(settings, found))
 

@@ -73,7 +73,8 @@ KEEP_ALL = Threshold(masks=False)
 
 @dataclass
 class Found:
-    """Per expert of one tensor, in recipe order. score_scales, bias_corrections: of its curvature; brackets:
+    """Per expert of one tensor, in recipe order. positions: their numbers in the recipe; seed, name_hash: of
+    random numbers; score_scales, bias_corrections: of its curvature; brackets:
     thresholds of scores; means: of g_t h_t^p; edit_scales: of masked edits; trims: least magnitudes.
 
     The rest is None until the statistic of that name was taken: gram: float64[T, T], or [groups, T, T]; sums:
@@ -81,12 +82,16 @@ class Found:
     at: what stands at the ranks that were asked for, per expert.
     """
 
+    name: str
     shape: tuple[int, ...]
+    positions: list[int]
     score_scales: list[float]
     bias_corrections: list[float]
     brackets: list[Threshold]
     edit_scales: list[float]
     trims: list[float]
+    seed: int = 0
+    name_hash: int = 0
     means: list[float] | None = None
     gram: np.ndarray | None = None
     sums: np.ndarray | None = None

@@ -15,7 +15,6 @@ from ..parameters import (
     NOT_NEGATIVE,
     POSITIVE_INTEGER,
     REQUIRED,
-    SHARE,
     SWITCH,
     Parameter,
 )
@@ -77,7 +76,9 @@ register(
         formula="w_0 + sum_t g_t q_t m d_t / sum_t g_t q_t, m: where experts differ most, q_t by sum (m d_t)^2",
         base="required",
         parameters=(
-            Parameter("select_topk", NOT_NEGATIVE, 1.0, "share of the elements where experts differ that is kept"),
+            Parameter(
+                "select_topk", NOT_NEGATIVE, 1.0, "share of the elements where experts differ that is kept"
+            ),
             LAMBDA,
             Parameter("int8_mask", SWITCH, False, "accepted, without effect"),
         ),

@@ -1,6 +1,6 @@
 """Rows whose result is a linear combination of the inputs, by coefficients that follow from their inner products.
 
-    G[s, t] = <x_s, x_t> over a tensor, a row or a column;   x_t = d_t with a base, else w_t;   N_t = sqrt(G[t, t])
+G[s, t] = <x_s, x_t> over a tensor, a row or a column;   x_t = d_t with a base, else w_t;   N_t = sqrt(G[t, t])
 """
 
 from __future__ import annotations
@@ -30,9 +30,7 @@ def _combination(found: Found, weights, lambda_: float = 1.0, words: str = "cons
         else ExpertTerms(position=p, weights=np.ascontiguousarray(a, np.float64))
         for p, a in zip(found.positions, weights, strict=True)
     )
-    return Terms(
-        Words(score="none", select="all", weigh=words, divide="number"), experts, lambda_=lambda_
-    )
+    return Terms(Words(score="none", select="all", weigh=words, divide="number"), experts, lambda_=lambda_)
 
 
 def _coefficients(cosine: np.ndarray, t: float, straight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

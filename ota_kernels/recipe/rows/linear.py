@@ -116,7 +116,9 @@ register(
                 varies=False,
             ),
             Parameter("beta", SHARE, 0.9, "of ema: what the mean keeps at each checkpoint", varies=False),
-            Parameter("k", POSITIVE_INTEGER, None, "of lawa: how many of the last, all unless given", varies=False),
+            Parameter(
+                "k", POSITIVE_INTEGER, None, "of lawa: how many of the last, all unless given", varies=False
+            ),
         ),
         terms=_checkpoints_terms,
         check=_last_ones,

@@ -1,8 +1,8 @@
 """Rows that sparsify edits, may elect signs, and add: task arithmetic, TIES, DARE, DELLA, Breadcrumbs.
 
-    k_t: the elements that are kept;   r_t = sum |d_t| / sum |k_t d_t| with `rescale`;   y_t = weight_t r_t k_t d_t
-    elect: s = +1 where sum_t y_t >= 0, else -1;   g_t = [sign(y_t) = s], 1 without
-    out = w_0 + lambda sum_t g_t y_t / (sum_t g_t weight_t with `normalize`, else 1)
+k_t: the elements that are kept;   r_t = sum |d_t| / sum |k_t d_t| with `rescale`;   y_t = weight_t r_t k_t d_t
+elect: s = +1 where sum_t y_t >= 0, else -1;   g_t = [sign(y_t) = s], 1 without
+out = w_0 + lambda sum_t g_t y_t / (sum_t g_t weight_t with `normalize`, else 1)
 """
 
 from __future__ import annotations
@@ -66,12 +66,16 @@ def _parameters(row: _Row) -> tuple[Parameter, ...]:
         Parameter("int8_mask", SWITCH, False, "accepted, without effect"),
     ]
     if row.sparsify == "outliers":
-        found.insert(2, Parameter("gamma", SHARE, 0.01, "share of the largest edits that is dropped", "expert"))
+        found.insert(
+            2, Parameter("gamma", SHARE, 0.01, "share of the largest edits that is dropped", "expert")
+        )
     if row.sparsify == "rank":
         found.insert(2, Parameter("epsilon", SHARE, 0.15, "half of the range of probabilities", "expert"))
     if row.sparsify == "random":
         by = choice("norm", "density")
-        found.append(Parameter("rescale_by", by, "norm", "by the lengths, or by 1 / density as the paper does"))
+        found.append(
+            Parameter("rescale_by", by, "norm", "by the lengths, or by 1 / density as the paper does")
+        )
     if row.elect:
         count = choice("sum", "count")
         found.append(Parameter("consensus", count, "sum", "elect by the sum of edits, or by their number"))
