@@ -75,8 +75,8 @@ class Decider:
     """Decides for one method over a list of tensors. settings: of each tensor, by its name.
 
     release: called with each tile of a large read, whose pages may go; wants: told what will be read soon;
-    positions: the numbers in the recipe of a tensor's experts, by its name, where some do not take part; seed:
-    of random numbers.
+    positions: the numbers in the recipe of a tensor's experts, by its name, where some do not take part;
+    seed: of random numbers.
     """
 
     def __init__(
@@ -234,8 +234,8 @@ class Decider:
     # One tensor
 
     def prepare(self, tensor: TensorInputs) -> TensorInputs:
-        """The tensor as its kernels see it: low-rank curvature where the recipe asks for it, and what else the
-        method makes of its inputs."""
+        """The tensor as its kernels see it: low-rank curvature where the recipe asks for it, and what else
+        the method makes of its inputs."""
         settings = self.settings(tensor)
         return self.method.view(self._forms.of(tensor, settings), settings)
 

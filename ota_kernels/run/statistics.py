@@ -9,6 +9,7 @@ memory; threads, devices and ranks differ only in who combines.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -32,7 +33,7 @@ Check = Callable[[TensorInputs, Iterable[NonFinite]], None]
 
 
 class Statistic(Protocol):
-    """One reduction. `reads`: the buffers of a tile that it reads; `by_rows`: whether tiles are whole rows."""
+    """One reduction. reads: the buffers of a tile that it reads; by_rows: whether tiles are whole rows."""
 
     by_rows: bool
 
@@ -233,7 +234,7 @@ class Reader:
     ) -> Any:
         """The statistic of all these tensors in order. ready_for: a tensor as it is read, and its terms;
         asked right before its first tile."""
-        size = max((_chunk(t, statistic) for t in tensors), default=CHUNK)
+        size = max(map(_size, tensors), default=CHUNK)
         ready: dict[int, tuple[TensorInputs, Terms]] = {}
 
         def ranges() -> Iterator[tuple[int, int, int]]:
@@ -242,7 +243,7 @@ class Reader:
                 yield index, 0, tensor.numel
 
         def tiles() -> Iterator[list[tuple[TensorInputs, Terms]]]:
-            for unit in units(ranges(), size):
+            for unit in units(ranges(), size, lambda index: _whole(statistic, *ready[index])):
                 found = [(ready[i][0].slice(a, b), ready[i][1]) for i, a, b in unit]
                 for tile, _ in found:
                     self.wants(statistic.reads(tile))
@@ -261,7 +262,8 @@ class Reader:
 
     def of_tensor(self, statistic: Statistic, tensor: TensorInputs, terms: Terms) -> Any:
         """The statistic of one tensor, chunk by chunk."""
-        step = _chunk(tensor, statistic)
+        whole = _whole(statistic, tensor, terms)
+        step = max(_size(tensor) // whole, 1) * whole
 
         def of_chunk(start: int) -> Arrays:
             arrays = statistic.new()
@@ -275,13 +277,15 @@ class Reader:
         self.release(tile)
 
 
-def _chunk(tensor: TensorInputs, statistic: Statistic) -> int:
+def _size(tensor: TensorInputs) -> int:
     """Elements of one piece of work. Of tensors on a device, sums are torch's own order anyway."""
-    size = resident.TILE if tensor.is_resident else CHUNK
-    if not statistic.by_rows or not tensor.shape:
-        return size
-    columns = max(tensor.shape[-1], 1)
-    return max(size // columns, 1) * columns
+    return resident.TILE if tensor.is_resident else CHUNK
+
+
+def _whole(statistic: Statistic, tensor: TensorInputs, terms: Terms) -> int:
+    """Of so many elements a piece is a multiple."""
+    columns = max(tensor.shape[-1] if tensor.shape else 1, 1)
+    return math.lcm(terms.whole, columns if statistic.by_rows else 1)
 
 
 def _folded(statistic: Statistic, parts: Iterable[Arrays]) -> Any:

@@ -183,8 +183,8 @@ def _full(h: Array, bias_correction: float, origin: str = Curvature.origin) -> F
 
 @dataclass(frozen=True, slots=True)
 class Floored(Curvature):
-    """max(h, floor * bias_correction) of another form, a value per element in each tile: F = max(h / c, floor)
-    is then this divided by c."""
+    """max(h, floor * c) of another form with the bias correction c, a value per element in each tile: divided
+    by c it is max(h / c, floor)."""
 
     inner: Curvature
     floor: float

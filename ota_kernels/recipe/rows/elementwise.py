@@ -1,4 +1,4 @@
-"""Rows that look at one element of all experts at a time: SCE, RAM, consensus, MagMax, NearSwap, Arcee Fusion."""
+"""Rows of one element of all experts at a time: SCE, RAM, consensus, MagMax, NearSwap, Arcee Fusion."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ register(
     Method(
         name="sce",
         source="arXiv 2408.07990",
-        formula="w_0 + sum_t g_t q_t m d_t / sum_t g_t q_t, m: where experts differ most, q_t by sum (m d_t)^2",
+        formula="w_0 + sum_t g_t q_t m d_t / sum_t g_t q_t, m: where experts differ most, q_t: sum (m d_t)^2",
         base="required",
         parameters=(
             Parameter(

@@ -119,7 +119,7 @@ register(
                 "normalise",
                 choice("none", "global", "model"),
                 "model",
-                "divide F_t by its mean over the tensor (global) or the whole model; the paper: by its L2 norm",
+                "divide F_t by its mean over the tensor (global) or the model; the paper: by its L2 norm",
                 varies=False,
             ),
             Parameter("epsilon", NOT_NEGATIVE, 1e-26, "added to each mean"),

@@ -1,6 +1,6 @@
-"""Rows whose result is a linear combination of the inputs, by coefficients that follow from their inner products.
+"""Rows that combine the inputs linearly, by coefficients that follow from their inner products.
 
-G[s, t] = <x_s, x_t> over a tensor, a row or a column;   x_t = d_t with a base, else w_t;   N_t = sqrt(G[t, t])
+G[s, t] = <x_s, x_t> over a tensor, a row or a column; x_t: d_t with a base, else w_t; N_t^2 = G[t, t]
 """
 
 from __future__ import annotations
@@ -154,8 +154,8 @@ def _multislerp_terms(settings: Settings, found: Found) -> Terms:
         if len(weights) == 2:
             return _combination(found, weights, lambda_)
         raise InputError(
-            f"{found.name}: multislerp: the weighted directions cancel, and opposite vectors have no mean on a "
-            "sphere: change the weights, or take `linear`"
+            f"{found.name}: multislerp: the weighted directions cancel, and opposite vectors have no mean on "
+            "a sphere: change the weights, or take `linear`"
         )
     return _combination(found, float(weights @ norms) * of_units / length, lambda_)
 
@@ -191,8 +191,8 @@ register(
 
 
 def karcher_coefficients(gram: np.ndarray, max_iter: int, tol: float) -> np.ndarray:
-    """a_t of sum_t a_t w_t: the Karcher mean of the directions times the mean of the norms (arXiv 2603.04972).
-    All on coefficients of the w_t and their inner products, float64[T, T]."""
+    """a_t of sum_t a_t w_t: the Karcher mean of the directions times the mean of the norms (2603.04972). All
+    on coefficients of the w_t and their inner products, float64[T, T]."""
     norms = _norms(gram)
     valid = norms > tol
     if not valid.any():

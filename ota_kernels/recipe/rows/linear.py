@@ -78,7 +78,7 @@ _DECAYS = {
 
 
 def checkpoint_weights(n: int, decay: str, beta: float, k: int | None) -> list[float]:
-    """c_0 .. c_{n-1}, oldest first: s_i - s_{i+1} with s_i = f(i / n), as if the learning rate had fallen by f
+    """c_0 .. c_{n-1}, oldest first: s_i - s_{i+1}, s_i = f(i / n), as if the learning rate had fallen by f
     (WSM, arXiv 2507.17634); ema by beta; lawa: the mean of the last k."""
     if decay == "ema":
         return [beta ** (n - 1), *((1 - beta) * beta ** (n - 1 - i) for i in range(1, n))]
@@ -105,7 +105,7 @@ register(
     Method(
         name="checkpoints",
         source="arXiv 2507.17634",
-        formula="sum_i c_i x_i of one run's checkpoints, oldest first; c_i as if its learning rate had decayed",
+        formula="sum_i c_i x_i of a run's checkpoints, oldest first; c_i as if its learning rate had decayed",
         base="ignored",
         parameters=(
             Parameter(

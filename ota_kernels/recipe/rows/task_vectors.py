@@ -1,6 +1,6 @@
 """Rows that sparsify edits, may elect signs, and add: task arithmetic, TIES, DARE, DELLA, Breadcrumbs.
 
-k_t: the elements that are kept;   r_t = sum |d_t| / sum |k_t d_t| with `rescale`;   y_t = weight_t r_t k_t d_t
+k_t: what is kept;   r_t = sum |d_t| / sum |k_t d_t| with `rescale`;   y_t = weight_t r_t k_t d_t
 elect: s = +1 where sum_t y_t >= 0, else -1;   g_t = [sign(y_t) = s], 1 without
 out = w_0 + lambda sum_t g_t y_t / (sum_t g_t weight_t with `normalize`, else 1)
 """
@@ -90,8 +90,8 @@ def _check(row: _Row):
             density, epsilon = own["density"], own["epsilon"]
             if 0 < density < 1 and not (density - epsilon > 0 and density + epsilon < 1):
                 return (
-                    f"density {density:g} and epsilon {epsilon:g}: density - epsilon and density + epsilon must "
-                    "lie between 0 and 1: give a smaller `epsilon`"
+                    f"density {density:g} and epsilon {epsilon:g}: density - epsilon and density + epsilon "
+                    "must lie between 0 and 1: give a smaller `epsilon`"
                 )
         return None
 
@@ -180,9 +180,16 @@ def _terms(row: _Row):
             zero="one",
             seed=found.seed,
             name_hash=found.name_hash,
+            ranked=_rows(found.shape),
         )
 
     return terms
+
+
+def _rows(shape: tuple[int, ...]) -> tuple[int, int]:
+    """DELLA ranks along axis 1, a vector is one row; as mergekit has it, for any number of axes."""
+    axis = 1 if len(shape) > 1 else 0
+    return (shape[axis], math.prod(shape[axis + 1 :])) if shape else (1, 1)
 
 
 def _formula(row: _Row) -> str:
