@@ -5,8 +5,8 @@ from __future__ import annotations
 from fractions import Fraction
 
 import numpy as np
+import oracle
 import pytest
-import reference64
 from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -57,7 +57,7 @@ SCORES = hnp.arrays(
 @given(SCORES, SHARES)
 def test_density_keeps_the_largest(scores, density):
     selection = Selection("density", density)
-    expected = reference64.kept_by_density(scores, density) if density < 1 else scores > 0
+    expected = oracle.kept_by_density(scores, density) if density < 1 else scores > 0
     for find in (decide.threshold_of_scores, by_digits):
         np.testing.assert_array_equal(kept(find(selection, scores), scores), expected, find.__name__)
 
@@ -69,7 +69,7 @@ def test_density_keeps_the_largest(scores, density):
 @example(np.float32([3.0, 1.0]), 0.75)
 def test_saliency_mass_keeps_the_fewest(scores, share):
     selection = Selection("mass", share)
-    expected = reference64.kept_by_mass(scores, share)
+    expected = oracle.kept_by_mass(scores, share)
     for find in (decide.threshold_of_scores, by_digits):
         np.testing.assert_array_equal(kept(find(selection, scores), scores), expected, find.__name__)
 
@@ -88,7 +88,7 @@ def test_many_scores(kind, n):
         ),
     }[kind]()
     for share in (1 / 3, 0.001, 0.5, 0.99999):
-        for rule, truth in (("density", reference64.kept_by_density), ("mass", reference64.kept_by_mass)):
+        for rule, truth in (("density", oracle.kept_by_density), ("mass", oracle.kept_by_mass)):
             expected = truth(scores, share)
             for find in (decide.threshold_of_scores, by_digits):
                 threshold = find(Selection(rule, share), scores)

@@ -14,8 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import oracle
+import ota_kernels.run.survey as survey
 import pytest
-import reference64
 import torch
 from models import Experts, random_experts, with_buffers
 from streams import Streamed, inputs_of, recipe_of, stream
@@ -24,7 +25,6 @@ from tolerances import assert_close
 
 import ota_kernels
 import ota_kernels.api as functional
-import ota_kernels.run.survey as survey
 import ota_kernels.select.topk as selection
 import ota_kernels.tensors.array as resident
 from ota_kernels import graft, merge_state_dicts, merge_tensors, topk_threshold
@@ -266,7 +266,7 @@ class TestMerge:
         )
         name = out_dtype or base_dtype
         assert (merged.device.type, merged.dtype) == (device().type, getattr(torch, name))
-        truth = reference64.evaluate({"weight": e.exact()}, density=[0.3, 0.5, 0.1])["weight"]
+        truth = oracle.evaluate({"weight": e.exact()}, density=[0.3, 0.5, 0.1])["weight"]
         assert_close(name, merged.cpu().double().numpy(), truth.out, truth.operand, 3)
 
     @pytest.mark.parametrize(
@@ -299,7 +299,7 @@ class TestMerge:
         experts = [{name: e.experts[t] for name, e in model.items()} | {"index": index} for t in range(3)]
         curvatures = [{name: e.curvatures[t] for name, e in model.items()} for t in range(3)]
         merged = merge_state_dicts(put(base), put(experts), put(curvatures), backend="triton", **DENSITY)
-        truth = reference64.evaluate({name: e.exact(name) for name, e in model.items()}, **DENSITY)
+        truth = oracle.evaluate({name: e.exact(name) for name, e in model.items()}, **DENSITY)
         assert list(merged) == [*shapes, "index"]
         assert torch.equal(merged["index"].cpu(), index)
         for name, shape in shapes.items():
@@ -342,7 +342,7 @@ class TestMerge:
         e = Experts(base, (expert,), (torch.as_tensor(rng.lognormal(-30, 9, SHAPE)).float(),))
         assert (base.float() + (expert.float() - base.float()) != expert.float()).float().mean() > 0.01
         grafted = graft(put(e.base), put(e.experts[0]), put(e.curvatures[0]), backend="triton", **parameters)
-        mask = reference64.evaluate({"weight": e.exact()}, **parameters)["weight"].masks[0]
+        mask = oracle.evaluate({"weight": e.exact()}, **parameters)["weight"].masks[0]
         assert 0 < mask.mean() < 1 or parameters == {"density": 0}
         assert_grafted(grafted.cpu(), e.base, e.experts[0], mask)
 

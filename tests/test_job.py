@@ -29,6 +29,7 @@ from checkpoints import (
     second_moments,
     shard_files,
 )
+from ota_kernels.run.factors import CHUNK
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tolerances import assert_close
@@ -37,7 +38,6 @@ from ota_kernels import InputError, merge, merge_state_dicts, merge_tensors
 from ota_kernels.io.reader import Checkpoint
 from ota_kernels.io.writer import ShardWriter, layout
 from ota_kernels.run import job
-from ota_kernels.run.factors import CHUNK
 from ota_kernels.tensors.dtypes import BY_NAME
 
 # Every way to decide and to combine, each with a base and, but for the last, with curvature.

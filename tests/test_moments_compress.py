@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 
 import numpy as np
+import oracle
 import pytest
-import reference64
 import torch
 from checkpoints import CURVATURE, SHAPES, make_set, model_digests, save_sharded
 from click.testing import CliRunner
@@ -418,16 +418,16 @@ def test_mask_agreement(models, files, form):
     found = mask_agreement(models.base_folder, models.expert_folders[0], files["full"][0], files[form][0])
     values = [expanded(path) for path in (files["full"][0], files[form][0])]
     edits = {
-        name: reference64.task_vector(models.experts[0][name].double().numpy(), base.double().numpy())
+        name: oracle.task_vector(models.experts[0][name].double().numpy(), base.double().numpy())
         for name, base in models.base.items()
     }
     scores = [
-        np.concatenate([reference64.score(v[name].numpy(), d).ravel() for name, d in edits.items()])
+        np.concatenate([oracle.score(v[name].numpy(), d).ravel() for name, d in edits.items()])
         for v in values
     ]
     assert found.keys() == set(DENSITIES)
     for density, index in found.items():
-        one, other = (reference64.kept_by_density(s, density) for s in scores)
+        one, other = (oracle.kept_by_density(s, density) for s in scores)
         assert index == (one & other).sum() / (one | other).sum()
 
 

@@ -27,12 +27,12 @@ from checkpoints import (
     shard_files,
     write_recipe,
 )
+from ota_kernels.run.survey import Survey
 
 from ota_kernels import OutputError, RunError, merge
 from ota_kernels.backends import native
 from ota_kernels.io.journal import Journal, read
 from ota_kernels.run.engine import Engine
-from ota_kernels.run.survey import Survey
 
 TILE = 1500
 # Many tiles of one tensor, tensors of several tiles each, and tensors that share a unit.

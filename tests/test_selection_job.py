@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from checkpoints import CURVATURE, WEIGHTS, make_set, model_digests
 from models import random_experts, undecided
+from ota_kernels.run.survey import Survey
 
 from ota_kernels import RunError, merge
 from ota_kernels.backends import native, reference
 from ota_kernels.run import engine, job
-from ota_kernels.run.survey import Survey
 from ota_kernels.select.bracket import Bracket, bracket_of
 from ota_kernels.select.pending import Held, Store
 from ota_kernels.select.thresholds import SMALLEST

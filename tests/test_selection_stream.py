@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
+import oracle
 import pytest
-import reference64
 import torch
 from models import Experts, random_experts
+from ota_kernels.run.survey import Survey
 from streams import BIG, closed_recipe, inputs_of, recipe_of, stream
 
 from ota_kernels import merge_state_dicts
 from ota_kernels.backends import native, reference
-from ota_kernels.run.survey import Survey
 from ota_kernels.select.bracket import Bracket, bracket_of
 from ota_kernels.tensors.terms import is_open
 
@@ -108,9 +108,9 @@ def scores_of(kind: str, t: int) -> tuple[np.ndarray, ...]:
     """Expert t's float32 scores in each tensor, by the definition."""
     found = []
     for experts in scenario(kind):
-        d = reference64.task_vector(experts.experts[t].numpy(), experts.base.numpy())
+        d = oracle.task_vector(experts.experts[t].numpy(), experts.base.numpy())
         with np.errstate(over="ignore"):
-            found.append(np.abs(reference64.score(experts.curvatures[t].numpy(), d)).ravel())
+            found.append(np.abs(oracle.score(experts.curvatures[t].numpy(), d)).ravel())
     return tuple(found)
 
 
@@ -387,7 +387,7 @@ def masks_of_spoiled(key: str, value: float, scope: str) -> list[np.ndarray]:
     """Of each tensor, by the definition: bool[T, *shape], without what an expert's inputs rule out."""
     models = spoiled_models()
     exact = {f"t{i}": m.exact() for i, m in enumerate(models)}
-    truth = reference64.evaluate(exact, on_nonfinite="base", density_scope=scope, **{key: value})
+    truth = oracle.evaluate(exact, on_nonfinite="base", density_scope=scope, **{key: value})
     usable = [~np.stack([unusable(m, t) for t in range(2)]) for m in models]
     return [truth[f"t{i}"].masks & good for i, good in enumerate(usable)]
 
@@ -452,7 +452,7 @@ def kept_by_definition(variant: str, own: str) -> list[list[int]]:
     exact = {f"t{i}": m.exact(f"t{i}", biases) for i, m in enumerate(variant_models(variant))}
     keys = ("density", "saliency_mass", "precond_threshold")
     each = {key: [one.get(key) for one in OWN[own]] for key in keys}
-    truth = reference64.evaluate(exact, **each, **shared)
+    truth = oracle.evaluate(exact, **each, **shared)
     return [merged.masks.reshape(3, -1).sum(axis=1).tolist() for merged in truth.values()]
 
 

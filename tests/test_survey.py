@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import oracle
 import pytest
-import reference64
 import torch
 from models import Experts, buffer, make_recipe, masks_of, merge_model, merge_one, random_experts
+from ota_kernels.run.factors import CHUNK, low_rank, rank1
+from ota_kernels.run.survey import Survey
 from tolerances import assert_close
 
 from ota_kernels.backends import native
 from ota_kernels.errors import InputError
 from ota_kernels.recipe.schema import MAX_MODELS
-from ota_kernels.run.factors import CHUNK, low_rank, rank1
-from ota_kernels.run.survey import Survey
 from ota_kernels.select import thresholds as decide
 from ota_kernels.tensors.curvature import Full, LowRank, Uniform
 from ota_kernels.tensors.terms import ExpertTerms, is_open, score_scale
@@ -138,9 +138,7 @@ def test_histograms_candidates_and_direct_selection_agree(backend, large, parame
         truth = np.sort(scores)[::-1][int(parameters["density"] * scores.size) - 1]
     assert expert.threshold == truth
     if "ties_density" in parameters:
-        edits = np.abs(
-            reference64.task_vector(large.experts[0].double().numpy(), large.base.double().numpy())
-        )
+        edits = np.abs(oracle.task_vector(large.experts[0].double().numpy(), large.base.double().numpy()))
         edits[scores < expert.threshold] = 0
         assert expert.trim == np.sort(edits)[::-1][int(0.3 * edits.size) - 1] > 0
 
@@ -149,7 +147,7 @@ def test_a_large_tensor_merges_as_in_float64(backend, large):
     """Above one chunk, over the model, with the mean weight of several chunks."""
     parameters = {"density": 0.3, "normalise": "global"}
     outcome = merge_one(make_recipe(1, **parameters), large, backend, "bfloat16")
-    truth = reference64.evaluate({"weight": large.exact()}, **parameters)["weight"]
+    truth = oracle.evaluate({"weight": large.exact()}, **parameters)["weight"]
     np.testing.assert_array_equal(outcome.masks, truth.masks)
     assert_close("bfloat16", outcome.out, truth.out, truth.operand, 1)
 
@@ -199,7 +197,7 @@ def test_tensors_without_curvature_stay_out_of_model_thresholds(backend, paramet
     model = {"a.weight": with_moments, "b.weight": without}
     recipe = make_recipe(3, missing_curvature="uniform", **parameters)
     outcomes = merge_model(recipe, [e.inputs("float32", name) for name, e in model.items()], backend)
-    truth = reference64.evaluate({name: e.exact(name) for name, e in model.items()}, **parameters)
+    truth = oracle.evaluate({name: e.exact(name) for name, e in model.items()}, **parameters)
     for name, merged in truth.items():
         np.testing.assert_array_equal(outcomes[name][0].masks, merged.masks)
         assert_close("float32", outcomes[name][0].out, merged.out, merged.operand, 3)
@@ -216,7 +214,7 @@ def test_without_any_curvature_thresholds_are_magnitudes(backend, parameters):
     outcome = merge_one(
         make_recipe(3, missing_curvature="uniform", **parameters), experts, backend, "float32"
     )
-    truth = reference64.evaluate({"weight": experts.exact()}, **parameters)["weight"]
+    truth = oracle.evaluate({"weight": experts.exact()}, **parameters)["weight"]
     np.testing.assert_array_equal(outcome.masks, truth.masks)
     assert_close("float32", outcome.out, truth.out, truth.operand, 3)
     if "density" in parameters:
@@ -345,15 +343,15 @@ def test_scores_are_the_definition_bit_for_bit(backend):
     h = (rng.integers(0, 0x6F80_0000, n, dtype=np.uint32)).view(np.float32)  # below 2^96, h 2^32 is finite
     experts = Experts(torch.from_numpy(base), (torch.from_numpy(w),), (torch.from_numpy(h),))
     with np.errstate(over="ignore", invalid="ignore"):
-        d = reference64.task_vector(w.astype(np.float64), base.astype(np.float64))
-        truth = reference64.score(h, d)
+        d = oracle.task_vector(w.astype(np.float64), base.astype(np.float64))
+        truth = oracle.score(h, d)
     usable = ~np.isnan(truth)
     scores, _ = backend.scores(experts.inputs("float32"), 0, ExpertTerms(score_scale=score_scale(True)))
     np.testing.assert_array_equal(scores[usable].view(np.int32), truth[usable].view(np.int32))
     without = replace(experts, base=None).inputs("float32")
     scores, _ = backend.scores(without, 0, ExpertTerms(score_scale=score_scale(False)))
     with np.errstate(over="ignore"):
-        np.testing.assert_array_equal(scores.view(np.int32), reference64.score(h, None).view(np.int32))
+        np.testing.assert_array_equal(scores.view(np.int32), oracle.score(h, None).view(np.int32))
 
 
 def test_terms_of_uniform_curvature_have_no_bias(backend):

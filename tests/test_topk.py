@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import oracle
 import pytest
-import reference64
 import torch
 from models import Experts, random_experts
 
@@ -293,7 +293,7 @@ def assert_grafted(grafted, base, expert, mask) -> None:
 
 def masks(model: dict, **parameters) -> dict[str, np.ndarray]:
     """m of each tensor of one expert, from the formulas."""
-    truth = reference64.evaluate({name: e.exact(name) for name, e in model.items()}, **parameters)
+    truth = oracle.evaluate({name: e.exact(name) for name, e in model.items()}, **parameters)
     return {name: merged.masks[0] for name, merged in truth.items()}
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from ..backends import Backend, native
-from ..planning.roles import EMBEDDING, role_of
+from ..planning.roles import MATRIX, role_of
 from ..recipe.settings import Settings
 from ..tensors import array as resident
 from ..tensors.array import Array
@@ -66,12 +66,12 @@ class LowRankForms:
 
 
 def is_factored(tensor: TensorInputs, settings: Settings, t: int) -> bool:
-    """Whether the settings ask for a low-rank form of expert t's curvature, which is none yet (matrices only;
-    rank r not for embeddings)."""
+    """Whether the settings ask for a low-rank form of expert t's curvature, which is none yet. Matrices only;
+    rank r leaves embeddings and output matrices at full curvature, as the published OTA recipes do."""
     curvature, own = tensor.curvatures[t], settings.experts[t]
     if len(tensor.shape) != 2 or tensor.numel == 0 or not isinstance(curvature, Full | Log8):
         return False
-    by_rank = own.get("rank") is not None and role_of(tensor.name, tensor.shape) != EMBEDDING
+    by_rank = own.get("rank") is not None and role_of(tensor.name, tensor.shape) == MATRIX
     return bool(own.get("rank1_approx")) or by_rank
 
 
