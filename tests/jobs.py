@@ -10,6 +10,7 @@ from typing import Any
 from ota_kernels.recipe.schema import Recipe
 from ota_kernels.run.job import Job, Options, Progress, Silent, as_recipe
 from ota_kernels.run.rules import RULES, Rules
+from ota_kernels.tensors.segment import Segment
 
 
 def merge(
@@ -21,7 +22,20 @@ def merge(
 ) -> dict:
     """`ota_kernels.merge` with rules."""
     with Job(as_recipe(recipe), Options.of(**options), rules) as job:
-        return job.run(out, progress or Silent())
+        return job.run(Path(out), progress or Silent())
+
+
+class Merged:
+    """Counts the elements of merged tiles; `rules` let a merge tell."""
+
+    def __init__(self) -> None:
+        self.elements, self._lock = 0, threading.Lock()
+        self.rules = Rules(before=self._count)
+
+    def _count(self, step: str, segment: Segment | None) -> None:
+        if step == "tile":
+            with self._lock:
+                self.elements += segment.stop - segment.start
 
 
 class Interrupt:
@@ -32,7 +46,7 @@ class Interrupt:
         self._step, self._left, self._after = step, call, after
         self._lock = threading.Lock()
 
-    def __call__(self, step: str, segment: object) -> None:
+    def __call__(self, step: str, segment: Segment | None) -> None:
         with self._lock:
             if step == self._after:
                 self._after = None

@@ -29,7 +29,6 @@ from checkpoints import (
     second_moments,
     shard_files,
 )
-from ota_kernels.run.factors import CHUNK
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tolerances import assert_close
@@ -39,6 +38,7 @@ from ota_kernels.io.reader import Checkpoint
 from ota_kernels.io.writer import ShardWriter, layout
 from ota_kernels.run import job
 from ota_kernels.tensors.dtypes import BY_NAME
+from ota_kernels.tensors.segment import CHUNK
 
 # Every way to decide and to combine, each with a base and, but for the last, with curvature.
 VARIANTS = {

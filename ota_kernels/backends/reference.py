@@ -304,8 +304,7 @@ def merge(tile: TensorInputs, terms: Terms, out: np.ndarray) -> MergeStats:
         for t, (x, s) in enumerate(zip(experts, scores, strict=True))
     ]
     survive = [
-        m & _large_enough(x.d32, e.trim)
-        for m, x, e in zip(masks, experts, terms.experts, strict=True)
+        m & _large_enough(x.d32, e.trim) for m, x, e in zip(masks, experts, terms.experts, strict=True)
     ]
     votes = [
         torch.tensor(e.vote, dtype=torch.float32) * x.d32 for x, e in zip(experts, terms.experts, strict=True)

@@ -72,14 +72,19 @@ class Decider:
     ) -> None:
         self.rules = rules
         self.method, self.tensors, self.backend, self.pool = method, tensors, backend, pool
-        self._settings, self._release = settings, release
-        self._reader = Reader(backend, pool, self.check, release, wants)
+        self._settings, self._release, self._wants = settings, release, wants
         self.needs = Needs.of(method, settings.values())
         self.model_scope = self.needs.model_scope
         # Curvature 1 is not comparable with second moments: where only some tensors have it, they take no
         # part in absolute and model-wide thresholds and keep all their edits.
         self._all_uniform = all(isinstance(c, Uniform) for t in tensors for c in t.curvatures)
-        self._forms = LowRankForms(backend, pool, self._check_curvature)
+        self._forms = LowRankForms(backend, pool)
+
+    # Made for each use: kept, it would be a circle of references, and inputs would stay open until Python's
+    # collector looks for circles.
+    @property
+    def _reader(self) -> Reader:
+        return Reader(self.backend, self.pool, self.check, self._release, self._wants)
 
     def settings(self, tensor: TensorInputs) -> Settings:
         """What the recipe says of a tensor."""
@@ -207,7 +212,7 @@ class Decider:
 
     def prepare(self, tensor: TensorInputs) -> TensorInputs:
         """The tensor with low-rank curvature where the recipe asks for it."""
-        return self._forms.of(tensor, self.settings(tensor))
+        return self._forms.of(tensor, self.settings(tensor), self._check_curvature)
 
     def terms(self, tensor: TensorInputs, model: ModelFound) -> Terms:
         """The kernel's numbers for one prepared tensor; open (see terms.is_open) where a threshold

@@ -1,9 +1,9 @@
 """Operator norms of edits, for `rescale`.
 
 Embeddings and output matrices: the largest norm of a column of the stored [vocabulary, hidden] matrix over
-sqrt(rows). Of an output matrix that is l1 -> RMS, the largest RMS of what one hidden unit feeds; the published
-OTA recipes take it of embeddings too. Other matrices: RMS -> RMS, sqrt(d_in / d_out) times the spectral norm.
-Everything else: RMS.
+sqrt(rows). Of an output matrix that is l1 -> RMS, the largest RMS of what one hidden unit feeds; the
+published OTA recipes take it of embeddings too. Other matrices: RMS -> RMS, sqrt(d_in / d_out) times the
+spectral norm. Everything else: RMS.
 """
 
 from __future__ import annotations
