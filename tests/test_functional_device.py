@@ -403,7 +403,8 @@ class TestThresholds:
     @pytest.fixture(autouse=True)
     def _resident(self, monkeypatch):
         monkeypatch.setattr(selection, "buffer_of", functools.partial(buffer_of, resident=True))
-        monkeypatch.setattr(selection, "_DEVICE_BLOCK", 100_000)
+        small = functools.partial(selection.at_positions, device_block=100_000)
+        monkeypatch.setattr(selection, "at_positions", small)
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("case", CASES)
