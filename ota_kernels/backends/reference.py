@@ -208,6 +208,12 @@ def _selected(word: str, terms: Terms, t: int, x: _Expert, s: torch.Tensor, plac
 # Elect: which of the selected edits are added.
 
 
+def _large_enough(d32: torch.Tensor, trim: float) -> torch.Tensor:
+    if trim == 0:
+        return torch.ones(d32.shape, dtype=torch.bool)
+    return d32.abs() >= torch.tensor(trim, dtype=torch.float32)
+
+
 def _same_sign(v: torch.Tensor, elected: torch.Tensor, tie: float) -> torch.Tensor:
     sign = torch.where(elected == 0, torch.tensor(tie), torch.sign(elected))
     return (v != 0) & (torch.sign(v) == sign)
@@ -299,8 +305,7 @@ def merge(tile: TensorInputs, terms: Terms, out: np.ndarray) -> MergeStats:
         for t, (x, s) in enumerate(zip(experts, scores, strict=True))
     ]
     survive = [
-        m & (x.d32.abs() >= torch.tensor(e.trim, dtype=torch.float32))
-        for m, x, e in zip(masks, experts, terms.experts, strict=True)
+        m & _large_enough(x.d32, e.trim) for m, x, e in zip(masks, experts, terms.experts, strict=True)
     ]
     votes = [
         torch.tensor(e.vote, dtype=torch.float32) * x.d32 for x, e in zip(experts, terms.experts, strict=True)

@@ -18,8 +18,8 @@ from ..planning.roles import role_of
 from ..recipe.methods import Method, Need
 from ..recipe.settings import Settings
 from ..select import thresholds as decide
-from ..select.bracket import Bracket, bracket_of, bracket_share, cluster_count
-from ..select.sample import are_cached, sample
+from ..select.bracket import Bracket, bracket_share
+from ..select.sample import sample
 from ..tensors import array as resident
 from ..tensors.buffer import Buffer
 from ..tensors.curvature import Uniform
@@ -40,6 +40,7 @@ from .low_rank import LowRankForms, is_factored
 from .norms import edit_norm
 from .order import DIRECT, order_statistics
 from .pool import Pool
+from .rules import RULES, Rules
 from .statistics import (
     Edits,
     Gram,
@@ -51,9 +52,6 @@ from .statistics import (
     ValidCurvature,
     exact_thresholds,
 )
-
-_MAPPED = 4 * CHUNK  # elements up to which a sampled tensor's pages stay mapped until it is merged
-_DIRECT = 1 << 15  # elements of a tensor that is selected from directly: a sample would be most of it
 
 
 @dataclass(frozen=True)
@@ -90,17 +88,24 @@ class Decider:
         wants: Callable[[Iterable[Buffer]], None] = lambda buffers: None,
         positions: Mapping[str, Sequence[int]] | None = None,
         seed: int = 0,
+        rules: Rules = RULES,
     ) -> None:
+        self.rules = rules
         self.method, self.tensors, self.backend, self.pool = method, tensors, backend, pool
-        self._settings, self._release = settings, release
+        self._settings, self._release, self._wants = settings, release, wants
         self._positions, self._seed = positions or {}, seed
-        self._reader = Reader(backend, pool, self.check, release, wants)
         self.needs = Needs.of(method, settings.values())
         self.model_scope = self.needs.model_scope
         # Curvature 1 is not comparable with second moments: where only some tensors have it, they take no
         # part in absolute and model-wide thresholds and keep all their edits.
         self._all_uniform = all(isinstance(c, Uniform) for t in tensors for c in t.curvatures)
-        self._forms = LowRankForms(backend, pool, self._check_curvature)
+        self._forms = LowRankForms(backend, pool)
+
+    # Made for each use: kept, it would be a circle of references, and inputs would stay open until Python's
+    # collector looks for circles.
+    @property
+    def _reader(self) -> Reader:
+        return Reader(self.backend, self.pool, self.check, self._release, self._wants)
 
     def settings(self, tensor: TensorInputs) -> Settings:
         """What the recipe says of a tensor."""
@@ -167,7 +172,7 @@ class Decider:
         experts = range(len(selections))
         thresholds: list[float | None] = [None] * len(selections)
         brackets: list[Bracket | None] = [None] * len(selections)
-        spread = self.brackets and are_cached([b for t in self.tensors for b in t.buffers])
+        spread = self.brackets and self.rules.cached([b for t in self.tensors for b in t.buffers])
         if self.model_scope:
             surveyed = {t: s for t, s in enumerate(selections) if s.surveyed}
             for t, selection in list(surveyed.items()):
@@ -196,13 +201,13 @@ class Decider:
         found: list[Bracket | None] = [None] * len(selections)
         if experts:
             # What is sampled from a small tensor is merged next, while its pages are still mapped.
-            release = self._release if elements > _MAPPED else None
-            count, spread = cluster_count(elements), spread or release is None
+            release = self._release if elements > self.rules.mapped else None
+            count, spread = self.rules.clusters(elements), spread or release is None
             sampled = sample(
                 tensors, count, experts, self.score_terms, self.backend, self.pool.run, release, spread
             )
             of_expert = [(selections[t], s) for t, s in zip(experts, sampled, strict=True)]
-            brackets = self.pool.run(lambda pair: bracket_of(*pair), of_expert)
+            brackets = self.pool.run(lambda pair: self.rules.bracket(*pair), of_expert)
             for t, bracket in zip(experts, brackets, strict=True):
                 found[t] = bracket
         return found
@@ -237,7 +242,7 @@ class Decider:
         """The tensor as its kernels see it: low-rank curvature where the recipe asks for it, and what else
         the method makes of its inputs."""
         settings = self.settings(tensor)
-        return self.method.view(self._forms.of(tensor, settings), settings)
+        return self.method.view(self._forms.of(tensor, settings, self._check_curvature), settings)
 
     def terms(self, tensor: TensorInputs, model: ModelFound) -> Terms:
         """The kernel's numbers for one prepared tensor; open (see terms.is_open) where a threshold
@@ -276,7 +281,7 @@ class Decider:
         selections, brackets = self.selections(tensor), model.brackets
         if self._keeps_base(tensor):
             return [Threshold(decide.KEEP_NOTHING)] * len(selections)
-        if self.brackets and not self.model_scope and tensor.numel > _DIRECT:
+        if self.brackets and not self.model_scope and tensor.numel > self.rules.direct:
             brackets = self._sampled_brackets([tensor], selections, model.spread)
         found = []
         for t, selection in enumerate(selections):
@@ -306,7 +311,7 @@ class Decider:
         if tensor.numel == 0:
             return decide.KEEP_NOTHING
         # From a device, so many scores cross as histograms would.
-        if tensor.numel <= (_DIRECT if tensor.is_resident else CHUNK):
+        if tensor.numel <= (self.rules.direct if tensor.is_resident else CHUNK):
             read = self.backend.edits if of_edits else self.backend.scores
             values, bad = read(tensor, t, terms)
             self.check(tensor, bad)
