@@ -391,7 +391,7 @@ class Decider:
             found.at = found.at[:1] * len(tensor.experts)
 
     def _samples(self, tensor: TensorInputs, experts: list[int], terms_of) -> dict[int, np.ndarray]:
-        count = cluster_count(tensor.numel)
+        count = self.rules.clusters(tensor.numel)
         found = sample([tensor], count, experts, terms_of, self.backend, self.pool.run)
         return dict(zip(experts, map(resident.host, found), strict=True))
 

@@ -83,6 +83,7 @@ class Pending:
 
     def unpacked(self, data: np.ndarray, tensor: TensorInputs) -> Candidates:
         """The elements from their arrays one after the other; tensor: as for `nbytes`."""
+        tensor = replace(tensor, start=self.segment.start, index=None)  # positions count from there
         bounds = itertools.pairwise(itertools.accumulate(self.sizes(tensor), initial=0))
         parts = iter([data[begin:end] for begin, end in bounds])
         columns = [next(parts) for _ in Candidates.columns(tensor)]
