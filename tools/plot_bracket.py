@@ -18,7 +18,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from ota_kernels.backends import native
-from ota_kernels.planning.pairing import Inputs
+from ota_kernels.planning.inputs import Inputs
 from ota_kernels.recipe.schema import load_recipe
 from ota_kernels.select import thresholds as decide
 from ota_kernels.select.bracket import bracket_of, cluster_count
@@ -32,7 +32,7 @@ _DROPPED, _KEPT, _OPEN, _LINE = "#9aa5b1", "#2f6f4f", "#d9822b", "#1f2933"
 def main(recipe_path: str) -> None:
     recipe = load_recipe(recipe_path)
     inputs = Inputs(recipe)
-    tensors = [inputs.tensor(entry) for entry in inputs.entries]
+    tensors = [entry.inputs() for entry in inputs.entries]
     terms = ExpertTerms(score_scale=score_scale(has_base=True))
 
     def scores(tile) -> list[np.ndarray]:

@@ -54,6 +54,10 @@ class CurvatureFile(ABC):
         """What errors begin with."""
         return f"{self.label}: {self.path}"
 
+    def what(self, name: str) -> str:
+        """What errors call the curvature of one parameter."""
+        return f"{self.path}: the curvature of {name}"
+
     @property
     def names(self) -> list[str]:
         """The parameters whose curvature the file holds, in its order."""

@@ -18,7 +18,8 @@ from ..sizes import format_bytes
 from ..tensors.result import STEP_BYTES, Alternatives, Candidates
 from ..tensors.segment import CHUNK
 from ..tensors.tile import TensorInputs
-from .pairing import COPY, Inputs
+from .inputs import Inputs
+from .pairing import COPY
 
 if TYPE_CHECKING:
     from ..run.decide import Decider
@@ -147,7 +148,7 @@ def make_plan(
         tile_elements=tile,
         tensors=len(inputs.entries),
         parameters=sum(e.numel for e in inputs.entries if e.action != COPY),
-        experts=len(inputs.experts),
+        experts=len(inputs.recipe.models),
         tiles=sum(-(-t.numel // tile) for t in tensors),
         passes=passes,
         bytes_in=total * passes,

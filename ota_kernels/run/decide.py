@@ -11,6 +11,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from ..backends import Backend
 from ..planning.roles import role_of
 from ..recipe.methods import Method, Need
@@ -21,7 +23,8 @@ from ..select.sample import sample
 from ..tensors import array as resident
 from ..tensors.buffer import Buffer
 from ..tensors.curvature import Uniform
-from ..tensors.found import KEEP_ALL, Found, Selection, Threshold, selection_of
+from ..tensors.found import KEEP_ALL, SUMS, Found, Selection, Threshold, selection_of
+from ..tensors.random import name_hash
 from ..tensors.segment import CHUNK
 from ..tensors.terms import (
     ExpertTerms,
@@ -35,9 +38,20 @@ from ..tensors.tile import TensorInputs
 from .checks import check
 from .low_rank import LowRankForms, is_factored
 from .norms import edit_norm
+from .order import order_statistics
 from .pool import Pool
 from .rules import RULES, Rules
-from .statistics import Edits, MeanWeight, Reader, ValidCurvature, exact_thresholds
+from .statistics import (
+    Edits,
+    Gram,
+    Grams,
+    MaskedSums,
+    MeanWeight,
+    Reader,
+    RowDivergence,
+    ValidCurvature,
+    exact_thresholds,
+)
 
 
 @dataclass(frozen=True)
@@ -45,18 +59,22 @@ class ModelFound:
     """What is found once for the whole model, per expert: the score threshold (None where it is decided
     elsewhere), or the bracket in which it is expected; the mean weight that `normalise: model` divides by.
     spread: how large tensors are sampled. A tensor may be sampled again, by a process that resumes: it must
-    find the same bracket, whatever the page cache holds then."""
+    find the same bracket, whatever the page cache holds then. sums: masked sums (tensors.found.SUMS), where a
+    method needs them."""
 
     thresholds: tuple[float | None, ...]
     brackets: tuple[Bracket | None, ...]
     mean_weights: tuple[float | None, ...]
     spread: bool
+    sums: tuple[tuple[float, ...], ...] | None = None
 
 
 class Decider:
     """Decides for one method over a list of tensors. settings: of each tensor, by its name.
 
-    release: called with each tile of a large read, whose pages may go; wants: told what will be read soon.
+    release: called with each tile of a large read, whose pages may go; wants: told what will be read soon;
+    positions: the numbers in the recipe of a tensor's experts, by its name, where some do not take part;
+    seed: of random numbers.
     """
 
     def __init__(
@@ -68,11 +86,14 @@ class Decider:
         pool: Pool,
         release: Callable[[TensorInputs], None] = lambda tile: None,
         wants: Callable[[Iterable[Buffer]], None] = lambda buffers: None,
+        positions: Mapping[str, Sequence[int]] | None = None,
+        seed: int = 0,
         rules: Rules = RULES,
     ) -> None:
         self.rules = rules
         self.method, self.tensors, self.backend, self.pool = method, tensors, backend, pool
         self._settings, self._release, self._wants = settings, release, wants
+        self._positions, self._seed = positions or {}, seed
         self.needs = Needs.of(method, settings.values())
         self.model_scope = self.needs.model_scope
         # Curvature 1 is not comparable with second moments: where only some tensors have it, they take no
@@ -107,7 +128,13 @@ class Decider:
 
     def takes_part(self, tensor: TensorInputs) -> bool:
         """Whether model-wide and absolute thresholds apply to a tensor."""
+        if self._keeps_base(tensor):
+            return False
         return self._all_uniform or not any(isinstance(c, Uniform) for c in tensor.curvatures)
+
+    def _keeps_base(self, tensor: TensorInputs) -> bool:
+        """Whether the method leaves a tensor of this role as the base has it."""
+        return self.method.keeps_base(self.settings(tensor), role_of(tensor.name, tensor.shape))
 
     def expected_candidates(self) -> int:
         """Estimate of the undecided elements that are held at a time."""
@@ -159,7 +186,11 @@ class Decider:
             for t, threshold in self._model_thresholds(surveyed).items():
                 thresholds[t] = threshold
         means = self._model_means() if self.needs.has("mean weight", "model") else [None for _ in experts]
-        return ModelFound(tuple(thresholds), tuple(brackets), tuple(means), spread)
+        sums = None
+        if self.needs.has("sums", "model"):
+            statistic = MaskedSums(len(selections), len(SUMS))
+            sums = tuple(map(tuple, self._reader.over(statistic, self.tensors, self._ready).tolist()))
+        return ModelFound(tuple(thresholds), tuple(brackets), tuple(means), spread, sums)
 
     def _sampled_brackets(
         self, tensors: Sequence[TensorInputs], selections: Sequence[Selection], spread: bool
@@ -197,22 +228,21 @@ class Decider:
 
     def _model_means(self) -> list[float]:
         settings = next(iter(self._settings.values()))
-        statistic = MeanWeight(self._gains, settings["power"], len(settings.experts))
+        statistic = MeanWeight(self._gains, settings.power, len(settings.experts))
         elements = sum(t.numel for t in self.tensors)
         totals = self._reader.over(statistic, self.tensors, self._ready)
         return [total / max(elements, 1) for total in totals.tolist()]
 
     def _gains(self, tile: TensorInputs) -> list[float]:
-        settings = self.settings(tile)
-        corrections = (c.bias_correction for c in tile.curvatures)
-        scales = settings.each("scaling_factor")
-        return [g * c ** -settings["power"] for g, c in zip(scales, corrections, strict=True)]
+        return self.settings(tile).gains([c.bias_correction for c in tile.curvatures])
 
     # One tensor
 
     def prepare(self, tensor: TensorInputs) -> TensorInputs:
-        """The tensor with low-rank curvature where the recipe asks for it."""
-        return self._forms.of(tensor, self.settings(tensor), self._check_curvature)
+        """The tensor as its kernels see it: low-rank curvature where the recipe asks for it, and what else
+        the method makes of its inputs."""
+        settings = self.settings(tensor)
+        return self.method.view(self._forms.of(tensor, settings, self._check_curvature), settings)
 
     def terms(self, tensor: TensorInputs, model: ModelFound) -> Terms:
         """The kernel's numbers for one prepared tensor; open (see terms.is_open) where a threshold
@@ -222,6 +252,8 @@ class Decider:
         found.brackets = self._thresholds(tensor, model)
         if self.needs.has("mean weight", "model"):
             found.means = list(model.mean_weights)
+        if model.sums is not None:
+            found.model_sums = np.array(model.sums)
         for need in self.needs.of_tensor:
             _FINDERS[need.statistic](self, tensor, settings, found)
         return self.method.terms(settings, found)
@@ -233,7 +265,11 @@ class Decider:
         corrections = [c.bias_correction for c in tensor.curvatures]
         masks = [s.surveyed or (s.rule == "threshold" and s.value > 0) for s in self.selections(tensor)]
         return Found(
+            name=tensor.name,
             shape=tensor.shape,
+            positions=list(self._positions.get(tensor.name) or range(count)),
+            seed=self._seed,
+            name_hash=name_hash(tensor.name),
             score_scales=[score_scale(tensor.base is not None, c) for c in corrections],
             bias_corrections=corrections,
             brackets=[Threshold(masks=m) for m in masks],
@@ -243,6 +279,8 @@ class Decider:
 
     def _thresholds(self, tensor: TensorInputs, model: ModelFound) -> list[Threshold]:
         selections, brackets = self.selections(tensor), model.brackets
+        if self._keeps_base(tensor):
+            return [Threshold(decide.KEEP_NOTHING)] * len(selections)
         if self.brackets and not self.model_scope and tensor.numel > self.rules.direct:
             brackets = self._sampled_brackets([tensor], selections, model.spread)
         found = []
@@ -299,7 +337,7 @@ class Decider:
     # Statistics of one tensor, by name
 
     def _find_means(self, tensor: TensorInputs, settings: Settings, found: Found) -> None:
-        statistic = MeanWeight(self._gains, settings["power"], len(settings.experts))
+        statistic = MeanWeight(self._gains, settings.power, len(settings.experts))
         totals = self._reader.of_tensor(statistic, tensor, self.score_terms(tensor))
         found.means = [total / max(tensor.numel, 1) for total in totals.tolist()]
 
@@ -324,6 +362,40 @@ class Decider:
         density = Selection("density", settings["ties_density"])
         terms = self.method.terms(settings, replace(found, trims=[0.0] * len(found.trims)))
         found.trims = [self._select(tensor, t, terms, density, True) for t in range(len(settings.experts))]
+
+    def _find_sums(self, tensor: TensorInputs, settings: Settings, found: Found) -> None:
+        statistic = MaskedSums(len(tensor.experts), len(SUMS))
+        found.sums = self._reader.of_tensor(statistic, tensor, self.method.terms(settings, found))
+
+    def _find_gram(self, tensor: TensorInputs, settings: Settings, found: Found) -> None:
+        groups = self.method.groups(settings, tensor.shape)
+        statistic = Gram(len(tensor.experts)) if groups == "tensor" else Grams(groups)
+        found.gram = self._reader.of_tensor(statistic, tensor, self.method.terms(settings, found))
+
+    def _find_row_scores(self, tensor: TensorInputs, settings: Settings, found: Found) -> None:
+        terms = self.method.terms(settings, found)
+        count = range(len(tensor.experts))
+        found.row_scores = [self._reader.of_tensor(RowDivergence(t), tensor, terms) for t in count]
+
+    def _find_ranks(self, tensor: TensorInputs, settings: Settings, found: Found) -> None:
+        """What stands at the ranks that the method asks for; of one score for all experts, found once."""
+        terms, n = self.method.terms(settings, found), tensor.numel
+        experts = [0] if terms.words.score == "spread" else list(range(len(tensor.experts)))
+        wanted = {t: lambda nonzero, t=t: self.method.ranks(settings, t, n, nonzero) for t in experts}
+        wanted = {t: ranks for t, ranks in wanted.items() if n and ranks(n)}
+        samples = (
+            self._samples(tensor, list(wanted), lambda _: terms) if n > self.rules.direct and wanted else {}
+        )
+        found.at = [[] for _ in tensor.experts]
+        for t, ranks in wanted.items():
+            found.at[t] = order_statistics(self._reader, tensor, t, terms, ranks, samples.get(t))
+        if experts == [0]:
+            found.at = found.at[:1] * len(tensor.experts)
+
+    def _samples(self, tensor: TensorInputs, experts: list[int], terms_of) -> dict[int, np.ndarray]:
+        count = self.rules.clusters(tensor.numel)
+        found = sample([tensor], count, experts, terms_of, self.backend, self.pool.run)
+        return dict(zip(experts, map(resident.host, found), strict=True))
 
     # Inputs that are not finite
 
@@ -366,6 +438,10 @@ _FINDERS = {
     "mean weight": Decider._find_means,
     "norms": Decider._find_norms,
     "trims": Decider._find_trims,
+    "sums": Decider._find_sums,
+    "gram": Decider._find_gram,
+    "row scores": Decider._find_row_scores,
+    "ranks": Decider._find_ranks,
 }
 
 

@@ -154,7 +154,11 @@ class Engine:
         def merge_unit(unit) -> list[tuple]:
             return [self._merge_segment(s, *given) if given else self._merge_alone(s) for s, given in unit]
 
-        yield from self._pool.run(merge_unit, (with_terms(u) for u in units(ranges(), self._tile_elements)))
+        def whole(index: int) -> int:
+            return ready[index][1].whole if index in ready else 1
+
+        cut = units(ranges(), self._tile_elements, whole)
+        yield from self._pool.run(merge_unit, map(with_terms, cut))
 
     def _key(self, index: int) -> int | None:
         return None if self._decider.model_scope else index

@@ -25,7 +25,8 @@ from ..io.assets import Asset, plan_assets, recipe_asset, write_assets
 from ..io.pages import advise, release
 from ..io.workfolder import WorkFolder
 from ..io.writer import ShardWriter
-from ..planning.pairing import COPY, Inputs
+from ..planning.inputs import Inputs
+from ..planning.pairing import COPY
 from ..planning.plan import Plan, make_plan, memory_limit_of, thread_choices
 from ..recipe import methods
 from ..recipe.schema import Recipe, load_recipe, parse_recipe
@@ -166,7 +167,7 @@ class Job:
     def _prepare(self) -> None:
         options = self.options
         entries = enumerate(self.inputs.entries)
-        self.tensors = {i: self.inputs.tensor(e) for i, e in entries if e.action != COPY}
+        self.tensors = {i: e.inputs() for i, e in entries if e.action != COPY}
         tensors = list(self.tensors.values())
         self.read_ahead = ReadAhead(tensors)
         self.plan = make_plan(
@@ -181,11 +182,10 @@ class Job:
         )
 
     def _decider(self, pool: Pool) -> Decider:
-        settings = self.inputs.method.settings(self.recipe)
         tensors = list(self.tensors.values())
-        of_each = {t.name: settings for t in tensors}
+        of_each = {e.name: e.settings for e in self.inputs.entries if e.action != COPY}
         method, backend, ahead = self.inputs.method, self.backend, self.read_ahead
-        return Decider(method, tensors, of_each, backend, pool, release, ahead, self._rules)
+        return Decider(method, tensors, of_each, backend, pool, release, ahead, rules=self._rules)
 
     def __enter__(self) -> Job:
         return self
@@ -274,7 +274,7 @@ class Job:
     def _sources(self) -> dict[str, Path]:
         """Everything that is read, by what an error calls it."""
         sources = dict(self.inputs.model_folders)
-        sources |= {str(file.path): file.path for file in self.inputs.curvatures if file is not None}
+        sources |= {str(file.path): file.path for file in self.inputs.moments.values()}
         tokenizer = self.recipe.tokenizer_source
         if tokenizer not in ("base", "union"):
             sources.setdefault(tokenizer, Path(os.path.expanduser(tokenizer)))
@@ -353,8 +353,9 @@ class Job:
             if entry.action != COPY or not state.gaps(index, entry.numel):
                 continue
             step = _COPY_BYTES // entry.dtype.itemsize
+            sources = [part.source for part in entry.sources]
             for start in range(0, entry.numel, step):
-                pieces = [b.slice(start, min(start + step, entry.numel)) for b in self.inputs.buffers(entry)]
+                pieces = [b.slice(start, min(start + step, entry.numel)) for b in sources]
                 _check_equal(entry.name, pieces)
                 writer.write(self.plan.layout.tensors[index], start, pieces[0].data)
                 for piece in pieces:

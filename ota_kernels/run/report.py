@@ -8,7 +8,8 @@ import platform
 import numpy as np
 
 from .. import __version__
-from ..planning.pairing import MERGE, Inputs
+from ..planning.inputs import Inputs
+from ..planning.pairing import MERGE
 from ..planning.plan import Plan
 from .decide import Decider
 from .state import State

@@ -1,5 +1,4 @@
-"""Tiles whose masks wait for the same thresholds: decide exactly by counts and undecided elements, then
-settle.
+"""Tiles whose masks wait for the same thresholds: decide by counts and undecided elements, then settle.
 
 tile merged with brackets --> Pending: its counts, the scores in brackets, its undecided elements
 all of a group --> thresholds: the (k - scores above)-th largest score in the bracket, if it is there

@@ -54,6 +54,7 @@ Scales of scores are powers of two times the recipe's numbers: float32 neither u
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 
@@ -145,7 +146,8 @@ class Terms:
     """Everything a kernel needs for one tensor beside its elements, named as in the module's formulas.
 
     epsilon: scaled like the weights; fallback: "base" or "mean"; zero: "fallback" or "one"; repair: write the
-    base value where an input is not finite, instead of failing; seed, name_hash: keys of random numbers.
+    base value where an input is not finite, instead of failing; seed, name_hash: keys of random numbers;
+    ranked: rows of `random by rank`: how many elements, how far apart (1: neighbours); tiles are whole ones.
     """
 
     words: Words
@@ -164,6 +166,12 @@ class Terms:
     repair: bool = False
     seed: int = 0
     name_hash: int = 0
+    ranked: tuple[int, int] = (1, 1)
+
+    @property
+    def whole(self) -> int:
+        """A tile is a whole number of so many elements."""
+        return math.prod(self.ranked) if self.words.select == "random by rank" else 1
 
 
 def is_open(terms: ExpertTerms) -> bool:

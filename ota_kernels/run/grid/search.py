@@ -19,7 +19,8 @@ import numpy as np
 from ... import backends
 from ...errors import RecipeError
 from ...io.pages import release
-from ...planning.pairing import COPY, MERGE, Inputs
+from ...planning.inputs import Inputs
+from ...planning.pairing import COPY, MERGE
 from ...planning.plan import PROCESS_BYTES, pinned_bytes
 from ...select import thresholds as decide
 from ...select.bracket import cluster_count
@@ -85,9 +86,8 @@ class Search:
         self.passes = 0
         self.experts = len(inputs.recipe.models)
         entries = [e for e in inputs.entries if e.action != COPY]
-        everything = [inputs.tensor(e) for e in entries]
-        settings = inputs.method.settings(inputs.recipe)
-        of_each = {t.name: settings for t in everything}
+        everything = [e.inputs() for e in entries]
+        of_each = {e.name: e.settings for e in entries}
         self.decider = Decider(inputs.method, everything, of_each, self.backend, pool, release)
         self.read_ahead = ReadAhead(everything)
         part = [self.decider.takes_part(tensor) for tensor in everything]
