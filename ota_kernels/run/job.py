@@ -185,7 +185,9 @@ class Job:
         tensors = list(self.tensors.values())
         of_each = {e.name: e.settings for e in self.inputs.entries if e.action != COPY}
         method, backend, ahead = self.inputs.method, self.backend, self.read_ahead
-        return Decider(method, tensors, of_each, backend, pool, release, ahead, rules=self._rules)
+        return Decider(
+            method, tensors, of_each, backend, pool, release, ahead, seed=self.options.seed, rules=self._rules
+        )
 
     def __enter__(self) -> Job:
         return self
