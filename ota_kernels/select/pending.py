@@ -89,7 +89,9 @@ class Pending:
         columns = [next(parts) for _ in Candidates.columns(tensor)]
         steps = [next(parts) for _ in self.steps]
         alternatives = map(Alternatives.of, zip(*[parts] * _LISTS, strict=True))
-        return Candidates.of(tensor, columns, steps, alternatives)
+        # Positions are those in the segment, whether `tensor` is gathered elements or the whole.
+        tile = replace(tensor, start=self.segment.start, index=None)
+        return Candidates.of(tile, columns, steps, alternatives)
 
     def sizes(self, tensor: TensorInputs) -> list[int]:
         """Bytes of each array, in the order of `_arrays`."""
