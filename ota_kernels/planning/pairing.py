@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from ..errors import InputError, RecipeError
+from ..io.curvature import Held
 from ..recipe.recipe import ModelEntry, Recipe, Slice
 from ..recipe.reference import Reference
 from ..recipe.settings import Settings
@@ -29,16 +30,10 @@ _LISTED = 8  # names an error lists before it says how many more there are
 
 
 class Moments(Protocol):
-    """The second moments of one expert; every method takes the name of a parameter."""
+    """The second moments of one expert; methods take the name of a parameter."""
 
-    def find(self, name: str) -> str | None:
-        """None where it has none."""
-
-    def shape(self, name: str) -> tuple[int, ...]: ...
-
-    def bytes_per_element(self, name: str) -> int: ...
-
-    def curvature(self, name: str, bias_correction: bool = False) -> Curvature: ...
+    def held(self, name: str, bias_correction: bool = False) -> Held | None:
+        """Shape and curvature; None where there is none."""
 
     def what(self, name: str) -> str:
         """What errors call it."""
@@ -143,6 +138,7 @@ class Pairing:
 
     def __post_init__(self) -> None:
         self.method = self.recipe.method
+        self._models: dict[int, list[Model]] = {}
         self._resolvers: dict[int, Resolver] = {}
         self._settings: dict[tuple, Settings] = {}
         self._embeddings: dict[int, dict[str, str | None]] = {}
@@ -167,7 +163,9 @@ class Pairing:
             yield from self._restacked(slices)
 
     def _models_of(self, part: Slice) -> list[Model]:
-        return [self.models[entry.reference] for entry in part.entries]
+        if id(part) not in self._models:
+            self._models[id(part)] = [self.models[entry.reference] for entry in part.entries]
+        return self._models[id(part)]
 
     def _whole(self, part: Slice) -> Iterator[_Named]:
         models = self._models_of(part)
@@ -227,8 +225,7 @@ class Pairing:
         return layers.Stack.of(model.tensors, prefix, size)
 
     def _check_filters(self, named: list[_Named]) -> None:
-        names = {name for each in named for name in (each.name, *each.names)}
-        for line in unused_filters(self.recipe, names):
+        for line in unused_filters(self.recipe, (n for each in named for n in (each.name, *each.names))):
             logger.warning("%s", line)
 
     # Tied output matrices
@@ -236,8 +233,6 @@ class Pairing:
     def _embedding(self, model: Model, name: str) -> str | None:
         """The embedding whose values this model uses as its output matrix `name`; None where that is not
         so."""
-        if not is_output(name):
-            return None
         known = self._embeddings.setdefault(id(model), {})
         if name not in known:
             found = embedding_for(name, model.tensors)
@@ -256,12 +251,14 @@ class Pairing:
     def _paired(self, named: list[_Named]) -> Iterator[OutputTensor]:
         lacking: dict[str, list[str]] = {}
         for each in named:
-            models = self._models_of(each.part)
-            tied = [self._embedding(m, own) for m, own in zip(models, each.names, strict=True)]
-            if all(tied):
-                continue
-            self.untied = self.untied or any(tied) or (is_output(each.name) and self._donor_ties())
-            parts = [Part(m, source or own) for m, own, source in zip(models, each.names, tied, strict=True)]
+            models, names = self._models_of(each.part), each.names
+            if is_output(each.name):
+                tied = [self._embedding(m, own) for m, own in zip(models, names, strict=True)]
+                if all(tied):
+                    continue
+                self.untied = self.untied or any(tied) or self._donor_ties()
+                names = [source or own for source, own in zip(tied, names, strict=True)]
+            parts = list(map(Part, models, names))
             absent = [p.model.label for p in parts if p.name not in p.model.tensors]
             if absent:
                 lacking[each.name] = absent
@@ -280,8 +277,8 @@ class Pairing:
                 self._raise_shapes(named.name, parts[0], part)
             if info.dtype.is_float != dtype.is_float or not (dtype.is_float or info.dtype == dtype):
                 raise InputError(
-                    f"{part.what} differs from {parts[0].what}: {info.dtype.name} and {dtype.name} cannot be "
-                    "merged"
+                    f"{part.what} differs from {parts[0].what}: "
+                    f"{info.dtype.name} and {dtype.name} cannot be merged"
                 )
         base, experts = (parts[0], parts[1:]) if named.part.base is not None else (None, parts)
         positions = tuple(entry.number for entry in named.part.experts)
@@ -319,9 +316,8 @@ class Pairing:
             return BY_NAME[self.recipe.output_dtype]
         if first.dtype.name not in OUTPUT_NAMES:
             raise InputError(
-                f"{first.what} is {first.dtype.name}, which a merge cannot be written in: give out_dtype, in "
-                "a recipe "
-                "`dtype: bfloat16`"
+                f"{first.what} is {first.dtype.name}, which a merge cannot be written in: give out_dtype, "
+                "in a recipe `dtype: bfloat16`"
             )
         return first.dtype
 
@@ -343,21 +339,22 @@ class Pairing:
         """names: under which the file may know the tensor: its own, or that of the embeddings it is tied
         to."""
         file = self.moments.get(moments_key(entry))
-        name = file and next((n for n in dict.fromkeys(names) if file.find(n) is not None), None)
-        if name is None:
+        if file is None:
             return None
-        found = file.curvature(name, correct)
-        if tuple(file.shape(name)) != shape:
-            raise InputError(
-                f"{file.what(name)} has shape {list(file.shape(name))}, the tensor {list(shape)}"
-            )
-        if entry.parameters.get("rank") and isinstance(found, Rank1):
-            raise InputError(
-                f"{file.what(name)} is row and column sums, which have rank 1: leave out `rank`, or give a "
-                "file of all second "
-                "moments"
-            )
-        return found
+        for name in dict.fromkeys(names):
+            found = file.held(name, correct)
+            if found is None:
+                continue
+            if found.shape != shape:
+                raise InputError(f"{file.what(name)} has shape {list(found.shape)}, the tensor {list(shape)}")
+            if entry.parameters.get("rank") and isinstance(found.curvature, Rank1):
+                raise InputError(
+                    f"{file.what(name)} is row and column sums, which have rank 1: leave out `rank`, or give "
+                    "a "
+                    "file of all second moments"
+                )
+            return found.curvature
+        return None
 
     def _with_curvature(self, outputs: list[OutputTensor]) -> list[OutputTensor]:
         """What `missing_curvature` says of tensors without. Under `uniform` no expert's curvature can be

@@ -125,9 +125,9 @@ class Decider:
     def tensor_passes(self) -> int:
         """Further reads of each tensor right before its merge, at most."""
         histograms = 0 if self.brackets else 2 * self.needs.has("thresholds", "tensor")
-        pairs = ((t, i) for t in self.tensors for i in range(len(t.curvatures)))
-        factored = any(is_factored(t, self.settings(t), i) for t, i in pairs)
         forms = max((n.reads for n in self.needs.everything if n.statistic == "low rank"), default=0)
+        pairs = ((t, i) for t in self.tensors for i in range(len(t.curvatures)))
+        factored = forms > 0 and any(is_factored(t, self.settings(t), i) for t, i in pairs)
         return histograms + sum(n.reads for n in self.needs.of_tensor) + (forms if factored else 0)
 
     # The whole model
