@@ -37,8 +37,8 @@ from ota_kernels import InputError, merge, merge_state_dicts, merge_tensors
 from ota_kernels.io.reader import Checkpoint
 from ota_kernels.io.writer import ShardWriter, layout
 from ota_kernels.run import job
-from ota_kernels.run.factors import CHUNK
 from ota_kernels.tensors.dtypes import BY_NAME
+from ota_kernels.tensors.segment import CHUNK
 
 # Every way to decide and to combine, each with a base and, but for the last, with curvature.
 VARIANTS = {
@@ -699,6 +699,16 @@ class TestLeaks:
         merge(models.recipe(density=0.3, rank1_approx=True), tmp_path / "out", shard_size=1000)
         job.plan(models.recipe())
         assert open_files() == before
+
+    def test_inputs_are_closed_at_once(self, models, tmp_path):
+        """Not when Python's collector looks for circles of references."""
+        before = open_files()
+        gc.disable()
+        try:
+            merge(models.recipe(density=0.3, rank1_approx=True), tmp_path / "out")
+            assert len(os.listdir("/proc/self/fd")) == before[0]
+        finally:
+            gc.enable()
 
     def test_neither_does_a_merge_that_fails(self, models, tmp_path):
         broken = ModelSet(tmp_path, models.base, [dict(e) for e in models.experts], models.curvatures)

@@ -178,14 +178,15 @@ def _random(terms: Terms, e: ExpertTerms, index: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(random.uniform(terms.seed, terms.name_hash, e.position, index.numpy()))
 
 
-def _by_rank(d32: torch.Tensor, e: ExpertTerms, columns: int) -> torch.Tensor:
-    """p of each element of whole rows, by its rank in its row."""
+def _by_rank(d32: torch.Tensor, e: ExpertTerms, length: int, stride: int) -> torch.Tensor:
+    """p of each element of whole rows, by its rank in its row: `length` elements, `stride` apart."""
     if d32.numel() == 0:
         return d32
-    rows = d32.abs().reshape(-1, columns)
-    rank = torch.empty(rows.shape, dtype=torch.int64)
-    rank.scatter_(1, rows.argsort(1, stable=True), torch.arange(columns).expand_as(rank))
-    of_rank = random.probability_of_rank(e.probability, e.spread, np.arange(columns), columns)
+    rows = d32.abs().reshape(-1, length, stride)
+    order = rows.argsort(dim=1, stable=True)
+    places = torch.arange(length).reshape(1, length, 1).expand_as(order)
+    rank = torch.empty_like(order).scatter_(1, order, places)
+    of_rank = random.probability_of_rank(e.probability, e.spread, np.arange(length), length)
     return torch.from_numpy(of_rank)[rank].reshape(-1)
 
 
@@ -201,10 +202,16 @@ def _selected(word: str, terms: Terms, t: int, x: _Expert, s: torch.Tensor, plac
         return s > torch.tensor(e.threshold, dtype=torch.float32)
     if word == "random":
         return _random(terms, e, place.index) < torch.tensor(e.probability, dtype=torch.float32)
-    return _random(terms, e, place.index) < _by_rank(x.d32, e, place.columns)
+    return _random(terms, e, place.index) < _by_rank(x.d32, e, *terms.ranked)
 
 
 # Elect: which of the selected edits are added.
+
+
+def _large_enough(d32: torch.Tensor, trim: float) -> torch.Tensor:
+    if trim == 0:
+        return torch.ones(d32.shape, dtype=torch.bool)
+    return d32.abs() >= torch.tensor(trim, dtype=torch.float32)
 
 
 def _same_sign(v: torch.Tensor, elected: torch.Tensor, tie: float) -> torch.Tensor:
@@ -298,8 +305,7 @@ def merge(tile: TensorInputs, terms: Terms, out: np.ndarray) -> MergeStats:
         for t, (x, s) in enumerate(zip(experts, scores, strict=True))
     ]
     survive = [
-        m & (x.d32.abs() >= torch.tensor(e.trim, dtype=torch.float32))
-        for m, x, e in zip(masks, experts, terms.experts, strict=True)
+        m & _large_enough(x.d32, e.trim) for m, x, e in zip(masks, experts, terms.experts, strict=True)
     ]
     votes = [
         torch.tensor(e.vote, dtype=torch.float32) * x.d32 for x, e in zip(experts, terms.experts, strict=True)

@@ -216,6 +216,7 @@ SHARE = number("a number in [0, 1]", at_least=0, at_most=1)
 POSITIVE_INTEGER = whole("an integer >= 1", at_least=1)
 SWITCH = Kind("true or false", _parse_switch)
 TEXT = Kind("a path or name (text)", _parse_text)
+LAMBDA = Parameter("lambda", FINITE, 1.0, "the factor of the merged edit")
 DTYPE = Kind(f"{', '.join(OUTPUT_NAMES)} or auto", _parse_dtype)
 
 

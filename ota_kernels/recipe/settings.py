@@ -3,7 +3,7 @@ defaults filled in."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -37,3 +37,13 @@ class Settings:
     def each(self, key: str) -> list[Any]:
         """The values of an expert's key, in recipe order."""
         return [e[key] for e in self.experts]
+
+    @property
+    def power(self) -> float:
+        """The exponent of the curvature."""
+        return self.shared.get("power", 1.0)
+
+    def gains(self, bias_corrections: Sequence[float]) -> list[float]:
+        """g_t of each expert's g_t h_t^p, where h_t is what is stored divided by its bias correction."""
+        scales = [e.get("scaling_factor", 1.0) for e in self.experts]
+        return [g * c**-self.power for g, c in zip(scales, bias_corrections, strict=True)]

@@ -11,17 +11,20 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from ..backends import Backend
 from ..planning.roles import role_of
 from ..recipe.methods import Method, Need
 from ..recipe.settings import Settings
 from ..select import thresholds as decide
-from ..select.bracket import Bracket, bracket_of, bracket_share, cluster_count
-from ..select.sample import are_cached, sample
+from ..select.bracket import Bracket, bracket_share
+from ..select.sample import sample
 from ..tensors import array as resident
 from ..tensors.buffer import Buffer
 from ..tensors.curvature import Uniform
-from ..tensors.found import KEEP_ALL, Found, Selection, Threshold, selection_of
+from ..tensors.found import KEEP_ALL, SUMS, Found, Selection, Threshold, selection_of
+from ..tensors.random import name_hash
 from ..tensors.segment import CHUNK
 from ..tensors.terms import (
     ExpertTerms,
@@ -35,11 +38,20 @@ from ..tensors.tile import TensorInputs
 from .checks import check
 from .low_rank import LowRankForms, is_factored
 from .norms import edit_norm
+from .order import DIRECT, order_statistics
 from .pool import Pool
-from .statistics import Edits, MeanWeight, Reader, ValidCurvature, exact_thresholds
-
-_MAPPED = 4 * CHUNK  # elements up to which a sampled tensor's pages stay mapped until it is merged
-_DIRECT = 1 << 15  # elements of a tensor that is selected from directly: a sample would be most of it
+from .rules import RULES, Rules
+from .statistics import (
+    Edits,
+    Gram,
+    Grams,
+    MaskedSums,
+    MeanWeight,
+    Reader,
+    RowDivergence,
+    ValidCurvature,
+    exact_thresholds,
+)
 
 
 @dataclass(frozen=True)
@@ -47,18 +59,22 @@ class ModelFound:
     """What is found once for the whole model, per expert: the score threshold (None where it is decided
     elsewhere), or the bracket in which it is expected; the mean weight that `normalise: model` divides by.
     spread: how large tensors are sampled. A tensor may be sampled again, by a process that resumes: it must
-    find the same bracket, whatever the page cache holds then."""
+    find the same bracket, whatever the page cache holds then. sums: masked sums (tensors.found.SUMS), where a
+    method needs them."""
 
     thresholds: tuple[float | None, ...]
     brackets: tuple[Bracket | None, ...]
     mean_weights: tuple[float | None, ...]
     spread: bool
+    sums: tuple[tuple[float, ...], ...] | None = None
 
 
 class Decider:
     """Decides for one method over a list of tensors. settings: of each tensor, by its name.
 
-    release: called with each tile of a large read, whose pages may go; wants: told what will be read soon.
+    release: called with each tile of a large read, whose pages may go; wants: told what will be read soon;
+    positions: the numbers in the recipe of a tensor's experts, by its name, where some do not take part;
+    seed: of random numbers.
     """
 
     def __init__(
@@ -70,16 +86,26 @@ class Decider:
         pool: Pool,
         release: Callable[[TensorInputs], None] = lambda tile: None,
         wants: Callable[[Iterable[Buffer]], None] = lambda buffers: None,
+        positions: Mapping[str, Sequence[int]] | None = None,
+        seed: int = 0,
+        rules: Rules = RULES,
     ) -> None:
+        self.rules = rules
         self.method, self.tensors, self.backend, self.pool = method, tensors, backend, pool
-        self._settings, self._release = settings, release
-        self._reader = Reader(backend, pool, self.check, release, wants)
+        self._settings, self._release, self._wants = settings, release, wants
+        self._positions, self._seed = positions or {}, seed
         self.needs = Needs.of(method, settings.values())
         self.model_scope = self.needs.model_scope
         # Curvature 1 is not comparable with second moments: where only some tensors have it, they take no
         # part in absolute and model-wide thresholds and keep all their edits.
         self._all_uniform = all(isinstance(c, Uniform) for t in tensors for c in t.curvatures)
-        self._forms = LowRankForms(backend, pool, self._check_curvature)
+        self._forms = LowRankForms(backend, pool)
+
+    # Made for each use: kept, it would be a circle of references, and inputs would stay open until Python's
+    # collector looks for circles.
+    @property
+    def _reader(self) -> Reader:
+        return Reader(self.backend, self.pool, self.check, self._release, self._wants)
 
     def settings(self, tensor: TensorInputs) -> Settings:
         """What the recipe says of a tensor."""
@@ -102,7 +128,13 @@ class Decider:
 
     def takes_part(self, tensor: TensorInputs) -> bool:
         """Whether model-wide and absolute thresholds apply to a tensor."""
+        if self._keeps_base(tensor):
+            return False
         return self._all_uniform or not any(isinstance(c, Uniform) for c in tensor.curvatures)
+
+    def _keeps_base(self, tensor: TensorInputs) -> bool:
+        """Whether the method leaves a tensor of this role as the base has it."""
+        return self.method.keeps_base(self.settings(tensor), role_of(tensor.name, tensor.shape))
 
     def expected_candidates(self) -> int:
         """Estimate of the undecided elements that are held at a time."""
@@ -140,7 +172,7 @@ class Decider:
         experts = range(len(selections))
         thresholds: list[float | None] = [None] * len(selections)
         brackets: list[Bracket | None] = [None] * len(selections)
-        spread = self.brackets and are_cached([b for t in self.tensors for b in t.buffers])
+        spread = self.brackets and self.rules.cached([b for t in self.tensors for b in t.buffers])
         if self.model_scope:
             surveyed = {t: s for t, s in enumerate(selections) if s.surveyed}
             for t, selection in list(surveyed.items()):
@@ -154,7 +186,11 @@ class Decider:
             for t, threshold in self._model_thresholds(surveyed).items():
                 thresholds[t] = threshold
         means = self._model_means() if self.needs.has("mean weight", "model") else [None for _ in experts]
-        return ModelFound(tuple(thresholds), tuple(brackets), tuple(means), spread)
+        sums = None
+        if self.needs.has("sums", "model"):
+            statistic = MaskedSums(len(selections), len(SUMS))
+            sums = tuple(map(tuple, self._reader.over(statistic, self.tensors, self._ready).tolist()))
+        return ModelFound(tuple(thresholds), tuple(brackets), tuple(means), spread, sums)
 
     def _sampled_brackets(
         self, tensors: Sequence[TensorInputs], selections: Sequence[Selection], spread: bool
@@ -165,13 +201,13 @@ class Decider:
         found: list[Bracket | None] = [None] * len(selections)
         if experts:
             # What is sampled from a small tensor is merged next, while its pages are still mapped.
-            release = self._release if elements > _MAPPED else None
-            count, spread = cluster_count(elements), spread or release is None
+            release = self._release if elements > self.rules.mapped else None
+            count, spread = self.rules.clusters(elements), spread or release is None
             sampled = sample(
                 tensors, count, experts, self.score_terms, self.backend, self.pool.run, release, spread
             )
             of_expert = [(selections[t], s) for t, s in zip(experts, sampled, strict=True)]
-            brackets = self.pool.run(lambda pair: bracket_of(*pair), of_expert)
+            brackets = self.pool.run(lambda pair: self.rules.bracket(*pair), of_expert)
             for t, bracket in zip(experts, brackets, strict=True):
                 found[t] = bracket
         return found
@@ -192,22 +228,21 @@ class Decider:
 
     def _model_means(self) -> list[float]:
         settings = next(iter(self._settings.values()))
-        statistic = MeanWeight(self._gains, settings["power"], len(settings.experts))
+        statistic = MeanWeight(self._gains, settings.power, len(settings.experts))
         elements = sum(t.numel for t in self.tensors)
         totals = self._reader.over(statistic, self.tensors, self._ready)
         return [total / max(elements, 1) for total in totals.tolist()]
 
     def _gains(self, tile: TensorInputs) -> list[float]:
-        settings = self.settings(tile)
-        corrections = (c.bias_correction for c in tile.curvatures)
-        scales = settings.each("scaling_factor")
-        return [g * c ** -settings["power"] for g, c in zip(scales, corrections, strict=True)]
+        return self.settings(tile).gains([c.bias_correction for c in tile.curvatures])
 
     # One tensor
 
     def prepare(self, tensor: TensorInputs) -> TensorInputs:
-        """The tensor with low-rank curvature where the recipe asks for it."""
-        return self._forms.of(tensor, self.settings(tensor))
+        """The tensor as its kernels see it: low-rank curvature where the recipe asks for it, and what else
+        the method makes of its inputs."""
+        settings = self.settings(tensor)
+        return self.method.view(self._forms.of(tensor, settings, self._check_curvature), settings)
 
     def terms(self, tensor: TensorInputs, model: ModelFound) -> Terms:
         """The kernel's numbers for one prepared tensor; open (see terms.is_open) where a threshold
@@ -217,6 +252,8 @@ class Decider:
         found.brackets = self._thresholds(tensor, model)
         if self.needs.has("mean weight", "model"):
             found.means = list(model.mean_weights)
+        if model.sums is not None:
+            found.model_sums = np.array(model.sums)
         for need in self.needs.of_tensor:
             _FINDERS[need.statistic](self, tensor, settings, found)
         return self.method.terms(settings, found)
@@ -228,7 +265,11 @@ class Decider:
         corrections = [c.bias_correction for c in tensor.curvatures]
         masks = [s.surveyed or (s.rule == "threshold" and s.value > 0) for s in self.selections(tensor)]
         return Found(
+            name=tensor.name,
             shape=tensor.shape,
+            positions=list(self._positions.get(tensor.name) or range(count)),
+            seed=self._seed,
+            name_hash=name_hash(tensor.name),
             score_scales=[score_scale(tensor.base is not None, c) for c in corrections],
             bias_corrections=corrections,
             brackets=[Threshold(masks=m) for m in masks],
@@ -238,7 +279,9 @@ class Decider:
 
     def _thresholds(self, tensor: TensorInputs, model: ModelFound) -> list[Threshold]:
         selections, brackets = self.selections(tensor), model.brackets
-        if self.brackets and not self.model_scope and tensor.numel > _DIRECT:
+        if self._keeps_base(tensor):
+            return [Threshold(decide.KEEP_NOTHING)] * len(selections)
+        if self.brackets and not self.model_scope and tensor.numel > self.rules.direct:
             brackets = self._sampled_brackets([tensor], selections, model.spread)
         found = []
         for t, selection in enumerate(selections):
@@ -268,7 +311,7 @@ class Decider:
         if tensor.numel == 0:
             return decide.KEEP_NOTHING
         # From a device, so many scores cross as histograms would.
-        if tensor.numel <= (_DIRECT if tensor.is_resident else CHUNK):
+        if tensor.numel <= (self.rules.direct if tensor.is_resident else CHUNK):
             read = self.backend.edits if of_edits else self.backend.scores
             values, bad = read(tensor, t, terms)
             self.check(tensor, bad)
@@ -294,7 +337,7 @@ class Decider:
     # Statistics of one tensor, by name
 
     def _find_means(self, tensor: TensorInputs, settings: Settings, found: Found) -> None:
-        statistic = MeanWeight(self._gains, settings["power"], len(settings.experts))
+        statistic = MeanWeight(self._gains, settings.power, len(settings.experts))
         totals = self._reader.of_tensor(statistic, tensor, self.score_terms(tensor))
         found.means = [total / max(tensor.numel, 1) for total in totals.tolist()]
 
@@ -319,6 +362,38 @@ class Decider:
         density = Selection("density", settings["ties_density"])
         terms = self.method.terms(settings, replace(found, trims=[0.0] * len(found.trims)))
         found.trims = [self._select(tensor, t, terms, density, True) for t in range(len(settings.experts))]
+
+    def _find_sums(self, tensor: TensorInputs, settings: Settings, found: Found) -> None:
+        statistic = MaskedSums(len(tensor.experts), len(SUMS))
+        found.sums = self._reader.of_tensor(statistic, tensor, self.method.terms(settings, found))
+
+    def _find_gram(self, tensor: TensorInputs, settings: Settings, found: Found) -> None:
+        groups = self.method.groups(settings, tensor.shape)
+        statistic = Gram(len(tensor.experts)) if groups == "tensor" else Grams(groups)
+        found.gram = self._reader.of_tensor(statistic, tensor, self.method.terms(settings, found))
+
+    def _find_row_scores(self, tensor: TensorInputs, settings: Settings, found: Found) -> None:
+        terms = self.method.terms(settings, found)
+        count = range(len(tensor.experts))
+        found.row_scores = [self._reader.of_tensor(RowDivergence(t), tensor, terms) for t in count]
+
+    def _find_ranks(self, tensor: TensorInputs, settings: Settings, found: Found) -> None:
+        """What stands at the ranks that the method asks for; of one score for all experts, found once."""
+        terms, n = self.method.terms(settings, found), tensor.numel
+        experts = [0] if terms.words.score == "spread" else list(range(len(tensor.experts)))
+        wanted = {t: lambda nonzero, t=t: self.method.ranks(settings, t, n, nonzero) for t in experts}
+        wanted = {t: ranks for t, ranks in wanted.items() if n and ranks(n)}
+        samples = self._samples(tensor, list(wanted), lambda _: terms) if n > DIRECT and wanted else {}
+        found.at = [[] for _ in tensor.experts]
+        for t, ranks in wanted.items():
+            found.at[t] = order_statistics(self._reader, tensor, t, terms, ranks, samples.get(t))
+        if experts == [0]:
+            found.at = found.at[:1] * len(tensor.experts)
+
+    def _samples(self, tensor: TensorInputs, experts: list[int], terms_of) -> dict[int, np.ndarray]:
+        count = cluster_count(tensor.numel)
+        found = sample([tensor], count, experts, terms_of, self.backend, self.pool.run)
+        return dict(zip(experts, map(resident.host, found), strict=True))
 
     # Inputs that are not finite
 
@@ -361,6 +436,10 @@ _FINDERS = {
     "mean weight": Decider._find_means,
     "norms": Decider._find_norms,
     "trims": Decider._find_trims,
+    "sums": Decider._find_sums,
+    "gram": Decider._find_gram,
+    "row scores": Decider._find_row_scores,
+    "ranks": Decider._find_ranks,
 }
 
 

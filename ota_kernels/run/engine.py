@@ -12,7 +12,6 @@ larger one once, by all workers, before its first tile. A group is the whole mod
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import NamedTuple, Protocol, TypeVar
@@ -26,6 +25,7 @@ from ..tensors.segment import CHUNK, Segment, units
 from ..tensors.terms import Terms, close, is_open
 from ..tensors.tile import TensorInputs
 from .decide import Decider, ModelFound
+from .rules import Rules
 
 Range = tuple[int, int, int]  # tensor number, first element, end
 
@@ -68,22 +68,18 @@ class Decided(NamedTuple):
 # was in memory before.
 Event = Merged | Pending | Decided
 
-# How much work a kill may undo. Undecided elements are a tenth of what is read: spilling them takes no time.
-_CHECKPOINT_SECONDS = 10.0
-_BATCH_SECONDS = 1.0
-
 Result = TypeVar("Result")
 
 
-def _in_batches(results: Iterable[Result]) -> Iterator[list[Result]]:
+def _in_batches(results: Iterable[Result], rules: Rules) -> Iterator[list[Result]]:
     """As many at a time as come within a second: recording them waits for the disk."""
     batch: list[Result] = []
-    begun = time.monotonic()
+    begun = rules.clock()
     for result in results:
         batch.append(result)
-        if time.monotonic() - begun > _BATCH_SECONDS:
+        if rules.clock() - begun > rules.batch_seconds:
             yield batch
-            batch, begun = [], time.monotonic()
+            batch, begun = [], rules.clock()
     if batch:
         yield batch
 
@@ -111,7 +107,8 @@ class Engine:
         self._backend, self._pool = decider.backend, decider.pool
         self._groups: dict[int | None, Group] = {}
         self._decided = dict(decided or {})
-        self._checkpointed = time.monotonic()
+        self._rules = decider.rules
+        self._checkpointed = self._rules.clock()
         # Elements of a tensor that one worker decides. A sample is quick, other statistics want all workers.
         local = decider.brackets and not decider.model_scope
         self._alone = tile_elements if local else min(CHUNK, tile_elements)
@@ -157,7 +154,11 @@ class Engine:
         def merge_unit(unit) -> list[tuple]:
             return [self._merge_segment(s, *given) if given else self._merge_alone(s) for s, given in unit]
 
-        yield from self._pool.run(merge_unit, (with_terms(u) for u in units(ranges(), self._tile_elements)))
+        def whole(index: int) -> int:
+            return ready[index][1].whole if index in ready else 1
+
+        cut = units(ranges(), self._tile_elements, whole)
+        yield from self._pool.run(merge_unit, map(with_terms, cut))
 
     def _key(self, index: int) -> int | None:
         return None if self._decider.model_scope else index
@@ -201,6 +202,7 @@ class Engine:
         self, segment: Segment, tensor: TensorInputs, terms: Terms
     ) -> tuple[Array, Counts | Pending]:
         """The merged tile, and its final counts or what is pending of it."""
+        self._rules.before("tile", segment)
         tile = tensor.slice(segment.start, segment.stop)
         room = self._sink.room(segment, tile.numel * tile.out_dtype.itemsize)
         stats = self._backend.merge(tile, terms, room)
@@ -216,7 +218,8 @@ class Engine:
     def _new_group(self, index: int | None) -> Group:
         tensor = None if index is None else self._tensors[index]
         elements = self._decider.elements if tensor is None else tensor.numel
-        return Group(self._decider.selections(tensor), elements, self._backend, self._store)
+        selections, rules = self._decider.selections(tensor), self._rules
+        return Group(selections, elements, self._backend, self._store, rules.few, rules.batch)
 
     def _group(self, index: int) -> Group:
         key = self._key(index)
@@ -230,7 +233,7 @@ class Engine:
         group = self._group(pending.segment.index)
         group.add(pending, tensor, terms)
         yield pending
-        if time.monotonic() - self._checkpointed > _CHECKPOINT_SECONDS:
+        if self._rules.clock() - self._checkpointed > self._rules.checkpoint_seconds:
             yield from self.checkpoint()
         yield from self._finish_if_complete(group, pending.segment.index)
 
@@ -242,7 +245,7 @@ class Engine:
     def checkpoint(self) -> Iterator[Event]:
         """Move the undecided elements in the host's memory to the store's file: a killed merge need not find
         them again."""
-        self._checkpointed = time.monotonic()
+        self._checkpointed = self._rules.clock()
         for group in self._groups.values():
             for i, pending in enumerate(group.pending):
                 if pending.memory is not None and not pending.is_resident:
@@ -273,7 +276,7 @@ class Engine:
             yield from map(Merged, self._merge(sorted(p.segment for p in group.pending)))
         else:
             patched = self._pool.run(lambda p: self._patch(group, p, thresholds), group.pending)
-            yield from map(Merged, _in_batches(patched))
+            yield from map(Merged, _in_batches(patched, self._rules))
         for pending in group.pending:
             self._store.drop(pending)
 
@@ -283,6 +286,7 @@ class Engine:
         thresholds, missed = group.thresholds(self._pool.run)
         if not missed:
             return thresholds, False
+        self._rules.before("missed", None)
         exact = self._decider.exact_thresholds(tensor, missed)
         return [x if e is None else e for x, e in zip(thresholds, exact, strict=True)], True
 
@@ -298,5 +302,6 @@ class Engine:
         self, group: Group, pending: Pending, thresholds: list[float | None]
     ) -> tuple[Segment, Counts]:
         positions, merged, counts = self._settle(group, pending, thresholds)
+        self._rules.before("patch", pending.segment)
         self._sink.patch(pending.segment, positions, merged)
         return pending.segment, counts

@@ -42,6 +42,7 @@ from .engine import Decided, Engine, Event, Merged
 from .pool import IN_PLACE, Pool
 from .readahead import ReadAhead
 from .report import REPORT_NAME, build_report
+from .rules import RULES, Rules
 from .state import FORMAT, State, record_of
 
 logger = logging.getLogger(__name__)
@@ -126,7 +127,7 @@ def plan(
 
     With `out`, checks too that `merge` could write there. Raises as `merge` does.
     """
-    with _Merge(as_recipe(recipe), Options.of(**options)) as job:
+    with Job(as_recipe(recipe), Options.of(**options)) as job:
         job.assets()
         if out is not None:
             job.check_output(Path(out).resolve())
@@ -146,15 +147,15 @@ def merge(
     bytes or as text ("5GB", "512MiB"). Raises RecipeError, InputError, OutputError or BackendError before
     anything is written, InputError for values that are not finite, RunError (resumable) while running.
     """
-    with _Merge(as_recipe(recipe), Options.of(**options)) as job:
+    with Job(as_recipe(recipe), Options.of(**options)) as job:
         return job.run(Path(out), progress or Silent())
 
 
-class _Merge:
+class Job:
     """One merge: open inputs, its plan, and `run`."""
 
-    def __init__(self, recipe: Recipe, options: Options) -> None:
-        self.recipe, self.options = recipe, options
+    def __init__(self, recipe: Recipe, options: Options, rules: Rules = RULES) -> None:
+        self.recipe, self.options, self._rules = recipe, options, rules
         self.backend = backends.select(options.backend, options.device)
         self.inputs = Inputs(recipe)
         try:
@@ -183,9 +184,12 @@ class _Merge:
     def _decider(self, pool: Pool) -> Decider:
         tensors = list(self.tensors.values())
         of_each = {e.name: e.settings for e in self.inputs.entries if e.action != COPY}
-        return Decider(self.inputs.method, tensors, of_each, self.backend, pool, release, self.read_ahead)
+        method, backend, ahead = self.inputs.method, self.backend, self.read_ahead
+        return Decider(
+            method, tensors, of_each, backend, pool, release, ahead, seed=self.options.seed, rules=self._rules
+        )
 
-    def __enter__(self) -> _Merge:
+    def __enter__(self) -> Job:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from ..backends import Backend, native
-from ..planning.roles import EMBEDDING, role_of
+from ..planning.roles import MATRIX, role_of
 from ..recipe.settings import Settings
 from ..tensors import array as resident
 from ..tensors.array import Array
@@ -25,33 +25,33 @@ _CACHE_BYTES = 64 << 20
 
 
 Sums = Callable[[Curvature, np.ndarray, np.ndarray], None]  # as native.row_column_sums
+Check = Callable[[TensorInputs, int], None]  # raises for curvature of expert t that is not usable
 
 
 class LowRankForms:
     """Low-rank curvature in place of what a tensor has, where its settings ask for it. Sums of small
-    matrices are kept: a tensor is asked for once a read. check: raises for curvature of expert t that is
-    not usable."""
+    matrices are kept: a tensor is asked for once a read."""
 
-    def __init__(self, backend: Backend, pool: Pool, check: Callable[[TensorInputs, int], None]) -> None:
-        self._backend, self._pool, self._check = backend, pool, check
+    def __init__(self, backend: Backend, pool: Pool) -> None:
+        self._backend, self._pool = backend, pool
         self._kept: dict[tuple[str, int], Curvature] = {}
         self._bytes = 0
 
-    def of(self, tensor: TensorInputs, settings: Settings) -> TensorInputs:
+    def of(self, tensor: TensorInputs, settings: Settings, check: Check) -> TensorInputs:
         """The tensor with the curvature that its kernels read."""
         wanted = [t for t in range(len(tensor.curvatures)) if is_factored(tensor, settings, t)]
         if not wanted:
             return tensor
         found = list(tensor.curvatures)
         for t in wanted:
-            found[t] = self._of_expert(tensor, settings, t)
+            found[t] = self._of_expert(tensor, settings, t, check)
         return replace(tensor, curvatures=tuple(found))
 
-    def _of_expert(self, tensor: TensorInputs, settings: Settings, t: int) -> Curvature:
+    def _of_expert(self, tensor: TensorInputs, settings: Settings, t: int, check: Check) -> Curvature:
         key = (tensor.name, t)
         if key in self._kept:
             return self._kept[key]
-        self._check(tensor, t)
+        check(tensor, t)
         curvature, run = tensor.curvatures[t], self._pool.run
         if settings.experts[t]["rank1_approx"]:
             sums = self._backend.row_column_sums if tensor.is_resident else native.row_column_sums
@@ -66,12 +66,12 @@ class LowRankForms:
 
 
 def is_factored(tensor: TensorInputs, settings: Settings, t: int) -> bool:
-    """Whether the settings ask for a low-rank form of expert t's curvature, which is none yet (matrices only;
-    rank r not for embeddings)."""
+    """Whether the settings ask for a low-rank form of expert t's curvature, which is none yet. Matrices only;
+    rank r leaves embeddings and output matrices at full curvature, as the published OTA recipes do."""
     curvature, own = tensor.curvatures[t], settings.experts[t]
     if len(tensor.shape) != 2 or tensor.numel == 0 or not isinstance(curvature, Full | Log8):
         return False
-    by_rank = own.get("rank") is not None and role_of(tensor.name, tensor.shape) != EMBEDDING
+    by_rank = own.get("rank") is not None and role_of(tensor.name, tensor.shape) == MATRIX
     return bool(own.get("rank1_approx")) or by_rank
 
 

@@ -9,6 +9,7 @@ memory; threads, devices and ranks differ only in who combines.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -32,7 +33,9 @@ Check = Callable[[TensorInputs, Iterable[NonFinite]], None]
 
 
 class Statistic(Protocol):
-    """One reduction. `reads`: the buffers of a tile that it reads."""
+    """One reduction. reads: the buffers of a tile that it reads; by_rows: whether tiles are whole rows."""
+
+    by_rows: bool
 
     def new(self) -> Arrays: ...
 
@@ -49,6 +52,8 @@ class Statistic(Protocol):
 
 class _Sums:
     """What statistics share whose arrays are one array that adds up."""
+
+    by_rows = False
 
     def combine(self, into: np.ndarray, arrays: np.ndarray) -> None:
         into += arrays
@@ -140,6 +145,8 @@ class Gram(_Sums):
 class Pieces:
     """What statistics share that keep a piece of each tile, in order."""
 
+    by_rows = False
+
     def new(self) -> list:
         return []
 
@@ -163,6 +170,36 @@ class Edits(Pieces):
 
     def finish(self, arrays: list) -> resident.Array:
         return resident.joined(arrays) if arrays else np.zeros(0, np.float32)
+
+
+@dataclass(frozen=True)
+class Grams(Pieces):
+    """Inner products by rows (of the last axis) or columns: float64[groups, T, T]."""
+
+    groups: str
+    by_rows = True
+
+    def update(self, arrays, backend: Backend, tile: TensorInputs, terms: Terms) -> Iterable[NonFinite]:
+        arrays.append(backend.gram(tile, self.groups))
+        return ()
+
+    def finish(self, arrays: list) -> np.ndarray:
+        return np.concatenate(arrays) if self.groups == "row" else sum(arrays[1:], arrays[0])
+
+
+@dataclass(frozen=True)
+class RowDivergence(Pieces):
+    """How far expert t's rows are from the base's (arcee_fusion): float32[rows], 2^32 KL, rounded once."""
+
+    t: int
+    by_rows = True
+
+    def update(self, arrays, backend: Backend, tile: TensorInputs, terms: Terms) -> Iterable[NonFinite]:
+        arrays.append(backend.row_divergence(tile, self.t))
+        return ()
+
+    def finish(self, arrays: list) -> np.ndarray:
+        return np.float32(np.concatenate(arrays) * 2.0**32)
 
 
 class ValidCurvature(_Sums):
@@ -197,7 +234,7 @@ class Reader:
     ) -> Any:
         """The statistic of all these tensors in order. ready_for: a tensor as it is read, and its terms;
         asked right before its first tile."""
-        size = max((_chunk(t) for t in tensors), default=CHUNK)
+        size = max(map(_size, tensors), default=CHUNK)
         ready: dict[int, tuple[TensorInputs, Terms]] = {}
 
         def ranges() -> Iterator[tuple[int, int, int]]:
@@ -206,7 +243,7 @@ class Reader:
                 yield index, 0, tensor.numel
 
         def tiles() -> Iterator[list[tuple[TensorInputs, Terms]]]:
-            for unit in units(ranges(), size):
+            for unit in units(ranges(), size, lambda index: _whole(statistic, *ready[index])):
                 found = [(ready[i][0].slice(a, b), ready[i][1]) for i, a, b in unit]
                 for tile, _ in found:
                     self.wants(statistic.reads(tile))
@@ -225,7 +262,8 @@ class Reader:
 
     def of_tensor(self, statistic: Statistic, tensor: TensorInputs, terms: Terms) -> Any:
         """The statistic of one tensor, chunk by chunk."""
-        step = _chunk(tensor)
+        whole = _whole(statistic, tensor, terms)
+        step = max(_size(tensor) // whole, 1) * whole
 
         def of_chunk(start: int) -> Arrays:
             arrays = statistic.new()
@@ -239,9 +277,15 @@ class Reader:
         self.release(tile)
 
 
-def _chunk(tensor: TensorInputs) -> int:
+def _size(tensor: TensorInputs) -> int:
     """Elements of one piece of work. Of tensors on a device, sums are torch's own order anyway."""
     return resident.TILE if tensor.is_resident else CHUNK
+
+
+def _whole(statistic: Statistic, tensor: TensorInputs, terms: Terms) -> int:
+    """Of so many elements a piece is a multiple."""
+    columns = max(tensor.shape[-1] if tensor.shape else 1, 1)
+    return math.lcm(terms.whole, columns if statistic.by_rows else 1)
 
 
 def _folded(statistic: Statistic, parts: Iterable[Arrays]) -> Any:

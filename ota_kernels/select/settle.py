@@ -1,4 +1,4 @@
-"""Tiles whose masks wait for the same thresholds: decide exactly by counts and undecided elements, then settle.
+"""Tiles whose masks wait for the same thresholds: decide by counts and undecided elements, then settle.
 
 tile merged with brackets --> Pending: its counts, the scores in brackets, its undecided elements
 all of a group --> thresholds: the (k - scores above)-th largest score in the bracket, if it is there
@@ -26,23 +26,31 @@ from .pending import Pending, Store
 if TYPE_CHECKING:
     from ..backends import Backend
 
-_FEW = 1 << 22  # scores in a bracket that a thread holds in memory; a device holds as many as there are
-_BATCH = 1 << 20  # scores that are counted at once
+FEW = 1 << 22  # scores in a bracket that a thread holds in memory; a device holds as many as there are
+BATCH = 1 << 20  # scores that are counted at once
 
 
 class Group:
     """Pending tiles of one tensor, or of the whole model.
 
-    selections: per expert; elements: how many the selections are over; store: holds the undecided elements.
+    selections: per expert; elements: how many the selections are over; store: holds the undecided elements;
+    few: scores in a bracket that a thread holds in memory; batch: scores that are counted at once.
     """
 
     def __init__(
-        self, selections: Sequence[Selection], elements: int, backend: Backend, store: Store
+        self,
+        selections: Sequence[Selection],
+        elements: int,
+        backend: Backend,
+        store: Store,
+        few: int = FEW,
+        batch: int = BATCH,
     ) -> None:
         self.pending: list[Pending] = []
         self._ready: dict[int, tuple[TensorInputs, Terms]] = {}
         self._selections, self._elements = selections, elements
         self._backend, self._store = backend, store
+        self._few, self._batch = few, batch
 
     def add(self, pending: Pending, tensor: TensorInputs, terms: Terms) -> None:
         """A tile merged by these terms; tensor: the one it is of."""
@@ -102,7 +110,7 @@ class Group:
         lies outside the bracket. Where it is among the steps, its bits, int64 of shape ()."""
         selection, lowest = self._selections[t], terms.threshold
         listed, histogram = sum(p.listed(t) for p in self.pending), None
-        few = listed <= _FEW or self.pending[0].is_resident
+        few = listed <= self._few or self.pending[0].is_resident
         if selection.rule == "mass" or not few:
             histogram = self._histogram(t, lowest, -1)
             listed = decide.available(selection, *histogram)
@@ -154,7 +162,7 @@ class Group:
         batch: list[Array] = []
         for pending in self.pending:
             batch += self._store.steps(pending, self.tensor(pending), t)
-            if pending is self.pending[-1] or sum(map(len, batch)) >= _BATCH:
+            if pending is self.pending[-1] or sum(map(len, batch)) >= self._batch:
                 yield resident.int64(resident.joined(batch)) + score_bits(lowest)
                 batch = []
 

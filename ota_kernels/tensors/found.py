@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+
+# The columns of masked sums: elements that an expert keeps; sum |d|, sum |m d|, sum (m d)^2 of float64 edits;
+# elements that it keeps with others, and alone.
+SUMS = ("kept", "l1", "kept_l1", "kept_squares", "shared", "unique")
 
 
 class Selection(NamedTuple):
@@ -34,6 +39,21 @@ def selection_of(parameters: Mapping[str, Any]) -> Selection:
     return Selection("all")
 
 
+class Rank(NamedTuple):
+    """A place, from 0, in the order of scores: descending, equal ones by ascending index, or ascending, equal
+    ones by ascending index too."""
+
+    place: int
+    descending: bool = True
+
+
+class At(NamedTuple):
+    """The element at a rank: its score and its flat index in the tensor."""
+
+    score: float
+    index: int
+
+
 class Threshold(NamedTuple):
     """An expert's threshold, or while it is not known the bracket that should hold it.
 
@@ -53,21 +73,32 @@ KEEP_ALL = Threshold(masks=False)
 
 @dataclass
 class Found:
-    """Per expert of one tensor, in recipe order. score_scales, bias_corrections: of its curvature; brackets:
+    """Per expert of one tensor, in recipe order. positions: their numbers in the recipe; seed, name_hash: of
+    random numbers; score_scales, bias_corrections: of its curvature; brackets:
     thresholds of scores; means: of g_t h_t^p; edit_scales: of masked edits; trims: least magnitudes.
 
-    The rest is None until the statistic of that name was taken: gram: float64[T, T], or by groups; sums:
-    float64[T, columns of masked sums]; row_scores: float32[rows] per expert.
+    The rest is None until the statistic of that name was taken: gram: float64[T, T], or [groups, T, T]; sums:
+    float64[T, len(SUMS)] over the tensor, model_sums over the model; row_scores: float32[rows] per expert;
+    at: what stands at the ranks that were asked for, per expert.
     """
 
+    name: str
     shape: tuple[int, ...]
+    positions: list[int]
     score_scales: list[float]
     bias_corrections: list[float]
     brackets: list[Threshold]
     edit_scales: list[float]
     trims: list[float]
+    seed: int = 0
+    name_hash: int = 0
     means: list[float] | None = None
     gram: np.ndarray | None = None
     sums: np.ndarray | None = None
+    model_sums: np.ndarray | None = None
     row_scores: list[np.ndarray] | None = None
-    extra: dict = field(default_factory=dict)
+    at: list[list[At]] | None = None
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)

@@ -32,6 +32,9 @@ class NonFinite:
 EXPONENTS = 256
 CENSUS = 2 * EXPONENTS + 1
 
+# Columns of `masked_sums`: edits that are kept; sums of |d|, of |m d| and of (m d)^2; kept by others too, by no other.
+SUMS = ("kept", "l1", "kept_l1", "kept_squares", "shared", "unique")
+
 STEP_BYTES = 4  # of one score that is listed
 _INDEX, _CURVATURE = 4, BY_NAME["float32"]
 
@@ -98,8 +101,9 @@ class Candidates(NamedTuple):
 
     @staticmethod
     def columns(tile: TensorInputs) -> list[int]:
-        """Bytes of one candidate of `tile`: index, base, each expert's weights and curvature (0: none)."""
-        weights = [0 if b is None else b.dtype.itemsize for b in (tile.base, *tile.experts)]
+        """Bytes of one candidate of `tile`: index, base, each expert's weights, origins if some expert has one, each
+        expert's curvature (0: none)."""
+        weights = [0 if b is None else b.dtype.itemsize for b in (tile.base, *tile.experts, *tile.origins)]
         return [
             _INDEX,
             *weights,
@@ -115,8 +119,11 @@ class Candidates(NamedTuple):
         alternatives: Sequence[Alternatives] = (),
     ) -> Candidates:
         """Candidates of `tile` (or of its tensor) from their columns and steps, uint8 each."""
-        index, base, *rest = columns
-        experts, curvatures = rest[: len(tile.experts)], rest[len(tile.experts) :]
+        positions, base, *rest = columns
+        n = len(tile.experts)
+        experts, origins, curvatures = rest[:n], rest[n:-n], rest[-n:]
+        index = resident.elements(positions, _INDEX)
+        places = resident.int64(index)
 
         def like(buffer: Buffer, column: Array) -> Buffer:
             return Buffer(column, buffer.dtype, buffer.origin)
@@ -131,9 +138,11 @@ class Candidates(NamedTuple):
             base=None if tile.base is None else like(tile.base, base),
             experts=tuple(map(like, tile.experts, experts)),
             curvatures=tuple(map(curvature, tile.curvatures, curvatures)),
+            origins=tuple(o and like(o, x) for o, x in zip(tile.origins, origins, strict=True)),
+            index=places + tile.start if tile.index is None else tile.index[places],
         )
         listed = tuple(resident.elements(s, STEP_BYTES) for s in steps)
-        return cls(resident.elements(index, _INDEX), operands, listed, tuple(alternatives))
+        return cls(index, operands, listed, tuple(alternatives))
 
 
 @dataclass(frozen=True, slots=True)

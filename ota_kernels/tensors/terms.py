@@ -24,7 +24,8 @@ outputs and float64 for wider ones. w_0 is the base, 0 without one.
       above               m_t = s_t > threshold_t                                                 (ram)
       random              m_t = u_t(i) < probability_t, u of random.py                           (dare)
       random by rank      m_t = u_t(i) < p_t(rank of |d32_t| in its row), as random.py has it   (della)
-      Of those, only edits of |d32_t| >= trim_t are elected and added; all count as kept.
+      Of those, where trim_t is not 0, only edits of |d32_t| >= trim_t are elected and added (NaN: none);
+      all count as kept.
     elect
       none                g_t = m_t
       sum                 v_t = float32(vote_t) d32_t; E = sum_t m_t v_t; g_t = m_t and sign(v_t) = sign(E);
@@ -53,6 +54,7 @@ Scales of scores are powers of two times the recipe's numbers: float32 neither u
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 
@@ -144,7 +146,8 @@ class Terms:
     """Everything a kernel needs for one tensor beside its elements, named as in the module's formulas.
 
     epsilon: scaled like the weights; fallback: "base" or "mean"; zero: "fallback" or "one"; repair: write the
-    base value where an input is not finite, instead of failing; seed, name_hash: keys of random numbers.
+    base value where an input is not finite, instead of failing; seed, name_hash: keys of random numbers;
+    ranked: rows of `random by rank`: how many elements, how far apart (1: neighbours); tiles are whole ones.
     """
 
     words: Words
@@ -163,6 +166,12 @@ class Terms:
     repair: bool = False
     seed: int = 0
     name_hash: int = 0
+    ranked: tuple[int, int] = (1, 1)
+
+    @property
+    def whole(self) -> int:
+        """A tile is a whole number of so many elements."""
+        return math.prod(self.ranked) if self.words.select == "random by rank" else 1
 
 
 def is_open(terms: ExpertTerms) -> bool:
