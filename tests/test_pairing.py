@@ -186,7 +186,7 @@ def stack(models, *parts, method="linear", **top):
 
 def test_layers_are_stacked_and_repeated(models, tmp_path):
     out = merged(stack(models, [("a", 0, 3)], [("b", 1, 3)], [("a", 2, 3)]), tmp_path / "out")
-    assert list(out) == list(names_of(6))
+    assert out.keys() == names_of(6).keys()
     numbers = [1, 1 + 1 / 128, 1 + 2 / 128, 2 + 1 / 128, 2 + 2 / 128, 1 + 2 / 128]
     for n, number in enumerate(numbers):
         for rest in ("self_attn.q_proj.weight", "mlp.up_proj.weight"):
@@ -417,6 +417,147 @@ def test_gradients_and_filters_in_memory():
 def test_the_command_prints_warnings(models, tmp_path):
     recipe = linear(models, parameters={"int8_mask": True})
     path = write_recipe(tmp_path / "recipe.yaml", recipe)
-    command = [sys.executable, "-m", "ota_kernels", "plan", str(path), "--backend", "reference"]
+    command = [
+        sys.executable,
+        "-c",
+        "from ota_kernels.cli import main; main()",
+        "plan",
+        str(path),
+        "--backend",
+        "reference",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "`int8_mask` in `parameters` is not used by `linear`\n")
+
+
+# Copies, counts, tensors that some models lack
+
+
+def test_a_stack_of_one_model_each_is_a_copy(models, tmp_path):
+    recipe = stack(models, [("a", 0, 2)], [("b", 1, 3)], method="passthrough", dtype="bfloat16")
+    with Inputs(parse_recipe(recipe)) as inputs:
+        assert {entry.action for entry in inputs.entries} == {"copy"}
+    out = merged(recipe, tmp_path / "out")
+    numbers = [1, 1 + 1 / 128, 2 + 1 / 128, 2 + 2 / 128]
+    for n, number in enumerate(numbers):
+        tensor = out[f"model.layers.{n}.mlp.up_proj.weight"]
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(tensor, torch.full((4, 3), number).bfloat16())
+
+
+def test_a_scaled_stack_is_merged(models, tmp_path):
+    recipe = stack(models, [("a", 0, 2)], [("b", 1, 3)], method="passthrough")
+    recipe["slices"][1]["sources"][0]["parameters"] = {"scale": [{"filter": "q_proj", "value": [0, 2]}]}
+    out = merged(recipe, tmp_path / "out")
+    assert torch.all(out["model.layers.2.self_attn.q_proj.weight"] == 0)
+    assert torch.all(out["model.layers.3.self_attn.q_proj.weight"] == 2 * (2 + 2 / 128))
+    assert torch.all(out["model.layers.3.mlp.up_proj.weight"] == 2 + 2 / 128)
+
+
+@pytest.mark.parametrize(
+    ("method", "names", "line"),
+    [
+        ("slerp", "abc", "`slerp` merges exactly 1 model beside the base, but `models` lists 2"),
+        ("nuslerp", "b", "`nuslerp` merges exactly 2 models beside the base, but `models` lists 1"),
+        ("model_stock", "ab", "`model_stock` merges 2 or more models beside the base, but `models` lists 1"),
+    ],
+)
+def test_numbers_of_models(models, method, names, line):
+    parameters = {"slerp": {"t": 0.5}, "nuslerp": {"weight": 1}}.get(method, {})
+    recipe = {
+        "merge_method": method,
+        "base_model": str(models / "a"),
+        "models": [{"model": str(models / name)} for name in names],
+        "parameters": parameters,
+    }
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(recipe)
+    assert str(caught.value) == line
+
+
+def test_no_expert_is_the_base(models, tmp_path):
+    recipe = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(models / "a"),
+        "models": [{"model": str(models / "a")}],
+        "parameters": {"weight": 1},
+    }
+    assert parse_recipe(parse_recipe(recipe).as_dict()) == parse_recipe(recipe)
+    out = merged(recipe, tmp_path / "out")
+    expected = numbered(4, 1.0)
+    assert all(torch.equal(out[name], tensor) for name, tensor in expected.items())
+
+
+def paired(recipe, allow_crimes=True):
+    with Inputs(parse_recipe(recipe), allow_crimes=allow_crimes) as inputs:
+        return {entry.name: entry for entry in inputs.entries}
+
+
+@pytest.fixture
+def lacking(models):
+    """b without its norm, c with a bias that only it has."""
+    for name, change in (
+        ("b", lambda m: m.pop("model.norm.weight")),
+        ("c", lambda m: m.update(bias=torch.ones(2))),
+    ):
+        tensors = numbered(4, {"b": 2.0, "c": 3.0}[name])
+        change(tensors)
+        save_model(models / name, tensors)
+    return models
+
+
+def test_what_some_models_lack_is_merged_over_the_others(lacking):
+    recipe = {"merge_method": "linear", "models": [{"model": str(lacking / x)} for x in "abc"]}
+    recipe["models"][2]["parameters"] = {"weight": 3}
+    with pytest.raises(InputError, match=r"b: has no tensor model\.norm\.weight.*--allow-crimes"):
+        paired(recipe, allow_crimes=False)
+    found = paired(recipe)
+    norm = found["model.norm.weight"]
+    assert norm.positions == (0, 2)
+    assert norm.settings.each("weight") == [1, 3]
+    assert found["bias"].positions == (2,)
+
+
+def based(lacking, method, base, *experts, **parameters):
+    return {
+        "merge_method": method,
+        "base_model": str(lacking / base),
+        "models": [{"model": str(lacking / x)} for x in experts],
+        "parameters": parameters,
+    }
+
+
+def test_by_the_rule_of_the_method(lacking, caplog):
+    found = paired(based(lacking, "task_arithmetic", "a", "b", weight=1))["model.norm.weight"]
+    assert (found.action, found.sources[0].what) == ("copy", f"{lacking / 'a'}: model.norm.weight")
+    with pytest.raises(
+        InputError, match=r"b: has no tensor .*, without which `task_arithmetic` cannot merge it"
+    ):
+        paired(based(lacking, "task_arithmetic", "b", "c", weight=1))
+    found = paired(based(lacking, "slerp", "b", "c", t=0.5))
+    assert [found[name].action for name in ("bias", "model.norm.weight", "lm_head.weight")] == [
+        "copy",
+        "copy",
+        "merge",
+    ]
+    with pytest.raises(InputError, match="without which `nearswap`"):
+        paired(based(lacking, "nearswap", "b", "c", t=0.1))
+    found = paired(based(lacking, "model_stock", "a", "b", "c"))
+    assert "bias" not in found
+    assert "model.norm.weight" not in found
+    assert len([line for line in caplog.messages if "is left out" in line]) == 2
+
+
+def test_shares_of_a_whole_model_need_the_same_models_everywhere(models):
+    recipe = stack(
+        models,
+        [("a", 0, 2), ("b", 0, 2)],
+        [("a", 2, 3), ("c", 2, 3)],
+        method="ota",
+        base_model=str(models / "a"),
+    )
+    recipe["parameters"] = {"missing_curvature": "uniform", "density": 0.5}
+    with pytest.raises(RecipeError, match="thresholds over the whole model"):
+        paired(recipe)
+    recipe["parameters"]["density_scope"] = "tensor"
+    assert paired(recipe)["model.layers.2.mlp.up_proj.weight"].positions == (1,)

@@ -69,10 +69,10 @@ class Part(NamedTuple):
 class OutputTensor:
     """One output tensor.
 
-    dtype: of the output; action: MERGE; COPY where the models must agree (integers, booleans); KEEP_BASE
-    where the base's values are taken (`missing_curvature: base`). base: None where the method has none;
-    experts, positions: those that take part, and their numbers in the recipe; curvatures: one per expert;
-    settings: None where nothing is merged.
+    dtype: of the output; action: MERGE; COPY of the only source, or of several that must agree (integers,
+    booleans); KEEP_BASE where the base's values are taken (`missing_curvature: base`). base: None where the
+    method has none; experts, positions: those that take part, and their numbers in the recipe; curvatures:
+    one per expert; settings: None where nothing is merged.
     """
 
     name: str
@@ -124,7 +124,8 @@ class _Named(NamedTuple):
 class Pairing:
     """The output tensors of a recipe.
 
-    models: by their references; moments: of a recipe's entry, None without. outputs: in the order in which
+    models: by their references; moments: of a recipe's entry, None without; allow_crimes: merge a tensor that
+    some models lack by its method's rule, which is an error else. outputs: in the order in which
     they are written, that of the first model where layers are not restacked; untied: the output has an output
     matrix of its own although some model ties it to the embeddings; donors: for each output layer where
     layers are restacked, its model and its number there.
@@ -133,6 +134,7 @@ class Pairing:
     recipe: Recipe
     models: Mapping[Reference, Model]
     moments: Mapping[tuple[int, str], Moments]
+    allow_crimes: bool = False
     outputs: list[OutputTensor] = field(init=False)
     untied: bool = field(init=False, default=False)
 
@@ -147,6 +149,7 @@ class Pairing:
         named = list(self._named())
         self._check_filters(named)
         self.outputs = self._with_curvature(list(self._paired(named)))
+        self._check_whole()
 
     # Names
 
@@ -260,44 +263,84 @@ class Pairing:
                 names = [source or own for source, own in zip(tied, names, strict=True)]
             parts = list(map(Part, models, names))
             absent = [p.model.label for p in parts if p.name not in p.model.tensors]
-            if absent:
+            if absent and (not self.allow_crimes or len(absent) == len(parts)):
                 lacking[each.name] = absent
             elif not lacking:
-                yield self._output(each, parts)
+                output = self._optional(each, parts) if absent else self._output(each, parts)
+                if output is not None:
+                    yield output
         if lacking:
             name, labels = next(iter(lacking.items()))
             more = f" ({len(lacking)} such tensors: {_listing(lacking)})" if len(lacking) > 1 else ""
-            raise InputError(f"{', '.join(labels)}: has no tensor {name}, which other models have{more}")
+            raise InputError(
+                f"{', '.join(labels)}: has no tensor {name}, which other models have{more}; --allow-crimes "
+                "merges what there is"
+            )
 
-    def _output(self, named: _Named, parts: list[Part]) -> OutputTensor:
-        infos = [part.model.tensors[part.name] for part in parts]
-        shape, dtype = tuple(infos[0].shape), infos[0].dtype
-        for part, info in zip(parts[1:], infos[1:], strict=True):
-            if tuple(info.shape) != shape:
-                self._raise_shapes(named.name, parts[0], part)
-            if info.dtype.is_float != dtype.is_float or not (dtype.is_float or info.dtype == dtype):
-                raise InputError(
-                    f"{part.what} differs from {parts[0].what}: "
-                    f"{info.dtype.name} and {dtype.name} cannot be merged"
-                )
-        base, experts = (parts[0], parts[1:]) if named.part.base is not None else (None, parts)
-        positions = tuple(entry.number for entry in named.part.experts)
+    def _optional(self, named: _Named, parts: list[Part]) -> OutputTensor | None:
+        """A tensor that some models lack, by its method's rule; None where it is left out."""
+        has_base = named.part.base is not None
+        found = [i for i, part in enumerate(parts) if part.name in part.model.tensors]
+        base_there = has_base and found[0] == 0
+        experts = [i - has_base for i in found if i >= has_base]
+        rule = self.method.absent
+        if len(found) == 1 and (rule == "only one" or base_there):
+            return self._copied(named, parts[found[0]])
+        if rule == "three" and len(found) < 3:
+            logger.warning("%s is left out: fewer than three models have it", named.name)
+            return None
+        if rule in ("only one", "base alone") or (has_base and not base_there):
+            lacking = ", ".join(part.model.label for i, part in enumerate(parts) if i not in found)
+            raise InputError(
+                f"{lacking}: has no tensor {named.name}, without which `{self.method.name}` cannot merge it"
+            )
+        return self._output(named, parts, experts)
+
+    def _copied(self, named: _Named, part: Part) -> OutputTensor:
+        """One tensor as it is, in the type of the output."""
+        info = part.model.tensors[part.name]
+        dtype = self._output_dtype(part) if info.dtype.is_float else info.dtype
+        return OutputTensor(named.name, tuple(info.shape), dtype, COPY, None, (part,), (), None)
+
+    def _output(self, named: _Named, parts: list[Part], present: Sequence[int] | None = None) -> OutputTensor:
+        """present: the experts that have the tensor, None for all."""
+        has_base = named.part.base is not None
+        entries, own = named.part.experts, named.names[1:] if has_base else named.names
+        if present is not None:
+            entries = [entries[i] for i in present]
+            parts = parts[:has_base] + [parts[i + has_base] for i in present]
+        shape, dtype = self._common(named.name, parts)
+        base, experts = (parts[0], tuple(parts[1:])) if has_base else (None, tuple(parts))
+        if not experts:
+            return self._copied(named, parts[0])
+        positions = tuple(entry.number for entry in entries)
         if not dtype.is_float:
-            return OutputTensor(named.name, shape, dtype, COPY, base, tuple(experts), positions, None)
-        own = named.names[1:] if named.part.base is not None else named.names
-        settings = self._resolver(named.part).settings(named.name, own, named.position)
+            return OutputTensor(named.name, shape, dtype, COPY, base, experts, positions, None)
+        settings = self._resolver(named.part).settings(named.name, own, named.position, present)
+        if self.method.copies(settings):
+            return self._copied(named, experts[0])
+        own = own if present is None else [own[i] for i in present]
+        found = self._curvatures(named, entries, own, experts, shape)
         out = self._output_dtype(parts[0])
-        return OutputTensor(
-            named.name,
-            shape,
-            out,
-            MERGE,
-            base,
-            tuple(experts),
-            positions,
-            settings,
-            self._curvatures(named, own, experts, shape),
-        )
+        return OutputTensor(named.name, shape, out, MERGE, base, experts, positions, settings, found)
+
+    def _common(self, name: str, parts: Sequence[Part]) -> tuple[tuple[int, ...], DType]:
+        """The shape of all parts, and the first one's type. InputError where they do not go together."""
+        first = parts[0]
+        info = first.model.tensors[first.name]
+        shape, dtype = tuple(info.shape), info.dtype
+        for part in parts[1:]:
+            other = part.model.tensors[part.name]
+            if tuple(other.shape) != shape:
+                self._raise_shapes(name, first, part)
+            if other.dtype is dtype:
+                continue
+            if not (other.dtype.is_float and dtype.is_float):
+                raise InputError(
+                    f"{part.what} differs from {first.what}: "
+                    f"{other.dtype.name} and {dtype.name} cannot be merged"
+                )
+        return shape, dtype
 
     def _raise_shapes(self, name: str, first: Part, other: Part) -> None:
         shapes = [list(part.model.tensors[part.name].shape) for part in (other, first)]
@@ -321,16 +364,36 @@ class Pairing:
             )
         return first.dtype
 
+    def _check_whole(self) -> None:
+        """What is counted over the whole model is counted for the same experts everywhere."""
+        first = next((output for output in self.outputs if output.action != COPY), None)
+        if first is None or all(o.positions == first.positions for o in self.outputs if o.action != COPY):
+            return
+        for settings in self._settings.values():
+            whole = [need.statistic for need in self.method.needs(settings) if need.scope == "model"]
+            if whole:
+                raise RecipeError(
+                    f"`{self.method.name}` takes {whole[0]} over the whole model, but some tensors are made "
+                    "of other "
+                    "models than others: set `density_scope: tensor` or the like, or list the same models "
+                    "everywhere"
+                )
+
     # Curvature
 
     def _curvatures(
-        self, named: _Named, own: Sequence[str], experts: Sequence[Part], shape: tuple[int, ...]
+        self,
+        named: _Named,
+        entries: Sequence[ModelEntry],
+        own: Sequence[str],
+        experts: Sequence[Part],
+        shape: tuple[int, ...],
     ) -> tuple[Curvature | None, ...]:
         """One per expert, None where there is none."""
         if not self.method.curvature:
             return (Uniform(),) * len(experts)
         correct = named.part.shared.get("bias_correction", False)
-        pairs = zip(named.part.experts, own, experts, strict=True)
+        pairs = zip(entries, own, experts, strict=True)
         return tuple(self._curvature(entry, (name, p.name), shape, correct) for entry, name, p in pairs)
 
     def _curvature(

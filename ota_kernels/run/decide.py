@@ -169,9 +169,10 @@ class Decider:
         if not self.tensors:
             return ModelFound((), (), (), False)
         selections, elements = self.selections(), self.elements
-        experts = range(len(selections))
-        thresholds: list[float | None] = [None] * len(selections)
-        brackets: list[Bracket | None] = [None] * len(selections)
+        # Tensors may differ in their experts where nothing is found over the whole model.
+        experts = range(max(len(t.experts) for t in self.tensors))
+        thresholds: list[float | None] = [None for _ in experts]
+        brackets: list[Bracket | None] = [None for _ in experts]
         spread = self.brackets and self.rules.cached([b for t in self.tensors for b in t.buffers])
         if self.model_scope:
             surveyed = {t: s for t, s in enumerate(selections) if s.surveyed}
@@ -391,7 +392,7 @@ class Decider:
             found.at = found.at[:1] * len(tensor.experts)
 
     def _samples(self, tensor: TensorInputs, experts: list[int], terms_of) -> dict[int, np.ndarray]:
-        count = cluster_count(tensor.numel)
+        count = self.rules.clusters(tensor.numel)
         found = sample([tensor], count, experts, terms_of, self.backend, self.pool.run)
         return dict(zip(experts, map(resident.host, found), strict=True))
 
