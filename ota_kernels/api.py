@@ -15,6 +15,7 @@ from . import backends
 from .backends import Backend
 from .errors import BackendError, InputError, RecipeError
 from .integrations.tracing import traceable
+from .io.curvature import Held
 from .planning.models import Info
 from .planning.pairing import COPY, OutputTensor, Pairing, moments_key
 from .planning.plan import TILE_ELEMENTS
@@ -222,19 +223,15 @@ class _Moments:
     def __init__(self, where: str, tensors: Mapping[str, Tensor], read: Read) -> None:
         self.where, self._tensors, self._read = where, tensors, read
 
-    def find(self, name: str) -> str | None:
-        return name if name in self._tensors else None
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._tensors[name].shape)
-
-    def curvature(self, name: str, bias_correction: bool = False) -> Full:
+    def held(self, name: str, bias_correction: bool = False) -> Held | None:
+        if name not in self._tensors:
+            return None
         buffer = self._read(self._tensors[name], self.what(name))
         if buffer.dtype.name not in ("float32", "bfloat16", "float16"):
             raise InputError(
                 f"{self.what(name)} is {buffer.dtype.name}; curvature is float32, bfloat16 or float16"
             )
-        return Full(buffer)
+        return Held(tuple(self._tensors[name].shape), Full(buffer))
 
     def what(self, name: str) -> str:
         return f"{self.where}[{name!r}]"

@@ -16,20 +16,20 @@ from .pairing import OutputTensor, Pairing, moments_key
 
 
 class Inputs:
-    """The open files of a recipe; a context manager.
+    """The open files of a recipe; a context manager. allow_crimes: models may differ in what they have.
 
     entries: output tensors in the order in which they are written; models: by their references; untied: the
     output has an output matrix of its own although some model ties it to the embeddings; model_folders: every
     folder by its name in the recipe, the base first.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, *, allow_crimes: bool = False) -> None:
         self.recipe = recipe
         self.method = recipe.method
         self._files = contextlib.ExitStack()
         try:
             self._open()
-            self.pairing = Pairing(recipe, self.models, self.moments)
+            self.pairing = Pairing(recipe, self.models, self.moments, allow_crimes)
         except BaseException:
             self.close()
             raise

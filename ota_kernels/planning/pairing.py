@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from ..errors import InputError, RecipeError
+from ..io.curvature import Held
 from ..recipe.recipe import ModelEntry, Recipe, Slice
 from ..recipe.reference import Reference
 from ..recipe.settings import Settings
@@ -29,16 +30,10 @@ _LISTED = 8  # names an error lists before it says how many more there are
 
 
 class Moments(Protocol):
-    """The second moments of one expert; every method takes the name of a parameter."""
+    """The second moments of one expert; methods take the name of a parameter."""
 
-    def find(self, name: str) -> str | None:
-        """None where it has none."""
-
-    def shape(self, name: str) -> tuple[int, ...]: ...
-
-    def bytes_per_element(self, name: str) -> int: ...
-
-    def curvature(self, name: str, bias_correction: bool = False) -> Curvature: ...
+    def held(self, name: str, bias_correction: bool = False) -> Held | None:
+        """Shape and curvature; None where there is none."""
 
     def what(self, name: str) -> str:
         """What errors call it."""
@@ -74,10 +69,10 @@ class Part(NamedTuple):
 class OutputTensor:
     """One output tensor.
 
-    dtype: of the output; action: MERGE; COPY where the models must agree (integers, booleans); KEEP_BASE
-    where the base's values are taken (`missing_curvature: base`). base: None where the method has none;
-    experts, positions: those that take part, and their numbers in the recipe; curvatures: one per expert;
-    settings: None where nothing is merged.
+    dtype: of the output; action: MERGE; COPY of the only source, or of several that must agree (integers,
+    booleans); KEEP_BASE where the base's values are taken (`missing_curvature: base`). base: None where the
+    method has none; experts, positions: those that take part, and their numbers in the recipe; curvatures:
+    one per expert; settings: None where nothing is merged.
     """
 
     name: str
@@ -129,7 +124,8 @@ class _Named(NamedTuple):
 class Pairing:
     """The output tensors of a recipe.
 
-    models: by their references; moments: of a recipe's entry, None without. outputs: in the order in which
+    models: by their references; moments: of a recipe's entry, None without; allow_crimes: merge a tensor that
+    some models lack by its method's rule, which is an error else. outputs: in the order in which
     they are written, that of the first model where layers are not restacked; untied: the output has an output
     matrix of its own although some model ties it to the embeddings; donors: for each output layer where
     layers are restacked, its model and its number there.
@@ -138,11 +134,13 @@ class Pairing:
     recipe: Recipe
     models: Mapping[Reference, Model]
     moments: Mapping[tuple[int, str], Moments]
+    allow_crimes: bool = False
     outputs: list[OutputTensor] = field(init=False)
     untied: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         self.method = self.recipe.method
+        self._models: dict[int, list[Model]] = {}
         self._resolvers: dict[int, Resolver] = {}
         self._settings: dict[tuple, Settings] = {}
         self._embeddings: dict[int, dict[str, str | None]] = {}
@@ -151,6 +149,7 @@ class Pairing:
         named = list(self._named())
         self._check_filters(named)
         self.outputs = self._with_curvature(list(self._paired(named)))
+        self._check_whole()
 
     # Names
 
@@ -167,7 +166,9 @@ class Pairing:
             yield from self._restacked(slices)
 
     def _models_of(self, part: Slice) -> list[Model]:
-        return [self.models[entry.reference] for entry in part.entries]
+        if id(part) not in self._models:
+            self._models[id(part)] = [self.models[entry.reference] for entry in part.entries]
+        return self._models[id(part)]
 
     def _whole(self, part: Slice) -> Iterator[_Named]:
         models = self._models_of(part)
@@ -227,8 +228,7 @@ class Pairing:
         return layers.Stack.of(model.tensors, prefix, size)
 
     def _check_filters(self, named: list[_Named]) -> None:
-        names = {name for each in named for name in (each.name, *each.names)}
-        for line in unused_filters(self.recipe, names):
+        for line in unused_filters(self.recipe, (n for each in named for n in (each.name, *each.names))):
             logger.warning("%s", line)
 
     # Tied output matrices
@@ -236,8 +236,6 @@ class Pairing:
     def _embedding(self, model: Model, name: str) -> str | None:
         """The embedding whose values this model uses as its output matrix `name`; None where that is not
         so."""
-        if not is_output(name):
-            return None
         known = self._embeddings.setdefault(id(model), {})
         if name not in known:
             found = embedding_for(name, model.tensors)
@@ -256,51 +254,93 @@ class Pairing:
     def _paired(self, named: list[_Named]) -> Iterator[OutputTensor]:
         lacking: dict[str, list[str]] = {}
         for each in named:
-            models = self._models_of(each.part)
-            tied = [self._embedding(m, own) for m, own in zip(models, each.names, strict=True)]
-            if all(tied):
-                continue
-            self.untied = self.untied or any(tied) or (is_output(each.name) and self._donor_ties())
-            parts = [Part(m, source or own) for m, own, source in zip(models, each.names, tied, strict=True)]
+            models, names = self._models_of(each.part), each.names
+            if is_output(each.name):
+                tied = [self._embedding(m, own) for m, own in zip(models, names, strict=True)]
+                if all(tied):
+                    continue
+                self.untied = self.untied or any(tied) or self._donor_ties()
+                names = [source or own for source, own in zip(tied, names, strict=True)]
+            parts = list(map(Part, models, names))
             absent = [p.model.label for p in parts if p.name not in p.model.tensors]
-            if absent:
+            if absent and (not self.allow_crimes or len(absent) == len(parts)):
                 lacking[each.name] = absent
             elif not lacking:
-                yield self._output(each, parts)
+                output = self._optional(each, parts) if absent else self._output(each, parts)
+                if output is not None:
+                    yield output
         if lacking:
             name, labels = next(iter(lacking.items()))
             more = f" ({len(lacking)} such tensors: {_listing(lacking)})" if len(lacking) > 1 else ""
-            raise InputError(f"{', '.join(labels)}: has no tensor {name}, which other models have{more}")
+            raise InputError(
+                f"{', '.join(labels)}: has no tensor {name}, which other models have{more}; --allow-crimes "
+                "merges what there is"
+            )
 
-    def _output(self, named: _Named, parts: list[Part]) -> OutputTensor:
-        infos = [part.model.tensors[part.name] for part in parts]
-        shape, dtype = tuple(infos[0].shape), infos[0].dtype
-        for part, info in zip(parts[1:], infos[1:], strict=True):
-            if tuple(info.shape) != shape:
-                self._raise_shapes(named.name, parts[0], part)
-            if info.dtype.is_float != dtype.is_float or not (dtype.is_float or info.dtype == dtype):
-                raise InputError(
-                    f"{part.what} differs from {parts[0].what}: {info.dtype.name} and {dtype.name} cannot be "
-                    "merged"
-                )
-        base, experts = (parts[0], parts[1:]) if named.part.base is not None else (None, parts)
-        positions = tuple(entry.number for entry in named.part.experts)
+    def _optional(self, named: _Named, parts: list[Part]) -> OutputTensor | None:
+        """A tensor that some models lack, by its method's rule; None where it is left out."""
+        has_base = named.part.base is not None
+        found = [i for i, part in enumerate(parts) if part.name in part.model.tensors]
+        base_there = has_base and found[0] == 0
+        experts = [i - has_base for i in found if i >= has_base]
+        rule = self.method.absent
+        if len(found) == 1 and (rule == "only one" or base_there):
+            return self._copied(named, parts[found[0]])
+        if rule == "three" and len(found) < 3:
+            logger.warning("%s is left out: fewer than three models have it", named.name)
+            return None
+        if rule in ("only one", "base alone") or (has_base and not base_there):
+            lacking = ", ".join(part.model.label for i, part in enumerate(parts) if i not in found)
+            raise InputError(
+                f"{lacking}: has no tensor {named.name}, without which `{self.method.name}` cannot merge it"
+            )
+        return self._output(named, parts, experts)
+
+    def _copied(self, named: _Named, part: Part) -> OutputTensor:
+        """One tensor as it is, in the type of the output."""
+        info = part.model.tensors[part.name]
+        dtype = self._output_dtype(part) if info.dtype.is_float else info.dtype
+        return OutputTensor(named.name, tuple(info.shape), dtype, COPY, None, (part,), (), None)
+
+    def _output(self, named: _Named, parts: list[Part], present: Sequence[int] | None = None) -> OutputTensor:
+        """present: the experts that have the tensor, None for all."""
+        has_base = named.part.base is not None
+        entries, own = named.part.experts, named.names[1:] if has_base else named.names
+        if present is not None:
+            entries = [entries[i] for i in present]
+            parts = parts[:has_base] + [parts[i + has_base] for i in present]
+        shape, dtype = self._common(named.name, parts)
+        base, experts = (parts[0], tuple(parts[1:])) if has_base else (None, tuple(parts))
+        if not experts:
+            return self._copied(named, parts[0])
+        positions = tuple(entry.number for entry in entries)
         if not dtype.is_float:
-            return OutputTensor(named.name, shape, dtype, COPY, base, tuple(experts), positions, None)
-        own = named.names[1:] if named.part.base is not None else named.names
-        settings = self._resolver(named.part).settings(named.name, own, named.position)
+            return OutputTensor(named.name, shape, dtype, COPY, base, experts, positions, None)
+        settings = self._resolver(named.part).settings(named.name, own, named.position, present)
+        if self.method.copies(settings):
+            return self._copied(named, experts[0])
+        own = own if present is None else [own[i] for i in present]
+        found = self._curvatures(named, entries, own, experts, shape)
         out = self._output_dtype(parts[0])
-        return OutputTensor(
-            named.name,
-            shape,
-            out,
-            MERGE,
-            base,
-            tuple(experts),
-            positions,
-            settings,
-            self._curvatures(named, own, experts, shape),
-        )
+        return OutputTensor(named.name, shape, out, MERGE, base, experts, positions, settings, found)
+
+    def _common(self, name: str, parts: Sequence[Part]) -> tuple[tuple[int, ...], DType]:
+        """The shape of all parts, and the first one's type. InputError where they do not go together."""
+        first = parts[0]
+        info = first.model.tensors[first.name]
+        shape, dtype = tuple(info.shape), info.dtype
+        for part in parts[1:]:
+            other = part.model.tensors[part.name]
+            if tuple(other.shape) != shape:
+                self._raise_shapes(name, first, part)
+            if other.dtype is dtype:
+                continue
+            if not (other.dtype.is_float and dtype.is_float):
+                raise InputError(
+                    f"{part.what} differs from {first.what}: "
+                    f"{other.dtype.name} and {dtype.name} cannot be merged"
+                )
+        return shape, dtype
 
     def _raise_shapes(self, name: str, first: Part, other: Part) -> None:
         shapes = [list(part.model.tensors[part.name].shape) for part in (other, first)]
@@ -319,22 +359,41 @@ class Pairing:
             return BY_NAME[self.recipe.output_dtype]
         if first.dtype.name not in OUTPUT_NAMES:
             raise InputError(
-                f"{first.what} is {first.dtype.name}, which a merge cannot be written in: give out_dtype, in "
-                "a recipe "
-                "`dtype: bfloat16`"
+                f"{first.what} is {first.dtype.name}, which a merge cannot be written in: give out_dtype, "
+                "in a recipe `dtype: bfloat16`"
             )
         return first.dtype
+
+    def _check_whole(self) -> None:
+        """What is counted over the whole model is counted for the same experts everywhere."""
+        first = next((output for output in self.outputs if output.action != COPY), None)
+        if first is None or all(o.positions == first.positions for o in self.outputs if o.action != COPY):
+            return
+        for settings in self._settings.values():
+            whole = [need.statistic for need in self.method.needs(settings) if need.scope == "model"]
+            if whole:
+                raise RecipeError(
+                    f"`{self.method.name}` takes {whole[0]} over the whole model, but some tensors are made "
+                    "of other "
+                    "models than others: set `density_scope: tensor` or the like, or list the same models "
+                    "everywhere"
+                )
 
     # Curvature
 
     def _curvatures(
-        self, named: _Named, own: Sequence[str], experts: Sequence[Part], shape: tuple[int, ...]
+        self,
+        named: _Named,
+        entries: Sequence[ModelEntry],
+        own: Sequence[str],
+        experts: Sequence[Part],
+        shape: tuple[int, ...],
     ) -> tuple[Curvature | None, ...]:
         """One per expert, None where there is none."""
         if not self.method.curvature:
             return (Uniform(),) * len(experts)
         correct = named.part.shared.get("bias_correction", False)
-        pairs = zip(named.part.experts, own, experts, strict=True)
+        pairs = zip(entries, own, experts, strict=True)
         return tuple(self._curvature(entry, (name, p.name), shape, correct) for entry, name, p in pairs)
 
     def _curvature(
@@ -343,21 +402,22 @@ class Pairing:
         """names: under which the file may know the tensor: its own, or that of the embeddings it is tied
         to."""
         file = self.moments.get(moments_key(entry))
-        name = file and next((n for n in dict.fromkeys(names) if file.find(n) is not None), None)
-        if name is None:
+        if file is None:
             return None
-        found = file.curvature(name, correct)
-        if tuple(file.shape(name)) != shape:
-            raise InputError(
-                f"{file.what(name)} has shape {list(file.shape(name))}, the tensor {list(shape)}"
-            )
-        if entry.parameters.get("rank") and isinstance(found, Rank1):
-            raise InputError(
-                f"{file.what(name)} is row and column sums, which have rank 1: leave out `rank`, or give a "
-                "file of all second "
-                "moments"
-            )
-        return found
+        for name in dict.fromkeys(names):
+            found = file.held(name, correct)
+            if found is None:
+                continue
+            if found.shape != shape:
+                raise InputError(f"{file.what(name)} has shape {list(found.shape)}, the tensor {list(shape)}")
+            if entry.parameters.get("rank") and isinstance(found.curvature, Rank1):
+                raise InputError(
+                    f"{file.what(name)} is row and column sums, which have rank 1: leave out `rank`, or give "
+                    "a "
+                    "file of all second moments"
+                )
+            return found.curvature
+        return None
 
     def _with_curvature(self, outputs: list[OutputTensor]) -> list[OutputTensor]:
         """What `missing_curvature` says of tensors without. Under `uniform` no expert's curvature can be

@@ -79,14 +79,16 @@ def _divided(
     return plain, varying
 
 
-def unused_filters(recipe: Recipe, names: set[str]) -> list[str]:
-    """One line for each filter that is no part of any name. names: of outputs and inputs."""
+def unused_filters(recipe: Recipe, of_tensors: Iterable[str]) -> list[str]:
+    """One line for each filter that is no part of any name. of_tensors: names of outputs
+    and inputs."""
     filters: dict[str, set[str]] = {}
     for part in recipe.slices:
         for values in (part.shared, *(entry.parameters for entry in part.experts)):
             for key, value in values.items():
                 for pattern in filters_of(value):
                     filters.setdefault(pattern, set()).add(key)
+    names = set(of_tensors) if filters else set()
     return [
         f"the filter {pattern!r} of {', '.join(f'`{key}`' for key in sorted(keys))} matches no tensor"
         for pattern, keys in filters.items()

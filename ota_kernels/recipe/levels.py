@@ -90,9 +90,8 @@ def parse_level(data: Any, where: str, method: Method, notes: Notes, *, of_model
         values[key] = parse_value(value, name, fields[key].kind)
         if not fields[key].varies and not is_constant(values[key]):
             raise RecipeError(
-                f"{name} is {show(value)}: it holds for all tensors and takes no gradient or filter; it must "
-                "be "
-                f"{fields[key].kind.allowed}"
+                f"{name} is {show(value)}: it holds for all tensors and takes no gradient or filter; "
+                f"it must be {fields[key].kind.allowed}"
             )
     for group in _EXCLUSIVE:
         chosen = _chosen(values, group)

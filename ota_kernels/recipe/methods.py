@@ -43,7 +43,7 @@ class Method:
     what must be known before a tensor merges, read after read; ranks: the places of expert t's scores that
     "ranks" finds, of n elements, `nonzero` of which are not 0; groups: of what "gram" is taken; view: the
     tensor as the kernels see it; check: what is wrong with the settings of a tensor, None where nothing is;
-    keeps_base: whether a tensor of a role takes the base's values.
+    keeps_base: whether a tensor of a role takes the base's values; copies: whether it is its only expert's.
     """
 
     name: str
@@ -57,6 +57,7 @@ class Method:
     view: Callable[[TensorInputs, Settings], TensorInputs] = lambda tensor, settings: tensor
     check: Callable[[Settings], str | None] = lambda settings: None
     keeps_base: Callable[[Settings, str], bool] = lambda settings, role: False
+    copies: Callable[[Settings], bool] = lambda settings: False
     source: str = ""
     least: int = 2
     most: int | None = None

@@ -47,7 +47,7 @@ class Slice:
     @property
     def whole(self) -> bool:
         """Whether it is all layers of its models."""
-        return self.experts[0].layers is None
+        return self.entries[0].layers is None
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def _dump_modules(modules: tuple[Module, ...]) -> dict[str, Any]:
 def _dump_module(module: Module) -> dict[str, Any]:
     first = module.slices[0]
     if first.whole:
-        models = [_dump_entry(entry) for entry in first.experts]
+        models = [_dump_entry(entry) for entry in first.experts or first.entries]
         return {"models": models, "parameters": dumped(first.shared)}
     return {"slices": [_dump_slice(part) for part in module.slices]}
 

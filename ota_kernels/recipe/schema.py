@@ -163,7 +163,7 @@ class _Parser:
         if self.method.base != "ignored":
             # mergekit's recipes may list the base among the models; its task vector is zero.
             entries = [entry for entry in entries if not entry.reference.same_as(self.base)]
-            if not entries:
+            if not entries and self.method.least > 0:
                 raise RecipeError(
                     f"`{where}` lists only the base model {self.base.label!r}: add the models to merge into "
                     "it"
@@ -179,8 +179,7 @@ class _Parser:
         if "weight" in self.method.keys and not any("weight" in level.values for level in levels):
             self.notes.add(
                 f"`{self.method.name}` takes no edits from a base: {{}} gives config and tokenizer; to merge "
-                "it too, list it "
-                "in `models`",
+                "it too, list it in `models`",
                 "base_model",
             )
             return []
@@ -226,21 +225,32 @@ class _Parser:
             raise RecipeError(
                 f"`{where}` lists {len(entries)} models: at most {MAX_MODELS} can be merged at once"
             )
-        if len(entries) < self.method.least and base is None:
-            if not entries:
-                raise RecipeError(
-                    f"`{where}` is missing or empty: list the models to merge, each as `- model: PATH`"
-                )
-            graft = "" if self.method.base == "ignored" else ", or a `base_model` to graft one model onto"
-            if self.method.base == "required":
-                raise RecipeError(f"`{self.method.name}` needs a `base_model`: add one")
-            raise RecipeError(f"a merge needs at least two models: add to `{where}`{graft}")
+        self._check_count(len(entries), base is not None, where)
         entries = [
             ModelEntry(e.reference, e.parameters, self._number(e, i), e.layers) for i, e in enumerate(entries)
         ]
         if len({entry.number for entry in entries}) < len(entries):
             raise RecipeError(f"`{where}` has a model twice: name each once")
         return Slice(tuple(entries), combined(self.method.shared, levels, f"`{where}`"), base)
+
+    def _check_count(self, count: int, has_base: bool, where: str) -> None:
+        method = self.method
+        if method.base == "required" and not has_base:
+            raise RecipeError(f"`{method.name}` needs a `base_model`: add one")
+        # One model can be grafted onto a base.
+        least = 1 if has_base and method.base == "optional" and method.most is None else method.least
+        if count >= least and (method.most is None or count <= method.most):
+            return
+        if least == 2 and method.most is None and not has_base:
+            graft = "" if method.base == "ignored" else ", or a `base_model` to graft one model onto"
+            raise RecipeError(f"a merge needs at least two models: add to `{where}`{graft}")
+        wanted = f"{least} or more" if method.most is None else f"exactly {least}"
+        beside = " beside the base" if has_base else ""
+        raise RecipeError(
+            f"`{method.name}` merges {wanted} model{'' if wanted == 'exactly 1' else 's'}{beside}, but "
+            f"`{where}` "
+            f"lists {count}"
+        )
 
     def _number(self, entry: ModelEntry, place: int) -> int:
         """A model that stands in several slices keeps its number; in one list it may stand twice, as two."""

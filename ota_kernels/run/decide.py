@@ -157,9 +157,9 @@ class Decider:
     def tensor_passes(self) -> int:
         """Further reads of each tensor right before its merge, at most."""
         histograms = 0 if self.brackets else 2 * self.needs.has("thresholds", "tensor")
-        pairs = ((t, i) for t in self.tensors for i in range(len(t.curvatures)))
-        factored = any(is_factored(t, self.settings(t), i) for t, i in pairs)
         forms = max((n.reads for n in self.needs.everything if n.statistic == "low rank"), default=0)
+        pairs = ((t, i) for t in self.tensors for i in range(len(t.curvatures)))
+        factored = forms > 0 and any(is_factored(t, self.settings(t), i) for t, i in pairs)
         return histograms + sum(n.reads for n in self.needs.of_tensor) + (forms if factored else 0)
 
     # The whole model
@@ -169,9 +169,10 @@ class Decider:
         if not self.tensors:
             return ModelFound((), (), (), False)
         selections, elements = self.selections(), self.elements
-        experts = range(len(selections))
-        thresholds: list[float | None] = [None] * len(selections)
-        brackets: list[Bracket | None] = [None] * len(selections)
+        # Tensors may differ in their experts where nothing is found over the whole model.
+        experts = range(max(len(t.experts) for t in self.tensors))
+        thresholds: list[float | None] = [None for _ in experts]
+        brackets: list[Bracket | None] = [None for _ in experts]
         spread = self.brackets and self.rules.cached([b for t in self.tensors for b in t.buffers])
         if self.model_scope:
             surveyed = {t: s for t, s in enumerate(selections) if s.surveyed}

@@ -32,11 +32,11 @@ from ..recipe import methods
 from ..recipe.schema import Recipe, load_recipe, parse_recipe
 from ..select.pending import DEFAULT_BUDGET, Store
 from ..sizes import parse_size
-from ..tensors.buffer import Buffer
 from ..tensors.result import Counts
 from ..tensors.segment import Segment
 from ..tensors.tile import TensorInputs
 from .card import model_card
+from .copies import check_equal, in_type
 from .decide import Decider
 from .engine import Decided, Engine, Event, Merged
 from .pool import IN_PLACE, Pool
@@ -183,9 +183,17 @@ class Job:
     def _decider(self, pool: Pool) -> Decider:
         tensors = list(self.tensors.values())
         of_each = {e.name: e.settings for e in self.inputs.entries if e.action != COPY}
-        method, backend, ahead = self.inputs.method, self.backend, self.read_ahead
         return Decider(
-            method, tensors, of_each, backend, pool, release, ahead, seed=self.options.seed, rules=self._rules
+            self.inputs.method,
+            tensors,
+            of_each,
+            self.backend,
+            pool,
+            release,
+            self.read_ahead,
+            positions={e.name: e.positions for e in self.inputs.entries if e.action != COPY},
+            seed=self.options.seed,
+            rules=self._rules,
         )
 
     def __enter__(self) -> Job:
@@ -349,7 +357,7 @@ class Job:
         return engine.run(todo, state.pending)
 
     def _copy(self, state: State, writer: ShardWriter) -> Iterator:
-        """Tensors that are not floating point: equal in all models, or an error."""
+        """Tensors that are copied: of the only source, or of several that must be equal."""
         for index, entry in enumerate(self.inputs.entries):
             if entry.action != COPY or not state.gaps(index, entry.numel):
                 continue
@@ -357,8 +365,9 @@ class Job:
             sources = [part.source for part in entry.sources]
             for start in range(0, entry.numel, step):
                 pieces = [b.slice(start, min(start + step, entry.numel)) for b in sources]
-                _check_equal(entry.name, pieces)
-                writer.write(self.plan.layout.tensors[index], start, pieces[0].data)
+                check_equal(entry.name, pieces)
+                data = in_type(self.backend, entry.name, pieces[0], entry.dtype)
+                writer.write(self.plan.layout.tensors[index], start, data)
                 for piece in pieces:
                     advise(piece.data, "dontneed")
             yield Merged([(Segment(index, 0, entry.numel), Counts([]))])
@@ -377,17 +386,6 @@ def _published_report(out: Path) -> dict:
     except (OSError, ValueError):
         return {}
     return report if isinstance(report, dict) else {}
-
-
-def _check_equal(name: str, pieces: list[Buffer]) -> None:
-    """InputError unless all models have the same values."""
-    first, *others = pieces
-    for other in others:
-        if not np.array_equal(first.data, other.data):
-            raise InputError(
-                f"{other.origin}: {name} ({other.dtype.name}) differs from {first.origin}; "
-                "only floating-point tensors are merged"
-            )
 
 
 def _json_asset(name: str, content: dict) -> Asset:

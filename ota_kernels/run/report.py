@@ -41,9 +41,7 @@ def build_report(
         "fingerprint": fingerprint,
         "method": inputs.recipe.merge_method,
         "experts": [
-            _expert(t, model.model, counted)
-            | {"ties": decider.ties(t, {e.name: counts.kept[t] for e, counts in counted})}
-            for t, model in enumerate(inputs.recipe.models)
+            _expert(model.model, _of_expert(model.number, counted), decider) for model in inputs.recipe.models
         ],
         "tensors": {
             entry.name: {
@@ -76,14 +74,22 @@ def build_report(
     }
 
 
-def _expert(t: int, model: str, counted: list) -> dict:
-    kept = sum(counts.kept[t] for _, counts in counted)
-    total = sum(entry.numel for entry, _ in counted)
-    thresholds = {counts.thresholds[t] for entry, counts in counted if entry.numel}
+def _of_expert(number: int, counted: list) -> list[tuple]:
+    """(output tensor, its counts, the expert's place there) where the expert of this number takes part."""
+    return [(e, counts, e.positions.index(number)) for e, counts in counted if number in e.positions]
+
+
+def _expert(model: str, counted: list[tuple], decider: Decider) -> dict:
+    kept = sum(counts.kept[t] for _, counts, t in counted)
+    total = sum(entry.numel for entry, _, _ in counted)
+    thresholds = {counts.thresholds[t] for entry, counts, t in counted if entry.numel}
+    places = {t for _, _, t in counted}
+    ties = sum(decider.ties(t, {e.name: c.kept[t] for e, c, own in counted if own == t}) for t in places)
     return {
         "model": model,
         "threshold": thresholds.pop() if len(thresholds) == 1 else None,
         "kept": kept,
         "total": total,
         "density": kept / total if total else 1.0,
+        "ties": ties,
     }

@@ -62,6 +62,7 @@ register(
         base="ignored",
         parameters=(Parameter("scale", FINITE, None, "a factor of the tensor", "expert"),),
         terms=_passthrough_terms,
+        copies=lambda settings: settings.experts[0]["scale"] is None,
         least=1,
         most=1,
     )
