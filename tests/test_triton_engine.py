@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import load_merged, make_set
-from models import decode, merge_tile, random_experts, with_buffers
+from tiles import decode, merge_tile, random_experts, with_buffers
 from test_triton import log8_of, terms_of
 from tolerances import assert_close
 

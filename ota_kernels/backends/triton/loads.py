@@ -150,7 +150,6 @@ def flat_index(table, n_experts: tl.constexpr, offset, lane, inside, gathered: t
 @triton.jit
 def place_of(
     table,
-    block,
     offset,
     n,
     lane,
@@ -160,7 +159,6 @@ def place_of(
     n_experts: tl.constexpr,
     place: tl.constexpr,
     by_fours: tl.constexpr,
-    block_size: tl.constexpr,
 ):
     """(row, column, whether it is in the row after, whether the tile has one): row is a number with "whole" and
     "long" rows, and that of the block's first element; else one of each element.
@@ -171,7 +169,7 @@ def place_of(
     """
     row, column, wrapped, has_next = 0, lane, lane < 0, False
     if place == "whole" or place == "long":
-        at = first + block * block_size
+        at = first + offset.to(tl.int32)
         row = at // n_columns
         start = at - row * n_columns
         if place == "whole":
@@ -185,7 +183,7 @@ def place_of(
                 column = tl.max_contiguous(tl.multiple_of(column, 4), 4)
     elif place != "none":
         if place == "narrow":
-            at = first + block * block_size + lane
+            at = first + offset.to(tl.int32) + lane
         elif place == "wide":
             at = first + offset + lane
         else:

@@ -7,33 +7,28 @@ writes each count once.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 
 from ...errors import BackendError
-from ...tensors.result import CENSUS, EXPONENTS, MergeStats
-from ...tensors.terms import ExpertTerms, Terms, score_bits
-from . import loads, stages
-from .survey import values
-from .table import by_place, chances_of, is_aligned, is_indexed, launch, launches, operands, unified
-from .tiles import BLOCK, TYPES, WARPS, DeviceTile, kind_of, nonfinite, streamed
+from ...tensors.result import CENSUS
+from ...tensors.terms import Terms
+from . import loads, outcome, stages
+from .outcome import N_TOTALS, Merged
+from .table import by_place, chances_of, launch, launches, operands, unified
+from .tiles import BLOCK, DeviceTile
+from .variant import UNROLLED, Variant, constants, warps
 
-UNROLLED = 16  # experts up to which loops over them are unrolled: loads are issued long before their use
 MOST = 64  # experts: one bit each of `kept_by`
 
 # Programs of a launch for each processor of the device: four or more run at once, the rest even out the end.
 _PROGRAMS = 16
 _INTERPRETED_PROGRAMS = 2
 
-# Fields of the counts beside those of experts: unkept, overflow, repaired, suspects.
-N_TOTALS = 4
 _N_TOTALS = tl.constexpr(N_TOTALS)
-_EXPONENTS = tl.constexpr(EXPONENTS)
-_CENSUS = tl.constexpr(CENSUS)
 
 
 @triton.jit(do_not_specialize=["n", "first_block", "end_block", "first_program", "n_programs", "first", "n_columns"])
@@ -102,11 +97,12 @@ def _merge_kernel(
         offset = tl.cast(block, tl.int64) * block_size
         inside = loads.inside_of(lane, n - offset, tail, block_size)
         row, column, wrapped, has_next = loads.place_of(
-            table, block, offset, n, lane, inside, first, n_columns,
-            n_experts, place, by_fours, block_size)  # fmt: skip
+            table, offset, n, lane, inside, first, n_columns,
+            n_experts, place, by_fours)  # fmt: skip
         index = loads.flat_index(table, n_experts, offset, lane, inside, gathered) if flat else lane
         base = tl.load(base_pointer + offset + lane, mask=inside, other=0).to(acc) if has_base else zero
         base32 = base.to(tl.float32)
+        drawn = stages.draw(table, numbers, offset, n_experts, keepers, block_size) if quads else lane
         of_all = base32
         if score == "spread":
             of_all = stages.spread(
@@ -132,8 +128,8 @@ def _merge_kernel(
             s = stages.score(
                 table, numbers, t, h, d32, of_all, inside, row, wrapped, has_next, score, n_experts, place)
             keep = stages.select(
-                table, numbers, t, s, offset, lane, inside, index,
-                select, n_experts, indexed, quads, block_size)  # fmt: skip
+                table, numbers, t, s, offset, lane, inside, index, drawn,
+                select, n_experts, indexed, quads)  # fmt: skip
             kept_by |= keep.to(keepers) << (t * width)
             if brackets:
                 threshold = loads.number(numbers, t, loads.THRESHOLD).to(tl.float32)
@@ -168,7 +164,7 @@ def _merge_kernel(
         if elect == "largest":
             added_by = tl.where(winner >= 0, tl.full((block_size,), 1, keepers) << (winner * width), 0)
         elif elect == "agreement" or (elect != "none" and weigh == "alone"):
-            added_by = _agreeing(
+            added_by = stages.agreeing(
                 table, numbers, offset, lane, inside, base, added_by, elected,
                 elect, n_experts, weights, origins, aligned, keepers, width, unroll)  # fmt: skip
         if elect != "none" or weigh == "alone":
@@ -206,14 +202,14 @@ def _merge_kernel(
         others = tl.where(decided & (kept_by == 0), 1, 0)
         others += tl.where(decided & loads.negated(loads.is_finite(written)), 1 << 4, 0)
         others += tl.where(decided & bad, 1 << 8, 0) + tl.where(inside & bad, 1 << 12, 0)
-        other_counts += _by_thread(others, _N_TOTALS, per_thread, block_size)
+        other_counts += outcome.by_thread(others, _N_TOTALS, per_thread, block_size)
         counted = counted_by if repair else kept_by
         if packed:
             kept = tl.where(decided, counted, 0) if brackets or tail else counted
-            kept_counts += _by_thread(kept, fields, per_thread, block_size)
+            kept_counts += outcome.by_thread(kept, fields, per_thread, block_size)
             if brackets:
                 reached = tl.where(inside, counted, 0) if tail else counted
-                reached_counts += _by_thread(reached, fields, per_thread, block_size)
+                reached_counts += outcome.by_thread(reached, fields, per_thread, block_size)
         else:  # a program has one block
             for t in tl.range(0, n_experts):
                 flag = ((counted >> t) & 1) != 0
@@ -223,22 +219,23 @@ def _merge_kernel(
                     tl.store(to + n_experts * n_programs, tl.sum((inside & flag).to(tl.int32)))
 
         if brackets:
-            _append(
+            outcome.append(
                 base_pointer, table, lengths, block, offset, n, lane, tl.where(inside, undecided, 0), first,
-                n_columns, n_experts, weights, curvature, curvatures, has_base, place, block_size)  # fmt: skip
+                n_columns, n_experts, weights, curvature, curvatures, has_base, place, unroll,
+                block_size)  # fmt: skip
         if census:
-            _add_to_census(
+            outcome.add_to_census(
                 table, numbers, censuses, offset, lane, inside, base, of_all, row, column, wrapped, has_next,
                 score, n_experts, weights, origins, curvature, curvatures, place, aligned,
                 block_size)  # fmt: skip
 
     if packed:
-        _store_counts(column_of_counts, kept_counts, n_programs, n_experts, fields)
+        outcome.store_counts(column_of_counts, kept_counts, n_programs, n_experts, fields)
         if brackets:
             to = column_of_counts + n_experts * n_programs
-            _store_counts(to, reached_counts, n_programs, n_experts, fields)
+            outcome.store_counts(to, reached_counts, n_programs, n_experts, fields)
     to = column_of_counts + n_experts * (2 if brackets else 1) * n_programs
-    _store_counts(to, other_counts, n_programs, _N_TOTALS, _N_TOTALS)
+    outcome.store_counts(to, other_counts, n_programs, _N_TOTALS, _N_TOTALS)
 
 
 @triton.jit
@@ -281,392 +278,10 @@ def _add(
     return tl.fma(kept_weight, y, numerator), denominator
 
 
-@triton.jit
-def _agreeing(
-    table,
-    numbers,
-    offset,
-    lane,
-    inside,
-    base,
-    survives,
-    elected,
-    word: tl.constexpr,
-    n_experts: tl.constexpr,
-    weights: tl.constexpr,
-    origins: tl.constexpr,
-    aligned: tl.constexpr,
-    keepers: tl.constexpr,
-    width: tl.constexpr,
-    unroll: tl.constexpr,
-):
-    """Fields of g_t: the survivors that agree with the sum of all, or with "agreement" all survivors where
-    enough of them do."""
-    share = loads.shared(numbers, n_experts, loads.AGREEMENT).to(tl.float32)
-    tie = loads.shared(numbers, n_experts, loads.TIE).to(tl.float32)
-    number, found = lane * 0, survives & 0
-    for t in tl.range(0, n_experts, loop_unroll_factor=unroll):
-        _, _, d32, _ = loads.edit_of(
-            table, t, offset, lane, inside, base, tl.float32, n_experts, weights, origins, aligned)  # fmt: skip
-        v = loads.number(numbers, t, loads.VOTE).to(tl.float32) * d32
-        agrees = (((survives >> (t * width)) & 1) != 0) & stages.agrees(v, elected, share, tie, word)
-        number += agrees.to(tl.int32)
-        found |= agrees.to(keepers) << (t * width)
-    if word == "agreement":
-        needed = loads.shared(numbers, n_experts, loads.NEEDED).to(tl.int32)
-        found = tl.where(number >= needed, survives, 0)
-    return found
-
-
-# Counts.
-
-
-@triton.jit
-def _by_thread(packed, fields: tl.constexpr, per_thread: tl.constexpr, block_size: tl.constexpr):
-    """int32[threads, fields]: the fields of 4 bits, summed over the elements of each thread, 15 at most: no
-    thread needs another one's for that."""
-    sums = tl.sum(tl.reshape(packed, (block_size // per_thread, per_thread)), 1)
-    shifts = (4 * tl.arange(0, fields)).to(sums.dtype)
-    return ((sums[:, None] >> shifts[None, :]) & 15).to(tl.int32)
-
-
-@triton.jit
-def _store_counts(to, found, n_programs, n_rows: tl.constexpr, fields: tl.constexpr):
-    """The sums of int32[threads, fields] into the program's column of n_rows rows."""
-    row = tl.arange(0, fields)
-    tl.store(to + row * n_programs, tl.sum(found, 0), mask=row < n_rows)
-
-
-# What a bracket leaves undecided.
-
-
-@triton.jit
-def _append(
-    base_pointer,
-    table,
-    lengths,
-    block,
-    offset,
-    n,
-    lane,
-    wanted,
-    first,
-    n_columns,
-    n_experts: tl.constexpr,
-    weights: tl.constexpr,
-    curvature: tl.constexpr,
-    curvatures: tl.constexpr,
-    has_base: tl.constexpr,
-    place: tl.constexpr,
-    block_size: tl.constexpr,
-):
-    """Write the block's wanted elements (1, else 0) to the columns, from the block's own beginning on, where
-    they are in the cache: reading a tenth of the elements later would read nearly every 32-byte sector again.
-
-    Positions first; then as many threads as a program has take one element each and all that belongs to it,
-    instead of every element's thread a masked turn."""
-    columns = loads.N_TABLE * n_experts + loads.N_SCALARS
-    positions = loads.pointer(table, columns, tl.int32, True) + offset
-    m = tl.sum(wanted)
-    tl.store(lengths + block, m)
-    tl.store(positions + tl.cumsum(wanted, 0) - 1, offset.to(tl.int32) + lane, mask=wanted != 0)
-    tl.debug_barrier()  # each thread's positions are seen by all
-    each: tl.constexpr = "narrow" if place == "whole" or place == "long" else place
-    at = tl.arange(0, block_size // 8)
-    while tl.sum((at < m).to(tl.int32)) > 0:
-        there = at < m
-        which = tl.load(positions + at, mask=there, other=0) - offset.to(tl.int32)
-        if has_base:
-            to = loads.pointer(table, columns + 1, base_pointer.dtype.element_ty, True) + offset
-            tl.store(to + at, tl.load(base_pointer + offset + which, mask=there), mask=there)
-        if curvature != "uniform":
-            row, column, wrapped, has_next = loads.place_of(
-                table, block, offset, n, which, there, first, n_columns,
-                n_experts, each, False, block_size // 8)  # fmt: skip
-        for t in tl.range(0, n_experts):
-            w = loads.elements(table, loads.WEIGHTS * n_experts + t, offset, which, there, weights, False)
-            tl.store(loads.pointer(table, columns + 2 + t, weights, True) + offset + at, w, mask=there)
-            if curvature != "uniform":
-                h = loads.curvature(
-                    table, t, offset, which, there, row, column, wrapped, has_next,
-                    n_experts, curvature, curvatures, each, False, block_size // 8)  # fmt: skip
-                to = loads.pointer(table, columns + 2 + n_experts + t, tl.float32, True) + offset
-                tl.store(to + at, h, mask=there)
-        at += block_size // 8
-
-
-@triton.jit
-def _add_to_census(
-    table,
-    numbers,
-    censuses,
-    offset,
-    lane,
-    inside,
-    base,
-    of_all,
-    row,
-    column,
-    wrapped,
-    has_next,
-    score: tl.constexpr,
-    n_experts: tl.constexpr,
-    weights: tl.constexpr,
-    origins: tl.constexpr,
-    curvature: tl.constexpr,
-    curvatures: tl.constexpr,
-    place: tl.constexpr,
-    aligned: tl.constexpr,
-    block_size: tl.constexpr,
-):
-    """Add each expert's scores outside of its bracket to its census."""
-    base32 = base.to(tl.float32)
-    for t in tl.range(0, n_experts):
-        w, _, d32, usable = loads.edit_of(
-            table, t, offset, lane, inside, base, tl.float32, n_experts, weights, origins, aligned)  # fmt: skip
-        h = loads.curvature(
-            table, t, offset, lane, inside, row, column, wrapped, has_next,
-            n_experts, curvature, curvatures, place, aligned, block_size)  # fmt: skip
-        s = stages.score(
-            table, numbers, t, h, d32, of_all, inside, row, wrapped, has_next, score, n_experts, place)
-        usable &= inside & loads.is_finite(base32) & loads.is_finite(w.to(tl.float32)) & loads.is_curvature(h)
-        s = stages.usable_score(s, usable)
-        lowest = loads.number(numbers, t, loads.THRESHOLD).to(tl.float32)
-        span = loads.integer(table, t, n_experts, loads.SPAN).to(tl.uint32)
-        s = tl.where(stages.in_bracket(s, lowest, span), 0.0, s)
-        _add_significands(censuses + _CENSUS * t, s, stages.bits(lowest) + tl.maximum(span, 1))
-
-
-@triton.jit
-def _add_significands(sums, s, end):
-    """Adds the significands of the block's scores by exponent, those from `end` (bits) upwards apart.
-
-    One sum and one exact atomic addition per exponent that occurs, some twenty of them, instead of an
-    addition per element to the same few addresses. Relaxed: nobody reads them before the kernel's end."""
-    exponent = (stages.bits(s) >> 23).to(tl.int32)
-    significand = ((stages.bits(s) & 0x7FFFFF) + tl.where(exponent > 0, 0x800000, 0)).to(tl.int64)
-    above = stages.bits(s) >= end
-    e, highest = tl.min(tl.where(s > 0, exponent, _EXPONENTS)), tl.max(exponent)
-    while e <= highest:
-        of_e = tl.where(exponent == e, significand, 0)
-        tl.atomic_add(sums + e, tl.sum(tl.where(above, 0, of_e)), sem="relaxed")
-        tl.atomic_add(sums + _EXPONENTS + e, tl.sum(tl.where(above, of_e, 0)), sem="relaxed")
-        e += 1
-    tl.atomic_add(sums + 2 * _EXPONENTS, tl.sum(above.to(tl.int64)), sem="relaxed")
-
-
-# Launching it.
-
-
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """What the kernel is compiled for; the fields are its constexpr parameters.
-
-    weights, curvatures: stored types; acc: type of the sums; edit .. divide: words of Terms; power: "half",
-    "scaled", "one" or "general"; scaled, trimmed: whether some edit_scale is not 1, some trim not 0; floored:
-    whether the divisor has a least value; indexed, flat: whether thresholds hold for parts of the flat indices,
-    and whether these are asked for; quads: as in `stages.uniform`; place: as in `loads.place_of`; aligned:
-    16-byte loads, by_fours: of what belongs to columns; tail: the block that is not full.
-    """
-
-    n_experts: int
-    weights: tl.dtype
-    curvature: str
-    curvatures: tl.dtype
-    acc: tl.dtype
-    edit: str
-    score: str
-    select: str
-    elect: str
-    weigh: str
-    divide: str
-    power: str
-    has_base: bool
-    origins: bool
-    scaled: bool
-    trimmed: bool
-    floored: bool
-    zero_divisor: str
-    fallback: str
-    repair: bool
-    brackets: bool
-    census: bool
-    indexed: bool
-    gathered: bool
-    quads: bool
-    flat: bool
-    place: str
-    by_fours: bool
-    aligned: bool
-    tail: bool = False
-
-    @classmethod
-    def of(cls, tile: DeviceTile, terms: Terms, out: torch.Tensor, exact_roots: bool = False) -> Variant:
-        """The full blocks' variant for a unified tile. exact_roots: never "scaled" ones."""
-        words, c = terms.words, tile.curvatures[0]
-        kind, gathered = kind_of(c), tile.index is not None
-        rows = by_place(terms) or kind in ("rank1", "log8")
-        place = tile.place.kind(tile.numel, gathered) if rows else "none"
-        indexed, random = is_indexed(terms), words.select in ("random", "random by rank")
-        quads = random and not gathered and tile.start % 4 == 0
-        acc = tl.float64 if out.dtype.itemsize >= 4 else tl.float32
-        streams = [x for x in (tile.base, *tile.experts, *tile.origins, out) if x is not None]
-        streams += [x for c in tile.curvatures for x in streamed(c)]
-        return cls(
-            n_experts=len(tile.experts),
-            weights=TYPES[tile.experts[0].dtype],
-            curvature=kind,
-            curvatures=TYPES[c.dtype] if kind == "full" else tl.float32,
-            acc=acc,
-            edit=words.edit,
-            score=words.score,
-            select=words.select,
-            elect=words.elect,
-            weigh=words.weigh,
-            divide=words.divide,
-            power=_power(terms, acc, exact_roots),
-            has_base=tile.base is not None,
-            origins=bool(tile.origins),
-            scaled=any(e.edit_scale != 1 for e in terms.experts),
-            trimmed=any(e.trim > 0 for e in terms.experts),
-            floored=terms.least > 0,
-            zero_divisor=terms.zero,
-            fallback="base" if terms.fallback == "base" and tile.base is not None else "mean",
-            repair=terms.repair,
-            brackets=any(e.span for e in terms.experts),
-            census=any(e.census for e in terms.experts),
-            indexed=indexed,
-            gathered=gathered,
-            quads=quads,
-            flat=indexed or (random and not quads),
-            place=place,
-            by_fours=place == "long" and tile.place.by_fours,
-            aligned=is_aligned(streams),
-        )
-
-
-def _power(terms: Terms, acc: tl.dtype, exact_roots: bool) -> str:
-    """Roots are "scaled" where the score tells of a product h k that overflows (`Merged.is_overdone`), and
-    where k keeps the smallest h normal."""
-    words = terms.words
-    if words.weigh != "curvature":
-        return "one"
-    if terms.power != 0.5:
-        return "one" if terms.power == 1 else "general"
-    scores_tell = words.score in ("saliency", "curvature") and not terms.repair
-    normal = all(2.0**24 <= e.score_scale <= 2.0**64 for e in terms.experts)
-    return "scaled" if acc == tl.float32 and scores_tell and normal and not exact_roots else "half"
-
-
-def warps(variant: Variant) -> int:
-    """Warps of a program: so many that a thread's elements stay in registers, 8 or (in float64) 4."""
-    in_float64 = variant.weights == tl.float64 or variant.power == "general"
-    return 2 * WARPS if in_float64 else WARPS
-
-
-@functools.cache
-def constants(variant: Variant, block_size: int = BLOCK) -> dict:
-    """The kernel's constexpr arguments. A field of `kept_by` has room for a count of a thread's elements, or,
-    with many experts, one bit."""
-    n_experts = variant.n_experts
-    packed = n_experts <= UNROLLED
-    variables = {name: getattr(variant, name) for name in Variant.__dataclass_fields__}
-    return variables | {
-        "unroll": n_experts if packed else 1,
-        "packed": packed,
-        "keepers": tl.int32 if n_experts <= 8 else tl.int64,
-        "width": 4 if packed else 1,
-        "fields": triton.next_power_of_2(n_experts) if packed else 1,
-        "per_thread": 8 * WARPS // warps(variant),
-        "block_size": block_size,
-    }
-
-
 def _scaled(terms: Terms) -> Terms:
     """Weights for roots of h k instead of h."""
     experts = (replace(e, weight_scale=e.weight_scale / e.score_scale**0.5) for e in terms.experts)
     return replace(terms, experts=tuple(experts))
-
-
-class Undecided(NamedTuple):
-    """Elements that some bracket leaves undecided. positions: int32[m], ascending; operands: their inputs,
-    curvature as float32; steps: per expert, of each score in its bracket, how many float32 numbers it lies
-    above the lowest one (int32)."""
-
-    positions: torch.Tensor
-    operands: DeviceTile
-    steps: tuple[torch.Tensor, ...]
-
-
-@dataclass(frozen=True)
-class Merged:
-    """What a launched merge will have counted; reading it waits for the device.
-
-    tile: the inputs; terms: what was asked for; totals: int32, one for each count; columns: of the undecided
-    elements, each block's from its own beginning on; lengths: how many of each block; censuses: int64[T,
-    CENSUS].
-    """
-
-    tile: DeviceTile
-    terms: Terms
-    variant: Variant
-    totals: torch.Tensor
-    columns: tuple[torch.Tensor, ...] = ()
-    lengths: torch.Tensor | None = None
-    censuses: torch.Tensor | None = None
-
-    def is_overdone(self, totals: list[int], bad: tuple) -> bool:
-        """Whether some root may have overflowed: then merge again with exact ones. bad: the inputs that cannot
-        be used, which explain the suspects otherwise."""
-        return self.variant.power == "scaled" and totals[-1] > 0 and not bad
-
-    def stats(self, totals: list[int]) -> MergeStats:
-        """The counts, from the totals; undecided elements and censuses stay on the device."""
-        unkept, overflow, repaired, suspects = totals[-N_TOTALS:]
-        n_experts = len(self.tile.experts)
-        kept = tuple(totals[:n_experts])
-        return MergeStats(
-            kept=kept,
-            reached=tuple(totals[n_experts : 2 * n_experts]) if self.columns else kept,
-            unkept=unkept,
-            overflow=overflow,
-            repaired=repaired if self.terms.repair else 0,
-            nonfinite=nonfinite(self.tile) if suspects else (),
-        )
-
-    def undecided(self) -> Undecided:
-        """The undecided elements in ascending order: what the blocks have written, one after the other."""
-        n_experts, lengths = len(self.tile.experts), self.lengths
-        ahead = torch.arange(len(lengths), device=lengths.device) * BLOCK - (lengths.cumsum(0) - lengths)
-        shift = torch.repeat_interleave(ahead, lengths)
-        order = shift + torch.arange(len(shift), device=shift.device)
-        positions, base, *rest = (None if x is None else x[order] for x in self.columns)
-        # Kernels run on unified types; a candidate is stored in its tensor's own, which loses nothing.
-        given = (self.tile.base, *self.tile.experts)
-        stored = zip([base, *rest[:n_experts]], given, strict=True)
-        base, *experts = (w if w is None else w.to(own.dtype) for w, own in stored)
-        operands = _gathered(self.tile, positions.long(), base, experts, rest[n_experts:])
-        found = ((values("scores", operands, t, self.terms)[0], e) for t, e in enumerate(self.terms.experts))
-        return Undecided(positions, operands, tuple(_steps(s, e) for s, e in found))
-
-
-def _gathered(tile: DeviceTile, positions: torch.Tensor, base, experts, curvatures) -> DeviceTile:
-    """The elements of a tile at these positions (int64[m]), of which base, experts and curvatures are there."""
-    # Arrays by row begin with the first row of a tile that is not gathered itself: there its indices begin too.
-    index = tile.place.first + positions if tile.index is None else tile.index[positions]
-    return replace(
-        tile,
-        base=base,
-        experts=tuple(experts),
-        curvatures=tuple(curvatures),
-        origins=tuple(o if o is None else o[positions] for o in tile.origins),
-        index=index,
-    )
-
-
-def _steps(s: torch.Tensor, e: ExpertTerms) -> torch.Tensor:
-    above_lowest = s.view(torch.int32) - score_bits(e.threshold)
-    return above_lowest[(above_lowest >= 0) & (above_lowest < e.span)]
 
 
 def merge(tile: DeviceTile, terms: Terms, out: torch.Tensor, exact_roots: bool = False) -> Merged:
@@ -719,7 +334,7 @@ def merge(tile: DeviceTile, terms: Terms, out: torch.Tensor, exact_roots: bool =
         )
         first_program += programs
     totals = counts.sum(1, dtype=torch.int32)
-    return Merged(given, terms, variant, totals, columns, lengths if columns else None, censuses)
+    return Merged(given, terms, variant.power == "scaled", totals, columns, lengths if columns else None, censuses)
 
 
 def _programs(device: torch.device, n_blocks: int) -> int:

@@ -146,33 +146,43 @@ def below(s, upper, table, t, index, n_experts: tl.constexpr, indexed: tl.conste
 
 
 @triton.jit
-def uniform(
-    table,
-    t,
-    offset,
-    index,
-    n_experts: tl.constexpr,
-    quads: tl.constexpr,
-    block_size: tl.constexpr,
-):
-    """u_t of tensors/random.py, float32[block]. quads: the block begins at a multiple of 4, so that each of
-    Philox's counters serves four neighbours."""
-    key = loads.scalar(table, n_experts, loads.KEY)
-    if quads:
-        group = ((loads.scalar(table, n_experts, loads.START) + offset) >> 2) + tl.arange(0, block_size // 4)
-    else:
-        group = index >> 2
+def _words(table, t, group, n_experts: tl.constexpr):
+    """The four words of Philox for groups of 4 neighbours (int64), by tensors/random.py."""
     low = group.to(tl.uint32)
-    zero = low * 0
-    expert = zero + loads.integer(table, t, n_experts, loads.POSITION).to(tl.uint32)
-    name = zero + loads.scalar(table, n_experts, loads.NAME).to(tl.uint32)
-    a, b, c, d = tl.philox(key, low, (group >> 32).to(tl.uint32), expert, name, n_rounds=10)
-    if quads:
-        word = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
-    else:
-        which = index & 3
-        word = tl.where(which < 2, tl.where(which == 0, a, b), tl.where(which == 2, c, d))
+    expert = low * 0 + loads.integer(table, t, n_experts, loads.POSITION).to(tl.uint32)
+    name = low * 0 + loads.scalar(table, n_experts, loads.NAME).to(tl.uint32)
+    key = loads.scalar(table, n_experts, loads.KEY)
+    return tl.philox(key, low, (group >> 32).to(tl.uint32), expert, name, n_rounds=10)
+
+
+@triton.jit
+def _uniform(word):
+    """u of a word of Philox, float32."""
     return (word >> 8).to(tl.float32) * 5.9604644775390625e-08  # 2^-24
+
+
+@triton.jit
+def uniform(table, t, index, n_experts: tl.constexpr):
+    """u_t of tensors/random.py at these flat indices, float32."""
+    a, b, c, d = _words(table, t, index >> 2, n_experts)
+    which = index & 3
+    return _uniform(tl.where(which < 2, tl.where(which == 0, a, b), tl.where(which == 2, c, d)))
+
+
+@triton.jit
+def draw(table, numbers, offset, n_experts: tl.constexpr, keepers: tl.constexpr, block_size: tl.constexpr):
+    """Whether u_t < probability_t, in bit 4 t + j of the group of each element, where j is an element's place in
+    its group: each of Philox's counters serves four neighbours. The tile begins at a group."""
+    group = ((loads.scalar(table, n_experts, loads.START) + offset) >> 2) + tl.arange(0, block_size // 4)
+    drawn = tl.zeros((block_size // 4,), keepers)
+    for t in tl.range(0, n_experts, loop_unroll_factor=n_experts):
+        p = loads.number(numbers, t, loads.PROBABILITY).to(tl.float32)
+        a, b, c, d = _words(table, t, group, n_experts)
+        of_t = tl.where(_uniform(a) < p, 1, 0) + tl.where(_uniform(b) < p, 2, 0)
+        of_t += tl.where(_uniform(c) < p, 4, 0) + tl.where(_uniform(d) < p, 8, 0)
+        drawn |= of_t.to(keepers) << (4 * t)
+    twice = tl.interleave(drawn, drawn)
+    return tl.interleave(twice, twice)
 
 
 @triton.jit
@@ -185,13 +195,13 @@ def select(
     lane,
     inside,
     index,
+    drawn,
     word: tl.constexpr,
     n_experts: tl.constexpr,
     indexed: tl.constexpr,
     quads: tl.constexpr,
-    block_size: tl.constexpr,
 ):
-    """m_t of the block. index: flat, of each element, where the words ask for it."""
+    """m_t of the block. index: flat, of each element, where the words ask for it; drawn: where quads."""
     if word == "at least" or word == "between":
         threshold = loads.number(numbers, t, loads.THRESHOLD).to(tl.float32)
         keep = at_least(s, threshold, table, t, index, n_experts, indexed)
@@ -201,13 +211,14 @@ def select(
     elif word == "above":
         keep = s > loads.number(numbers, t, loads.THRESHOLD).to(tl.float32)
     elif word == "random":
-        u = uniform(table, t, offset, index, n_experts, quads, block_size)
-        keep = u < loads.number(numbers, t, loads.PROBABILITY).to(tl.float32)
+        if quads:
+            keep = ((drawn >> (4 * t + (lane & 3)).to(drawn.dtype)) & 1) != 0
+        else:
+            p = loads.number(numbers, t, loads.PROBABILITY).to(tl.float32)
+            keep = uniform(table, t, index, n_experts) < p
     elif word == "random by rank":
-        u = uniform(table, t, offset, index, n_experts, quads, block_size)
-        keep = u < loads.elements(
-            table, loads.CHANCES * n_experts + t, offset, lane, inside, tl.float32, True
-        )
+        p = loads.elements(table, loads.CHANCES * n_experts + t, offset, lane, inside, tl.float32, True)
+        keep = uniform(table, t, index, n_experts) < p
     else:
         keep = lane >= 0
     return keep
@@ -237,8 +248,45 @@ def agrees(v, elected, share, tie, word: tl.constexpr):
     if word == "agreement":
         found = tl.abs(v) > share * tl.abs(elected - v)
     else:
-        positive = (elected > 0) | ((elected == 0) & (tie > 0))
-        found = ((v > 0) & positive) | ((v < 0) & (elected < 0))
+        sign = tl.where(elected == 0, tie, elected)
+        found = ((v > 0) & (sign > 0)) | ((v < 0) & (sign < 0))
+    return found
+
+
+@triton.jit
+def agreeing(
+    table,
+    numbers,
+    offset,
+    lane,
+    inside,
+    base,
+    survives,
+    elected,
+    word: tl.constexpr,
+    n_experts: tl.constexpr,
+    weights: tl.constexpr,
+    origins: tl.constexpr,
+    aligned: tl.constexpr,
+    keepers: tl.constexpr,
+    width: tl.constexpr,
+    unroll: tl.constexpr,
+):
+    """Fields of g_t: the survivors that agree with the sum of all, or with "agreement" all survivors where
+    enough of them do."""
+    share = loads.shared(numbers, n_experts, loads.AGREEMENT).to(tl.float32)
+    tie = loads.shared(numbers, n_experts, loads.TIE).to(tl.float32)
+    number, found = lane * 0, survives & 0
+    for t in tl.range(0, n_experts, loop_unroll_factor=unroll):
+        _, _, d32, _ = loads.edit_of(
+            table, t, offset, lane, inside, base, tl.float32, n_experts, weights, origins, aligned)  # fmt: skip
+        v = loads.number(numbers, t, loads.VOTE).to(tl.float32) * d32
+        of_t = (((survives >> (t * width)) & 1) != 0) & agrees(v, elected, share, tie, word)
+        number += of_t.to(tl.int32)
+        found |= of_t.to(keepers) << (t * width)
+    if word == "agreement":
+        needed = loads.shared(numbers, n_experts, loads.NEEDED).to(tl.int32)
+        found = tl.where(number >= needed, survives, 0)
     return found
 
 

@@ -53,7 +53,7 @@ def _scored(
     lane = tl.arange(0, block_size)
     inside = loads.inside_of(lane, n - offset, tail, block_size)
     row, column, wrapped, has_next = loads.place_of(
-        table, block, offset, n, lane, inside, first, n_columns, n_experts, place, False, block_size)
+        table, offset, n, lane, inside, first, n_columns, n_experts, place, False)
     base = tl.zeros((block_size,), tl.float32)
     if has_base:
         base = tl.load(base_pointer + offset + lane, mask=inside, other=0).to(tl.float32)
@@ -72,7 +72,7 @@ def _scored(
     if indexed or select == "random" or select == "random by rank":
         index = loads.flat_index(table, n_experts, offset, lane, inside, gathered)
     keep = stages.select(
-        table, numbers, t, s, offset, lane, inside, index, select, n_experts, indexed, False, block_size)
+        table, numbers, t, s, offset, lane, inside, index, lane, select, n_experts, indexed, False)
     return offset, lane, inside, s, tl.where(usable & inside, d, 0.0), keep & usable & inside, usable
 
 
