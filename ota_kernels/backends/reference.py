@@ -183,7 +183,7 @@ def _by_rank(d32: torch.Tensor, e: ExpertTerms, columns: int) -> torch.Tensor:
         return d32
     rows = d32.abs().reshape(-1, columns)
     rank = torch.empty(rows.shape, dtype=torch.int64)
-    rank.scatter_(1, rows.argsort(1, stable=True), torch.arange(columns).expand_as(rank))
+    rank.scatter_(1, rows.argsort(dim=1, stable=True), torch.arange(columns).expand_as(rank))
     of_rank = random.probability_of_rank(e.probability, e.spread, np.arange(columns), columns)
     return torch.from_numpy(of_rank)[rank].reshape(-1)
 
