@@ -85,6 +85,12 @@ def negated(flags):
 
 
 @triton.jit
+def int32_sum(x, axis: tl.constexpr):
+    """Of int32. The interpreter of triton 3.2 sums int32 in int64, and would store it as that."""
+    return tl.sum(x, axis).to(tl.int64).to(tl.int32)
+
+
+@triton.jit
 def is_finite(x):
     return tl.abs(x) < float("inf")
 

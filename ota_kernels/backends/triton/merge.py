@@ -214,9 +214,9 @@ def _merge_kernel(
             for t in tl.range(0, n_experts):
                 flag = ((counted >> t) & 1) != 0
                 to = column_of_counts + t * n_programs
-                tl.store(to, tl.sum((decided & flag).to(tl.int32)))
+                tl.store(to, loads.int32_sum((decided & flag).to(tl.int32), 0))
                 if brackets:
-                    tl.store(to + n_experts * n_programs, tl.sum((inside & flag).to(tl.int32)))
+                    tl.store(to + n_experts * n_programs, loads.int32_sum((inside & flag).to(tl.int32), 0))
 
         if brackets:
             outcome.append(

@@ -35,7 +35,7 @@ def by_thread(packed, fields: tl.constexpr, per_thread: tl.constexpr, block_size
 def store_counts(to, found, n_programs, n_rows: tl.constexpr, fields: tl.constexpr):
     """The sums of int32[threads, fields] into the program's column of n_rows rows."""
     row = tl.arange(0, fields)
-    tl.store(to + row * n_programs, tl.sum(found, 0), mask=row < n_rows)
+    tl.store(to + row * n_programs, loads.int32_sum(found, 0), mask=row < n_rows)
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def append(
     instead of every element's thread a masked turn."""
     columns = loads.N_TABLE * n_experts + loads.N_SCALARS
     positions = loads.pointer(table, columns, tl.int32, True) + offset
-    m = tl.sum(wanted)
+    m = loads.int32_sum(wanted, 0)
     tl.store(lengths + block, m)
     tl.store(positions + tl.cumsum(wanted, 0) - 1, offset.to(tl.int32) + lane, mask=wanted != 0)
     tl.debug_barrier()  # each thread's positions are seen by all

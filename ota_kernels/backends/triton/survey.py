@@ -116,7 +116,8 @@ def _values_kernel(
     else:
         out = keep.to(tl.uint8)
     tl.store(out_pointer + offset + lane, out, mask=inside)
-    tl.store(suspects + offset // block_size, tl.sum((inside & loads.negated(usable)).to(tl.int32)))
+    bad = loads.int32_sum((inside & loads.negated(usable)).to(tl.int32), 0)
+    tl.store(suspects + offset // block_size, bad)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
@@ -167,7 +168,8 @@ def _histogram_kernel(
         tl.atomic_add(lows + high, low.to(tl.int64), mask=wanted, sem="relaxed")
     else:
         tl.atomic_add(counts + low, one, mask=inside & (high == prefix), sem="relaxed")
-    tl.store(suspects + offset // block_size, tl.sum((inside & loads.negated(usable)).to(tl.int32)))
+    bad = loads.int32_sum((inside & loads.negated(usable)).to(tl.int32), 0)
+    tl.store(suspects + offset // block_size, bad)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
