@@ -26,9 +26,17 @@ _CENSUS = tl.constexpr(CENSUS)
 def by_thread(packed, fields: tl.constexpr, per_thread: tl.constexpr, block_size: tl.constexpr):
     """int32[threads, fields]: the fields of 4 bits, summed over the elements of each thread, 15 at most: no
     thread needs another one's for that."""
-    sums = tl.sum(tl.reshape(packed, (block_size // per_thread, per_thread)), 1)
-    shifts = (4 * tl.arange(0, fields)).to(sums.dtype)
-    return ((sums[:, None] >> shifts[None, :]) & 15).to(tl.int32)
+    field = tl.arange(0, fields)
+    sums = _thread_sums(packed.to(tl.int32), per_thread, block_size)[:, None]
+    if fields > 8:  # of 64 bits, in halves: they are added and shifted in one instruction
+        high = _thread_sums((packed >> 32).to(tl.int32), per_thread, block_size)[:, None]
+        sums = tl.where(field[None, :] < 8, sums, high)
+    return (sums >> (4 * (field & 7))[None, :]) & 15
+
+
+@triton.jit
+def _thread_sums(x, per_thread: tl.constexpr, block_size: tl.constexpr):
+    return tl.sum(tl.reshape(x, (block_size // per_thread, per_thread)), 1)
 
 
 @triton.jit
