@@ -58,7 +58,9 @@ FORMULAS = {
 }
 
 
-def terms_of(tile: TensorInputs, formula: str | Words = "precond", quantile: float = 0.6, **of_expert) -> Terms:
+def terms_of(
+    tile: TensorInputs, formula: str | Words = "precond", quantile: float = 0.6, **of_expert
+) -> Terms:
     """Terms whose thresholds keep about 1 - quantile of each expert's edits. Without a base, scores that are
     saliencies are of the curvature alone."""
     words, numbers = (formula, {}) if isinstance(formula, Words) else FORMULAS[formula]

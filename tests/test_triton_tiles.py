@@ -1,5 +1,5 @@
-"""Tiles of the Triton backend: which parts of them go to the device, tiles that are there already, and a tile in
-two halves. As in test_triton.py, kernels run on a GPU, or in a process of their own under the interpreter.
+"""Tiles of the Triton backend: which parts of them go to the device, tiles that are there already, and a tile
+in two halves. As in test_triton.py, kernels run on a GPU, or in a process of their own under the interpreter.
 """
 
 from __future__ import annotations

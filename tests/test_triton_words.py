@@ -1,6 +1,6 @@
-"""Every word of tensors/terms.py in the Triton kernels, against the reference: equal decisions and counts, values
-within the tolerance. As in test_triton.py they run on a GPU, or in a process of their own under the interpreter.
-"""
+"""Every word of tensors/terms.py in the Triton kernels, against the reference: equal decisions and counts,
+values within the tolerance. As in test_triton.py, kernels run on a GPU, or under the interpreter in a process
+of their own."""
 
 from __future__ import annotations
 
@@ -98,7 +98,8 @@ CASES = {
     "alone of the largest": (replace(VOTING, elect="largest", weigh="alone"), {}, ("alone",)),
     "by row": (Words(score="magnitude", weigh="by row", divide="weights"), {}, ("by row",)),
     "by column": (replace(PLAIN, weigh="by column"), {"fallback": "mean"}, ("by column",)),
-    "trimmed weights": (Words(score="magnitude", divide="weights"), {}, ("trim",)),
+    "trimmed weights": (Words(score="magnitude", divide="weights"), {"least": 2.0**50}, ("trim",)),
+    "kept weights, at least": (Words(score="magnitude"), {"least": 2.0**28}, ("trim",)),
 }  # fmt: skip
 HASHED = {"seed": 98_765_432_101, "name_hash": NAME}
 
@@ -207,7 +208,9 @@ class TestMerge:
         rng = np.random.default_rng(9)
         experts = tuple(torch.as_tensor(rng.integers(-1, 3, 1100), dtype=torch.float32) for _ in range(2))
         tile = Experts(torch.zeros(1100), experts, None).inputs("float32")
-        bounds = ExpertTerms(threshold=1.0, first=5_000_000_300, last=5_000_000_900, upper=2.0, upto=5_000_000_500)
+        bounds = ExpertTerms(
+            threshold=1.0, first=5_000_000_300, last=5_000_000_900, upper=2.0, upto=5_000_000_500
+        )
         others = replace(bounds, first=0, last=5_000_000_099)
         terms = Terms(replace(VOTING, select=select), (bounds, others))
         tile = replace(tile, start=5_000_000_000)
@@ -314,7 +317,9 @@ class TestSums:
         tile = experts.inputs("bfloat16")
         terms = terms_for(tile, "magnitude")
         d = self.edits_of(tile, experts)
-        masks = np.stack([reference.scores(tile, t, terms)[0] >= terms.experts[t].threshold for t in range(3)])
+        masks = np.stack(
+            [reference.scores(tile, t, terms)[0] >= terms.experts[t].threshold for t in range(3)]
+        )
         others = masks.sum(0) - masks
         expected = [
             masks.sum(1),
@@ -337,4 +342,6 @@ class TestSums:
 
         p, q = softmax(experts.experts[1]), softmax(experts.base)
         expected = (p * np.log(p / q)).sum(1) + (q - p).sum(1)
-        np.testing.assert_allclose(backend.row_divergence(tile, 1), expected, rtol=1e-9, atol=1e-15, strict=True)
+        np.testing.assert_allclose(
+            backend.row_divergence(tile, 1), expected, rtol=1e-9, atol=1e-15, strict=True
+        )

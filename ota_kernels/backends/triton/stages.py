@@ -416,7 +416,7 @@ def divisor(
         found = tl.zeros_like(found) + loads.shared(numbers, n_experts, loads.DENOMINATOR).to(acc)
     elif word == "kept count":
         found = tl.maximum(found, 1.0)
-    elif floored:
+    elif word == "kept weights" and floored:
         found = tl.maximum(found, loads.shared(numbers, n_experts, loads.LEAST).to(acc))
     if zero == "one":
         found = tl.where(found == 0, 1.0, found)

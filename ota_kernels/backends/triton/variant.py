@@ -88,7 +88,7 @@ class Variant:
             origins=bool(tile.origins),
             scaled=any(e.edit_scale != 1 for e in terms.experts),
             trimmed=any(e.trim > 0 for e in terms.experts),
-            floored=terms.least > 0,
+            floored=words.divide == "kept weights" and terms.least > 0,
             zero_divisor=terms.zero,
             fallback="base" if terms.fallback == "base" and tile.base is not None else "mean",
             repair=terms.repair,
