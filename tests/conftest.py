@@ -101,7 +101,7 @@ def refused_command(ota_merge, tmp_path):
 
 @pytest.fixture
 def failing_launches(monkeypatch):
-    """Launches of Triton's merge kernel: a list of functions of (number of the launch, elements) that raise."""
+    """Of Triton's merge kernel: a list of functions of (number of the launch, elements) that raise."""
     from ota_kernels.backends import triton
     from ota_kernels.backends.triton import merge as merging
 

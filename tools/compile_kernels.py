@@ -2,11 +2,11 @@
 
     python tools/compile_kernels.py [--quick] [--target sm_90]
 
-Prints a table: registers, warps of a processor that have room for them, spills, shared memory, loads and stores
-by bytes, fences, and machine instructions per element of the path that is executed (the largest loop, or all up
-to the end). Exits 1 where a variant does not compile, spills registers with up to 8 experts, has a fence, takes
-more instructions than its budget, or reads or writes contiguous elements by less than 16 bytes at a time.
-"""
+Prints a table: registers, warps of a processor that have room for them, spills, shared memory, loads and
+stores by bytes, fences, and machine instructions per element of the path that is executed (the largest loop,
+or all up to the end). Exits 1 where a variant does not compile, spills registers with up to 8 experts, has a
+fence, takes more instructions than its budget, or reads or writes contiguous elements by less than 16 bytes
+at a time."""
 
 from __future__ import annotations
 
@@ -141,9 +141,9 @@ BUDGETED = "sm_90"
 
 @dataclass(frozen=True)
 class Kernel:
-    """What to compile: a kernel's pointer and number parameters with their types, its constants, elements of a
-    program, and how many 16-byte loads and stores of elements each thread needs at least (None: they are not
-    contiguous)."""
+    """What to compile: a kernel's pointer and number parameters with their types, its constants, elements of
+    a program, and how many 16-byte loads and stores of elements each thread needs at least (None: they are
+    not contiguous)."""
 
     label: str
     function: object
@@ -337,8 +337,8 @@ def _read_amd(compiled) -> Code:
 
 
 def warps_of_processor(kernel: Kernel, code: Code, target: str) -> int:
-    """Warps that have registers on one processor: of 64 Ki registers in parts of 256 for each warp, at most 64
-    (NVIDIA), of 512 for each of four SIMDs, at most 8 (gfx942)."""
+    """Warps that have registers on one processor: of 64 Ki registers in parts of 256 for each warp, at most
+    64 (NVIDIA), of 512 for each of four SIMDs, at most 8 (gfx942)."""
     if TARGETS[target].backend == "hip":
         return 4 * min(8, 512 // (-(-code.registers // 8) * 8))
     warps = (1 << 16) // (-(-32 * code.registers // 256) * 256)

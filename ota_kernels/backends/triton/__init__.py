@@ -8,7 +8,9 @@
     table.py     what a launch takes of them: one type and form, blocks, a table of words and numbers
     loads.py     how kernels read that
     stages.py    one function for each word of tensors/terms.py
-    merge.py     the merge kernel and its launch; variant.py: what it is compiled for; outcome.py: what it counts
+    merge.py     the merge kernel and its launch
+    variant.py   what it is compiled for
+    outcome.py   what it counts and leaves undecided
     survey.py    statistics of tiles
 
 TRITON_INTERPRET=1 (set before Triton is imported) runs the kernels on the CPU, element by element: for tests.

@@ -87,9 +87,7 @@ class Triton:
     def _merge_resident(self, tile: TensorInputs, terms: Terms, out: torch.Tensor) -> MergeStats:
         with self._current():
             inputs = device_tile(tile, in_place(self.device), terms)
-            return self._merge(
-                tile, inputs, terms, out.view(_type_of(tile)), torch.Tensor.tolist, left_there
-            )
+            return self._merge(tile, inputs, terms, out.view(_type_of(tile)), torch.Tensor.tolist, left_there)
 
     def _merge(
         self,
@@ -204,8 +202,8 @@ class Triton:
         return self._reduced(_without_curvature(tile), lambda inputs: survey.gram(inputs, by))
 
     def masked_sums(self, tile: TensorInputs, terms: Terms) -> np.ndarray:
-        """Per expert: kept elements, sum |d|, sum |m d|, sum (m d)^2, elements that others keep too, and those
-        that no other keeps: float64[T, 6]."""
+        """Per expert: kept elements, sum |d|, sum |m d|, sum (m d)^2, elements that others keep too, and
+        those that no other keeps: float64[T, 6]."""
         return self._reduced(tile, lambda inputs: survey.masked_sums(inputs, terms), terms)
 
     def row_divergence(self, tile: TensorInputs, t: int) -> np.ndarray:

@@ -59,7 +59,8 @@ def _probe_kernel(out):
 
 @functools.cache
 def failure(device: str) -> str:
-    """Why a kernel of one store (it also takes a C compiler, a driver and a cache folder) does not run on `device` ("cuda:N"); empty where it does."""
+    """Why a kernel of one store (it also takes a C compiler, a driver and a cache folder) does not run on
+    `device` ("cuda:N"); empty where it does."""
     try:
         with torch.cuda.device(device):
             out = torch.zeros(1, dtype=torch.int32, device=device)

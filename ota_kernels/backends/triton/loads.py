@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 
 # The kernels' table, int64: for each of these names one word per expert, then SCALARS, then what a launcher
-# appends. Addresses, of tensors on the device: weights; what their edits are taken from; curvature, its row sums
-# or scales; its column shares or codes; probabilities of elements; weights by row or column; scores of rows.
+# appends. Addresses, of tensors on the device: weights; what their edits are taken from; curvature, its row
+# sums or scales; its column shares or codes; probabilities of elements; weights by row or column; scores of
+# rows.
 TABLE = (
     *("weights", "origins", "values", "columns", "chances", "place_weights", "row_scores"),
     *("first", "last", "upto", "position", "span"),
@@ -127,8 +128,8 @@ def edit_of(
     origins: tl.constexpr,
     aligned: tl.constexpr,
 ):
-    """(w_t as stored, d_t in the type of the sums, d_t in float32, whether its origin can be used). base: in the
-    type of the sums; where experts have origins of their own, these are read instead."""
+    """(w_t as stored, d_t in the type of the sums, d_t in float32, whether its origin can be used). base: in
+    the type of the sums; where experts have origins of their own, these are read instead."""
     w = elements(table, WEIGHTS * n_experts + t, offset, lane, inside, weights, aligned)
     usable = negated(lane < 0)
     if origins:
@@ -166,13 +167,12 @@ def place_of(
     place: tl.constexpr,
     by_fours: tl.constexpr,
 ):
-    """(row, column, whether it is in the row after, whether the tile has one): row is a number with "whole" and
-    "long" rows, and that of the block's first element; else one of each element.
+    """(row, column, whether it is in the row after, whether the tile has one): row is a number with "whole"
+    and "long" rows, and that of the block's first element; else one of each element.
 
     place: "whole": rows are whole blocks; "long": a block crosses the end of one row at most; "narrow": a
-    division per element; "wide", "gathered": in 64 bits; "none": nobody asks. first: place of the tile's first
-    element, counted from the beginning of the first row that `row` means.
-    """
+    division per element; "wide", "gathered": in 64 bits; "none": nobody asks. first: place of the tile's
+    first element, counted from the beginning of the first row that `row` means."""
     row, column, wrapped, has_next = 0, lane, lane < 0, False
     if place == "whole" or place == "long":
         at = first + offset.to(tl.int32)

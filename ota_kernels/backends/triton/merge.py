@@ -31,7 +31,9 @@ _INTERPRETED_PROGRAMS = 2
 _N_TOTALS = tl.constexpr(N_TOTALS)
 
 
-@triton.jit(do_not_specialize=["n", "first_block", "end_block", "first_program", "n_programs", "first", "n_columns"])
+@triton.jit(
+    do_not_specialize=["n", "first_block", "end_block", "first_program", "n_programs", "first", "n_columns"]
+)
 def _merge_kernel(
     base_pointer,
     out_pointer,
@@ -106,7 +108,8 @@ def _merge_kernel(
         of_all = base32
         if score == "spread":
             of_all = stages.spread(
-                table, offset, lane, inside, base, n_experts, weights, origins, aligned, unroll)  # fmt: skip
+                table, offset, lane, inside, base, n_experts, weights, origins, aligned, unroll
+            )
 
         # Score and select. Where nothing is elected, each expert's elements are read once, and added.
         numerator, denominator, sum_of_weights = zero, zero, zero
@@ -121,12 +124,14 @@ def _merge_kernel(
             unusable = stages.bits(tl.abs(base32))
         for t in tl.range(0, n_experts, loop_unroll_factor=unroll):
             w, d, d32, usable = loads.edit_of(
-                table, t, offset, lane, inside, base, acc, n_experts, weights, origins, aligned)  # fmt: skip
+                table, t, offset, lane, inside, base, acc, n_experts, weights, origins, aligned
+            )
             h = loads.curvature(
                 table, t, offset, lane, inside, row, column, wrapped, has_next,
                 n_experts, curvature, curvatures, place, aligned, block_size)  # fmt: skip
             s = stages.score(
-                table, numbers, t, h, d32, of_all, inside, row, wrapped, has_next, score, n_experts, place)
+                table, numbers, t, h, d32, of_all, inside, row, wrapped, has_next, score, n_experts, place
+            )
             keep = stages.select(
                 table, numbers, t, s, offset, lane, inside, index, drawn,
                 select, n_experts, indexed, quads)  # fmt: skip
@@ -171,7 +176,8 @@ def _merge_kernel(
             is_alone = (added_by != 0) & ((added_by & (added_by - 1)) == 0)
             for t in tl.range(0, n_experts, loop_unroll_factor=unroll):
                 _, d, d32, _ = loads.edit_of(
-                    table, t, offset, lane, inside, base, acc, n_experts, weights, origins, aligned)
+                    table, t, offset, lane, inside, base, acc, n_experts, weights, origins, aligned
+                )
                 h = loads.curvature(
                     table, t, offset, lane, inside, row, column, wrapped, has_next,
                     n_experts, curvature, curvatures, place, aligned, block_size)  # fmt: skip
@@ -334,7 +340,9 @@ def merge(tile: DeviceTile, terms: Terms, out: torch.Tensor, exact_roots: bool =
         )
         first_program += programs
     totals = counts.sum(1, dtype=torch.int32)
-    return Merged(given, terms, variant.power == "scaled", totals, columns, lengths if columns else None, censuses)
+    return Merged(
+        given, terms, variant.power == "scaled", totals, columns, lengths if columns else None, censuses
+    )
 
 
 def _programs(device: torch.device, n_blocks: int) -> int:

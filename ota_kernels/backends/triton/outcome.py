@@ -1,4 +1,5 @@
-"""What a merge gives beside its elements: counts, a census of scores, and the elements that it leaves undecided."""
+"""What a merge gives beside its elements: counts, a census of scores, and the elements that it leaves
+undecided."""
 
 from __future__ import annotations
 
@@ -128,12 +129,14 @@ def add_to_census(
     base32 = base.to(tl.float32)
     for t in tl.range(0, n_experts):
         w, _, d32, usable = loads.edit_of(
-            table, t, offset, lane, inside, base, tl.float32, n_experts, weights, origins, aligned)  # fmt: skip
+            table, t, offset, lane, inside, base, tl.float32, n_experts, weights, origins, aligned
+        )
         h = loads.curvature(
             table, t, offset, lane, inside, row, column, wrapped, has_next,
             n_experts, curvature, curvatures, place, aligned, block_size)  # fmt: skip
         s = stages.score(
-            table, numbers, t, h, d32, of_all, inside, row, wrapped, has_next, score, n_experts, place)
+            table, numbers, t, h, d32, of_all, inside, row, wrapped, has_next, score, n_experts, place
+        )
         usable &= inside & loads.is_finite(base32) & loads.is_finite(w.to(tl.float32)) & loads.is_curvature(h)
         s = stages.usable_score(s, usable)
         lowest = loads.number(numbers, t, loads.THRESHOLD).to(tl.float32)
@@ -174,10 +177,9 @@ class Undecided(NamedTuple):
 class Merged:
     """What a launched merge will have counted; reading it waits for the device.
 
-    tile: the inputs; terms: what was asked for; scaled_roots: of h k instead of h; totals: int32, one for each count; columns: of the undecided
-    elements, each block's from its own beginning on; lengths: how many of each block; censuses: int64[T,
-    CENSUS].
-    """
+    tile: the inputs; terms: what was asked for; scaled_roots: of h k instead of h; totals: int32, one for
+    each count; columns: of the undecided elements, each block's from its own beginning on; lengths: how many
+    of each block; censuses: int64[T, CENSUS]."""
 
     tile: DeviceTile
     terms: Terms
@@ -188,8 +190,8 @@ class Merged:
     censuses: torch.Tensor | None = None
 
     def is_overdone(self, totals: list[int], bad: tuple) -> bool:
-        """Whether some root may have overflowed: then merge again with exact ones. bad: the inputs that cannot
-        be used, which explain the suspects otherwise."""
+        """Whether some root may have overflowed: then merge again with exact ones. bad: the inputs that
+        cannot be used, which explain the suspects otherwise."""
         return self.scaled_roots and totals[-1] > 0 and not bad
 
     def stats(self, totals: list[int]) -> MergeStats:
@@ -223,8 +225,10 @@ class Merged:
 
 
 def _gathered(tile: DeviceTile, positions: torch.Tensor, base, experts, curvatures) -> DeviceTile:
-    """The elements of a tile at these positions (int64[m]), of which base, experts and curvatures are there."""
-    # Arrays by row begin with the first row of a tile that is not gathered itself: there its indices begin too.
+    """The elements of a tile at these positions (int64[m]), of which base, experts and curvatures are
+    there."""
+    # Arrays by row begin with the first row of a tile that is not gathered itself: there its indices begin
+    # too.
     index = tile.place.first + positions if tile.index is None else tile.index[positions]
     return replace(
         tile,

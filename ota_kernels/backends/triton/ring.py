@@ -44,13 +44,13 @@ def _aligned(nbytes: int) -> int:
 
 
 class Pinned:
-    """Page-locked host memory: uint8[nbytes] as `array` (numpy) and as `tensor` (torch), for one device; nbytes: above 0.
+    """Page-locked host memory: uint8[nbytes] as `array` (numpy) and as `tensor` (torch), for one device;
+    nbytes: above 0.
 
-    A device copies from and to it by itself, while the host goes on. Memory that cannot be locked is used as it
-    is: copies are right, but the host waits for them. It is not torch's (`pin_memory=True`): that rounds sizes
-    up to powers of two, keeps what is given up, and, given up after its device has failed, ends the process,
-    because its destructor throws.
-    """
+    A device copies from and to it by itself, while the host goes on. Memory that cannot be locked is used as
+    it is: copies are right, but the host waits for them. It is not torch's (`pin_memory=True`): that rounds
+    sizes up to powers of two, keeps what is given up, and, given up after its device has failed, ends the
+    process, because its destructor throws."""
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
         memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # whole pages

@@ -1,8 +1,7 @@
 """One function for each word of tensors/terms.py, over blocks in registers.
 
-Scores and decisions are float32 operations in the order written there; the launchers forbid contraction to FMA
-(`enable_fp_fusion=False`), so that masks come out as in the reference.
-"""
+Scores and decisions are float32 operations in the order written there; the launchers forbid contraction to
+FMA (`enable_fp_fusion=False`), so that masks come out as in the reference."""
 
 from __future__ import annotations
 
@@ -48,12 +47,14 @@ def spread(
     total, s = tl.zeros_like(first), tl.zeros_like(first)
     for t in tl.range(0, n_experts, loop_unroll_factor=unroll):
         _, _, d32, _ = loads.edit_of(
-            table, t, offset, lane, inside, base, tl.float32, n_experts, weights, origins, aligned)  # fmt: skip
+            table, t, offset, lane, inside, base, tl.float32, n_experts, weights, origins, aligned
+        )
         total += d32 * 65536.0 - first
     mean = total * (1.0 / n_experts)
     for t in tl.range(0, n_experts, loop_unroll_factor=unroll):
         _, _, d32, _ = loads.edit_of(
-            table, t, offset, lane, inside, base, tl.float32, n_experts, weights, origins, aligned)  # fmt: skip
+            table, t, offset, lane, inside, base, tl.float32, n_experts, weights, origins, aligned
+        )
         x = (d32 * 65536.0 - first) - mean
         s += x * x
     return s
@@ -171,8 +172,8 @@ def uniform(table, t, index, n_experts: tl.constexpr):
 
 @triton.jit
 def draw(table, numbers, offset, n_experts: tl.constexpr, keepers: tl.constexpr, block_size: tl.constexpr):
-    """Whether u_t < probability_t, in bit 4 t + j of the group of each element, where j is an element's place in
-    its group: each of Philox's counters serves four neighbours. The tile begins at a group."""
+    """Whether u_t < probability_t, in bit 4 t + j of the group of each element, where j is an element's place
+    in its group: each of Philox's counters serves four neighbours. The tile begins at a group."""
     group = ((loads.scalar(table, n_experts, loads.START) + offset) >> 2) + tl.arange(0, block_size // 4)
     drawn = tl.zeros((block_size // 4,), keepers)
     for t in tl.range(0, n_experts, loop_unroll_factor=n_experts):
@@ -279,7 +280,8 @@ def agreeing(
     number, found = lane * 0, survives & 0
     for t in tl.range(0, n_experts, loop_unroll_factor=unroll):
         _, _, d32, _ = loads.edit_of(
-            table, t, offset, lane, inside, base, tl.float32, n_experts, weights, origins, aligned)  # fmt: skip
+            table, t, offset, lane, inside, base, tl.float32, n_experts, weights, origins, aligned
+        )
         v = loads.number(numbers, t, loads.VOTE).to(tl.float32) * d32
         of_t = (((survives >> (t * width)) & 1) != 0) & agrees(v, elected, share, tie, word)
         number += of_t.to(tl.int32)

@@ -1,6 +1,6 @@
-"""Statistics of a tile: scores, masked edits and their histograms, sums of powers, of rows and of columns, and
-the products and overlaps that weights are made of. Sums are float64, of blocks in the kernel, then of the blocks
-in torch: the same in every run."""
+"""Statistics of a tile: scores, masked edits and their histograms, sums of powers, of rows and of columns,
+and the products and overlaps that weights are made of. Sums are float64, of blocks in the kernel, then of the
+blocks in torch: the same in every run."""
 
 from __future__ import annotations
 
@@ -46,14 +46,15 @@ def _scored(
     tail: tl.constexpr,
     block_size: tl.constexpr,
 ):
-    """Of the program's block and expert t: (offset, lane, which elements are inside of the tile, s, d, m, which
-    inputs are usable). s and d are 0, and m is not set, where some are not."""
+    """Of the program's block and expert t: (offset, lane, which elements are inside of the tile, s, d, m,
+    which inputs are usable). s and d are 0, and m is not set, where some are not."""
     block = tl.program_id(0) + first_block
     offset = block.to(tl.int64) * block_size
     lane = tl.arange(0, block_size)
     inside = loads.inside_of(lane, n - offset, tail, block_size)
     row, column, wrapped, has_next = loads.place_of(
-        table, offset, n, lane, inside, first, n_columns, n_experts, place, False)
+        table, offset, n, lane, inside, first, n_columns, n_experts, place, False
+    )
     base = tl.zeros((block_size,), tl.float32)
     if has_base:
         base = tl.load(base_pointer + offset + lane, mask=inside, other=0).to(tl.float32)
@@ -61,7 +62,8 @@ def _scored(
     if score == "spread":
         of_all = stages.spread(table, offset, lane, inside, base, n_experts, weights, origins, aligned, 1)
     w, _, d, usable = loads.edit_of(
-        table, t, offset, lane, inside, base, tl.float32, n_experts, weights, origins, aligned)  # fmt: skip
+        table, t, offset, lane, inside, base, tl.float32, n_experts, weights, origins, aligned
+    )
     h = loads.curvature(
         table, t, offset, lane, inside, row, column, wrapped, has_next,
         n_experts, curvature, curvatures, place, aligned, block_size)  # fmt: skip
@@ -72,7 +74,8 @@ def _scored(
     if indexed or select == "random" or select == "random by rank":
         index = loads.flat_index(table, n_experts, offset, lane, inside, gathered)
     keep = stages.select(
-        table, numbers, t, s, offset, lane, inside, index, lane, select, n_experts, indexed, False)
+        table, numbers, t, s, offset, lane, inside, index, lane, select, n_experts, indexed, False
+    )
     return offset, lane, inside, s, tl.where(usable & inside, d, 0.0), keep & usable & inside, usable
 
 
@@ -151,7 +154,7 @@ def _histogram_kernel(
     tail: tl.constexpr,
     block_size: tl.constexpr,
 ):
-    offset, lane, inside, s, d, keep, usable = _scored(
+    offset, _, inside, s, d, keep, usable = _scored(
         base_pointer, table, numbers, t, n, first_block, first, n_columns,
         n_experts, weights, curvature, curvatures, score, select, has_base, origins, indexed, gathered, place,
         aligned, tail, block_size)  # fmt: skip
@@ -160,8 +163,8 @@ def _histogram_kernel(
     high, low = pattern >> 16, pattern & 0xFFFF
     one = tl.full((block_size,), 1, tl.int64)
     if first_digit:
-        # Edits that no mask keeps are 0, most of them: one addition to their bin, not one each. Relaxed: nobody
-        # reads the bins before the kernel's end.
+        # Edits that no mask keeps are 0, most of them: one addition to their bin, not one each. Relaxed:
+        # nobody reads the bins before the kernel's end.
         tl.atomic_add(counts, tl.sum((inside & (pattern == 0)).to(tl.int64)), sem="relaxed")
         wanted = inside & (pattern != 0)
         tl.atomic_add(counts + high, one, mask=wanted, sem="relaxed")
@@ -259,8 +262,8 @@ def terms_of(terms: Terms, t: int) -> Terms:
 
 
 def values(what: str, tile: DeviceTile, t: int, terms: Terms) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of expert t and each element: "scores", 0 where an input is not usable, or "edits" of its mask (float32),
-    or its "masks" (uint8); whether any input is not usable (on the device: reading it waits)."""
+    """Of expert t and each element: "scores", 0 where an input is not usable, or "edits" of its mask
+    (float32), or its "masks" (uint8); whether any input is not usable (on the device: reading it waits)."""
     out = torch.empty(tile.numel, dtype=torch.uint8 if what == "masks" else torch.float32, device=tile.device)
     x = _Prepared(tile, t, terms)
     masks = {"select": "all", "indexed": False} if what == "scores" else x.masks
@@ -384,8 +387,8 @@ def masked_sums(tile: DeviceTile, terms: Terms) -> torch.Tensor:
 
 
 def row_divergence(tile: DeviceTile, t: int) -> torch.Tensor:
-    """Per row, the Kullback-Leibler divergence of softmax(base) from softmax(w_t), each plus 1e-8: float64[rows];
-    sum p (x - log1p(x)), x = q / p - 1."""
+    """Per row, the Kullback-Leibler divergence of softmax(base) from softmax(w_t), each plus 1e-8:
+    float64[rows]; sum p (x - log1p(x)), x = q / p - 1."""
     columns = tile.place.columns
     rows = max(_CHUNK // columns, 1)
     w, base = (x.view(-1, columns) for x in (tile.experts[t], tile.base))

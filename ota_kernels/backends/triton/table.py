@@ -1,4 +1,5 @@
-"""What a launch takes: tiles of one type and form, in blocks, and the table of words and numbers kernels read."""
+"""What a launch takes: tiles of one type and form, in blocks, and the table of words and numbers kernels
+read."""
 
 from __future__ import annotations
 
@@ -150,7 +151,8 @@ def _upload(data: bytes, device: torch.device, stream: int) -> torch.Tensor:
 
 
 def chances_of(tile: DeviceTile, e: ExpertTerms, t: int) -> torch.Tensor:
-    """p of each element of whole rows by the rank of its edit in its row: float32[n]; see tensors/random.py."""
+    """p of each element of whole rows by the rank of its edit in its row: float32[n]; see
+    tensors/random.py."""
     n = tile.place.columns
     if tile.numel == 0:
         return torch.empty(0, dtype=torch.float32, device=tile.device)

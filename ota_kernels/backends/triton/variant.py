@@ -22,10 +22,10 @@ class Variant:
 
     weights, curvatures: stored types; acc: type of the sums; edit .. divide: words of Terms; power: "half",
     "scaled", "one" or "general"; scaled, trimmed: whether some edit_scale is not 1, some trim not 0; floored:
-    whether the divisor has a least value; indexed, flat: whether thresholds hold for parts of the flat indices,
-    and whether these are asked for; quads: random numbers by `stages.draw`; place: as in `loads.place_of`; aligned:
-    16-byte loads, by_fours: of what belongs to columns; tail: the block that is not full.
-    """
+    whether the divisor has a least value; indexed, flat: whether thresholds hold for parts of the flat
+    indices, and whether these are asked for; quads: random numbers by `stages.draw`; place: as in
+    `loads.place_of`; aligned: 16-byte loads, by_fours: of what belongs to columns; tail: the block that is
+    not full."""
 
     n_experts: int
     weights: tl.dtype
