@@ -87,7 +87,8 @@ def _merge_kernel(
     per_thread: tl.constexpr,
     block_size: tl.constexpr,
 ):
-    # 64-bit offsets, 32-bit lanes.
+    # 64-bit offsets, 32-bit lanes. One long function: what experts leave behind lies in registers, and Triton
+    # 3.2 has no tuples in which to hand so many of them on.
     lane = tl.arange(0, block_size)
     zero = tl.zeros((block_size,), acc)
     column_of_counts = counts + first_program + tl.program_id(0)
