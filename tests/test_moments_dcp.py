@@ -178,7 +178,7 @@ class Bomb:
 
 def test_metadata_with_code_is_refused(saved, tmp_path):
     (saved / ".metadata").write_bytes(pickle.dumps(Bomb(tmp_path / "boom")))
-    with pytest.raises(InputError, match=r"\.metadata: .*would run code to load") as error:
+    with pytest.raises(InputError, match=r"\.metadata: is not the metadata") as error:
         read_dcp(saved, None)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "boom").exists()
@@ -187,7 +187,7 @@ def test_metadata_with_code_is_refused(saved, tmp_path):
 def test_an_object_with_code_is_refused(tmp_path):
     state = {"state.a.exp_avg_sq": torch.ones(3), "state.a.step": Bomb(tmp_path / "boom")}
     dcp.save(state, checkpoint_id=tmp_path / "saved")
-    with pytest.raises(InputError, match=r"state\.a\.step.*cannot be read"):
+    with pytest.raises(InputError, match=r"state\['a'\]: step is not a number"):
         read_dcp(tmp_path / "saved", None)
     assert not (tmp_path / "boom").exists()
 

@@ -10,7 +10,7 @@ import traceback
 
 import click
 
-from ..errors import OtaError
+from ..errors import OtaError, one_line
 
 _COMMANDS = {
     "run": "Merge models as a recipe says.",
@@ -74,5 +74,5 @@ def main() -> None:
 def _fail(message: str, code: int) -> None:
     if logging.getLogger("ota_kernels").isEnabledFor(logging.INFO):
         traceback.print_exc()
-    click.echo(f"error: {message}", err=True)
+    click.echo(f"error: {one_line(message)}", err=True)
     sys.exit(code)

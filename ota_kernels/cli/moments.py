@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..errors import one_line
 from .moments_compress import compress
 from .moments_estimate import estimate
 
@@ -45,8 +46,23 @@ moments.add_command(estimate)
     show_default=True,
     help="What CHECKPOINT is.",
 )
+@click.option(
+    "--base",
+    type=click.Path(),
+    metavar="DIR",
+    help="What the model was trained from: parameters that equal it were frozen.",
+)
+@click.option(
+    "--names",
+    type=click.Path(),
+    metavar="FILE",
+    help="The parameters' names, one a line, as model.named_parameters() goes; a blank line between groups.",
+)
+@click.option(
+    "--as-adam", is_flag=True, help="Take keys and settings of the optimizer that are unknown for Adam's."
+)
 @click.option("--overwrite", is_flag=True, help="Replace OUT.")
-def extract(checkpoint: str, out: str, model: str | None, format_name: str, overwrite: bool) -> None:
+def extract(checkpoint: str, out: str, model: str | None, format_name: str, **options) -> None:
     """Write Adam's second moments in CHECKPOINT, a folder or a file, to OUT.safetensors.
 
     OUT is what `preconditioner_path` in a recipe takes; it appears only when it is complete and every value
@@ -55,7 +71,7 @@ def extract(checkpoint: str, out: str, model: str | None, format_name: str, over
     """
     from .. import moments as package
 
-    summary = package.extract(checkpoint, out, model, format_name, overwrite)
+    summary = package.extract(checkpoint, out, model, format_name, **options)
     for line in _summary_lines(summary, out):
         click.echo(line)
 
@@ -89,9 +105,14 @@ def _summary_lines(summary: Summary, out: str) -> list[str]:
         lines.append(
             f"  no second moments for {len(names)} of {summary.parameters} parameters: {_listed(names)}"
         )
+    if summary.zeros:
+        lines.append(
+            f"  all 0 for {len(summary.zeros)} of {summary.tensors} parameters, about which they say nothing: "
+            f"{_listed(summary.zeros)}"
+        )
     if summary.extra:
-        lines.append(f"  not in the model: {_listed(summary.extra)}")
-    return lines
+        lines.append(f"  not in the model, left out: {_listed(summary.extra)}")
+    return [one_line(line) for line in lines + [f"  {note}" for note in summary.notes]]
 
 
 def _number(name: str, summary: Summary) -> str:
