@@ -107,8 +107,8 @@ def _summary_lines(summary: Summary, out: str) -> list[str]:
         )
     if summary.zeros:
         lines.append(
-            f"  all 0 for {len(summary.zeros)} of {summary.tensors} parameters, about which they say nothing: "
-            f"{_listed(summary.zeros)}"
+            f"  all 0 for {len(summary.zeros)} of {summary.tensors} parameters, about which they say "
+            f"nothing: {_listed(summary.zeros)}"
         )
     if summary.extra:
         lines.append(f"  not in the model, left out: {_listed(summary.extra)}")

@@ -1,9 +1,9 @@
 """Torch files read without importing or calling anything that they name.
 
-A pickle is a program: it names classes and functions, and calls them. Here tensors, numbers and containers are
-built by code of this module, and whatever else a file names becomes an `Inert`, a stand-in that keeps what it
-was given and does nothing. So a run's arguments, random states and paths beside an optimizer's state cost
-nothing, and a hostile file can do nothing.
+A pickle is a program: it names classes and functions, and calls them. Here tensors, numbers and containers
+are built by code of this module, and whatever else a file names becomes an `Inert`, a stand-in that keeps
+what it was given and does nothing. So a run's arguments, random states and paths beside an optimizer's state
+cost nothing, and a hostile file can do nothing.
 
 A torch file is a zip archive of stored entries: PREFIX/data.pkl, and one entry PREFIX/data/KEY per storage.
 """
@@ -90,8 +90,8 @@ class Inert:
 
 
 class InertUnpickler(pickle.Unpickler):
-    """Builds containers, numbers, types and tensors; all else is `Inert`. storage: bytes of a tensor's storage
-    by its key and size."""
+    """Builds containers, numbers, types and tensors; all else is `Inert`. storage: bytes of a tensor's
+    storage by its key and size."""
 
     def __init__(
         self, stream: BinaryIO, storage: Callable[[str, int], torch.UntypedStorage] | None = None

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 def load(path: Path, label: str) -> Any:
     """The content of a torch file; its tensors are views of the mapped file, on the CPU.
 
-    label: what errors call the file. Raises InputError for a file that is missing, damaged, compressed, in the
-    format of torch < 1.6, or that names anything besides what torch allows with `weights_only=True`.
+    label: what errors call the file. Raises InputError for a file that is missing, damaged, compressed, in
+    the format of torch < 1.6, or that names anything besides what torch allows with `weights_only=True`.
     """
     import torch
 

@@ -21,7 +21,7 @@ _PIECE_ELEMENTS = 1 << 22
 
 @dataclass(frozen=True)
 class Part:
-    """A strided view of a parameter's elements. shape, strides, offset: in elements of its row-major order."""
+    """A strided view of a parameter. shape, strides, offset: in elements of its row-major order."""
 
     source: str
     shape: tuple[int, ...]
@@ -31,8 +31,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Arrangement:
-    """One stored tensor: its parts, put together along dimension `axis`. shape: of the stored tensor, which may
-    merge dimensions of the parts."""
+    """One stored tensor: its parts, put together along dimension `axis`. shape: of the stored tensor, which
+    may merge dimensions of the parts."""
 
     shape: tuple[int, ...]
     parts: tuple[Part, ...]

@@ -60,10 +60,10 @@ def check_source(source: Source, model: Checkpoint | None, where: str) -> Covera
     unknown = [name for name, reason in missing.items() if name not in source.skipped]
     if extra and unknown:
         raise InputError(
-            f"{where}: covers {len(covered) - len(extra)} of {len(expected)} parameters of {model.root}: it has "
-            f"{len(extra)} that the model lacks, like {quoted(extra[0])}, while the model has {len(unknown)} "
-            f"without second moments, like {quoted(unknown[0])}: give --model the folder of the model that was "
-            "trained, or --names with the names in the optimizer's order"
+            f"{where}: covers {len(covered) - len(extra)} of {len(expected)} parameters of {model.root}: it "
+            f"has {len(extra)} that the model lacks, like {quoted(extra[0])}, while the model has "
+            f"{len(unknown)} without second moments, like {quoted(unknown[0])}: give --model the folder of "
+            "the model that was trained, or --names with the names in the optimizer's order"
         )
     return Coverage(len(expected), missing, extra)
 

@@ -27,8 +27,8 @@ class Summary:
     format: the name of `--format` that read it; tensors: parameters with second moments; elements: of them
     all; nbytes: of the file; step, beta2: what all of them share, else None; varying: which of the two differ
     between them; parameters: how many the model has, or the checkpoint knows where there was no model;
-    missing: those without second moments, with the reason; extra: names that the model does not have, left out; zeros:
-    those whose second moments are 0 everywhere; notes: what was assumed or converted.
+    missing: those without second moments, with the reason; extra: names that the model does not have, left
+    out; zeros: those whose second moments are 0 everywhere; notes: what was assumed or converted.
     """
 
     format: str

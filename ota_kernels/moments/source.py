@@ -58,8 +58,8 @@ class Source:
     """All second moments of one checkpoint.
 
     format: the name of `--format` that read it; skipped: parameters that the checkpoint knows but has no
-    second moments for, with the reason ("frozen", "never stepped"); aliases: name -> the name of the parameter
-    whose values it shares; notes: what the user must know of the values, or of how names were found.
+    second moments for, with the reason ("frozen", "never stepped"); aliases: name -> the name of the
+    parameter whose values it shares; notes: what the user must know of values, or of how names were found.
     """
 
     format: str

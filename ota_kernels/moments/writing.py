@@ -28,8 +28,8 @@ _FLOAT32 = BY_NAME["float32"]
 
 @dataclass(frozen=True)
 class _Tensor:
-    """One tensor of the file. parameter: whose moments it holds; parts: (first element, values float32[n]), read
-    one by one."""
+    """One tensor of the file. parameter: whose moments it holds; parts: (first element, values float32[n]),
+    read one by one."""
 
     name: str
     parameter: str
@@ -62,8 +62,8 @@ def write_moments(source: Source, out: Path, step: float | None, beta2: float | 
         zeros = [t.parameter for t in tensors if not _write(t, new, f"{where}: {quoted(t.name)}")]
         if zeros and len(zeros) == sum(math.prod(tensor.shape) > 0 for tensor in tensors):
             raise InputError(
-                f"{where}: all second moments are 0, as before an optimizer's first step, or where a resumed run "
-                "lost its state: they know nothing; extract from another checkpoint"
+                f"{where}: all second moments are 0, as before an optimizer's first step, or where a resumed "
+                "run lost its state: they know nothing; extract from another checkpoint"
             )
         return Written(new.size, tuple(dict.fromkeys(zeros)))
 

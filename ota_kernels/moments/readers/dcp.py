@@ -66,8 +66,8 @@ def read_dcp(path: Path, request: Request | None) -> Source:
     for (prefix, name), keys in entries.items():
         if name.isdigit():
             raise InputError(
-                f"{storage.where}: {quoted(f'{prefix}state.{name}')}: its optimizer state is keyed by number, "
-                "not by name: save what get_optimizer_state_dict returns"
+                f"{storage.where}: {quoted(f'{prefix}state.{name}')}: its optimizer state is keyed by "
+                "number, not by name: save what get_optimizer_state_dict returns"
             )
         if name in moments:
             raise InputError(f"{storage.where}: several optimizers have second moments of {quoted(name)}")
@@ -104,7 +104,7 @@ def _entries(storage: Storage) -> dict[tuple[str, str], dict[str, str]]:
 def _by_state_first(found: list[tuple[str, re.Match[str]]]) -> dict[tuple[str, str], dict[str, str]]:
     """The same of Megatron's keys, which name the state before the parameter."""
     names: dict[tuple[str, str], dict[str, str]] = {}
-    for key, match in found:
+    for _, match in found:
         kept, _, name = match["rest"].partition(".")
         if kept == "exp_avg_sq" and name:
             names[match["prefix"], name] = {}

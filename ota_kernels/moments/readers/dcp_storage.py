@@ -143,8 +143,8 @@ class Storage:
         return planner.target.numpy()
 
     def read_object(self, key: str) -> Any:
-        """What torch.save was given for `key`, inert where it is no number or container. Raises InputError for
-        damaged files."""
+        """What torch.save was given for `key`, inert where it is no number or container. Raises InputError
+        for damaged files."""
         index = MetadataIndex(key)
         self._check_file(index, f"{self.where}: {quoted(key)}")
         nowhere = torch.Size((0,))

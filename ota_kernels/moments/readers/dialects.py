@@ -3,8 +3,8 @@
     torchtitan  layers.0.attention.wq.weight     torchtune  layers.0.attn.q_proj.weight
     Hugging Face  model.layers.0.self_attn.q_proj.weight
 
-Rotary embeddings turn pairs of a head's rows: neighbours at Meta, halves at Hugging Face, so the rows of query
-and key matrices have another order, which is known for the architectures below and for no other.
+Rotary embeddings turn pairs of a head's rows: neighbours at Meta, halves at Hugging Face, so the rows of
+query and key matrices have another order, which is known for the architectures below and for no other.
 """
 
 from __future__ import annotations

@@ -88,8 +88,8 @@ FORMATS = {
 
 
 def choose(path: Path, name: str) -> tuple[Path, Format]:
-    """The format called `name`, or for "auto" the one that recognises `path`; and the checkpoint: `path`, or the
-    only checkpoint-N folder in it.
+    """The format called `name`, or for "auto" the one that recognises `path`; and the checkpoint: `path`, or
+    the only checkpoint-N folder in it.
 
     Raises RecipeError for an unknown name, InputError where there is nothing at `path`, where no format
     recognises it, or where several do.

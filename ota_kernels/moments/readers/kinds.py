@@ -23,6 +23,11 @@ from .signs import looks_like
 from .state import State, as_number
 from .values import Values
 
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 # A state with none of these has no second moments, whoever wrote it.
 MOMENT_KEYS = frozenset(
     {"exp_avg_sq", "state2", "exp_avg_sq_row", "exp_avg_sq_col", "row_var", "col_var", "variance"}
@@ -31,109 +36,23 @@ MOMENT_KEYS = frozenset(
 _ALIKE = ("exp_avg", "state1", "z", "max_exp_avg_sq", "exp_avg_slow")
 
 # Of torch, apex, DeepSpeed, bitsandbytes, timm, TransformerEngine, Megatron; of schedulers and trainers.
-_SETTINGS = frozenset(
-    [
-        "params",
-        "param_names",
-        "lr",
-        "initial_lr",
-        "max_lr",
-        "min_lr",
-        "betas",
-        "eps",
-        "weight_decay",
-        "amsgrad",
-        "maximize",
-        "foreach",
-        "capturable",
-        "differentiable",
-        "fused",
-        "decoupled_weight_decay",
-        "bias_correction",
-        "correct_bias",
-        "step",
-        "adam_w_mode",
-        "momentum_decay",
-        "caution",
-        "cautious",
-        "corrected_weight_decay",
-        "decoupled",
-        "trust_clip",
-        "always_adapt",
-        "grad_averaging",
-        "max_grad_norm",
-        "use_nvlamb",
-        "max_coeff",
-        "min_coeff",
-        "alpha",
-        "t_alpha",
-        "t_beta3",
-        "optim_bits",
-        "percentile_clipping",
-        "block_wise",
-        "min_8bit_size",
-        "max_unorm",
-        "skip_zeros",
-        "is_paged",
-        "bf16_stochastic_round",
-        "momentum_dtype",
-        "variance_dtype",
-        "use_kahan_summation",
-        "compensation_buffer_dtype",
-        "use_muon",
-        "is_expert_parallel",
-        "is_decoupled_lr",
-        "max_momentum",
-        "base_momentum",
-        "swa_lr",
-        "default_config",
-        "torch_autocast_dtype",
-    ]
+_SETTINGS = _words(
+    "params param_names lr initial_lr max_lr min_lr betas eps weight_decay amsgrad maximize foreach "
+    "capturable differentiable fused decoupled_weight_decay bias_correction correct_bias step adam_w_mode "
+    "momentum_decay caution cautious corrected_weight_decay decoupled trust_clip always_adapt grad_averaging "
+    "max_grad_norm use_nvlamb max_coeff min_coeff alpha t_alpha t_beta3 optim_bits percentile_clipping "
+    "block_wise min_8bit_size max_unorm skip_zeros is_paged bf16_stochastic_round momentum_dtype "
+    "variance_dtype use_kahan_summation compensation_buffer_dtype use_muon is_expert_parallel "
+    "is_decoupled_lr max_momentum base_momentum swa_lr default_config torch_autocast_dtype"
 )
-_SCHEDULE_FREE = frozenset(
-    [
-        "r",
-        "k",
-        "warmup_steps",
-        "train_mode",
-        "weight_sum",
-        "lr_max",
-        "weight_lr_power",
-        "scheduled_lr",
-        "silent_sgd_phase",
-    ]
+_SCHEDULE_FREE = _words(
+    "r k warmup_steps train_mode weight_sum lr_max weight_lr_power scheduled_lr silent_sgd_phase"
 )
-_PRODIGY = frozenset(
-    [
-        "beta3",
-        "use_bias_correction",
-        "d",
-        "d0",
-        "d_max",
-        "d_numerator",
-        "d_coef",
-        "d_denom",
-        "d_hat",
-        "k",
-        "growth_rate",
-        "safeguard_warmup",
-        "decouple",
-        "slice_p",
-        "fsdp_in_use",
-    ]
+_PRODIGY = _words(
+    "beta3 use_bias_correction d d0 d_max d_numerator d_coef d_denom d_hat k growth_rate safeguard_warmup "
+    "decouple slice_p fsdp_in_use"
 )
-_ADAFACTOR = frozenset(
-    [
-        "d",
-        "beta2_decay",
-        "clip_threshold",
-        "decay_rate",
-        "beta1",
-        "scale_parameter",
-        "relative_step",
-        "warmup_init",
-    ]
-)
+_ADAFACTOR = _words("d beta2_decay clip_threshold decay_rate beta1 scale_parameter relative_step warmup_init")
 # What people add to groups to find them again: lr_scale, layer_id, group_name, wd_mult.
 _LABEL = re.compile(r"(^|_)(lr|wd|decay|names?|layer|group|id|mult|label|depth|idx|index)(_|$)")
 
@@ -158,7 +77,7 @@ class Kind:
 
 
 def _kind(name: str, layout: ModuleType, needs: str, allows: str = "", **more) -> Kind:
-    return Kind(name, layout, frozenset(needs.split()), frozenset(f"step {allows}".split()), **more)
+    return Kind(name, layout, _words(needs), _words(f"step {allows}"), **more)
 
 
 # The first row that knows all keys is it.
@@ -188,8 +107,8 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Accepted:
-    """A state whose second moments are understood. factor: what the stored values are multiplied by; note: what
-    the user must know of it."""
+    """A state whose second moments are understood. factor: what the stored values are multiplied by; note:
+    what the user must know of it."""
 
     kind: Kind
     state: State
@@ -259,7 +178,7 @@ def absence(state: State | None) -> str:
 
 
 def nothing(reasons: Iterable[str], where: str) -> InputError:
-    """The error for a checkpoint none of whose parameters has second moments, with the reasons of them all."""
+    """The error for a checkpoint without second moments, with the reasons of all its parameters."""
     kept = sorted(
         {key for why in reasons if why.startswith("only ") for key in why[5:].split(", ")} - {"step"}
     )
@@ -305,8 +224,8 @@ def _check_shapes(state: State) -> None:
             if shape is not None and beside is not None and beside != shape:
                 raise _foreign(
                     state,
-                    f"has {key} of shape {list(shape)} and {other} of shape {list(beside)}: not one number for "
-                    "each element (NovoGrad and Adam-mini keep one for a tensor or a row)",
+                    f"has {key} of shape {list(shape)} and {other} of shape {list(beside)}: not one number "
+                    "for each element (NovoGrad and Adam-mini keep one for a tensor or a row)",
                 )
 
 
@@ -330,6 +249,6 @@ def _foreign(state: State, fact: str) -> InputError:
 
 def _unknown(state: State, what: str, names: list[str]) -> InputError:
     return InputError(
-        f"{state.where}: {what} {', '.join(map(quoted, names[:12]))} are of no optimizer that is known here: if "
-        "exp_avg_sq is the mean of squared gradients, as Adam's, add --as-adam"
+        f"{state.where}: {what} {', '.join(map(quoted, names[:12]))} are of no optimizer that is known here: "
+        "if exp_avg_sq is the mean of squared gradients, as Adam's, add --as-adam"
     )

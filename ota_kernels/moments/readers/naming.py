@@ -2,7 +2,7 @@
 
     names of the checkpoint
       --> without what wrappers put in             _orig_mod., _fsdp_wrapped_module., the adapter's .default.
-      --> as one writer would rename them all      as they are; as transformers saves; torchtitan's; torchtune's
+      --> as one writer renames them all           as they are; as transformers saves; torchtitan
       --> one common prefix off or on              found from the names themselves
       --> the reading that covers most of the model, in names and shapes; two that cover as much are an error
 
@@ -115,7 +115,7 @@ def find_reading(shapes: Mapping[str, Shape], model: Checkpoint) -> tuple[Readin
 
 
 def _writers(shapes: Mapping[str, Shape], model: Checkpoint) -> Iterator[tuple[Reading, str]]:
-    """The names as each writer would have them, the plain ones first; the costly one is made when asked for."""
+    """The names as each writer would have them, the plain ones first; costly ones are made when asked for."""
     yield {name: whole(name, shape) for name, shape in shapes.items()}, ""
     saved = _as_transformers_saves(shapes, model)
     if saved:
@@ -155,8 +155,8 @@ def _common(own: Mapping[str, Shape], shapes: Mapping[str, Shape]) -> Callable[[
 
 
 def _experts_split(shapes: Mapping[str, Shape]) -> Reading:
-    """Fused experts as most models store them, where transformers cannot be asked: [experts, 2 I, H] is gate and
-    up of each, [experts, H, I] is down."""
+    """Fused experts as most models store them, where transformers cannot be asked: [experts, 2 I, H] is gate
+    and up of each, [experts, H, I] is down."""
     from ..arrangement import Part
 
     reading: Reading = {}

@@ -114,8 +114,8 @@ def _by_given_names(
         found = list(map(len, request.names))
         if found != sizes:
             raise InputError(
-                f"{where}: its groups have {quoted(sizes)} parameters, --names {quoted(found)}: write one name "
-                "for each parameter, and a blank line between groups"
+                f"{where}: its groups have {quoted(sizes)} parameters, --names {quoted(found)}: write one "
+                "name for each parameter, and a blank line between groups"
             )
         return [list(group) for group in request.names], ["names are those of --names, in its order"]
     known = _known_shapes(given, groups, request, where)

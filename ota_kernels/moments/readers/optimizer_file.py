@@ -61,8 +61,8 @@ def read_trainer(path: Path, request: Request) -> Source:
 def read_torch(path: Path, request: Request) -> Source:
     """The second moments in a torch file, or in the optimizer file of a folder; of all optimizers in it.
 
-    Raises InputError for a file that holds no optimizer state or no second moments, where a state is not known
-    to be Adam's or its kin's, or where it is not certain which parameter a state belongs to.
+    Raises InputError for a file that holds no optimizer state or no second moments, where a state is not
+    known to be Adam's or its kin's, or where it is not certain which parameter a state belongs to.
     """
     return _read("torch", path, request)
 

@@ -20,9 +20,9 @@ __all__ = ["Order", "UnknownOrderError", "parameter_order"]
 
 @dataclass(frozen=True)
 class Order:
-    """shapes: of the parameters by name, in the order of `named_parameters`, tied ones once; source: what notes
-    call it; decaying: the names with weight decay, by each rule that some version of the Hugging Face Trainer
-    had."""
+    """shapes: of the parameters by name, in the order of `named_parameters`, tied ones once; source: what
+    notes call it; decaying: the names with weight decay, by each rule that some version of the Hugging Face
+    Trainer had."""
 
     shapes: dict[str, Shape]
     source: str
@@ -44,7 +44,7 @@ def parameter_order(model: Checkpoint, base: Checkpoint | None = None) -> Order:
 
 
 def _check_stored(lacking: dict[str, Shape], layout: dict[str, Arrangement], model: Checkpoint) -> None:
-    """Raise UnknownOrderError for a parameter that the files do not hold, under the names that it is saved by."""
+    """Raise UnknownOrderError for a parameter that the files do not hold as transformers would save it."""
     stored = {source: name for name, one in layout.items() for source in one.sources if name != source}
     wrong = {
         source

@@ -1,4 +1,4 @@
-"""The signs by which an optimizer that is not Adam shows itself: a key of its state, or a setting of its group."""
+"""The signs by which an optimizer other than Adam shows itself: keys of its state, settings of its group."""
 
 from __future__ import annotations
 

@@ -75,6 +75,12 @@ def has_optimizer_files(folder: Path) -> bool:
     return any(_OPTIMIZER_FILE.fullmatch(name) for name in _names(folder))
 
 
+def has_whole_optimizer(folder: Path) -> bool:
+    """Whether `folder` is of stage 0 without parallelism: one model file, which holds the optimizer, too."""
+    names = _names(folder)
+    return "zero" not in names and [n for n in names if n.endswith("_model_states.pt")] == [_MODEL_FILES[0]]
+
+
 def optimizer_files(folder: Path) -> list[Path]:
     """The optimizer files of a folder, by rank.
 

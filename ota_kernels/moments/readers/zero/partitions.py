@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ....errors import InputError
@@ -17,6 +18,7 @@ from ....io.header import quoted
 from ...source import Moment, Piece, Source
 from .. import kinds
 from ..kinds import Accepted
+from ..optimizer_file import read_torch
 from ..request import Request
 from ..values import Values
 from . import files
@@ -29,8 +31,10 @@ _POINTER = "latest"
 
 
 def recognise_zero(path: Path) -> bool:
-    """Whether `path` holds ZeRO optimizer files, or a file `latest` that names the folder of them."""
-    return files.has_optimizer_files(path) or os.path.isfile(path / _POINTER)
+    """Whether `path` holds DeepSpeed's optimizer files, or a file `latest` that names the folder of them."""
+    return (
+        files.has_optimizer_files(path) or os.path.isfile(path / _POINTER) or files.has_whole_optimizer(path)
+    )
 
 
 def read_zero(path: Path, request: Request | None) -> Source:
@@ -39,7 +43,11 @@ def read_zero(path: Path, request: Request | None) -> Source:
     Raises InputError for files that are missing, damaged or of different steps, for tensor, pipeline and
     expert parallelism, where sizes do not fit, and for states that are not known to be Adam's or its kin's.
     """
-    folder = path if files.has_optimizer_files(path) else files.latest_folder(path, _POINTER)
+    here = files.has_optimizer_files(path) or not os.path.isfile(path / _POINTER)
+    folder = path if here and os.path.isdir(path) else files.latest_folder(path, _POINTER)
+    if not files.has_optimizer_files(folder) and files.has_whole_optimizer(folder):
+        # Stage 0: one file holds the weights and the optimizer as torch does.
+        return replace(read_torch(files.model_file(folder), request or Request()), format="deepspeed")
     ranks = [Rank.load(file) for file in files.optimizer_files(folder)]
     states = files.model_states(folder)
     _check_ranks(ranks, states, folder)

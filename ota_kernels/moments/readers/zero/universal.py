@@ -34,9 +34,9 @@ def recognise_universal(path: Path) -> bool:
 def read_universal(path: Path, request: Request | None) -> Source:
     """The second moments of a universal checkpoint, or of the one that its file `latest_universal` names.
 
-    The request's model gives the shapes of parameters stored flat (from ZeRO-3) where the model's file was not
-    kept. Raises InputError for files that are missing or damaged, where sizes do not fit, and for states that
-    are not known to be Adam's or its kin's.
+    The request's model gives the shapes of parameters stored flat (from ZeRO-3) where the model's file was
+    not kept. Raises InputError for files that are missing or damaged, where sizes do not fit, and for states
+    that are not known to be Adam's or its kin's.
     """
     request = request or Request()
     folder = path if os.path.isdir(path / _FOLDER) else files.latest_folder(path, _POINTER)
@@ -123,7 +123,7 @@ def _accepted(folder: Path, optimizer: _Optimizer, request: Request) -> tuple[Ac
             content = files.load_value(file)
             if file.stem == _MOMENT:
                 is_flat = not isinstance(content, dict)
-            values[file.stem] = content.get("param") if isinstance(content, dict) else content
+            values[file.stem] = content.get("param", content) if isinstance(content, dict) else content
     state = State(values, _moment_file(folder), f"{LABEL}: {folder}", optimizer.group(folder.name))
     state.shape(_MOMENT)
     return kinds.accept(state, as_adam=request.as_adam), is_flat
