@@ -93,22 +93,22 @@ def find_reading(shapes: Mapping[str, Shape], model: Checkpoint) -> tuple[Readin
 
     Names that it does not know keep theirs. Raises InputError where two cover as much.
     """
-    best, note, covered = {n: whole(n, s) for n, s in shapes.items()}, "", -1
+    best: Reading = {name: whole(name, shape) for name, shape in shapes.items()}
+    note, covered, rivals = "", _coverage(best, model), []
     for read, what in _writers(shapes, model):
+        if covered >= min(len(shapes), _expected(model)):
+            break
         for reading, prefix in _prefixed(read, model):
-            found = _coverage(reading, model)
-            said = " ".join(filter(None, (what, prefix)))
+            found, said = _coverage(reading, model), " ".join(filter(None, (what, prefix)))
             if found > covered:
                 best, note, covered, rivals = reading, said, found, []
-            elif found == covered and reading.keys() & model.tensors.keys() and said and note:
+            elif found == covered and note and said:
                 rivals.append((reading, said))
-        if covered == len(best) or (covered and covered >= _expected(model)):
-            break
     for rival, said in rivals:
-        if _sources(rival, model) != _sources(best, model):
+        if _within(rival, model) != _within(best, model):
             raise InputError(
-                f"names are read in two ways that cover {covered} parameters of {model.root} each: {note}; "
-                f"{said}: say which by --names, with a line for each parameter"
+                f"its names are read in two ways that cover {covered} parameters of {model.root} each, "
+                f"{note} and {said}: give --names with the name of each parameter"
             )
     used = {source for arrangement in best.values() for source in arrangement.sources}
     return best | {n: whole(n, s) for n, s in shapes.items() if n not in used and n not in best}, note
@@ -219,7 +219,8 @@ def _expected(model: Checkpoint) -> int:
     return sum(info.dtype.is_float for info in model.tensors.values())
 
 
-def _sources(reading: Reading, model: Checkpoint) -> dict[str, Arrangement]:
+def _within(reading: Reading, model: Checkpoint) -> Reading:
+    """What of it the model has."""
     return {name: one for name, one in reading.items() if name in model.tensors}
 
 
