@@ -41,6 +41,7 @@ def build_report(
         "method": inputs.recipe.merge_method,
         "experts": [
             _expert(t, model.model, counted)
+            | {"curvature": _curvature(inputs, t)}
             | {"ties": survey.ties(t, {e.name: tally.kept[t] for e, tally in counted})}
             for t, model in enumerate(inputs.recipe.models)
         ],
@@ -73,6 +74,12 @@ def build_report(
             "numpy": np.__version__,
         },
     }
+
+
+def _curvature(inputs: Inputs, t: int) -> str | None:
+    """Where the second moments of expert t are from: "lora-lift (an estimate)" is no optimizer's."""
+    file = inputs.curvatures[t]
+    return None if file is None else file.source_format
 
 
 def _expert(t: int, model: str, counted: list) -> dict:

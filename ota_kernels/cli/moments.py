@@ -11,6 +11,7 @@ import click
 from ..errors import one_line
 from .moments_compress import compress
 from .moments_estimate import estimate
+from .moments_lift import lift
 
 if TYPE_CHECKING:
     from ..moments import Overview, Summary
@@ -22,11 +23,12 @@ _FORMATS = ("auto", "torch", "trainer", "deepspeed", "deepspeed-universal", "dcp
 
 @click.group()
 def moments() -> None:
-    """Get second moments out of checkpoints, shrink them, look at them, or estimate them."""
+    """Get second moments out of checkpoints, shrink them, look at them, lift or estimate them."""
 
 
 moments.add_command(compress)
 moments.add_command(estimate)
+moments.add_command(lift)
 
 
 @moments.command(short_help="Write a checkpoint's second moments to one file.")

@@ -107,6 +107,12 @@ class CurvatureFile(ABC):
         return self._metadata(self.keys_of(name)[0])
 
     @property
+    def source_format(self) -> str | None:
+        """Where the second moments are from, as the file says for all of them; None where it does not."""
+        said = {self.metadata(name).get("source_format") for name in self.names}
+        return said.pop() if len(said) == 1 else None
+
+    @property
     @abstractmethod
     def total_bytes(self) -> int:
         """Bytes of curvature data."""

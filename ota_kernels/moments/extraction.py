@@ -12,12 +12,17 @@ from ..io.new_file import check_new_file
 from ..io.reader import Checkpoint
 from .checking import check_source
 from .readers import formats
+from .readers.adapter import is_adapter
 from .readers.naming import rename
 from .readers.request import Request, read_names
 from .source import Source, only
 from .writing import write_moments
 
-_MODEL_FILES = ("model.safetensors", "model.safetensors.index.json")
+_MODEL_FILES = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+_ADAPTER_NOTE = (
+    "these are of an adapter's matrices, which no merge of full weights can use: `ota-merge moments lift` "
+    "makes an estimate for the full matrices of them"
+)
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ def extract(
         missing=coverage.missing,
         extra=coverage.extra,
         zeros=written.zeros,
-        notes=source.notes,
+        notes=(*source.notes, _ADAPTER_NOTE) if is_adapter(names_of(source)) else source.notes,
     )
 
 
@@ -109,6 +114,10 @@ def renamed(source: Source, model: Checkpoint | None, where: str) -> Source:
         return rename(source, model)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
+
+
+def names_of(source: Source) -> list[str]:
+    return [moment.name for moment in source.moments]
 
 
 def _open_model(path: Path, model: str | Path | None) -> Checkpoint | None:

@@ -9,6 +9,7 @@ import torch
 
 from ...io.reader import Checkpoint
 from ...tensors import Buffer
+from .adapter import is_adapter
 from .naming import stored_names
 from .request import Request
 
@@ -16,11 +17,12 @@ _ELEMENTS = 1 << 22
 
 
 def changed_names(names: Iterable[str], request: Request) -> frozenset[str] | None:
-    """Those of `names` some of whose stored elements differ from the base's; None without both models.
+    """Those of `names` some of whose stored elements differ from the base's; None without both models, and
+    for an adapter, which its base has nothing of.
 
     Reads both models where their names agree; stops at the first difference of each tensor.
     """
-    if request.base is None or request.model is None:
+    if request.base is None or request.model is None or is_adapter(request.model.tensors):
         return None
     stored = stored_names(names, request.model)
     return frozenset(

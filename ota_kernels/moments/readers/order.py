@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from ...io.header import quoted
 from ...io.reader import Checkpoint
 from ..arrangement import Arrangement
+from .adapter import adapter_order, is_adapter
 from .decay import decay_rules
 from .matching import Shape
 from .transformers_layout import UnknownOrderError, build, stored_layout
@@ -30,11 +31,13 @@ class Order:
 
 
 def parameter_order(model: Checkpoint, base: Checkpoint | None = None) -> Order:
-    """The order of the model's parameters, as transformers builds it.
+    """The order of the model's parameters, as transformers builds it, or of an adapter's for `base`.
 
     Raises UnknownOrderError without transformers, without a config.json of a class that it knows, or where
     that class does not store the tensors that the files hold.
     """
+    if is_adapter(model.tensors):
+        return Order(adapter_order(model, base), "the order in which PEFT puts an adapter into its base")
     built = build(model)
     shapes = {name: tuple(p.shape) for name, p in built.named_parameters()}
     lacking = {n: s for n, s in shapes.items() if n not in model.tensors or model.tensors[n].shape != s}
