@@ -312,6 +312,30 @@ def test_moments_of_16_bit_are_widened(writer):
     check_known(read_zero(written.folder, None))
 
 
+@pytest.mark.parametrize("nested", [False, True], ids=["flat", "nested"])
+def test_eight_bit_states(writer, nested):
+    """Of bitsandbytes, in the flat partitions; here a code is its value."""
+    written = writer()
+    written.stage_2()
+
+    def change(content):
+        for state in content["base_optimizer_state"]["state"].values():
+            values = state.pop("exp_avg_sq")
+            state.pop("exp_avg", None)
+            blocks = -(-values.numel() // 256)
+            kept = {
+                "state1": values.to(torch.uint8),
+                "state2": values.to(torch.uint8),
+                "qmap2": torch.arange(256.0) / 255,
+                "absmax2": torch.full((blocks,), 255.0),
+            }
+            state.update({"__bnb_optimizer_quant_state__": kept} if nested else kept)
+
+    for rank in range(2):
+        edit(rank_path(written.folder, rank), change)
+    check_known(read_zero(written.folder, None))
+
+
 def test_pieces_are_bounded(writer, monkeypatch):
     monkeypatch.setattr(values_module, "PIECE_ELEMENTS", 4)
     written = writer()

@@ -13,6 +13,7 @@ import torch
 from ...errors import InputError
 from ...io import torchfile
 from ...io.header import quoted
+from .values import shape_of
 
 # How deep trainers nest an optimizer's state, or the weights, in what they save.
 _DEEPEST = 4
@@ -73,9 +74,11 @@ def weight_shapes(content: Any) -> dict[str, Shape]:
         best = weights if len(weights) > len(best) else best
     shapes, places = {}, set()
     for name, tensor in best.items():
-        place = (tensor.data_ptr(), tuple(tensor.shape)) if tensor.numel() else name
-        if place not in places and tensor.is_floating_point() and not BUFFER.search(name):
-            shapes[name] = tuple(tensor.shape)
+        plain = isinstance(tensor, torch.Tensor)
+        place = (tensor.data_ptr(), tuple(tensor.shape)) if plain and tensor.numel() else name
+        is_float = not plain or tensor.is_floating_point()
+        if place not in places and is_float and not BUFFER.search(name):
+            shapes[name] = shape_of(tensor)
         places.add(place)
     return shapes
 
@@ -91,7 +94,7 @@ def _nested(content: Any, path: tuple[str, ...], depth: int) -> Iterator[tuple[t
 def _weights(content: Any, key: str, depth: int) -> Iterator[dict[str, torch.Tensor]]:
     if not isinstance(content, Mapping) or _NO_WEIGHTS.search(key) or "param_groups" in content:
         return
-    tensors = {n: t for n, t in content.items() if isinstance(n, str) and isinstance(t, torch.Tensor)}
+    tensors = {n: t for n, t in content.items() if isinstance(n, str) and shape_of(t) is not None}
     if tensors and len(tensors) >= len(content) / 2:
         yield tensors
     elif depth < _DEEPEST:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from .eight_bit import NESTED
 from .kinds import Accepted
 from .numbered import Entry, find_names
 from .request import Request
+from .sharded import first_rank_file, join, rank_files
 from .state import State
 
 _FILES = ("optimizer.pt", "optimizer.bin", "optimizer.pth")
@@ -68,15 +69,19 @@ def read_torch(path: Path, request: Request) -> Source:
 
 
 def _file(path: Path) -> Path | None:
-    return next((path / name for name in _FILES if (path / name).is_file()), None)
+    named = next((path / name for name in _FILES if (path / name).is_file()), None)
+    return named or first_rank_file(path)
 
 
 def _read(format_name: str, path: Path, request: Request) -> Source:
     file = path if path.is_file() else _file(path)
     if file is None:
         raise InputError(f"{_LABEL}: {path}: holds none of {', '.join(_FILES)}")
-    content = load(file, _LABEL)
+    files = rank_files(file)
+    content = load(files[0], _LABEL)
     found = optimizers(content, f"{_LABEL}: {file}")
+    if len(files) > 1:
+        found = _joined(files, found)
     weights = weight_shapes(content) or _weights_beside(file)
     read = [_read_one(one, file, weights, request, by_trainer=format_name == "trainer") for one in found]
     moments = tuple(moment for source in read for moment in source.moments)
@@ -84,6 +89,17 @@ def _read(format_name: str, path: Path, request: Request) -> Source:
     skipped = {n: why for source in read for n, why in source.skipped.items() if n not in covered}
     notes = [note for source in read for note in source.notes] + _further_files(file)
     return Source(format_name, moments, skipped, notes=tuple(dict.fromkeys(notes)))
+
+
+def _joined(files: list[Path], first: list[Optimizer]) -> list[Optimizer]:
+    """The optimizers in the files of all ranks, of which rank 0's are read already."""
+    others = [optimizers(load(file, _LABEL), f"{_LABEL}: {file}") for file in files[1:]]
+    if any(len(one) != len(first) for one in others):
+        raise InputError(f"{first[0].where}: the files of its ranks hold different optimizers")
+    return [
+        replace(one, state=join([one.state, *(other[i].state for other in others)], one.where))
+        for i, one in enumerate(first)
+    ]
 
 
 def _read_one(
@@ -172,9 +188,8 @@ def _shape(accepted: Accepted | None) -> tuple[int, ...] | None:
 def _weights_beside(file: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of the weights in a torch file beside an optimizer's file, in its order; none where it cannot be
     read, for then it says nothing."""
-    if file.name not in _FILES:
-        return {}
-    for name in _WEIGHTS:
+    ranked = [file.name.replace("optim", "model", 1)] if len(rank_files(file)) > 1 else []
+    for name in ranked or (_WEIGHTS if file.name in _FILES else ()):
         if (file.parent / name).is_file():
             try:
                 return weight_shapes(load(file.parent / name, _LABEL))

@@ -18,7 +18,7 @@ from ...io.inert import Inert
 from ...io.pages import advise
 from ...tensors import Buffer
 from ..source import Piece
-from . import quantized
+from . import quantized, sharded
 
 # A piece is 16 MiB of float32; a multiple of every block size of 8-bit states.
 PIECE_ELEMENTS = 1 << 22
@@ -70,7 +70,9 @@ def shape_of(value: Any) -> tuple[int, ...] | None:
     """The shape of what stands for a tensor; None for anything else."""
     if isinstance(value, (torch.Tensor, Lazy)):
         return tuple(value.shape)
-    return quantized.shape_of(value) if isinstance(value, Inert) else None
+    if isinstance(value, Inert):
+        return quantized.shape_of(value) or sharded.shape_of(value)
+    return None
 
 
 def dtype_of(value: Any) -> str:
@@ -81,6 +83,8 @@ def dtype_of(value: Any) -> str:
 def values_of(value: Any, what: str, path: Any, dtypes: tuple[str, ...] = FLOATS) -> Values:
     """The elements of what stands for a tensor. Raises InputError, naming `what`, for anything else, and for
     a type that is not among `dtypes`."""
+    if sharded.is_dtensor(value):
+        return values_of(sharded.whole([value], what), what, path, dtypes)
     if isinstance(value, Inert) and quantized.shape_of(value) is not None:
         return Values(math.prod(quantized.shape_of(value)), quantized.reader(value, what))
     if not isinstance(value, (torch.Tensor, Lazy)) or not _is_dense(value):
