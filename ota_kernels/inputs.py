@@ -12,6 +12,7 @@ from . import methods
 from .dtypes import BY_NAME, OUTPUT_NAMES, DType
 from .errors import InputError
 from .io.curvature import CurvatureFile
+from .io.header import quoted
 from .io.hub import resolve_file, resolve_model
 from .io.reader import Checkpoint
 from .recipe import Recipe
@@ -211,6 +212,11 @@ class Inputs:
                 f"{c.label}: {i.dtype.name}" for c, i in zip(self.checkpoints, infos, strict=True)
             )
             raise InputError(f"{name}: types that cannot be merged ({listed})")
+        if infos[0].dtype.bits:
+            raise InputError(
+                f"{self.checkpoints[0].label}: {quoted(name)} is {infos[0].dtype.tag}, whose elements are "
+                "parts of a byte: such a model cannot be merged; use the one that it was quantized from"
+            )
         if not all(floats):
             return TensorEntry(name, shapes[0], infos[0].dtype, COPY, sources)
         return TensorEntry(name, shapes[0], self._output_dtype(name, infos[0].dtype), MERGE, sources)

@@ -1,4 +1,4 @@
-"""More sources: torchao's quantized states, Lightning, several optimizers, types of files that are not read."""
+"""More sources: torchao's quantized states, Lightning, several optimizers, types that are not read."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_states_of_torchao_that_do_not_fit(fault):
     state.state[fault] = wrong[fault]
     if fault == "codes":
         state.state["_shape"] = (12, 16)
-    with pytest.raises(InputError, match="do not fit|qmap has 16"):
+    with pytest.raises(InputError, match=r"do not fit|qmap has 16"):
         quantized.reader(state, "x")
 
 
@@ -210,3 +210,13 @@ def test_sizes_of_half_bytes_are_checked(tmp_path, size):
     model = with_type(tmp_path / "model", "F4", [32], size)
     with pytest.raises(InputError, match=r"F4 of shape \[32\] takes 16 bytes"):
         Checkpoint.open(model, "model")
+
+
+def test_metadata_that_is_null(tmp_path):
+    """Some writers say null where they have none, and the library reads it."""
+    text = json.dumps(
+        {"__metadata__": None, "w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
+    ).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(8))
+    assert set(load_file(tmp_path / "model.safetensors")) == {"w"}
+    assert Checkpoint.open(tmp_path, "model").metadata_of("w") == {}

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..dtypes import BY_TAG, DType
+from ..dtypes import BY_TAG, PACKED_BY_TAG, DType
 from ..errors import InputError
 
 PREFIX_BYTES = 8
@@ -89,7 +89,7 @@ def parse_header(text: bytes, file_size: int, path: Path) -> Header:
     if not text.startswith(b"{"):
         raise InputError(f"{path}: the header is not a JSON object: not a safetensors file, or a damaged one")
     entries = parse_json_object(text, f"{path}: the header")
-    metadata = _check_metadata(entries.pop(_METADATA_KEY, {}), path)
+    metadata = _check_metadata(entries.pop(_METADATA_KEY, None), path)
     data_start = PREFIX_BYTES + len(text)
     tensors = [_parse_entry(name, entry, data_start, path) for name, entry in entries.items()]
     tensors.sort(key=lambda info: (info.begin, info.end))
@@ -167,6 +167,8 @@ def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_metadata(metadata: Any, path: Path) -> dict[str, str]:
+    if metadata is None:  # some writers say null where they have none
+        return {}
     if not isinstance(metadata, dict):
         raise InputError(f"{path}: {_METADATA_KEY} must map strings to strings, not {quoted(metadata)}")
     for key, value in metadata.items():
@@ -193,7 +195,7 @@ def _parse_entry(name: str, entry: Any, data_start: int, path: Path) -> TensorIn
     dtype = _parse_dtype(entry["dtype"], where)
     shape, numel = _parse_shape(entry["shape"], where)
     begin, end = _parse_offsets(entry["data_offsets"], where)
-    expected = numel * dtype.itemsize
+    expected = dtype.nbytes(numel)
     if end - begin != expected:
         raise InputError(
             f"{where}: {dtype.tag} of shape {quoted(list(shape))} takes {expected} bytes, "
@@ -203,7 +205,7 @@ def _parse_entry(name: str, entry: Any, data_start: int, path: Path) -> TensorIn
 
 
 def _parse_dtype(tag: Any, where: str) -> DType:
-    dtype = BY_TAG.get(tag) if isinstance(tag, str) else None
+    dtype = BY_TAG.get(tag) or PACKED_BY_TAG.get(tag) if isinstance(tag, str) else None
     if dtype is None:
         raise InputError(f"{where}: unknown dtype {quoted(tag)}; known: {', '.join(BY_TAG)}")
     return dtype

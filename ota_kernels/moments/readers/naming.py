@@ -46,8 +46,8 @@ def rename(source: Source, model: Checkpoint | None) -> Source:
     """
     shapes = {moment.name: moment.shape for moment in source.moments}
     plain = {name: unwrapped(name) for name in (*shapes, *source.skipped, *source.aliases)}
-    if len({plain[name] for name in shapes}) < len(shapes):
-        twice, _ = Counter(plain[name] for name in shapes).most_common(1)[0]
+    twice, count = Counter(plain[m.name] for m in source.moments).most_common(1)[0] if shapes else ("", 1)
+    if count > 1:
         raise InputError(f"{quoted(twice)} occurs twice: every parameter needs a name of its own")
     by_name = {plain[m.name]: replace(m, name=plain[m.name]) for m in source.moments}
     skipped = {plain[name]: why for name, why in source.skipped.items()}
