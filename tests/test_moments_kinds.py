@@ -64,7 +64,25 @@ def universal(folder, name, state, settings):
     return folder / "universal"
 
 
-@pytest.mark.parametrize("write", [torch_file, distributed, universal])
+def zero(folder, name, state, settings):
+    """ZeRO-2 of one rank: flat states."""
+    flat = {
+        key: value.flatten() if isinstance(value, torch.Tensor) and value.dim() else value
+        for key, value in state.items()
+        if value is not None
+    }
+    base = {"state": {0: flat}, "param_groups": [{"params": [0], "betas": (0.9, 0.999)} | settings]}
+    optimizer = {"base_optimizer_state": base, "partition_count": [1], "group_paddings": [0], "zero_stage": 2}
+    (folder / "zero").mkdir()
+    torch.save(
+        {"optimizer_state_dict": optimizer}, folder / "zero" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    )
+    shapes = {"param_shapes": [{name: torch.Size((4, 5))}]}
+    torch.save(shapes, folder / "zero" / "mp_rank_00_model_states.pt")
+    return folder / "zero"
+
+
+@pytest.mark.parametrize("write", [torch_file, distributed, universal, zero])
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_moments_of_another_optimizer_are_refused(tmp_path, write, kind):
     more, settings = FOREIGN[kind]
@@ -82,7 +100,7 @@ def test_moments_of_another_optimizer_are_refused(tmp_path, write, kind):
 
 def test_the_same_states_without_what_is_foreign_are_read(tmp_path):
     """So that the test above is of the foreign keys, and of nothing else."""
-    for i, write in enumerate((torch_file, distributed, universal)):
+    for i, write in enumerate((torch_file, distributed, universal, zero)):
         folder = tmp_path / str(i)
         folder.mkdir()
         state = adam_state()

@@ -195,6 +195,44 @@ def test_what_equals_the_base_was_frozen(tmp_path, frozen, dtype):
     assert "parameters that equal the base's were taken to be frozen" in summary.notes
 
 
+@pytest.mark.parametrize("frozen", ["layers.0.", "lm_head"])
+def test_a_trainer_that_froze_layers(tmp_path, frozen):
+    """All layers have the same shapes: the base tells which were trained, in the order of transformers."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=8, intermediate_size=12, num_hidden_layers=3, num_attention_heads=2
+    )
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path / "base")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(frozen not in name)
+    groups = GROUPS["by dimensions"](model)
+    optimizer = torch.optim.AdamW(groups, lr=0.1)
+    train(model, optimizer)
+    model.save_pretrained(tmp_path / "checkpoint")
+    torch.save(optimizer.state_dict(), tmp_path / "checkpoint" / "optimizer.pt")
+    (tmp_path / "checkpoint" / "trainer_state.json").write_text("{}")
+    if frozen == "layers.0.":
+        with pytest.raises(InputError, match="more than one mapping.*add --base"):
+            extract(tmp_path / "checkpoint", tmp_path / "v.safetensors")
+    extract(tmp_path / "checkpoint", tmp_path / "v.safetensors", base=tmp_path / "base")
+    assert_extracted(tmp_path / "v.safetensors", live(model, optimizer))
+
+
+def test_weights_in_the_order_of_the_alphabet_are_no_order(tmp_path):
+    """As scripts that convert leave them: shapes would fit, and prove nothing."""
+    model = nn.ModuleDict({"q": nn.Linear(4, 4, bias=False), "k": nn.Linear(4, 4, bias=False)})
+    optimizer = torch.optim.AdamW(model.parameters())
+    train(model, optimizer)
+    weights = dict(sorted(model.state_dict().items()))
+    torch.save({"model": weights, "optimizer": optimizer.state_dict()}, tmp_path / "a.pt")
+    with pytest.raises(InputError, match="keyed by number, not by name"):
+        extract(tmp_path / "a.pt", tmp_path / "v.safetensors")
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "b.pth.tar")
+    extract(tmp_path / "b.pth.tar", tmp_path / "v.safetensors")
+    assert_extracted(tmp_path / "v.safetensors", live(model, optimizer))
+
+
 def test_a_parameter_that_was_trained_without_a_change(tmp_path):
     """It equals the base's; as many others do not as there are states, less one."""
     model = Blocks()

@@ -62,7 +62,7 @@ def main() -> None:
         click.echo("interrupted", err=True)
         sys.exit(INTERRUPTED)
     except click.ClickException as error:
-        _fail(error.format_message(), error.exit_code)
+        _fail(" ".join(error.format_message().split()), error.exit_code)
     except OtaError as error:
         _fail(str(error), error.exit_code)
     except OSError as error:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -22,8 +24,17 @@ _FORMATS = ("auto", "torch", "trainer", "deepspeed", "deepspeed-universal", "dcp
 
 
 @click.group()
-def moments() -> None:
+@click.pass_context
+def moments(context: click.Context) -> None:
     """Get second moments out of checkpoints, shrink them, look at them, lift or estimate them."""
+    with contextlib.suppress(ValueError):  # not in the main thread
+        before = signal.signal(signal.SIGTERM, _terminated)
+        context.call_on_close(lambda: signal.signal(signal.SIGTERM, before))
+
+
+def _terminated(number: int, _frame: object) -> None:
+    """End as on an error, so that unfinished files are removed at once."""
+    raise SystemExit(128 + number)
 
 
 moments.add_command(compress)
@@ -148,7 +159,7 @@ def _print_table(overview: Overview, file: str) -> None:
     facts = [f"{name} {_fact(value)}" for name, value in said if value is not None]
     size = format_bytes(sum(tensor.nbytes for tensor in overview.tensors))
     header = ", ".join([f"{file}: {len(overview.tensors)} tensors", size, *facts])
-    console.print(escape(header), soft_wrap=True)
+    console.print(escape(one_line(header)), soft_wrap=True)
     table = Table(box=None, padding=(0, 0, 0, 1), pad_edge=False)
     table.add_column("tensor", overflow="fold")
     for heading in ("shape", "form", "min", "median", "max", "zeros", "size"):
@@ -156,7 +167,7 @@ def _print_table(overview: Overview, file: str) -> None:
     for tensor in overview.tensors:
         values = (tensor.minimum, tensor.median, tensor.maximum)
         table.add_row(
-            escape(tensor.name),
+            escape(one_line(tensor.name)),
             " x ".join(map(str, tensor.shape)) or "scalar",
             tensor.form,
             *("-" if value is None else f"{value:.3g}" for value in values),

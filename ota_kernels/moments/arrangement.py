@@ -82,21 +82,30 @@ def arranged(
 
 
 class _Reader:
-    """Any range of a moment's elements; the last piece is kept, for the next range often needs it, too."""
+    """Any range of a moment's elements."""
+
+    # The piece that was read last, of all readers: the next range often needs it, too, and one is what memory
+    # has room for.
+    _last: tuple[Piece, np.ndarray] | None = None
 
     def __init__(self, moment: Moment) -> None:
         self._pieces = moment.pieces
-        self._last: tuple[int, np.ndarray] | None = None
 
     def read(self, start: int, stop: int) -> np.ndarray:
         result = np.empty(stop - start, np.float32)
-        for number, piece in enumerate(self._pieces):
+        for piece in self._pieces:
             low, high = max(start, piece.start), min(stop, piece.start + piece.numel)
             if low < high:
-                if self._last is None or self._last[0] != number:
-                    self._last = number, piece.read()
-                result[low - start : high - start] = self._last[1][low - piece.start : high - piece.start]
+                values = self._read(piece)
+                result[low - start : high - start] = values[low - piece.start : high - piece.start]
         return result
+
+    @classmethod
+    def _read(cls, piece: Piece) -> np.ndarray:
+        if cls._last is None or cls._last[0] is not piece:
+            cls._last = None  # before the next one takes its room
+            cls._last = piece, piece.read()
+        return cls._last[1]
 
 
 def _pieces(arrangement: Arrangement, readers: Mapping[str, _Reader]):

@@ -15,7 +15,7 @@ T = TypeVar("T")
 class Piece:
     """Elements [start, start + numel) of a parameter in row-major order.
 
-    read: returns them as float32[numel]; called once, and its result is dropped once it is written.
+    read: returns them as float32[numel]; its result is dropped once it is written.
     """
 
     start: int

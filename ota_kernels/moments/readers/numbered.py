@@ -55,7 +55,7 @@ def find_names(
     if all(isinstance(entry.key, str) for group in groups for entry in group):
         return [[str(entry.key) for entry in group] for group in groups], []
     shapes = [[entry.shape for entry in group] for group in groups]
-    if weights:
+    if weights and not _is_sorted(weights):
         try:
             named, assumed = _in_order(shapes, weights, (), request, where)
             return named, ["numbers were named in the order of the checkpoint's own weights", *assumed]
@@ -77,6 +77,14 @@ def find_names(
         return match_by_shape(shapes, stored, where, str(missing)), []
     named, assumed = _in_order(shapes, order.shapes, order.decaying if by_trainer else (), request, where)
     return named, [f"numbers were named in {order.source}", *assumed]
+
+
+def _is_sorted(weights: Mapping[str, Shape]) -> bool:
+    """Whether names are in the order of the alphabet, as converters leave them, where a model's would not be:
+    of a module's parts, some name is no number."""
+    names = list(weights)
+    words = {part for name in names for part in name.split(".") if not part.isdigit()}
+    return len(words) > 1 and names == sorted(names)
 
 
 def _in_order(

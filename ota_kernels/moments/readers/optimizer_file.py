@@ -6,6 +6,7 @@ file --> content.py: optimizers and weights in it --> kinds.py: whose states -->
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,7 +52,9 @@ def recognise_trainer(path: Path) -> bool:
 
 def recognise_torch(path: Path) -> bool:
     """Whether `path` is a torch file, or a folder with an optimizer's."""
-    return path.suffix in _SUFFIXES if path.is_file() else _file(path) is not None
+    if path.is_file():
+        return path.suffix in _SUFFIXES or zipfile.is_zipfile(path)
+    return _file(path) is not None
 
 
 def read_trainer(path: Path, request: Request) -> Source:
