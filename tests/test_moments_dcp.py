@@ -261,7 +261,7 @@ def test_parts_that_overlap_leave_nan(saved):
 
 def test_parameters_by_number_are_refused(tmp_path):
     dcp.save({"optimizer": {"state": {"0": {"exp_avg_sq": torch.ones(3)}}}}, checkpoint_id=tmp_path)
-    with pytest.raises(InputError, match="keyed by number, not by name: save what get_optimizer_state_dict"):
+    with pytest.raises(InputError, match="keyed by number, not by name: add --model"):
         read_dcp(tmp_path, None)
 
 
@@ -353,3 +353,36 @@ def test_eight_bit_and_factored_states(tmp_path):
     expected |= {"f.exp_avg_sq_row": 5 * states["f"]["exp_avg_sq_row"]}
     expected |= {"f.exp_avg_sq_col": 4 * states["f"]["exp_avg_sq_col"]}
     assert_extracted(tmp_path / "v.safetensors", expected)
+
+
+@pytest.mark.parametrize("given", ["weights in it", "--names", "nothing"])
+def test_states_by_number(tmp_path, given):
+    """What optimizer.state_dict() gives, saved as it is; the model's order is that of its weights."""
+    torch.manual_seed(0)
+    model = Model()
+    optimizer = adam(model)
+    train(model, optimizer, 0)
+    state = {"optimizer": optimizer.state_dict()}
+    if given == "weights in it":
+        state["model"] = model.state_dict()
+    dcp.save(state, checkpoint_id=tmp_path / "saved")
+    expected = {
+        n: optimizer.state[p]["exp_avg_sq"] for n, p in model.named_parameters() if p in optimizer.state
+    }
+    if given == "nothing":
+        with pytest.raises(InputError, match="keyed by number, not by name: add --model"):
+            extract(tmp_path / "saved", tmp_path / "v.safetensors")
+        return
+    names = names_of(tmp_path, None) if given == "--names" else None
+    summary = extract(tmp_path / "saved", tmp_path / "v.safetensors", names=names)
+    assert_extracted(tmp_path / "v.safetensors", expected)
+    assert summary.missing == {"idle.weight": "never stepped"}
+
+
+def test_an_optimizer_without_second_moments(tmp_path):
+    state = {"w": {"exp_avg": torch.ones(3)}}
+    dcp.save({"optimizer": {"state": state}}, checkpoint_id=tmp_path / "saved")
+    with pytest.raises(
+        InputError, match=r"holds no second moments, only \['exp_avg'\] \(it looks like Lion\)"
+    ):
+        extract(tmp_path / "saved", tmp_path / "v.safetensors")

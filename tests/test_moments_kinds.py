@@ -158,6 +158,48 @@ def test_labels_of_groups_are_no_settings(tmp_path):
     assert_extracted(tmp_path / "v.safetensors", {"w": state["exp_avg_sq"]})
 
 
+LAYOUTS = {
+    "timm's LAMB": (
+        {},
+        {
+            "bias_correction": True,
+            "grad_averaging": True,
+            "max_grad_norm": 1.0,
+            "trust_clip": False,
+            "always_adapt": False,
+            "caution": False,
+            "decoupled": False,
+            "step": 3,
+        },
+    ),
+    "apex FusedAdam": ({}, {"bias_correction": True, "step": 3}),
+    "AdEMAMix": (
+        {"exp_avg": None, "exp_avg_fast": torch.zeros(4, 5), "exp_avg_slow": torch.zeros(4, 5)},
+        {"betas": (0.9, 0.99, 0.9999), "alpha": 5.0, "beta3_warmup": 100, "alpha_warmup": 100},
+    ),
+    "any-precision AdamW": (
+        {"compensation": torch.zeros(4, 5)},
+        {
+            "use_kahan_summation": True,
+            "momentum_dtype": torch.bfloat16,
+            "variance_dtype": torch.bfloat16,
+            "compensation_buffer_dtype": torch.bfloat16,
+        },
+    ),
+    "TransformerEngine": ({"master_param": torch.zeros(4, 5)}, {"bias_correction": True, "step": 3}),
+}
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_kin_by_their_layouts(tmp_path, kind):
+    more, settings = LAYOUTS[kind]
+    state = adam_state(**more)
+    settings = {"betas": (0.9, 0.99)} | settings
+    summary = extract(saved_states(tmp_path / "a.pt", {"w": state}, **settings), tmp_path / "v.safetensors")
+    assert_extracted(tmp_path / "v.safetensors", {"w": state["exp_avg_sq"]})
+    assert (summary.step, summary.beta2) == (STEPS, 0.99)
+
+
 def test_schedule_free(net, tmp_path):
     """Its group counts the steps; z is the weights."""
     schedulefree = pytest.importorskip("schedulefree")

@@ -213,7 +213,7 @@ def test_a_trainer_that_froze_layers(tmp_path, frozen):
     torch.save(optimizer.state_dict(), tmp_path / "checkpoint" / "optimizer.pt")
     (tmp_path / "checkpoint" / "trainer_state.json").write_text("{}")
     if frozen == "layers.0.":
-        with pytest.raises(InputError, match="more than one mapping.*add --base"):
+        with pytest.raises(InputError, match=r"more than one mapping.*add --base"):
             extract(tmp_path / "checkpoint", tmp_path / "v.safetensors")
     extract(tmp_path / "checkpoint", tmp_path / "v.safetensors", base=tmp_path / "base")
     assert_extracted(tmp_path / "v.safetensors", live(model, optimizer))

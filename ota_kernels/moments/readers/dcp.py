@@ -25,6 +25,8 @@ from ...io.header import quoted
 from ..source import FactoredMoment, Moment, Source
 from . import kinds
 from .eight_bit import NESTED
+from .kinds import Accepted
+from .numbered import Entry, find_names
 from .request import Request
 from .state import State
 from .values import Lazy, LazyObject, Values
@@ -46,40 +48,70 @@ def recognise_dcp(path: Path) -> bool:
 def read_dcp(path: Path, request: Request | None) -> Source:
     """The second moments of a distributed checkpoint: the folder with .metadata, or one with optimizer_0/.
 
-    Raises InputError for files that are missing or damaged, for a state that is keyed by number, and for one
-    that is not known to be Adam's or its kin's.
+    Raises InputError for files that are missing or damaged, for a state that is not known to be Adam's or its
+    kin's, and where it is not certain which parameter a state by number belongs to.
     """
     from .dcp_storage import Storage
 
+    request = request or Request()
     folder = _folder(path)
     if folder is None:
         raise InputError(f"checkpoint: {path}: holds neither {_METADATA_FILE} nor {_OPTIMIZER_FOLDER}/")
     storage = Storage(folder)
     entries = _entries(storage)
-    if not entries:
-        raise InputError(
-            f"{storage.where}: holds no optimizer state with exp_avg_sq: name the optimizer's folder"
-        )
     groups = {prefix: _Groups(storage, prefix) for prefix in {prefix for prefix, _ in entries}}
-    moments: dict[str, Moment | FactoredMoment] = {}
-    notes: list[str] = []
+    accepted: dict[tuple[str, str], Accepted] = {}
     for (prefix, name), keys in entries.items():
-        if name.isdigit():
-            raise InputError(
-                f"{storage.where}: {quoted(f'{prefix}state.{name}')}: its optimizer state is keyed by "
-                "number, not by name: save what get_optimizer_state_dict returns"
-            )
-        if name in moments:
-            raise InputError(f"{storage.where}: several optimizers have second moments of {quoted(name)}")
         values = {key: _stored(storage, at) for key, at in keys.items()}
         where = f"{storage.where}: state[{quoted(name)}]"
         state = State(values, folder, where, groups[prefix].settings(name))
-        accepted = kinds.accept(state, as_adam=request is not None and request.as_adam)
-        moments[name] = accepted.moment(name)
-        notes += [accepted.note] if accepted.note else []
-    listed = {name for group in groups.values() for name in group.names}
+        accepted[prefix, name] = kinds.accept(state, as_adam=request.as_adam)
+    names, notes = _names(storage, groups, accepted, request)
+    moments: dict[str, Moment | FactoredMoment] = {}
+    for key, one in accepted.items():
+        if names[key] in moments:
+            raise InputError(
+                f"{storage.where}: several optimizers have second moments of {quoted(names[key])}"
+            )
+        moments[names[key]] = one.moment(names[key])
+        notes += [one.note] if one.note else []
+    listed = {
+        names.get((prefix, name), name) for prefix, group in groups.items() for name in group.names
+    } | set(names.values())
     skipped = dict.fromkeys(sorted(listed - moments.keys()), "never stepped")
     return Source("dcp", tuple(moments.values()), skipped, notes=tuple(dict.fromkeys(notes)))
+
+
+def _names(
+    storage: Storage,
+    groups: Mapping[str, _Groups],
+    accepted: Mapping[tuple[str, str], Accepted],
+    request: Request,
+) -> tuple[dict[tuple[str, str], str], list[str]]:
+    """The parameters' names: the keys', or, of a state by number, those that an order proves."""
+    names = {key: key[1] for key in accepted}
+    notes: list[str] = []
+    for prefix, group in groups.items():
+        numbers = [name for at, name in accepted if at == prefix]
+        if not all(name.isdigit() for name in numbers):
+            continue
+        lists = group.lists or [sorted(numbers, key=int)]
+        entries = [
+            [Entry(int(n), None, accepted[prefix, n].shape if (prefix, n) in accepted else None) for n in one]
+            for one in lists
+        ]
+        found, said = find_names(entries, _weights(storage, prefix), request, storage.where)
+        notes += said
+        for one, named in zip(lists, found, strict=True):
+            names |= {(prefix, n): name for n, name in zip(one, named, strict=True) if name is not None}
+    return names, notes
+
+
+def _weights(storage: Storage, prefix: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights beside the optimizer under `prefix`, in the order in which they were saved."""
+    others = {k: s for k, s in storage.shapes.items() if not k.startswith(prefix or "state.")}
+    of_model = {k.removeprefix("model."): s for k, s in others.items() if k.startswith("model.")}
+    return of_model or others
 
 
 def _entries(storage: Storage) -> dict[tuple[str, str], dict[str, str]]:
@@ -98,7 +130,15 @@ def _entries(storage: Storage) -> dict[tuple[str, str], dict[str, str]]:
                 kept = rest[at + 1 :].removeprefix(f"{NESTED}.").partition(".")[0]
                 names[prefix, rest[:at]][kept] = key
                 break
-    return names or _by_state_first(found)
+    names = names or _by_state_first(found)
+    if names:
+        return names
+    kept = {match["rest"].rpartition(".")[2] for _, match in found if "." in match["rest"]}
+    if kept & {"step", "exp_avg", "momentum_buffer", "square_avg", "sum"}:
+        raise kinds.nothing([f"only {', '.join(sorted(kept))}"], storage.where)
+    raise InputError(
+        f"{storage.where}: holds no optimizer state with exp_avg_sq: name the optimizer's folder"
+    )
 
 
 def _by_state_first(found: list[tuple[str, re.Match[str]]]) -> dict[tuple[str, str], dict[str, str]]:
@@ -145,18 +185,21 @@ class _Settings(Mapping):
 
 
 class _Groups:
-    """The param_groups beside the states under `prefix`. names: of the parameters that they list."""
+    """The param_groups beside the states under `prefix`. names: of the parameters that they list; lists: the
+    parameters of each group, by name or number, where groups list them."""
 
     def __init__(self, storage: Storage, prefix: str) -> None:
         self._storage = storage
         self._root = f"{prefix}param_groups"
-        self._listed = {name: group for group in self._groups() for name in group.get("params") or ()}
+        found = self._groups()
+        self.lists = [[str(name) for name in group.get("params") or ()] for group in found]
+        self._listed = {str(name): group for group in found for name in group.get("params") or ()}
         flat = re.compile(re.escape(self._root) + r"\.(.*\D.*)\.([^.]+)")
         self._flat: dict[str, dict[str, str]] = {}
         for key in (*storage.objects, *storage.shapes):
             if match := flat.fullmatch(key):
                 self._flat.setdefault(match[1], {})[match[2]] = key
-        self.names = {*self._listed, *self._flat}
+        self.names = {name for name in (*self._listed, *self._flat) if not name.isdigit()}
 
     def settings(self, name: str) -> Mapping[str, Any]:
         """Of the group that lists `name`; none where nothing says them."""
@@ -171,9 +214,9 @@ class _Groups:
         else:
             groups = list(self._numbered())
         if not isinstance(groups, list) or not all(
-            isinstance(group, Mapping) and _are_names(group.get("params")) for group in groups
+            isinstance(group, Mapping) and _are_parameters(group.get("params")) for group in groups
         ):
-            raise InputError(f"{self._storage.where}: {quoted(self._root)} does not list parameters by name")
+            raise InputError(f"{self._storage.where}: {quoted(self._root)} does not list parameters")
         return groups
 
     def _numbered(self) -> Iterator[Mapping[str, Any]]:
@@ -189,8 +232,8 @@ class _Groups:
             yield _Settings(self._storage, keys)
 
 
-def _are_names(names: Any) -> bool:
-    return isinstance(names, list) and all(isinstance(name, str) for name in names)
+def _are_parameters(names: Any) -> bool:
+    return isinstance(names, list) and all(isinstance(name, (str, int)) for name in names)
 
 
 def _folder(path: Path) -> Path | None:

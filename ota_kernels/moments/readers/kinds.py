@@ -90,7 +90,14 @@ KINDS = (
         "exp_avg max_exp_avg_sq mu_product master_param param fp32 compensation shift",
     ),
     _kind("ScheduleFree", adam, "exp_avg_sq z", settings=_SCHEDULE_FREE, step="k"),
-    _kind("AdEMAMix", adam, "exp_avg_sq exp_avg_slow", "exp_avg exp_avg_fast", betas=3),
+    _kind(
+        "AdEMAMix",
+        adam,
+        "exp_avg_sq exp_avg_slow",
+        "exp_avg exp_avg_fast",
+        settings=_words("t_alpha_beta3 alpha_warmup beta3_warmup"),
+        betas=3,
+    ),
     _kind("Prodigy", adam, "exp_avg_sq s p0", "exp_avg", settings=_PRODIGY, step="k"),
     _kind("8-bit Adam", eight_bit, "state2", "state1 qmap1 qmap2 absmax1 absmax2 unorm_vec gnorm_vec"),
     *(
