@@ -57,6 +57,7 @@ def run_objects():
         "size": torch.Size([2, 3]),
         "set": {1, 2},
         "sparse": torch.eye(3).to_sparse(),
+        "quantized": torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8),
     }
 
 

@@ -139,17 +139,21 @@ class InertUnpickler(pickle.Unpickler):
         """The storage of a tensor, ("storage", type, key, device, elements)."""
         kind, storage_type, key, _, numel = saved
         if kind != "storage" or self._storage is None or not isinstance(storage_type, _StorageType):
-            raise pickle.UnpicklingError(f"unknown persistent object {kind!r}")
+            return self.inert("torch", "UnknownStorage")()  # of a quantized tensor
         if key not in self._storages:
             self._storages[key] = self._storage(str(key), int(numel) * storage_type.dtype.itemsize)
         return _Storage(self._storages[key], storage_type.dtype)
 
     def _tensor(self, storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> Any:
+        if not isinstance(storage, _Storage):
+            return self.inert("torch", "UnknownTensor")(storage)
         return _view(storage, offset, size, stride, storage.dtype)
 
     def _tensor_v3(
         self, storage: Any, offset: int, size: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any, *_: Any
     ) -> Any:
+        if not isinstance(storage, _Storage) or not isinstance(dtype, torch.dtype):
+            return self.inert("torch", "UnknownTensor")(storage)
         return _view(storage, offset, size, stride, dtype)
 
     def _of_type(self, function: Any, kind: Any, args: Any, state: Any) -> Any:
@@ -209,11 +213,11 @@ class _Storage:
         self.bytes, self.dtype = data, dtype
 
 
-def _view(storage: Any, offset: Any, size: Any, stride: Any, dtype: Any) -> torch.Tensor:
+def _view(storage: _Storage, offset: Any, size: Any, stride: Any, dtype: Any) -> torch.Tensor:
     """The tensor, a view of its storage. Raises UnpicklingError where it would reach beyond that."""
     size, stride = tuple(map(int, size)), tuple(map(int, stride))
-    if not isinstance(storage, _Storage) or len(size) != len(stride) or min((offset, *size, *stride)) < 0:
-        raise pickle.UnpicklingError("a tensor without a storage, or with sizes below zero")
+    if len(size) != len(stride) or min((offset, *size, *stride)) < 0:
+        raise pickle.UnpicklingError("a tensor with sizes below zero")
     reach = 0 if 0 in size else 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if (offset + reach) * dtype.itemsize > storage.bytes.nbytes():
         raise pickle.UnpicklingError("a tensor reaches beyond its storage")

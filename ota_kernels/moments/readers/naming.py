@@ -111,7 +111,8 @@ def find_reading(shapes: Mapping[str, Shape], model: Checkpoint) -> tuple[Readin
                 f"{note} and {said}: give --names with the name of each parameter"
             )
     used = {source for arrangement in best.values() for source in arrangement.sources}
-    return best | {n: whole(n, s) for n, s in shapes.items() if n not in used and n not in best}, note
+    kept = {n: whole(n, s) for n, s in shapes.items() if n not in used and n not in best}
+    return best | kept, note and f"names were read {note}"
 
 
 def _writers(shapes: Mapping[str, Shape], model: Checkpoint) -> Iterator[tuple[Reading, str]]:
@@ -123,7 +124,7 @@ def _writers(shapes: Mapping[str, Shape], model: Checkpoint) -> Iterator[tuple[R
     for dialect in DIALECTS:
         reading = dialect.arrangements(shapes, model)
         if reading:
-            yield reading, f"read from {dialect.name}"
+            yield reading, f"from {dialect.name}"
 
 
 def _as_transformers_saves(shapes: Mapping[str, Shape], model: Checkpoint) -> Reading:
