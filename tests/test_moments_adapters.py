@@ -224,6 +224,22 @@ def test_lifted_curvature_follows_the_truth(tmp_path, source):
     assert "estimate" in show(tmp_path / "l.safetensors").source_format
 
 
+def test_lift_a_checkpoint_of_the_trainer(tmp_path):
+    """States by number beside the adapter: the base that they are lifted to has the order, too."""
+    _, optimizer, moments = trained(tmp_path)
+    content = optimizer.state_dict()
+    content["param_groups"][0].pop("param_names", None)
+    torch.save(content, tmp_path / "adapter" / "optimizer.pt")
+    summary = lift(tmp_path / "adapter", tmp_path / "l.safetensors", tmp_path / "base")
+    assert (summary.tensors, summary.scaled) == (6, True)
+    name = "model.layers.1.mlp.down_proj"
+    rows = moments[f"{PREFIX}{name}.lora_B.weight"].double().sum(1)
+    columns = moments[f"{PREFIX}{name}.lora_A.weight"].double().sum(0)
+    found = product(tmp_path / "l.safetensors", f"{name}.weight")
+    expected = rows[:, None] * columns / (rows.sum() * columns.sum()) * found.sum()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
 def test_the_scale_without_an_adapter(tmp_path):
     """That of PEFT's first values: right up to (alpha / r)^2."""
     a, b, full, moment_a, moment_b = sampled(alpha=4.0)

@@ -138,6 +138,18 @@ def test_what_wrappers_put_in(name, expected):
     assert unwrapped(name) == expected
 
 
+def test_names_of_a_parallel_module_without_a_model(tmp_path):
+    """In front of all names it is no part of theirs; else it may be one."""
+    state = adam_state()
+    for names, expected in (
+        (("module.a", "module.b"), ("a", "b")),
+        (("module.a", "head.b"), ("module.a", "head.b")),
+    ):
+        path = saved_states(tmp_path / "a.pt", dict.fromkeys(names, state))
+        extract(path, tmp_path / "v.safetensors", overwrite=True)
+        assert set(load_file(tmp_path / "v.safetensors")) == set(expected)
+
+
 def test_two_names_that_become_one(tmp_path):
     states = {"_orig_mod.w": adam_state(), "w": adam_state()}
     with pytest.raises(InputError, match="'w' occurs twice: every parameter needs a name of its own"):

@@ -70,7 +70,7 @@ def lift(
     where = f"adapter states: {path}"
     base = Checkpoint.open(Path(model), "model")
     weights = _open_adapter(path, adapter)
-    source = _read(path, weights, where)
+    source = _read(path, weights, base, where)
     pairs = dict(_pairs(source))
     if not pairs:
         raise InputError(
@@ -98,11 +98,11 @@ def _open_adapter(path: Path, adapter: str | Path | None) -> Checkpoint | None:
     return Checkpoint.open(file, "adapter") if file.is_file() else None
 
 
-def _read(path: Path, adapter: Checkpoint | None, where: str) -> Source:
+def _read(path: Path, adapter: Checkpoint | None, base: Checkpoint, where: str) -> Source:
     if path.suffix == FILE_SUFFIX:
         return stored_source(path, where)
     found, row = formats.choose(path, formats.AUTO)
-    return renamed(row.read(found, Request(adapter)), adapter, where)
+    return renamed(row.read(found, Request(adapter, base)), adapter, where)
 
 
 def _pairs(source: Source) -> Iterator[tuple[str, tuple[Any, Any]]]:

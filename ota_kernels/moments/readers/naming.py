@@ -34,6 +34,7 @@ _WRAPPERS = re.compile(
 _ADAPTER = re.compile(
     r"\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)\.(?!weight$)([^.]+)"
 )
+_PARALLEL = "module."  # DistributedDataParallel, in front of all names
 _SAVED_MODULE = re.compile(r"\.modules_to_save\.[^.]+\.")
 _BASE_LAYER = re.compile(r"\.base_layer\.")
 _MOST_PREFIXES = 4
@@ -45,7 +46,10 @@ def rename(source: Source, model: Checkpoint | None) -> Source:
     Raises InputError where two readings of its names fit the model equally well.
     """
     shapes = {moment.name: moment.shape for moment in source.moments}
-    plain = {name: unwrapped(name) for name in (*shapes, *source.skipped, *source.aliases)}
+    known = (*shapes, *source.skipped, *source.aliases)
+    plain = {name: unwrapped(name) for name in known}
+    if model is None and all(name.startswith(_PARALLEL) for name in plain.values()):
+        plain = {name: short.removeprefix(_PARALLEL) for name, short in plain.items()}
     twice, count = Counter(plain[m.name] for m in source.moments).most_common(1)[0] if shapes else ("", 1)
     if count > 1:
         raise InputError(f"{quoted(twice)} occurs twice: every parameter needs a name of its own")
