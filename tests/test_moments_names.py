@@ -90,12 +90,18 @@ def test_heads_that_the_model_lacks_are_left_out(tmp_path):
 
 def test_two_models_in_one_checkpoint(tmp_path):
     """Actor and critic both fit: neither is taken."""
-    states = states_of(SHAPES)
-    both = {f"{who}.{n}": s for who in ("actor", "critic") for n, s in states.items()}
+    states = {who: states_of(SHAPES) for who in ("actor", "critic")}
+    both = {f"{who}.{n}": s for who, own in states.items() for n, s in own.items()}
     model_of(tmp_path / "model", SHAPES)
     path = saved_states(tmp_path / "a.pt", both)
     with pytest.raises(InputError, match=r"read in two ways that cover 6 parameters.*'actor\.'.*'critic\.'"):
         extract(path, tmp_path / "v.safetensors", tmp_path / "model")
+    for who in ("actor", "critic"):
+        out = tmp_path / f"{who}.safetensors"
+        extract(path, out, tmp_path / "model", prefix=f"{who}.")
+        assert_extracted(out, moments_of(states[who]))
+    with pytest.raises(InputError, match=r"no name begins with 'x\.'; one is 'actor\."):
+        extract(path, tmp_path / "v.safetensors", tmp_path / "model", prefix="x.")
 
 
 def test_a_partial_match_is_an_error(tmp_path):

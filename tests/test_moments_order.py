@@ -170,6 +170,18 @@ def test_given_names_that_do_not_fit(tmp_path):
         extract(tmp_path / "a.pt", tmp_path / "v.safetensors", names=tmp_path / "none")
 
 
+def test_options_that_could_not_be_used_are_errors(tmp_path):
+    """Nothing that was asked for is left out without a word."""
+    path = saved_states(tmp_path / "a.pt", {"w": adam_state()})
+    with pytest.raises(InputError, match=r"--base is compared with the model that was trained: add --model"):
+        extract(path, tmp_path / "v.safetensors", base=tmp_path)
+    (tmp_path / "zero" / "w").mkdir(parents=True)
+    torch.save({"param": torch.rand(4)}, tmp_path / "zero" / "w" / "exp_avg_sq.pt")
+    file = names_file(tmp_path / "names", [["w"]])
+    with pytest.raises(InputError, match=r"names its parameters itself: --names is for states by number"):
+        extract(tmp_path, tmp_path / "v.safetensors", names=file)
+
+
 # --base.
 
 

@@ -72,6 +72,12 @@ moments.add_command(lift)
     help="The parameters' names, one a line, as model.named_parameters() goes; a blank line between groups.",
 )
 @click.option(
+    "--prefix",
+    default="",
+    metavar="TEXT",
+    help="Take only what CHECKPOINT names TEXT..., without TEXT: one of several models in it.",
+)
+@click.option(
     "--as-adam", is_flag=True, help="Take keys and settings of the optimizer that are unknown for Adam's."
 )
 @click.option("--overwrite", is_flag=True, help="Replace OUT.")

@@ -14,6 +14,7 @@ from .checking import check_source
 from .readers import formats
 from .readers.adapter import is_adapter
 from .readers.naming import rename
+from .readers.numbered import NAMED
 from .readers.request import Request, read_names
 from .source import Source, only
 from .writing import write_moments
@@ -60,13 +61,15 @@ def extract(
     base: str | Path | None = None,
     names: str | Path | None = None,
     as_adam: bool = False,
+    prefix: str = "",
 ) -> Summary:
     """Write the second moments of a training checkpoint to one safetensors file.
 
     checkpoint: a folder or a file; out: ends in .safetensors; model: the folder of the trained model, by
     default the checkpoint's where it holds one; base: the folder of the model that it was trained from: of
     states that are keyed by number, parameters that equal its own may have been frozen; names: a file of the
-    parameters' names, in the model's order; as_adam: keys and settings that are unknown are Adam's. Needs
+    parameters' names, in the model's order; prefix: what those names of the checkpoint begin with that are
+    meant, where it holds several models; as_adam: keys and settings that are unknown are Adam's. Needs
     memory for one piece of a tensor.
     Raises InputError for a checkpoint that cannot be read with certainty, does not fit the model, or has
     negative or non-finite moments; OutputError where `out` exists or cannot be written; RecipeError for an
@@ -76,6 +79,8 @@ def extract(
     check_new_file(target, overwrite=overwrite)
     path, chosen = formats.choose(path, format)
     trained = _open_model(path, model)
+    if base is not None and trained is None:
+        raise InputError("--base is compared with the model that was trained: add --model with its folder")
     request = Request(
         trained,
         None if base is None else Checkpoint.open(Path(base), "base"),
@@ -83,7 +88,10 @@ def extract(
         as_adam,
     )
     where = f"checkpoint: {path}"
-    source = renamed(chosen.read(path, request), trained, where)
+    source = _chosen(chosen.read(path, request), prefix, where)
+    if names is not None and NAMED not in source.notes:
+        raise InputError(f"{where}: names its parameters itself: --names is for states by number")
+    source = renamed(source, trained, where)
     coverage = check_source(source, trained, where)
     if coverage.extra:
         extra = frozenset(coverage.extra)
@@ -106,6 +114,19 @@ def extract(
         zeros=written.zeros,
         notes=(*source.notes, _ADAPTER_NOTE) if is_adapter(names_of(source)) else source.notes,
     )
+
+
+def _chosen(source: Source, prefix: str, where: str) -> Source:
+    """What of `source` has names that begin with `prefix`, without it."""
+    if not prefix:
+        return source
+    cut = len(prefix)
+    moments = tuple(replace(m, name=m.name[cut:]) for m in source.moments if m.name.startswith(prefix))
+    if not moments:
+        raise InputError(f"{where}: no name begins with {prefix!r}; one is {names_of(source)[0]!r}")
+    skipped = {n[cut:]: why for n, why in source.skipped.items() if n.startswith(prefix)}
+    aliases = {n[cut:]: of[cut:] for n, of in source.aliases.items() if n.startswith(prefix)}
+    return replace(source, moments=moments, skipped=skipped, aliases=aliases)
 
 
 def renamed(source: Source, model: Checkpoint | None, where: str) -> Source:

@@ -112,7 +112,7 @@ def find_reading(shapes: Mapping[str, Shape], model: Checkpoint) -> tuple[Readin
         if _within(rival, model) != _within(best, model):
             raise InputError(
                 f"its names are read in two ways that cover {covered} parameters of {model.root} each, "
-                f"{note} and {said}: give --names with the name of each parameter"
+                f"{note} and {said}: say by --prefix which is meant"
             )
     used = {source for arrangement in best.values() for source in arrangement.sources}
     kept = {n: whole(n, s) for n, s in shapes.items() if n not in used and n not in best}

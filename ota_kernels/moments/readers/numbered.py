@@ -32,6 +32,7 @@ class Entry:
     shape: Shape | None
 
 
+NAMED = "names are those of --names"
 Named = list[list[str | None]]
 
 
@@ -55,13 +56,15 @@ def find_names(
     if all(isinstance(entry.key, str) for group in groups for entry in group):
         return [[str(entry.key) for entry in group] for group in groups], []
     shapes = [[entry.shape for entry in group] for group in groups]
+    failed: InputError | None = None
     if weights and not _is_sorted(weights):
         try:
             named, assumed = _in_order(shapes, weights, (), request, where)
             return named, ["numbers were named in the order of the checkpoint's own weights", *assumed]
         except InputError as error:
             if request.model is None:
-                raise error
+                raise
+            failed = error
     if request.model is None:
         raise InputError(
             f"{where}: its optimizer state is keyed by number, not by name: "
@@ -74,7 +77,10 @@ def find_names(
         changed = changed_names(stored, request)
         if changed is not None:
             stored = {name: shape for name, shape in stored.items() if name in changed}
-        return match_by_shape(shapes, stored, where, str(missing)), []
+        try:
+            return match_by_shape(shapes, stored, where, str(missing)), []
+        except InputError as error:
+            raise failed or error from None
     named, assumed = _in_order(shapes, order.shapes, order.decaying if by_trainer else (), request, where)
     return named, [f"numbers were named in {order.source}", *assumed]
 
@@ -125,12 +131,12 @@ def _by_given_names(
                 f"{where}: its groups have {quoted(sizes)} parameters, --names {quoted(found)}: write one "
                 "name for each parameter, and a blank line between groups"
             )
-        return [list(group) for group in request.names], ["names are those of --names, in its order"]
+        return [list(group) for group in request.names], [NAMED]
     known = _known_shapes(given, groups, request, where)
     if total != len(given):
         raise InputError(f"{where}: has {total} parameters, --names {len(given)}: leave out what was frozen")
     named = match_in_order(shapes, known, where)
-    return named, ["numbers were named in the order of --names"]
+    return named, [NAMED]
 
 
 def _known_shapes(
