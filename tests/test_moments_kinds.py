@@ -8,6 +8,7 @@ import torch.distributed.checkpoint as dcp
 from optimizers import STEPS, adam_state, assert_extracted, live, saved_states, train
 
 from ota_kernels import InputError
+from ota_kernels.io.curvature import CurvatureFile
 from ota_kernels.moments import extract
 from ota_kernels.moments.readers.kinds import accept
 from ota_kernels.moments.readers.state import State
@@ -330,3 +331,21 @@ def test_accept_says_what_it_is(tmp_path):
     accepted = accept(State(adam_state(), tmp_path, "x", {"betas": (0.9, 0.5)}))
     assert (accepted.kind.name, accepted.step, accepted.beta2, accepted.factor) == ("Adam", STEPS, 0.5, 1.0)
     assert accept(State({"momentum_buffer": torch.ones(2)}, tmp_path, "x")) is None
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FOREIGN if "8-bit" not in kind])
+def test_a_recipe_that_names_the_file_itself(tmp_path, kind):
+    """`preconditioner_path` takes torch files by name, too: the same states are refused there."""
+    more, settings = FOREIGN[kind]
+    path = saved_states(tmp_path / "a.pt", {"w": adam_state(**more)}, **settings)
+    with pytest.raises(InputError, match=r"models\[0\]: .*(not Adam's second moments|--as-adam)"):
+        CurvatureFile.open(path, "models[0]")
+    saved_states(path, {"w": adam_state()})
+    assert CurvatureFile.open(path, "models[0]").names == ["w"]
+
+
+def test_a_recipe_that_names_a_file_of_prodigy(tmp_path):
+    state = adam_state(s=torch.zeros(20), p0=torch.zeros(20))
+    path = saved_states(tmp_path / "a.pt", {"w": state}, d=1e-3, d0=1e-6, **PRODIGY)
+    with pytest.raises(InputError, match="is of Prodigy: `ota-merge moments extract` converts it"):
+        CurvatureFile.open(path, "models[0]")

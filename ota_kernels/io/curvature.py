@@ -220,6 +220,7 @@ class _TorchCurvature(CurvatureFile):
             raise InputError(f"{label}: {path}: its optimizer state holds no {MOMENT}")
         for name, moment in self._moments.items():
             self._check_plain(name, moment)
+            self._check_kind(name)
 
     @property
     def total_bytes(self) -> int:
@@ -255,6 +256,18 @@ class _TorchCurvature(CurvatureFile):
         """Only a dense tensor in one piece of the file can be viewed without a copy."""
         if not torchfile.is_plain(moment):
             raise InputError(f"{self.where}: {MOMENT} of {quoted(name)} is not a plain contiguous tensor")
+
+    def _check_kind(self, name: str) -> None:
+        """Raise InputError for a state that is another optimizer's than Adam, or that must be converted."""
+        from ..moments.readers.kinds import accept
+        from ..moments.readers.state import State
+
+        groups = self._groups if isinstance(self._groups, list) else []
+        group = next((g for g in groups if isinstance(g, dict) and name in (g.get("params") or ())), None)
+        where = f"{self.where}: state[{quoted(name)}]"
+        accepted = accept(State(self._states[name], self.path, where, group))
+        if accepted is not None and accepted.factor != 1.0:
+            raise InputError(f"{where}: is of {accepted.kind.name}: `ota-merge moments extract` converts it")
 
     def keys(self) -> Iterable[str]:
         return self._moments

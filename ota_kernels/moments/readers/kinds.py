@@ -257,5 +257,6 @@ def _foreign(state: State, fact: str) -> InputError:
 def _unknown(state: State, what: str, names: list[str]) -> InputError:
     return InputError(
         f"{state.where}: {what} {', '.join(map(quoted, names[:12]))} are of no optimizer that is known here: "
-        "if exp_avg_sq is the mean of squared gradients, as Adam's, add --as-adam"
+        "if exp_avg_sq is the mean of squared gradients, as Adam's, `ota-merge moments extract --as-adam` "
+        "takes it"
     )
