@@ -16,7 +16,7 @@ _COMMANDS = {
     "run": "Merge models as a recipe says.",
     "plan": "Show what a merge would read, write and hold in memory.",
     "densities": "Show what each density would keep of each expert, and where.",
-    "moments": "Get second moments: extract, compress, show, estimate.",
+    "moments": "Get second moments: extract, compress, show, lift, estimate.",
     "demo": "Train small experts on digits, merge them, print what came out.",
 }
 INTERRUPTED = 130
