@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from pathlib import Path
+from typing import Any
 
 from ..io.curvature import CurvatureFile
 from ..io.hub import resolve_file, resolve_model
@@ -13,6 +14,7 @@ from ..recipe.recipe import ModelEntry, Recipe
 from ..recipe.reference import Reference
 from .models import Model, Stored
 from .pairing import OutputTensor, Pairing, moments_key
+from .restack import restacked
 
 
 class Inputs:
@@ -75,6 +77,13 @@ class Inputs:
     def total_bytes(self) -> int:
         """Bytes that one pass over the inputs reads."""
         return sum(e.numel * size for e, size in zip(self.entries, self.bytes_per_element, strict=True))
+
+    def edited_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """What config.json of the output says beside types and ties, from that of the model that gives it."""
+        origins = [(model.config, number) for model, number in self.pairing.donors]
+        found = restacked(config, origins) if origins else config
+        architecture = self.recipe.references[0].architecture
+        return found if architecture is None else found | {"architectures": [architecture]}
 
     def fingerprint(self) -> list:
         """Names, sizes and times of all input files."""

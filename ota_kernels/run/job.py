@@ -225,6 +225,7 @@ class Job:
                 tokenizer_source=self.recipe.tokenizer_source,
                 dtype=self.recipe.output_dtype,
                 untied=self.inputs.untied,
+                edit=self.inputs.edited_config,
             ),
             recipe_asset(self.recipe.as_dict()),
         ]
