@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ..errors import InputError, RecipeError
 from ..io.curvature import Held
@@ -64,6 +64,10 @@ class Part(NamedTuple):
         """What errors call it."""
         return self.model.what(self.name)
 
+    def as_dict(self) -> dict[str, Any]:
+        """Its model and its name there."""
+        return {"model": self.model.label, "tensor": self.name}
+
 
 @dataclass(frozen=True)
 class OutputTensor:
@@ -100,6 +104,24 @@ class OutputTensor:
         read = (self.base,) if self.action == KEEP_BASE else self.sources
         size = sum(part.model.bytes_per_element(part.name) for part in read)
         return size + sum(buffer.dtype.itemsize for c in self.curvatures for buffer in c.buffers)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What is done, as `ota-merge plan --tensors --json` prints it; parameters that are not set are left
+        out."""
+        found: dict[str, Any] = {
+            "name": self.name,
+            "shape": list(self.shape),
+            "dtype": self.dtype.name,
+            "action": self.action,
+        }
+        if self.base is not None:
+            found["base"] = self.base.as_dict()
+        found["sources"] = [part.as_dict() for part in self.experts]
+        if self.settings is not None:
+            found["parameters"] = _set(self.settings.shared)
+            for source, own in zip(found["sources"], self.settings.experts, strict=True):
+                source["parameters"] = _set(own)
+        return found
 
     def inputs(self) -> TensorInputs:
         """What a backend receives of a tensor that is not COPY. Under KEEP_BASE every expert is the base
@@ -449,6 +471,10 @@ class Pairing:
             f"{first.experts[place].name!r}{more if len(lacking) > 1 else ''}; "
             "`missing_curvature: uniform` or `base` merges without it"
         )
+
+
+def _set(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in parameters.items() if value is not None}
 
 
 def moments_key(entry: ModelEntry) -> tuple[int, str]:

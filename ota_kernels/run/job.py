@@ -82,7 +82,8 @@ class Options:
     device: "auto", "cpu", "cuda" or "cuda:N"; memory_limit: bytes resident on the host at most, None for
     1 GiB, on a GPU 4 GiB; shard_size: bytes of one output file at most; threads: None for every processor;
     seed: of methods that draw random numbers; tile_elements: None for what fits the limit;
-    candidates_memory: bytes of undecided elements held in memory at most, the rest goes to the work folder.
+    candidates_memory: bytes of undecided elements held in memory at most, the rest goes to the work folder;
+    allow_crimes: models may differ in the tensors they have.
     """
 
     backend: str = "auto"
@@ -95,6 +96,7 @@ class Options:
     resume: bool = False
     tile_elements: int | None = None
     candidates_memory: int = DEFAULT_BUDGET
+    allow_crimes: bool = False
 
     def __post_init__(self) -> None:
         backends.check_device(self.device)
@@ -157,7 +159,7 @@ class Job:
     def __init__(self, recipe: Recipe, options: Options, rules: Rules = RULES) -> None:
         self.recipe, self.options, self._rules = recipe, options, rules
         self.backend = backends.select(options.backend, options.device)
-        self.inputs = Inputs(recipe)
+        self.inputs = Inputs(recipe, allow_crimes=options.allow_crimes)
         try:
             self._prepare()
         except BaseException:
@@ -213,6 +215,7 @@ class Job:
             FORMAT,
             self.recipe.as_dict(),
             self.options.seed,
+            self.options.allow_crimes,
             self.inputs.fingerprint(),
             [asdict(shard) | {"header": shard.header.hex()} for shard in self.plan.layout.shards],
         ]
