@@ -121,7 +121,7 @@ bool is_suspect(const Tile& tile, int t, Strip<Acc>& x) {
     });
     if (e.origin.data != nullptr)
         top = larger(top, largest_suspicion(origin(tile, t, x), x.n, Ahead(e.origin, x.offset, tile.n)));
-    if (!tile.words.read_curvature() || e.curvature.kind == CurvatureKind::uniform) return top >= kSuspect;
+    if (e.curvature.kind == CurvatureKind::uniform) return top >= kSuspect;
     const float* h = curvature(tile, t, 0, x);
     const Ahead next(e.curvature, x.offset, tile.n);
     for (int begin = 0; begin < x.n; begin += kChunk) {
@@ -135,7 +135,7 @@ bool is_suspect(const Tile& tile, int t, Strip<Acc>& x) {
 // Where expert t's inputs and the base are usable: -1.
 template <typename Acc>
 void find_usable(const Tile& tile, int t, Strip<Acc>& x, int32_t* usable) {
-    const bool reads = tile.words.read_curvature();
+    const bool reads = tile.experts[t].curvature.kind != CurvatureKind::uniform;
     const Acc* o = origin(tile, t, x);
     const float* h = reads ? curvature(tile, t, 0, x) : nullptr;
     with_weights(tile, t, 0, x, [&](const auto* w) {
@@ -158,7 +158,7 @@ bool count_unusable(const Tile& tile, int t, Strip<Acc>& x, NonFinite& weights, 
             if (!is_finite(static_cast<float>(w[i])) || (own && !is_finite(static_cast<float>(o[i]))))
                 weights.add(x.offset + i);
     });
-    if (tile.words.read_curvature()) {
+    if (tile.experts[t].curvature.kind != CurvatureKind::uniform) {  // checked, also where no word reads it
         const float* h = curvature(tile, t, 0, x);
         for (int i = 0; i < x.n; ++i)
             if (!is_curvature(h[i])) curvatures.add(x.offset + i);

@@ -10,8 +10,8 @@ import numpy as np
 import oracle
 import torch
 
+from ota_kernels.planning.resolve import Resolver
 from ota_kernels.planning.roles import role_of
-from ota_kernels.recipe import methods
 from ota_kernels.recipe.schema import Recipe, parse_recipe
 from ota_kernels.run.decide import Decider
 from ota_kernels.run.pool import IN_PLACE, Pool
@@ -147,10 +147,10 @@ def decider_of(
     pool: Pool = IN_PLACE,
     rules: Rules = RULES,
 ) -> Decider:
-    """The decider of a recipe whose parameters are those of every tensor."""
-    method = methods.get(recipe.merge_method)
-    settings = method.settings(recipe)
-    return Decider(method, tensors, {t.name: settings for t in tensors}, backend, pool, rules=rules)
+    """The decider of a recipe of one slice; each tensor has one name in all models."""
+    resolver = Resolver(recipe.slices[0], recipe.method, {})
+    settings = {t.name: resolver.settings(t.name, [t.name] * len(t.experts), 0.0) for t in tensors}
+    return Decider(recipe.method, tensors, settings, backend, pool, rules=rules)
 
 
 def terms_of(recipe: Recipe, tensor: TensorInputs, backend: ModuleType) -> Terms:

@@ -18,8 +18,8 @@ import oracle
 import pytest
 import torch
 from models import Experts, decider_of, random_experts, with_buffers
+from scores import CASES, DTYPES, assert_grafted, ranks, sorted_answers
 from streams import Streamed, inputs_of, recipe_of, run_engine, stream
-from test_topk import CASES, DTYPES, assert_grafted, ranks, sorted_answers
 from tolerances import assert_close
 
 import ota_kernels

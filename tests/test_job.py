@@ -9,6 +9,7 @@ import os
 import shutil
 from pathlib import Path
 
+import jobs
 import numpy as np
 import pytest
 import torch
@@ -37,6 +38,7 @@ from ota_kernels import InputError, merge, merge_state_dicts, merge_tensors
 from ota_kernels.io.reader import Checkpoint
 from ota_kernels.io.writer import ShardWriter, layout
 from ota_kernels.run import job
+from ota_kernels.run.rules import Rules
 from ota_kernels.tensors.dtypes import BY_NAME
 from ota_kernels.tensors.segment import CHUNK
 
@@ -331,14 +333,13 @@ class TestBuffers:
         assert report["not_merged"].keys() == self.BUFFERS.keys()
 
     @pytest.mark.parametrize("pieces", [1, 4], ids=["in one piece", "in several pieces"])
-    def test_that_differ_are_an_error_and_leave_nothing(self, tmp_path, monkeypatch, pieces):
+    def test_that_differ_are_an_error_and_leave_nothing(self, tmp_path, pieces):
         models = self.make(tmp_path)
-        monkeypatch.setattr(job, "_COPY_BYTES", 56 // pieces)
         models.experts[1]["position_ids"] = models.base["position_ids"].clone()
         models.experts[1]["position_ids"][0, 6] += 1
         models.save()
         with pytest.raises(InputError, match="position_ids") as caught:
-            merge(models.recipe(), tmp_path / "out")
+            jobs.merge(models.recipe(), tmp_path / "out", Rules(copy_bytes=56 // pieces))
         assert str(models.expert_folders[1]) in str(caught.value)
         assert sorted(os.listdir(tmp_path)) == ["base", "expert0", "expert1"]
 

@@ -532,12 +532,11 @@ def test_number_of_models():
     fails(linear(*[1] * (MAX_MODELS + 1)), "65 models", "at most 64")
 
 
-def test_method_that_requires_a_base(monkeypatch):
-    row = Method("needy", "w_0", "required", (), None)
-    monkeypatch.setitem(methods._REGISTRY, "needy", row)
+def test_method_that_requires_a_base():
     data = {"merge_method": "needy", "models": [{"model": "a"}, {"model": "b"}]}
-    fails(data, "`needy` needs a `base_model`")
-    assert parse_recipe({**data, "base_model": "c"}).base_model == "c"
+    with methods.registered(Method("needy", "w_0", "required", (), None)):
+        fails(data, "`needy` needs a `base_model`")
+        assert parse_recipe({**data, "base_model": "c"}).base_model == "c"
 
 
 @pytest.mark.parametrize(
@@ -815,12 +814,12 @@ def test_duplicate_method_raises():
         methods.register(methods.get("ota"))
 
 
-def test_register_adds_a_row(monkeypatch):
-    monkeypatch.setattr(methods, "_REGISTRY", {})
-    row = Method("one", "w_1", "ignored", (), None)
-    methods.register(row)
-    assert methods.names() == ("one",)
-    assert methods.get("one") is row
+def test_register_adds_a_row():
+    before = methods.names()
+    with methods.registered(Method("one", "w_1", "ignored", (), None)) as row:
+        assert set(methods.names()) == {*before, "one"}
+        assert methods.get("one") is row
+    assert methods.names() == before
 
 
 @pytest.mark.parametrize("name", methods.names())

@@ -395,12 +395,11 @@ def _census(s: torch.Tensor, e: ExpertTerms) -> np.ndarray:
 def _gather(tile: TensorInputs, wanted: torch.Tensor, steps: tuple[np.ndarray, ...]) -> Candidates:
     positions = wanted.nonzero().reshape(-1).numpy()
     operands = tile.gather(positions)
+    weights = (operands.base, *operands.experts, *operands.origins)
     columns = [
         positions.astype(np.uint32),
-        *(b.data for b in (operands.base, *operands.experts) if b is not None),
+        *(np.zeros(0, np.uint8) if b is None else b.data for b in weights),
     ]
-    if operands.base is None:
-        columns.insert(1, np.zeros(0, np.uint8))
     columns += [
         np.zeros(0, np.uint8)
         if isinstance(c, Uniform)

@@ -3,8 +3,9 @@ pure functions."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -96,6 +97,16 @@ def register(method: Method) -> None:
     if method.name in _REGISTRY:
         raise ValueError(f"the merge method `{method.name}` is registered twice")
     _REGISTRY[method.name] = method
+
+
+@contextlib.contextmanager
+def registered(method: Method) -> Iterator[Method]:
+    """A row for as long as a block lasts, as tests try one."""
+    register(method)
+    try:
+        yield method
+    finally:
+        del _REGISTRY[method.name]
 
 
 def get(name: str) -> Method:

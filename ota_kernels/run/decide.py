@@ -38,7 +38,7 @@ from ..tensors.tile import TensorInputs
 from .checks import check
 from .low_rank import LowRankForms, is_factored
 from .norms import edit_norm
-from .order import DIRECT, order_statistics
+from .order import order_statistics
 from .pool import Pool
 from .rules import RULES, Rules
 from .statistics import (
@@ -384,7 +384,9 @@ class Decider:
         experts = [0] if terms.words.score == "spread" else list(range(len(tensor.experts)))
         wanted = {t: lambda nonzero, t=t: self.method.ranks(settings, t, n, nonzero) for t in experts}
         wanted = {t: ranks for t, ranks in wanted.items() if n and ranks(n)}
-        samples = self._samples(tensor, list(wanted), lambda _: terms) if n > DIRECT and wanted else {}
+        samples = (
+            self._samples(tensor, list(wanted), lambda _: terms) if n > self.rules.direct and wanted else {}
+        )
         found.at = [[] for _ in tensor.experts]
         for t, ranks in wanted.items():
             found.at[t] = order_statistics(self._reader, tensor, t, terms, ranks, samples.get(t))

@@ -47,7 +47,6 @@ from .state import FORMAT, State, record_of
 
 logger = logging.getLogger(__name__)
 
-_COPY_BYTES = 1 << 24
 _SPARE_BYTES = 64 << 20  # room asked for beside the tensors: config, tokenizer, report, journal
 
 
@@ -366,7 +365,7 @@ class Job:
         for index, entry in enumerate(self.inputs.entries):
             if entry.action != COPY or not state.gaps(index, entry.numel):
                 continue
-            step = _COPY_BYTES // entry.dtype.itemsize
+            step = self._rules.copy_bytes // entry.dtype.itemsize
             sources = [part.source for part in entry.sources]
             for start in range(0, entry.numel, step):
                 pieces = [b.slice(start, min(start + step, entry.numel)) for b in sources]

@@ -26,8 +26,6 @@ from ..tensors.terms import Terms
 from ..tensors.tile import TensorInputs
 from .statistics import Pieces, Reader
 
-DIRECT = 1 << 15  # elements of a tensor that is sorted at once
-
 
 class Interval(NamedTuple):
     """Scores from lowest to highest, both included."""
@@ -78,7 +76,7 @@ def order_statistics(
     reader: Reader, tensor: TensorInputs, t: int, terms: Terms, ranks: Ranks, sample: np.ndarray | None
 ) -> list[At]:
     """What stands at the ranks of expert t's scores. sample: float32[clusters, elements] of them, None for
-    tensors of DIRECT elements at most."""
+    tensors that are sorted at once."""
     found = None
     if sample is not None:
         nonzero = round(np.count_nonzero(sample) / sample.size * tensor.numel)

@@ -27,7 +27,8 @@ class Rules:
 
     few, batch: as in settle.py; clock: in seconds; checkpoint_seconds: how much work a kill may undo (those
     undecided are a tenth of what is read: spilling them takes no time); batch_seconds: settled tiles of so
-    much time are recorded together, which waits for the disk.
+    much time are recorded together, which waits for the disk; copy_bytes: of tensors that are copied, at a
+    time.
 
     before: told of each step before it is taken, by the thread that takes it: "tile" (a kernel, on a
     segment), "patch" (a segment's undecided elements), "missed" (thresholds outside their brackets are looked
@@ -44,6 +45,7 @@ class Rules:
     clock: Callable[[], float] = time.monotonic
     checkpoint_seconds: float = 10.0
     batch_seconds: float = 1.0
+    copy_bytes: int = 1 << 24
     before: Callable[[str, Segment | None], None] = lambda step, segment: None
 
 

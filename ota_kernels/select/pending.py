@@ -83,12 +83,15 @@ class Pending:
 
     def unpacked(self, data: np.ndarray, tensor: TensorInputs) -> Candidates:
         """The elements from their arrays one after the other; tensor: as for `nbytes`."""
+        tensor = replace(tensor, start=self.segment.start, index=None)  # positions count from there
         bounds = itertools.pairwise(itertools.accumulate(self.sizes(tensor), initial=0))
         parts = iter([data[begin:end] for begin, end in bounds])
         columns = [next(parts) for _ in Candidates.columns(tensor)]
         steps = [next(parts) for _ in self.steps]
         alternatives = map(Alternatives.of, zip(*[parts] * _LISTS, strict=True))
-        return Candidates.of(tensor, columns, steps, alternatives)
+        # Positions are those in the segment, whether `tensor` is gathered elements or the whole.
+        tile = replace(tensor, start=self.segment.start, index=None)
+        return Candidates.of(tile, columns, steps, alternatives)
 
     def sizes(self, tensor: TensorInputs) -> list[int]:
         """Bytes of each array, in the order of `_arrays`."""

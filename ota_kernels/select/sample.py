@@ -37,7 +37,7 @@ CLUSTER = RUN * RUNS  # elements of a window's runs
 _BATCH = 1 << 17  # elements that are scored by one task
 _PART = 1 << 14  # of a large sample, which all workers share
 # Elements between runs up to which mapping all pages and letting them go is faster than a read of each run.
-_NEAR = 4096
+NEAR = 4096
 _PROBES = 64  # pages that tell whether files are cached
 _STEP = 512  # elements between runs: a window spans 8192
 
@@ -100,20 +100,21 @@ def sample(
     run: Map,
     release: Callable[[TensorInputs], None] | None = None,
     spread: bool = True,
+    near: int = NEAR,
 ) -> list[Array]:
     """Scores of about `count` * RUNS runs over all tensors, float32[clusters, elements] for each of `experts`
     (numbers). backend: for tensors on a device; the CPU scores others.
 
     release: given where mapped pages may not stay. Runs that are far apart are then read from the files;
     others, and what is no file, are mapped and released piece by piece. spread: one run in a cluster; else
-    RUNS runs in a window.
+    RUNS runs in a window. near: elements between runs up to which pages are mapped rather than read.
     """
     if tensors and tensors[0].is_resident:
         return _sample_resident(tensors, in_pairs(tensors, count * RUNS), experts, terms_of, backend)
     runs = 1 if spread else RUNS
     count = in_pairs(tensors, count * RUNS) if spread else count
     index, starts = _clusters_again(tuple(t.numel for t in tensors), count, runs, _fills_lines(tensors))
-    far_apart = sum(t.numel for t in tensors) > _NEAR * starts.size
+    far_apart = sum(t.numel for t in tensors) > near * starts.size
     reads = release is not None and (far_apart or not spread)
     goes = [release is not None and not (reads and all(b.offset >= 0 for b in t.buffers)) for t in tensors]
     scores = [np.empty((*starts.shape, RUN), np.float32) for _ in experts]
