@@ -7,11 +7,13 @@ import functools
 from pathlib import Path
 from typing import Any
 
+from ..io.adapter import AdapterFile
 from ..io.curvature import CurvatureFile
 from ..io.hub import resolve_file, resolve_model
 from ..io.reader import Checkpoint
 from ..recipe.recipe import ModelEntry, Recipe
 from ..recipe.reference import Reference
+from .adapters import Adapted
 from .models import Model, Stored
 from .pairing import OutputTensor, Pairing, moments_key
 from .restack import restacked
@@ -40,7 +42,10 @@ class Inputs:
 
     def _open(self) -> None:
         recipe = self.recipe
-        self.model_folders: dict[str, Path] = {r.label: resolve_model(r.label) for r in recipe.references}
+        self.model_folders: dict[str, Path] = {
+            r.label: resolve_model(r.model.label) for r in recipe.references
+        }
+        self.adapter_folders: dict[str, Path] = {}
         used = dict.fromkeys(entry.reference for part in recipe.slices for entry in part.entries)
         self.models: dict[Reference, Model] = {reference: self._model(reference) for reference in used}
         self.moments: dict[tuple[int, str], CurvatureFile] = {}
@@ -49,8 +54,14 @@ class Inputs:
                 self._open_moments(entry)
 
     def _model(self, reference: Reference) -> Model:
-        checkpoint = Checkpoint.open(self.model_folders[reference.label], reference.label)
-        return self._files.enter_context(contextlib.closing(Stored(checkpoint)))
+        model: Model = Stored(Checkpoint.open(self.model_folders[reference.label], reference.label))
+        self._files.enter_context(contextlib.closing(model))
+        if reference.adapter is None:
+            return model
+        name = reference.adapter_label
+        self.adapter_folders[name] = folder = resolve_model(name)
+        adapter = self._files.enter_context(contextlib.closing(AdapterFile(folder, reference.label)))
+        return self._files.enter_context(contextlib.closing(Adapted(model, adapter, reference.label)))
 
     def _open_moments(self, entry: ModelEntry) -> None:
         path, key = entry.parameters.get("preconditioner_path"), moments_key(entry)

@@ -286,7 +286,7 @@ class Job:
 
     def _sources(self) -> dict[str, Path]:
         """Everything that is read, by what an error calls it."""
-        sources = dict(self.inputs.model_folders)
+        sources = self.inputs.model_folders | self.inputs.adapter_folders
         sources |= {str(file.path): file.path for file in self.inputs.moments.values()}
         tokenizer = self.recipe.tokenizer_source
         if tokenizer not in ("base", "union"):
@@ -418,7 +418,7 @@ class _FileSink:
 
     def wants(self, tensor: TensorInputs, segment: Segment) -> None:
         if not self._read_ahead.is_idle:
-            self._read_ahead(tensor.slice(segment.start, segment.stop).buffers)
+            self._read_ahead(tensor.reads(segment.start, segment.stop))
 
     def done_with(self, tile: TensorInputs) -> None:
         release(tile)
