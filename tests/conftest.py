@@ -97,3 +97,23 @@ def refused_command(ota_merge, tmp_path):
         return line
 
     return refused
+
+
+@pytest.fixture
+def failing_launches(monkeypatch):
+    """Of Triton's merge kernel: a list of functions of (number of the launch, elements) that raise."""
+    from ota_kernels.backends import triton
+    from ota_kernels.backends.triton import merge as merging
+
+    faults, count, launch = [], [0], merging.merge
+
+    def failing(tile, terms, out, **options):
+        count[0] += 1
+        for fault in faults:
+            fault(count[0], tile.numel)
+        return launch(tile, terms, out, **options)
+
+    monkeypatch.setattr(merging, "merge", failing)
+    triton._on.cache_clear()  # rings that faults shrink are no other test's
+    yield faults
+    triton._on.cache_clear()

@@ -33,7 +33,7 @@ def no_gpu(monkeypatch):
 @pytest.fixture
 def gpus(monkeypatch, tmp_path):
     """Two GPUs; a dictionary whose `failure` says why kernels do not run there."""
-    from ota_kernels.backends.triton import probe
+    from ota_kernels.backends.triton import device as probe
 
     state = {"failure": ""}
     (tmp_path / "nvidiactl").touch()

@@ -15,7 +15,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from models import OUTPUT_DTYPES, Experts, buffer, decode, merge_tile, random_experts
+from tiles import OUTPUT_DTYPES, Experts, buffer, decode, merge_tile, random_experts
 from tolerances import assert_close
 
 from ota_kernels.backends import reference, triton
@@ -23,7 +23,7 @@ from ota_kernels.tensors import log8
 from ota_kernels.tensors.buffer import Buffer
 from ota_kernels.tensors.curvature import Full, Log8, LowRank, Rank1, Uniform
 from ota_kernels.tensors.dtypes import BY_NAME
-from ota_kernels.tensors.terms import ExpertTerms, Formula, Terms, score_bits, score_scale
+from ota_kernels.tensors.terms import ExpertTerms, Terms, Words, score_bits, score_scale
 from ota_kernels.tensors.tile import TensorInputs
 
 RUNS_HERE = triton.verify()[0]
@@ -39,17 +39,48 @@ def test_under_the_interpreter():
     assert done.returncode == 0, done.stdout[-6000:]
 
 
-def terms_of(tile: TensorInputs, formula: Formula, quantile: float = 0.6, **of_expert) -> Terms:
-    """Terms whose thresholds keep about 1 - quantile of each expert's edits."""
+OTA = Words()
+LINEAR = Words(weigh="constant", divide="number")
+
+# Words, and numbers of the merge.
+FORMULAS = {
+    "precond": (OTA, {}),
+    "unmasked": (replace(OTA, score="none", select="all"), {}),
+    "power-1": (OTA, {"power": 1.0}),
+    "power-0.3": (OTA, {"power": 0.3}),
+    "lambda": (OTA, {"lambda_": -0.7}),
+    "weights-unmasked": (replace(OTA, divide="weights"), {}),
+    "mean": (OTA, {"fallback": "mean"}),
+    "linear": (LINEAR, {"denominator": 3.0}),
+    "linear-mean": (LINEAR, {"denominator": 3.0, "fallback": "mean"}),
+    "ties": (replace(LINEAR, elect="sum"), {"denominator": 3.0}),
+    "repair": (OTA, {"repair": True}),
+}
+
+
+def terms_of(
+    tile: TensorInputs, formula: str | Words = "precond", quantile: float = 0.6, **of_expert
+) -> Terms:
+    """Terms whose thresholds keep about 1 - quantile of each expert's edits. Without a base, scores that are
+    saliencies are of the curvature alone."""
+    words, numbers = (formula, {}) if isinstance(formula, Words) else FORMULAS[formula]
+    if tile.base is None and words.score == "saliency":
+        words = replace(words, score="curvature")
+    scale = 2.0**40 if words.weigh == "curvature" else 1.0
+    of_expert.setdefault("score_scale", score_scale(tile.base is not None))
+    experts = [ExpertTerms(weight_scale=scale * (t + 1), **of_expert) for t in range(len(tile.experts))]
+    terms = Terms(words, tuple(experts), epsilon=1e-26 * 2.0**40, **numbers)
+    return with_thresholds(tile, terms, quantile)
+
+
+def with_thresholds(tile: TensorInputs, terms: Terms, quantile: float) -> Terms:
+    """Thresholds at that quantile of each expert's scores."""
     experts = []
-    for t in range(len(tile.experts)):
-        e = ExpertTerms(
-            score_scale=score_scale(tile.base is not None), weight_scale=2.0**40 * (t + 1), **of_expert
-        )
-        scores, _ = reference.scores(tile, t, e)
+    for t, e in enumerate(terms.experts):
+        scores, _ = reference.scores(tile, t, terms)
         kept = float(np.quantile(scores, quantile)) if len(scores) else 0.0
         experts.append(replace(e, threshold=float(np.float32(kept))))
-    return Terms(formula, 1e-26 * 2.0**40, tuple(experts))
+    return replace(terms, experts=tuple(experts))
 
 
 def log8_of(h: np.ndarray) -> Log8:
@@ -65,10 +96,11 @@ def operand_of(tile: TensorInputs, terms: Terms) -> np.ndarray:
         return decode(b.data, b.dtype.name, (tile.numel,))
 
     base = np.zeros(tile.numel) if tile.base is None else values(tile.base)
-    factor = abs(terms.formula.lambda_) * max(e.edit_scale for e in terms.experts)
+    factor = abs(terms.lambda_) * max(e.edit_scale for e in terms.experts)
     found = [np.abs(base)]
-    for w in map(values, tile.experts):
-        found += [np.abs(w), factor * np.abs(w - base)]
+    origins = tile.origins or (None,) * len(tile.experts)
+    for w, o in zip(tile.experts, origins, strict=True):
+        found += [np.abs(values(w)), factor * np.abs(values(w) - (base if o is None else values(o)))]
     return np.max(found, axis=0)
 
 
@@ -96,21 +128,6 @@ def check(tile: TensorInputs, terms: Terms) -> None:
     assert_close(dtype, one, other, operand_of(tile, terms)[final], len(tile.experts))
 
 
-FORMULAS = {
-    "precond": Formula(),
-    "unmasked": Formula(masked=False),
-    "power-1": Formula(power=1.0),
-    "power-0.3": Formula(power=0.3),
-    "lambda": Formula(lambda_=-0.7),
-    "weights-unmasked": Formula(mask_weights=False),
-    "mean": Formula(fallback_to_base=False),
-    "linear": Formula(curvature_weights=False, denominator=3.0),
-    "linear-mean": Formula(curvature_weights=False, denominator=3.0, fallback_to_base=False),
-    "ties": Formula(curvature_weights=False, denominator=3.0, elect_signs=True),
-    "repair": Formula(repair_nonfinite=True),
-}
-
-
 class TestMerge:
     __test__ = RUNS_HERE
 
@@ -118,18 +135,18 @@ class TestMerge:
     @pytest.mark.parametrize("formula", FORMULAS)
     def test_formulas(self, formula, out_dtype):
         tile = random_experts(1, (900,)).inputs(out_dtype)
-        check(tile, terms_of(tile, FORMULAS[formula]))
+        check(tile, terms_of(tile, formula))
 
     @pytest.mark.parametrize("formula", ["precond", "unmasked", "mean", "linear", "ties"])
     def test_without_a_base(self, formula):
         tile = random_experts(2, (1030,), base_dtype=None).inputs("bfloat16")
-        check(tile, terms_of(tile, FORMULAS[formula]))
+        check(tile, terms_of(tile, formula))
 
     @pytest.mark.parametrize("n", [1, 15, 1024, 1025, 2048 + 7])
     @pytest.mark.parametrize("formula", ["precond", "ties"])
     def test_sizes(self, formula, n):
         tile = random_experts(3, (n,)).inputs("float32")
-        check(tile, terms_of(tile, FORMULAS[formula]))
+        check(tile, terms_of(tile, formula))
 
     @pytest.mark.parametrize(
         ("n_experts", "formula"),
@@ -141,7 +158,7 @@ class TestMerge:
     )
     def test_numbers_of_experts(self, n_experts, formula):
         tile = random_experts(4, (200,), n_experts).inputs("bfloat16")
-        check(tile, terms_of(tile, FORMULAS[formula], 0.9))
+        check(tile, terms_of(tile, formula, 0.9))
 
     @pytest.mark.parametrize(
         "dtypes",
@@ -153,7 +170,7 @@ class TestMerge:
             5, (300,), dtypes=dtypes, base_dtype="float16", curvature_dtypes=("bfloat16", "float16")
         )
         tile = experts.inputs("float32")
-        check(tile, terms_of(tile, Formula()))
+        check(tile, terms_of(tile))
 
     @pytest.mark.parametrize("shape", [(3, 1024), (2, 1500), (3, 1301), (40, 33)], ids=str)
     @pytest.mark.parametrize("form", ["rank1", "log8", "low-rank", "uniform", "mixed", "mixed rows"])
@@ -175,7 +192,7 @@ class TestMerge:
         whole = replace(random_experts(6, shape).inputs("bfloat16"), curvatures=forms[form])
         for start, stop in ((0, whole.numel), (700, whole.numel - 5)):
             tile = whole.slice(start, stop)
-            check(tile, terms_of(tile, Formula()))
+            check(tile, terms_of(tile))
 
     def test_heavy_ties(self):
         """Scores of four values: those that equal the threshold are kept."""
@@ -184,20 +201,20 @@ class TestMerge:
         experts = tuple(torch.as_tensor(rng.integers(-1, 3, 900), dtype=torch.float32) for _ in range(3))
         tile = Experts(base, experts, (torch.ones(900),) * 3).inputs("float32")
         for threshold in (0.0, 1.0, 4.0):
-            e = ExpertTerms(threshold * 2.0**64, score_scale(True))
-            check(tile, Terms(Formula(), 1e-26, (e,) * 3))
+            e = ExpertTerms(threshold * 2.0**64, score_scale=score_scale(True))
+            check(tile, Terms(OTA, (e,) * 3, epsilon=1e-26))
 
     def test_thresholds_that_keep_all_and_nothing(self):
         tile = random_experts(8, (600,)).inputs("bfloat16")
-        terms = terms_of(tile, Formula())
+        terms = terms_of(tile)
         for threshold in (0.0, np.nan, np.inf):
             check(tile, replace(terms, experts=tuple(replace(e, threshold=threshold) for e in terms.experts)))
 
     @pytest.mark.parametrize("trim", [0.0, 0.004])
     def test_trim_and_rescaled_edits(self, trim):
         tile = random_experts(9, (600,)).inputs("float32")
-        check(tile, terms_of(tile, FORMULAS["ties"], 0.3, trim=trim, edit_scale=1.7))
-        check(tile, terms_of(tile, FORMULAS["precond"], 0.3, edit_scale=0.0))
+        check(tile, terms_of(tile, "ties", 0.3, trim=trim, edit_scale=1.7))
+        check(tile, terms_of(tile, "precond", 0.3, edit_scale=0.0))
 
     def test_subnormal_scores(self):
         """Saliencies whose scores are float32 subnormals are ordered too."""
@@ -205,12 +222,11 @@ class TestMerge:
         h = torch.full((n,), 1e-44)
         d = torch.linspace(1e-10, 4e-9, n)
         tile = Experts(torch.zeros(n), (d,), (h,)).inputs("float32")
-        scores, _ = backend.scores(tile, 0, ExpertTerms(score_scale=score_scale(True)))
+        terms = Terms(OTA, (ExpertTerms(score_scale=score_scale(True)),))
+        scores, _ = backend.scores(tile, 0, terms)
         assert 0 < np.median(scores) < np.finfo(np.float32).tiny
-        np.testing.assert_array_equal(
-            scores, reference.scores(tile, 0, ExpertTerms(score_scale=score_scale(True)))[0]
-        )
-        check(tile, terms_of(tile, Formula()))
+        np.testing.assert_array_equal(scores, reference.scores(tile, 0, terms)[0])
+        check(tile, terms_of(tile))
 
     @pytest.mark.parametrize("repair", [False, True])
     @pytest.mark.parametrize("formula", ["precond", "unmasked", "ties"])
@@ -225,7 +241,7 @@ class TestMerge:
         target = experts.base if role == "base" else getattr(experts, role)[1]
         target[[3, 600, 890]] = value
         tile = experts.inputs("float32")
-        terms = terms_of(tile, replace(FORMULAS[formula], repair_nonfinite=repair))
+        terms = replace(terms_of(tile, formula), repair=repair)
         truth = merge_tile(tile, terms, reference)[1]
         assert [(x.count, x.first) for x in truth.nonfinite] == [(3, 3)]
         stats = merge_tile(tile, terms, backend)[1]
@@ -243,10 +259,10 @@ class TestMerge:
         if form != "full":
             tile = replace(tile, curvatures=(forms[form],) * 3)
         tile = tile.slice(800, 2500)
-        terms = terms_of(tile, Formula(), census=census)
+        terms = terms_of(tile, census=census)
         experts = []
         for t, e in enumerate(terms.experts):  # the lowest score of a bracket, and the first above it, occur
-            scores = np.sort(reference.scores(tile, t, e)[0])
+            scores = np.sort(reference.scores(tile, t, terms)[0])
             lowest, above = (float(scores[int(q * len(scores))]) for q in (0.6, 0.8))
             span = 0 if t == 1 else score_bits(above) - score_bits(lowest)
             experts.append(replace(e, threshold=lowest, span=span))
@@ -259,13 +275,13 @@ class TestMerge:
         dtypes = ("float8_e4m3fn", "bfloat16", "float32")
         experts = random_experts(15, (900,), dtypes=dtypes, base_dtype="float8_e5m2")
         tile = experts.inputs("bfloat16")
-        terms = terms_of(tile, Formula())
+        terms = terms_of(tile)
         check(tile, replace(terms, experts=tuple(replace(e, span=1 << 22) for e in terms.experts)))
 
     def test_overflow_is_counted(self):
         experts = random_experts(12, (1100,), 1, dtypes=("float32",), base_dtype="float32")
         tile = Experts(experts.base, (experts.experts[0] * 1e6,), experts.curvatures).inputs("float16")
-        terms = terms_of(tile, Formula())
+        terms = terms_of(tile)
         assert merge_tile(tile, terms, reference)[1].overflow > 0
         check(tile, terms)
 
@@ -275,7 +291,7 @@ class TestMerge:
 
         experts = random_experts(13, (1101,))
         tile = experts.inputs("bfloat16")
-        terms = terms_of(tile, Formula())
+        terms = terms_of(tile)
         to = backend.device
         whole = DeviceTile(experts.base.to(to), tuple(w.to(to) for w in experts.experts),
                            tuple(h.to(to) for h in experts.curvatures))  # fmt: skip
@@ -292,7 +308,7 @@ class TestMerge:
 
     def test_nothing(self):
         tile = random_experts(14, (5,)).inputs("bfloat16")
-        check(tile.slice(2, 2), terms_of(tile, Formula()))
+        check(tile.slice(2, 2), terms_of(tile))
 
 
 class TestSurvey:
@@ -304,10 +320,10 @@ class TestSurvey:
         experts.experts[1][[5, 1050]] = torch.nan
         tile = experts.inputs("bfloat16")
         for t in range(3):
-            e = terms_of(tile, Formula()).experts[t]
+            terms = terms_of(tile)
             for one in ("scores", "edits"):
-                found, bad = getattr(backend, one)(tile, t, e)
-                expected, truth = getattr(reference, one)(tile, t, e)
+                found, bad = getattr(backend, one)(tile, t, terms)
+                expected, truth = getattr(reference, one)(tile, t, terms)
                 np.testing.assert_array_equal(found, expected)
                 assert bad == truth
                 assert bool(bad) == (t == 1)
@@ -315,14 +331,14 @@ class TestSurvey:
     @pytest.mark.parametrize("of_edits", [False, True])
     def test_histograms(self, of_edits):
         tile = random_experts(21, (1500,)).inputs("bfloat16")
-        e = terms_of(tile, Formula()).experts[0]
+        terms = terms_of(tile)
         found, expected = (np.ones((2, 1 << 16), np.int64) for _ in range(2))
-        backend.histogram(tile, 0, e, of_edits, -1, *found)
-        reference.histogram(tile, 0, e, of_edits, -1, *expected)
+        backend.histogram(tile, 0, terms, of_edits, -1, *found)
+        reference.histogram(tile, 0, terms, of_edits, -1, *expected)
         np.testing.assert_array_equal(found, expected)
         prefix = int(expected[0][1:].argmax()) + 1
-        backend.histogram(tile, 0, e, of_edits, prefix, *found)
-        reference.histogram(tile, 0, e, of_edits, prefix, *expected)
+        backend.histogram(tile, 0, terms, of_edits, prefix, *found)
+        reference.histogram(tile, 0, terms, of_edits, prefix, *expected)
         np.testing.assert_array_equal(found, expected)
 
     @pytest.mark.parametrize("power", [0.5, 1.0, 0.3, 2.0])
@@ -343,10 +359,3 @@ class TestSurvey:
         usable = torch.where(v >= 0, v, 0.0).double().numpy()
         np.testing.assert_allclose(row_sums, usable.sum(1), rtol=1e-14)
         np.testing.assert_allclose(column_sums, usable.sum(0) + 1, rtol=1e-14)
-
-    def test_gram_matrix(self):
-        from ota_kernels.backends.triton.survey_kernels import gram
-
-        x = torch.randn(4, 1100)
-        found = gram(tuple(row.to(backend.device) for row in x)).cpu()
-        torch.testing.assert_close(found, x.double() @ x.double().T, rtol=1e-14, atol=1e-12)

@@ -157,7 +157,7 @@ class TestRing:
         assert "Tried to allocate" in message
 
     def test_the_last_slot_says_that_there_is_no_room(self, ring, device_memory):
-        from ota_kernels.backends.triton.faults import DeviceMemoryError
+        from ota_kernels.backends.triton.device import DeviceMemoryError
 
         device_memory[0] = 4 << 20
         with pytest.raises(DeviceMemoryError, match=r"34.00 MiB") as caught:
@@ -286,7 +286,7 @@ class Kernel:
 
 def test_threads_launch_one_at_a_time():
     """Triton shows a kernel to other threads before it is loaded."""
-    from ota_kernels.backends.triton.tiles import launch
+    from ota_kernels.backends.triton.table import launch
 
     kernel = Kernel()
     with ThreadPoolExecutor(4) as pool:

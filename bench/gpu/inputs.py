@@ -15,7 +15,7 @@ from ota_kernels.tensors import curvature as curvature_forms
 from ota_kernels.tensors.buffer import Buffer
 from ota_kernels.tensors.curvature import Full
 from ota_kernels.tensors.dtypes import BY_NAME
-from ota_kernels.tensors.terms import ExpertTerms, Formula, Terms, scale_weights, score_scale
+from ota_kernels.tensors.terms import ExpertTerms, Terms, Words, scale_weights, score_scale
 from ota_kernels.tensors.tile import TensorInputs
 
 from .. import data
@@ -104,10 +104,10 @@ def _draw(problem: Problem, rows: int, generator: torch.Generator) -> Inputs:
     tile = DeviceTile(w_0, tuple(experts), tuple(curvatures))
     weights, epsilon = scale_weights([1.0] * problem.experts, _EPSILON)
     terms = [
-        ExpertTerms(_threshold(tile, t), score_scale(has_base=True), weight)
+        ExpertTerms(_threshold(tile, t), score_scale=score_scale(has_base=True), weight_scale=weight)
         for t, weight in enumerate(weights)
     ]
-    return Inputs(tile, Terms(Formula(), epsilon, tuple(terms)))
+    return Inputs(tile, Terms(Words(), tuple(terms), epsilon=epsilon))
 
 
 def scores(tile: DeviceTile, t: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ota_kernels.backends import reference
-from ota_kernels.backends.triton import survey_kernels
+from ota_kernels.backends.triton import survey
 from ota_kernels.backends.triton.tiles import DeviceTile
 from ota_kernels.tensors.terms import score_bits
 from ota_kernels.tensors.tile import TensorInputs
@@ -37,9 +37,9 @@ class Survey:
 
 def cases(bench: Bench) -> Iterator[Case]:
     """One for each kernel; what they write is too little to count."""
-    for survey in _surveys():
-        rows = bench.rows(survey.read)
-        yield Case(survey.name, survey.read * rows * COLUMNS, partial(_prepare, survey, rows, bench))
+    for one in _surveys():
+        rows = bench.rows(one.read)
+        yield Case(one.name, one.read * rows * COLUMNS, partial(_prepare, one, rows, bench))
 
 
 def _surveys() -> Iterator[Survey]:
@@ -50,15 +50,15 @@ def _surveys() -> Iterator[Survey]:
     yield Survey("gram-T5", 10, _EXPERTS, _gram, _true_gram)
 
 
-def _prepare(survey: Survey, rows: int, bench: Bench) -> Sequence[Call]:
+def _prepare(one: Survey, rows: int, bench: Bench) -> Sequence[Call]:
     calls = []
-    for inputs in draw(survey.problem, rows, bench):
+    for inputs in draw(one.problem, rows, bench):
         part = _first_rows(inputs)
-        for found, expected in zip(survey.run(part), survey.truth(part), strict=True):
+        for found, expected in zip(one.run(part), one.truth(part), strict=True):
             np.testing.assert_allclose(
-                found.cpu().numpy(), expected, rtol=_RELATIVE_ERROR, err_msg=survey.name, strict=True
+                found.cpu().numpy(), expected, rtol=_RELATIVE_ERROR, err_msg=one.name, strict=True
             )
-        calls.append(partial(survey.run, inputs))
+        calls.append(partial(one.run, inputs))
     return calls
 
 
@@ -81,20 +81,18 @@ def _scores_near_the_threshold(inputs: Inputs) -> int:
 
 def _histogram(digit: Callable[[Inputs], int], inputs: Inputs) -> Sequence[torch.Tensor]:
     counts, lows = torch.zeros(2, _BINS, dtype=torch.int64, device=inputs.tile.device)
-    terms = inputs.terms.experts[0]
-    survey_kernels.histogram(inputs.tile, terms, False, digit(inputs), counts, lows)
+    survey.histogram(inputs.tile, 0, inputs.terms, False, digit(inputs), counts, lows)
     return counts, lows
 
 
 def _true_histogram(digit: Callable[[Inputs], int], inputs: Inputs) -> Sequence[np.ndarray]:
     counts, lows = np.zeros((2, _BINS), np.int64)
-    terms = inputs.terms.experts[0]
-    reference.histogram(_on_host(inputs), 0, terms, False, digit(inputs), counts, lows)
+    reference.histogram(_on_host(inputs), 0, inputs.terms, False, digit(inputs), counts, lows)
     return counts, lows
 
 
 def _power_sum(inputs: Inputs) -> Sequence[torch.Tensor]:
-    return [torch.tensor(survey_kernels.power_sum(inputs.tile.curvatures[0], 0.5), dtype=torch.float64)]
+    return [torch.tensor(survey.power_sum(inputs.tile.curvatures[0], 0.5), dtype=torch.float64)]
 
 
 def _true_power_sum(inputs: Inputs) -> Sequence[np.ndarray]:
@@ -102,7 +100,7 @@ def _true_power_sum(inputs: Inputs) -> Sequence[np.ndarray]:
 
 
 def _row_column_sums(inputs: Inputs) -> Sequence[torch.Tensor]:
-    return survey_kernels.row_column_sums(inputs.tile.curvatures[0].view(-1, COLUMNS))
+    return survey.row_column_sums(inputs.tile.curvatures[0].view(-1, COLUMNS))
 
 
 def _true_row_column_sums(inputs: Inputs) -> Sequence[np.ndarray]:
@@ -111,7 +109,7 @@ def _true_row_column_sums(inputs: Inputs) -> Sequence[np.ndarray]:
 
 
 def _gram(inputs: Inputs) -> Sequence[torch.Tensor]:
-    return [survey_kernels.gram(inputs.tile.experts)]
+    return [survey.gram(DeviceTile(None, inputs.tile.experts, ()), "tensor")]
 
 
 def _true_gram(inputs: Inputs) -> Sequence[np.ndarray]:

@@ -83,7 +83,7 @@ class Inline(InPlace):
     def __enter__(self) -> Inline:
         import torch
 
-        from ..backends.triton.faults import reported
+        from ..backends.triton.device import reported
 
         self._entered.enter_context(reported(self._device))
         if self._device.type == "cuda":

@@ -1,11 +1,17 @@
 """The Triton backend: the same formulas as `reference`, in one fused pass on a GPU.
 
     backend.py   the backend's functions, over tiles on the host or on the device
-    operands.py  tiles as the kernels take them
-    ring.py      what tiles from the host pass through: pinned memory (pinned.py), streams, device memory
+    ring.py      what tiles from the host pass through: pinned memory, streams, device memory
     halves.py    a tile that finds no room is merged in two
-    faults.py    what goes wrong on a GPU, in one line
-    merge.py, survey_kernels.py    launch the kernels over tensors that are on the device
+    device.py    whether kernels run on a device, and what goes wrong there, in one line
+    tiles.py     tiles in device memory
+    table.py     what a launch takes of them: one type and form, blocks, a table of words and numbers
+    loads.py     how kernels read that
+    stages.py    one function for each word of tensors/terms.py
+    merge.py     the merge kernel and its launch
+    variant.py   what it is compiled for
+    outcome.py   what it counts and leaves undecided
+    survey.py    statistics of tiles
 
 TRITON_INTERPRET=1 (set before Triton is imported) runs the kernels on the CPU, element by element: for tests.
 Importing this module imports neither torch nor triton.
@@ -77,7 +83,7 @@ def verify(device: str = "auto") -> tuple[bool, str]:
     if index >= count:
         last = f" to cuda:{count - 1}" if count > 1 else ""
         return False, f"there is no {device}: this machine has {count} GPU{'s' * (count > 1)}, cuda:0{last}"
-    from .probe import failure
+    from .device import failure
 
     if reason := failure(f"cuda:{index}"):
         return False, f"{torch.cuda.get_device_name(index)}: {reason}"

@@ -13,17 +13,17 @@ import torch
 
 from ...errors import BackendError
 from ...tensors.array import Array, is_resident, library
-from ...tensors.curvature import Full, Log8
-from ...tensors.result import MergeStats, NonFinite
-from ...tensors.terms import ExpertTerms, Terms
+from ...tensors.curvature import Full, Log8, Uniform
+from ...tensors.result import Candidates, MergeStats, NonFinite
+from ...tensors.terms import Terms
 from ...tensors.tile import TensorInputs
 from .. import triton
 from . import merge as merging
-from . import survey_kernels, tiles
-from .faults import FAULTS, DeviceMemoryError, is_out_of_memory, line_of, reported
+from . import survey, tiles
+from .device import FAULTS, DeviceMemoryError, is_out_of_memory, line_of, reported
 from .halves import merge_in_halves
-from .operands import Fetch, Load, candidates, device_curvature, device_tile, in_place, left_there
 from .ring import Ring, Slot
+from .tiles import DeviceTile, Fetch, Load, device_curvature, device_tile, in_place, left_there
 
 _SMALLEST_TILE = 1 << 14  # elements below which a tile is not halved any more
 
@@ -64,34 +64,53 @@ class Triton:
                     raise
                 reason = line_of(error)
         # Here, past the handler, nothing refers to the failed attempt's tensors any more.
-        if tile.numel < 2 * _SMALLEST_TILE:
+        columns = tile.shape[-1] if terms.words.select == "random by rank" else 1
+        if tile.numel < 2 * max(_SMALLEST_TILE, columns):
             megabytes = sum(b.data.nbytes for b in tile.buffers) / 1e6
             raise BackendError(
                 f"triton on {self.device}: no room for a tile of {megabytes:.1f} MB, alone in flight: "
                 f"free some memory there ({reason})"
             )
-        return merge_in_halves(self.merge, tile, terms, out)
+        return merge_in_halves(self.merge, tile, terms, out, columns)
 
     def _merge_in(self, slot: Slot, tile: TensorInputs, terms: Terms, out: np.ndarray) -> MergeStats:
         merged = torch.empty(tile.numel, dtype=_type_of(tile), device=self.device)
-        launched = merging.merge(device_tile(tile, slot.load), terms, merged)
-        slot.store([(merged, out)])
-        return self._stats(tile, launched, slot.fetch)
+
+        def read(totals: torch.Tensor) -> list[int]:
+            """With the merged elements: one wait for both."""
+            host = np.empty(totals.nbytes, np.uint8)
+            slot.store([(merged, out), (totals, host)])
+            return host.view(np.int32).tolist()
+
+        return self._merge(tile, device_tile(tile, slot.load, terms), terms, merged, read, slot.fetch)
 
     def _merge_resident(self, tile: TensorInputs, terms: Terms, out: torch.Tensor) -> MergeStats:
         with self._current():
-            inputs = device_tile(tile, in_place(self.device))
-            launched = merging.merge(inputs, terms, out.view(_type_of(tile)))
-            return self._stats(tile, launched, left_there)
+            inputs = device_tile(tile, in_place(self.device), terms)
+            return self._merge(tile, inputs, terms, out.view(_type_of(tile)), torch.Tensor.tolist, left_there)
 
-    def _stats(self, tile: TensorInputs, launched: merging.Merged, fetch: Fetch) -> MergeStats:
-        stats = launched.stats()
+    def _merge(
+        self,
+        tile: TensorInputs,
+        inputs: DeviceTile,
+        terms: Terms,
+        merged: torch.Tensor,
+        read: Callable[[torch.Tensor], list[int]],
+        fetch: Fetch,
+    ) -> MergeStats:
+        """Merge into `merged`; read: waits for a launch's totals, fetch: for its undecided elements."""
+        launched = merging.merge(inputs, terms, merged)
+        totals = read(launched.totals)
+        stats = launched.stats(totals)
+        if launched.is_overdone(totals, stats.nonfinite):
+            launched = merging.merge(inputs, terms, merged, exact_roots=True)
+            stats = launched.stats(read(launched.totals))
         undecided = launched.undecided() if launched.columns else None
-        wanted = [e.census for e in launched.terms.experts]
+        wanted = [e.census for e in terms.experts]
         sums = launched.censuses.cpu().numpy() if any(wanted) else wanted
         return replace(
             stats,
-            candidates=None if undecided is None else candidates(tile, undecided, fetch),
+            candidates=None if undecided is None else _candidates(tile, undecided, fetch),
             censuses=tuple(census if asked else None for census, asked in zip(sums, wanted, strict=True)),
         )
 
@@ -109,24 +128,24 @@ class Triton:
                     return work(in_place(self.device), left_there)
             return self._ring.run(lambda slot: work(slot.load, slot.fetch))
 
-    def scores(self, tile: TensorInputs, t: int, terms: ExpertTerms) -> tuple[Array, tuple[NonFinite, ...]]:
+    def scores(self, tile: TensorInputs, t: int, terms: Terms) -> tuple[Array, tuple[NonFinite, ...]]:
         """The scores s_t of expert t, float32[n], 0 where an input is not usable."""
-        return self._values(survey_kernels.scores, tile, t, terms)
+        return self._values("scores", tile, t, terms)
 
-    def edits(self, tile: TensorInputs, t: int, terms: ExpertTerms) -> tuple[Array, tuple[NonFinite, ...]]:
+    def edits(self, tile: TensorInputs, t: int, terms: Terms) -> tuple[Array, tuple[NonFinite, ...]]:
         """The masked edits m_t d_t of expert t, float32[n]."""
-        return self._values(survey_kernels.edits, tile, t, terms)
+        return self._values("edits", tile, t, terms)
 
     def _values(
-        self, of_expert: Callable, tile: TensorInputs, t: int, terms: ExpertTerms
+        self, what: str, tile: TensorInputs, t: int, terms: Terms
     ) -> tuple[Array, tuple[NonFinite, ...]]:
-        one = _expert(tile, t)
+        some, at, of_some = _needed(tile, t, terms)
 
         def work(load: Load, fetch: Fetch) -> tuple[Array, tuple[NonFinite, ...]]:
-            inputs = device_tile(one, load)
-            found, suspect = of_expert(inputs, terms)
+            inputs = device_tile(some, load, of_some)
+            found, suspect = survey.values(what, inputs, at, of_some)
             (values,) = fetch([found])
-            return values.view(library(values).float32), _nonfinite(inputs, t, suspect)
+            return values.view(library(values).float32), _nonfinite(inputs.expert(at), t, suspect)
 
         return self._run(tile.is_resident, work)
 
@@ -134,20 +153,20 @@ class Triton:
         self,
         tile: TensorInputs,
         t: int,
-        terms: ExpertTerms,
+        terms: Terms,
         of_edits: bool,
         prefix: int,
         counts: np.ndarray,
         lows: np.ndarray,
     ) -> tuple[NonFinite, ...]:
         """Add the counts of expert t's scores by their float32 bits to counts and lows, on the host."""
-        one = _expert(tile, t)
+        some, at, of_some = _needed(tile, t, terms)
 
         def work(load: Load, _: Fetch) -> tuple[np.ndarray, tuple[NonFinite, ...]]:
-            inputs = device_tile(one, load)
+            inputs = device_tile(some, load, of_some)
             new = torch.zeros(2, len(counts), dtype=torch.int64, device=self.device)
-            suspect = survey_kernels.histogram(inputs, terms, of_edits, prefix, new[0], new[1])
-            return new.cpu().numpy(), _nonfinite(inputs, t, suspect)
+            suspect = survey.histogram(inputs, at, of_some, of_edits, prefix, new[0], new[1])
+            return new.cpu().numpy(), _nonfinite(inputs.expert(at), t, suspect)
 
         new, bad = self._run(tile.is_resident, work)
         counts += new[0]
@@ -161,7 +180,7 @@ class Triton:
         def work(load: Load, _: Fetch) -> tuple[float, tuple[NonFinite, ...]]:
             c = device_curvature(tile.curvatures[t], tile.numel, load)
             h = tiles.written_out(c, tile.numel, self.device)
-            return survey_kernels.power_sum(h, power), tiles.nonfinite_curvature(h, t)
+            return survey.power_sum(h, power), tiles.nonfinite_curvature(h, t)
 
         return self._run(tile.is_resident, work)
 
@@ -172,20 +191,60 @@ class Triton:
         def work(load: Load, _: Fetch) -> list[np.ndarray]:
             c = device_curvature(matrix, shape[0] * shape[1], load)
             h = tiles.written_out(c, shape[0] * shape[1], self.device)
-            return [x.cpu().numpy() for x in survey_kernels.row_column_sums(h.view(shape))]
+            return [x.cpu().numpy() for x in survey.row_column_sums(h.view(shape))]
 
         row_sums[:], more = self._run(is_resident(matrix.buffers[0].data), work)
         column_sums += more
+
+    def gram(self, tile: TensorInputs, by: str) -> np.ndarray:
+        """Sums of x_t x_u, x_t the edit d_t, or w_t without a base: float64[T, T]; with by "row" or "column",
+        of a tile of whole rows, float64[groups, T, T]."""
+        return self._reduced(_without_curvature(tile), lambda inputs: survey.gram(inputs, by))
+
+    def masked_sums(self, tile: TensorInputs, terms: Terms) -> np.ndarray:
+        """Per expert: kept elements, sum |d|, sum |m d|, sum (m d)^2, elements that others keep too, and
+        those that no other keeps: float64[T, 6]."""
+        return self._reduced(tile, lambda inputs: survey.masked_sums(inputs, terms), terms)
+
+    def row_divergence(self, tile: TensorInputs, t: int) -> np.ndarray:
+        """How far the softmax of each whole row of the base diverges from that of expert t: float64[rows]."""
+        some = _without_curvature(replace(tile, experts=tile.experts[t : t + 1], origins=()))
+        return self._reduced(some, lambda inputs: survey.row_divergence(inputs, 0))
+
+    def _reduced(
+        self, tile: TensorInputs, reduce: Callable[[DeviceTile], torch.Tensor], terms: Terms | None = None
+    ) -> np.ndarray:
+        def work(load: Load, _: Fetch) -> np.ndarray:
+            return reduce(device_tile(tile, load, terms)).cpu().numpy()
+
+        return self._run(tile.is_resident, work)
 
 
 def _type_of(tile: TensorInputs) -> torch.dtype:
     return getattr(torch, tile.out_dtype.name)
 
 
-def _expert(tile: TensorInputs, t: int) -> TensorInputs:
-    return replace(tile, experts=tile.experts[t : t + 1], curvatures=tile.curvatures[t : t + 1])
+def _needed(tile: TensorInputs, t: int, terms: Terms) -> tuple[TensorInputs, int, Terms]:
+    """What the scores of expert t are made of: (tile, its number there, terms)."""
+    if terms.words.score == "spread":
+        return tile, t, terms
+    parts = {name: getattr(tile, name)[t : t + 1] for name in ("experts", "curvatures", "origins")}
+    return replace(tile, **parts), 0, survey.terms_of(terms, t)
 
 
-def _nonfinite(of_one: tiles.DeviceTile, t: int, suspect: bool) -> tuple[NonFinite, ...]:
+def _without_curvature(tile: TensorInputs) -> TensorInputs:
+    return replace(tile, curvatures=(Uniform(),) * len(tile.experts))
+
+
+def _nonfinite(of_one: DeviceTile, t: int, suspect: bool) -> tuple[NonFinite, ...]:
     found = tiles.nonfinite(of_one) if suspect else ()
     return tuple(bad if bad.role == "base" else replace(bad, expert=t) for bad in found)
+
+
+def _candidates(tile: TensorInputs, undecided: merging.Undecided, fetch: Fetch) -> Candidates:
+    """The undecided elements of `tile`, where `fetch` puts them."""
+    operands = undecided.operands
+    columns = [undecided.positions, operands.base, *operands.experts, *operands.curvatures]
+    fetched = iter(fetch([x for x in (*columns, *undecided.steps) if x is not None]))
+    found = [None if x is None else next(fetched) for x in columns]
+    return Candidates.of(tile, found, list(fetched))

@@ -15,9 +15,11 @@ from ...tensors.tile import TensorInputs
 Merge = Callable[[TensorInputs, Terms, Array], MergeStats]
 
 
-def merge_in_halves(merge: Merge, tile: TensorInputs, terms: Terms, out: Array) -> MergeStats:
-    """What `merge` does, by two calls of it. tile: of two elements at least; out: uint8."""
-    middle = tile.numel // 2
+def merge_in_halves(
+    merge: Merge, tile: TensorInputs, terms: Terms, out: Array, columns: int = 1
+) -> MergeStats:
+    """What `merge` does, by two calls of it. tile: of two rows of so many columns at least; out: uint8."""
+    middle = tile.numel // (2 * columns) * columns
     end = middle * tile.out_dtype.itemsize
     first = merge(tile.slice(0, middle), terms, out[:end])
     second = merge(tile.slice(middle, tile.numel), terms, out[end:])

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import mmap
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
@@ -28,8 +29,7 @@ import numpy as np
 import torch
 
 from . import MOST_SLOTS
-from .faults import DeviceMemoryError, is_out_of_memory, line_of
-from .pinned import Pinned
+from .device import DeviceMemoryError, is_out_of_memory, line_of
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,40 @@ _GRANULE = 2 << 20  # bytes by which memory grows: the pages of CUDA's large all
 
 def _aligned(nbytes: int) -> int:
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+class Pinned:
+    """Page-locked host memory: uint8[nbytes] as `array` (numpy) and as `tensor` (torch), for one device;
+    nbytes: above 0.
+
+    A device copies from and to it by itself, while the host goes on. Memory that cannot be locked is used as
+    it is: copies are right, but the host waits for them. It is not torch's (`pin_memory=True`): that rounds
+    sizes up to powers of two, keeps what is given up, and, given up after its device has failed, ends the
+    process, because its destructor throws."""
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # whole pages
+        self.array = np.frombuffer(memory, np.uint8)
+        self.tensor = torch.from_numpy(self.array)
+        self._device = device
+        self._locked = device.type == "cuda" and _lock(self.tensor, device)
+
+    def close(self) -> None:
+        """Unlock it. No copy may be under way."""
+        if self._locked:
+            with torch.cuda.device(self._device):
+                torch.cuda.cudart().cudaHostUnregister(self.tensor.data_ptr())
+            self._locked = False
+
+
+def _lock(tensor: torch.Tensor, device: torch.device) -> bool:
+    code = int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.numel(), 0))
+    if code == 0:
+        return True
+    logger.warning("%s: memory cannot be page-locked (CUDA error %d): copies take longer", device, code)
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device=device)  # or torch's next kernel of this thread would report the error again
+    return False
 
 
 class Slot:

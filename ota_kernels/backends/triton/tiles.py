@@ -1,30 +1,28 @@
-"""A tile in device memory, as the kernels want it, and the table of addresses and numbers they read."""
+"""A tile in device memory: from what a backend is given to tensors, as the kernels' launchers take them."""
 
 from __future__ import annotations
 
-import functools
-import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import triton.language as tl
 
+from ...tensors import curvature as forms
 from ...tensors import log8
+from ...tensors.array import Array, is_resident
+from ...tensors.buffer import Buffer
 from ...tensors.result import NonFinite
+from ...tensors.terms import Terms
+from ...tensors.tile import TensorInputs
 
-ALIGNMENT = 16  # bytes of the widest load
 WARPS = 4
 
-_LAUNCHING = threading.RLock()
-
-
-def launch(kernel, grid: tuple[int, ...], *arguments, **constants) -> None:
-    """Launch a kernel, compiled if need be. Threads take turns: Triton, 3.9 too, shows a kernel to other
-    threads before it is loaded (its pull request 11518), and its interpreter's state is the process's."""
-    with _LAUNCHING:
-        kernel[grid](*arguments, **constants)
+# Puts arrays on the device: a flat uint8 tensor for each, aligned like a tensor of its own.
+Load = Callable[[Sequence[Array]], list[torch.Tensor]]
+# Bytes of tensors on the device, where the engine wants them.
+Fetch = Callable[[Sequence[torch.Tensor]], list[Array]]
 
 
 def block_size(threads_of_warp: int) -> int:
@@ -40,7 +38,7 @@ TYPES = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
 }
-_EXACT_IN_BF16 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_FAR = 1 << 30  # elements and rows below it are counted in 32 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +62,7 @@ class Rank1:
 
 @dataclass(frozen=True, slots=True)
 class Log8:
-    """Curvature in 8 bits (ota_kernels.log8). codes: uint8[n]; scales: float32, one per row of the matrix;
+    """Curvature in 8 bits (tensors/log8.py). codes: uint8[n]; scales: float32, one per row of the matrix;
     n_columns: elements of a row; start: flat index of the tile's first element."""
 
     codes: torch.Tensor
@@ -98,27 +96,69 @@ def kind_of(c: Curvature) -> str:
     return {Rank1: "rank1", Log8: "log8", type(None): "uniform"}.get(type(c), "full")
 
 
+def addressed(c: Curvature) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The tensors of the table's "values" and "columns"."""
+    if isinstance(c, Rank1):
+        return c.rows, c.columns
+    return (c.scales, c.codes) if isinstance(c, Log8) else (c, None)
+
+
 def streamed(c: Curvature) -> list[torch.Tensor]:
     """What of a curvature is read side by side with the weights: all but what belongs to rows."""
-    values, by_column = _addressed(c)
+    values, by_column = addressed(c)
     return [x for x in (values if by_column is None else None, by_column) if x is not None]
 
 
-def place_of(c: Curvature) -> tuple[int, int]:
-    """(flat index of the first element, elements of a row) of curvature by rows; else what nobody reads."""
-    return (c.start, c.n_columns) if isinstance(c, (Rank1, Log8)) else (0, BLOCK)
+def written_out(c: Curvature, n: int, device: torch.device) -> torch.Tensor:
+    """One curvature value per element of a tile: [n]."""
+    if c is None:
+        return torch.ones(n, dtype=torch.float32, device=device)
+    return c.full(n) if isinstance(c, (Rank1, Log8)) else c
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tile lies in its tensor, as far as its rows go. first: place of its first element, counted from
+    the beginning of the first row that arrays by row hold; columns: elements of a row."""
+
+    first: int
+    columns: int
+
+    def kind(self, n: int, gathered: bool) -> str:
+        """How kernels find rows and columns of n elements: see `stages.place_of`."""
+        if gathered:
+            return "gathered"
+        if max(self.first + n, self.columns) >= _FAR:
+            return "wide"
+        if self.columns < BLOCK:
+            return "narrow"
+        return "whole" if self.columns % BLOCK == 0 and self.first % BLOCK == 0 else "long"
+
+    @property
+    def by_fours(self) -> bool:
+        """Whether columns may be read by 16 bytes of float32."""
+        return self.columns % 4 == 0 and self.first % 4 == 0
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceTile:
     """The inputs of one tile, contiguous tensors on one device.
 
-    base: [n], None where the method has none; experts: [n] each; curvatures: one per expert.
+    base: [n], None where the method has none; experts: [n] each; curvatures: one per expert; origins: [n]
+    each, or none; start: flat index of the first element in its tensor; place: where rows are asked for;
+    index: int64[n] of gathered elements; place_weights, row_scores: of each expert or none, the arrays of
+    ExpertTerms from the tile's first row on.
     """
 
     base: torch.Tensor | None
     experts: tuple[torch.Tensor, ...]
     curvatures: tuple[Curvature, ...]
+    origins: tuple[torch.Tensor | None, ...] = ()
+    start: int = 0
+    place: Place = Place(0, BLOCK)
+    index: torch.Tensor | None = None
+    place_weights: tuple[torch.Tensor | None, ...] = ()
+    row_scores: tuple[torch.Tensor | None, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -130,91 +170,147 @@ class DeviceTile:
 
     def expert(self, t: int) -> DeviceTile:
         """The tile of expert t alone."""
-        return DeviceTile(self.base, self.experts[t : t + 1], self.curvatures[t : t + 1])
+        parts = ("experts", "curvatures", "origins", "place_weights", "row_scores")
+        return replace(self, **{name: getattr(self, name)[t : t + 1] for name in parts})
+
+    def slice(self, start: int, stop: int) -> DeviceTile:
+        """The weights of elements [start, stop), without curvature and places."""
+        parts = (self.base, *self.experts, *self.origins)
+        base, *others = (x if x is None else x[start:stop] for x in parts)
+        n = len(self.experts)
+        return DeviceTile(base, tuple(others[:n]), (), tuple(others[n:]))
+
+    def edit(self, t: int, dtype: torch.dtype) -> torch.Tensor:
+        """d_t in that type, [n]; w_t without a base."""
+        origin = self.origins[t] if self.origins and self.origins[t] is not None else self.base
+        w = self.experts[t].to(dtype)
+        return w if origin is None else w - origin.to(dtype)
 
 
-def unified(tile: DeviceTile) -> DeviceTile:
-    """The same values with one element type for all weights, one form and type for all curvature: kernels are
-    compiled for those. What differs is widened without loss, in a copy; models seldom differ.
-
-    Rows shorter than a block need a division per element: their curvature is written out.
-    """
-    base = None if tile.base is None else _widened(tile.base)
-    experts = _one_type(tuple(map(_widened, tile.experts)))
-    forms = {type(c) for c in tile.curvatures}
-    narrow = any(place_of(c)[1] < BLOCK for c in tile.curvatures)
-    if len(forms) == 1 and not narrow:
-        curvatures = _one_type(tile.curvatures) if forms == {torch.Tensor} else tile.curvatures
-        return DeviceTile(base, experts, curvatures)
-    values = tuple(written_out(c, tile.numel, tile.device) for c in tile.curvatures)
-    return DeviceTile(base, experts, _one_type(values))
+# From what a backend is given.
 
 
-def _widened(x: torch.Tensor) -> torch.Tensor:
-    return x.bfloat16() if x.dtype in _EXACT_IN_BF16 else x
+def in_place(device: torch.device) -> Load:
+    """A Load for resident tiles: elements are used where they are; only factors, which are rows and columns,
+    are copied."""
+
+    def load(arrays: Sequence[Array]) -> list[torch.Tensor]:
+        return [a if is_resident(a) else _copied(a, device) for a in arrays]
+
+    return load
 
 
-def _one_type(tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    found = {x.dtype for x in tensors}
-    if len(found) == 1:
-        return tensors
-    wide = torch.float64 if torch.float64 in found else torch.float32
-    return tuple(x.to(wide) for x in tensors)
+def left_there(tensors: Sequence[torch.Tensor]) -> list[Array]:
+    """A Fetch for resident tiles."""
+    return [x.view(torch.uint8) for x in tensors]
 
 
-def written_out(c: Curvature, n: int, device: torch.device) -> torch.Tensor:
-    """One curvature value per element of a tile: [n]."""
-    if c is None:
-        return torch.ones(n, dtype=torch.float32, device=device)
-    return c.full(n) if isinstance(c, (Rank1, Log8)) else c
+def _copied(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    data = torch.from_numpy(array.reshape(-1).view(np.uint8))
+    return torch.empty(len(data), dtype=torch.uint8, device=device).copy_(data)
 
 
-def is_aligned(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether 16-byte loads may be used on all of them."""
-    return all(x.data_ptr() % ALIGNMENT == 0 for x in tensors)
+def device_tile(tile: TensorInputs, load: Load, terms: Terms | None = None) -> DeviceTile:
+    """The inputs of a tile, and what terms say of its rows and columns."""
+    given = [tile.base, *tile.experts, *(tile.origins or ())]
+    weights = [b for b in given if b is not None]
+    curvatures = [_touched(c, tile.numel) for c in tile.curvatures]
+    rows, place = _place(tile)
+    by_place = _by_place(terms, rows, tile.out_dtype.itemsize >= 4) if terms is not None else {}
+    index = [] if tile.index is None else [tile.index]
+    arrays = [a for of_experts in by_place.values() for a in of_experts if a is not None]
+    loaded = iter(
+        load([*(b.data for b in weights), *(a for c in curvatures for a in _arrays(c)), *index, *arrays])
+    )
+    base, *others = (None if b is None else _typed(next(loaded), b) for b in given)
+    experts, origins = others[: len(tile.experts)], others[len(tile.experts) :]
+    on_device = tuple(_curvature(c, tile.numel, loaded) for c in curvatures)
+    return DeviceTile(
+        base,
+        tuple(experts),
+        on_device,
+        tuple(origins) if any(o is not None for o in origins) else (),
+        tile.start,
+        place,
+        next(loaded).view(torch.int64) if index else None,
+        **{name: tuple(_like(a, loaded) for a in of_experts) for name, of_experts in by_place.items()},
+    )
 
 
-def launches(n: int) -> Iterator[tuple[int, int, bool]]:
-    """(first block, blocks, whether it is the tail) of the launches that cover n elements: full blocks, then
-    the rest. Only the tail has a mask: it would turn all 16-byte loads into loads of single elements."""
-    full = n // BLOCK
-    if full:
-        yield 0, full, False
-    if n % BLOCK:
-        yield full, 1, True
+def _place(tile: TensorInputs) -> tuple[slice, Place]:
+    """The rows of its tensor that a tile touches, and its place in them."""
+    columns = max(tile.shape[-1] if tile.shape else 1, 1)
+    if tile.index is not None:
+        return slice(None), Place(0, columns)
+    rows, first = _rows(tile.start, tile.numel, columns)
+    return rows, Place(first, columns)
 
 
-def addresses(tile: DeviceTile, columns: Sequence[torch.Tensor | None] = ()) -> list[int]:
-    """The kernels' table for a unified tile: weights; curvatures, row sums or scales; column shares or codes;
-    `columns`."""
-
-    def address(x: torch.Tensor | None) -> int:
-        return 0 if x is None else x.data_ptr()
-
-    first, second = zip(*map(_addressed, tile.curvatures), strict=True)
-    return [address(x) for x in (*tile.experts, *first, *second, *columns)]
-
-
-def _addressed(c: Curvature) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    if isinstance(c, Rank1):
-        return c.rows, c.columns
-    return (c.scales, c.codes) if isinstance(c, Log8) else (c, None)
+def _by_place(terms: Terms, rows: slice, in_float64: bool) -> dict[str, list[np.ndarray | None]]:
+    """Arrays of a merge's terms by row (of the tile) and by column."""
+    found = {}
+    if terms.words.weigh in ("by row", "by column"):
+        part = rows if terms.words.weigh == "by row" else slice(None)
+        dtype = np.float64 if in_float64 else np.float32
+        found["place_weights"] = [np.asarray(e.weights)[part].astype(dtype) for e in terms.experts]
+    if terms.words.score == "row magnitude":
+        found["row_scores"] = [np.asarray(e.row_scores)[rows] for e in terms.experts]
+    return found
 
 
-def upload(table: Sequence[int], numbers: Sequence[float], device: torch.device) -> tuple:
-    """The kernels' table and numbers on the device: int64, and float64, which holds every float32 exactly."""
-    words = np.array(table, np.int64).tobytes() + np.array(numbers, np.float64).tobytes()
-    # A tensor that leaves the cache may be in use still: only its own stream takes its memory after that use.
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    return _upload(words, len(table), device, stream)
+def _like(array: np.ndarray, loaded: Iterator[torch.Tensor]) -> torch.Tensor:
+    return next(loaded).view(torch.float64 if array.dtype == np.float64 else torch.float32)
 
 
-@functools.lru_cache(maxsize=64)  # tiles of a ring have the same addresses again and again
-def _upload(data: bytes, n_addresses: int, device: torch.device, stream: int) -> tuple:
-    words = torch.from_numpy(np.frombuffer(data, np.int64).copy())
-    if device.type == "cuda":
-        words = words.pin_memory().to(device, non_blocking=True)  # unpinned, it would wait for the stream
-    return words[:n_addresses], words[n_addresses:].view(torch.float64)
+def device_curvature(curvature: forms.Curvature, n: int, load: Load) -> Curvature:
+    """The curvature of a tile of n elements alone."""
+    touched = _touched(curvature, n)
+    return _curvature(touched, n, iter(load(_arrays(touched))))
+
+
+def _typed(data: torch.Tensor, buffer: Buffer) -> torch.Tensor:
+    return data.view(getattr(torch, buffer.dtype.name))
+
+
+def _arrays(c: forms.Curvature) -> list[Array]:
+    return [*(b.data for b in c.buffers), *c.factors]
+
+
+def _touched(c: forms.Curvature, n: int) -> forms.Curvature:
+    """The curvature of a tile of n elements without the rows of its matrix that have none of them."""
+    if isinstance(c, forms.Log8):
+        rows, start = _rows(c.start, n, c.columns)
+        return replace(c, scales=c.scales[rows], start=start)
+    if isinstance(c, forms.Rank1):
+        rows, start = _rows(c.start, n, c.columns.size)
+        return replace(c, rows=c.rows[rows], start=start)
+    if isinstance(c, forms.LowRank):
+        rows, start = _rows(c.start, n, c.right.shape[1])
+        return replace(c, left=c.left[rows], start=start)
+    return c
+
+
+def _rows(start: int, n: int, columns: int) -> tuple[slice, int]:
+    """The rows that elements [start, start + n) lie in, and their start within those rows."""
+    if n == 0:
+        return slice(0, 0), 0
+    first = start // columns
+    return slice(first, (start + n - 1) // columns + 1), start - first * columns
+
+
+def _curvature(c: forms.Curvature, n: int, loaded: Iterator[torch.Tensor]) -> Curvature:
+    """A curvature whose arrays come from `loaded`, in the order of `_arrays`."""
+    if isinstance(c, forms.Full):
+        return _typed(next(loaded), c.values)
+    if isinstance(c, forms.Uniform):
+        return None
+    if isinstance(c, forms.Log8):
+        codes = next(loaded)
+        return Log8(codes, next(loaded).view(torch.float32), c.columns, c.start)
+    one, other = (next(loaded).view(torch.float32).view(factor.shape) for factor in c.factors)
+    if isinstance(c, forms.Rank1):
+        return Rank1(one, other, c.start)
+    return low_rank(one, other, c.start, n)
 
 
 def nonfinite(tile: DeviceTile) -> tuple[NonFinite, ...]:
@@ -223,7 +319,10 @@ def nonfinite(tile: DeviceTile) -> tuple[NonFinite, ...]:
     if tile.base is not None:
         found.append(_count("base", -1, ~torch.isfinite(tile.base.float())))
     for t, (w, c) in enumerate(zip(tile.experts, tile.curvatures, strict=True)):
-        found.append(_count("weights", t, ~torch.isfinite(w.float())))
+        bad = ~torch.isfinite(w.float())
+        if tile.origins and tile.origins[t] is not None:
+            bad |= ~torch.isfinite(tile.origins[t].float())
+        found.append(_count("weights", t, bad))
         if c is not None:
             found.append(_unusable_curvature(written_out(c, tile.numel, tile.device), t))
     return tuple(x for x in found if x.count)

@@ -1,12 +1,16 @@
-"""What goes wrong on a GPU: out of memory, which is survived, and all else, which ends in one line."""
+"""A device: whether Triton's kernels run on it, and what goes wrong there: out of memory, which is survived,
+and all else, which ends in one line."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import subprocess
 from collections.abc import Iterator
 
 import torch
+import triton
+import triton.language as tl
 from triton.compiler.errors import CompilationError
 from triton.errors import TritonError
 
@@ -46,3 +50,21 @@ def reported(device: object) -> Iterator[None]:
         yield
     except (DeviceMemoryError, *FAULTS) as error:
         raise BackendError(f"triton on {device}: {line_of(error)}") from error
+
+
+@triton.jit
+def _probe_kernel(out):
+    tl.store(out, 1)
+
+
+@functools.cache
+def failure(device: str) -> str:
+    """Why a kernel of one store (it also takes a C compiler, a driver and a cache folder) does not run on
+    `device` ("cuda:N"); empty where it does."""
+    try:
+        with torch.cuda.device(device):
+            out = torch.zeros(1, dtype=torch.int32, device=device)
+            _probe_kernel[(1,)](out)
+            return "" if int(out) == 1 else "its kernels do not write"
+    except FAULTS as error:
+        return line_of(error)

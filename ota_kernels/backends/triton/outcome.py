@@ -1,0 +1,245 @@
+"""What a merge gives beside its elements: counts, a census of scores, and the elements that it leaves
+undecided."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ...tensors.result import CENSUS, EXPONENTS, MergeStats
+from ...tensors.terms import ExpertTerms, Terms, score_bits
+from . import loads, stages
+from .survey import values
+from .tiles import BLOCK, DeviceTile, nonfinite
+
+# Counts beside those of experts: unkept, overflow, repaired, suspects.
+N_TOTALS = 4
+
+_EXPONENTS = tl.constexpr(EXPONENTS)
+_CENSUS = tl.constexpr(CENSUS)
+
+
+@triton.jit
+def by_thread(packed, fields: tl.constexpr, per_thread: tl.constexpr, block_size: tl.constexpr):
+    """int32[threads, fields]: the fields of 4 bits, summed over the elements of each thread, 15 at most: no
+    thread needs another one's for that."""
+    field = tl.arange(0, fields)
+    sums = _thread_sums(packed.to(tl.int32), per_thread, block_size)[:, None]
+    if fields > 8:  # of 64 bits, in halves: they are added and shifted in one instruction
+        high = _thread_sums((packed >> 32).to(tl.int32), per_thread, block_size)[:, None]
+        sums = tl.where(field[None, :] < 8, sums, high)
+    return (sums >> (4 * (field & 7))[None, :]) & 15
+
+
+@triton.jit
+def _thread_sums(x, per_thread: tl.constexpr, block_size: tl.constexpr):
+    return tl.sum(tl.reshape(x, (block_size // per_thread, per_thread)), 1)
+
+
+@triton.jit
+def store_counts(to, found, n_programs, n_rows: tl.constexpr, fields: tl.constexpr):
+    """The sums of int32[threads, fields] into the program's column of n_rows rows."""
+    row = tl.arange(0, fields)
+    tl.store(to + row * n_programs, loads.int32_sum(found, 0), mask=row < n_rows)
+
+
+@triton.jit
+def append(
+    base_pointer,
+    table,
+    lengths,
+    block,
+    offset,
+    n,
+    lane,
+    wanted,
+    first,
+    n_columns,
+    n_experts: tl.constexpr,
+    weights: tl.constexpr,
+    curvature: tl.constexpr,
+    curvatures: tl.constexpr,
+    has_base: tl.constexpr,
+    place: tl.constexpr,
+    unroll: tl.constexpr,
+    block_size: tl.constexpr,
+):
+    """Write the block's wanted elements (1, else 0) to the columns, from the block's own beginning on, where
+    they are in the cache: reading a tenth of the elements later would read nearly every 32-byte sector again.
+
+    Positions first; then as many threads as a program has take one element each and all that belongs to it,
+    instead of every element's thread a masked turn."""
+    columns = loads.N_TABLE * n_experts + loads.N_SCALARS
+    positions = loads.pointer(table, columns, tl.int32, True) + offset
+    m = loads.int32_sum(wanted, 0)
+    tl.store(lengths + block, m)
+    tl.store(positions + tl.cumsum(wanted, 0) - 1, offset.to(tl.int32) + lane, mask=wanted != 0)
+    tl.debug_barrier()  # each thread's positions are seen by all
+    each: tl.constexpr = "narrow" if place == "whole" or place == "long" else place
+    for first_one in tl.range(0, m, block_size // 8):
+        at = first_one + tl.arange(0, block_size // 8)
+        there = at < m
+        which = tl.load(positions + at, mask=there, other=0) - offset.to(tl.int32)
+        if has_base:
+            bases = loads.pointer(table, columns + 1, base_pointer.dtype.element_ty, True) + offset
+            tl.store(bases + at, tl.load(base_pointer + offset + which, mask=there), mask=there)
+        row, column, wrapped, has_next = loads.place_of(
+            table, offset, n, which, there, first, n_columns,
+            n_experts, each, False)  # fmt: skip
+        for t in tl.range(0, n_experts, loop_unroll_factor=unroll):
+            w = loads.elements(table, loads.WEIGHTS * n_experts + t, offset, which, there, weights, False)
+            tl.store(loads.pointer(table, columns + 2 + t, weights, True) + offset + at, w, mask=there)
+            if curvature != "uniform":
+                h = loads.curvature(
+                    table, t, offset, which, there, row, column, wrapped, has_next,
+                    n_experts, curvature, curvatures, each, False, block_size // 8)  # fmt: skip
+                hs = loads.pointer(table, columns + 2 + n_experts + t, tl.float32, True) + offset
+                tl.store(hs + at, h, mask=there)
+
+
+@triton.jit
+def add_to_census(
+    table,
+    numbers,
+    censuses,
+    offset,
+    lane,
+    inside,
+    base,
+    of_all,
+    row,
+    column,
+    wrapped,
+    has_next,
+    score: tl.constexpr,
+    n_experts: tl.constexpr,
+    weights: tl.constexpr,
+    origins: tl.constexpr,
+    curvature: tl.constexpr,
+    curvatures: tl.constexpr,
+    place: tl.constexpr,
+    aligned: tl.constexpr,
+    block_size: tl.constexpr,
+):
+    """Add each expert's scores outside of its bracket to its census."""
+    base32 = base.to(tl.float32)
+    for t in tl.range(0, n_experts):
+        w, _, d32, usable = loads.edit_of(
+            table, t, offset, lane, inside, base, tl.float32, n_experts, weights, origins, aligned
+        )
+        h = loads.curvature(
+            table, t, offset, lane, inside, row, column, wrapped, has_next,
+            n_experts, curvature, curvatures, place, aligned, block_size)  # fmt: skip
+        s = stages.score(
+            table, numbers, t, h, d32, of_all, inside, row, wrapped, has_next, score, n_experts, place
+        )
+        usable &= inside & loads.is_finite(base32) & loads.is_finite(w.to(tl.float32)) & loads.is_curvature(h)
+        s = stages.usable_score(s, usable)
+        lowest = loads.number(numbers, t, loads.THRESHOLD).to(tl.float32)
+        span = loads.integer(table, t, n_experts, loads.SPAN).to(tl.uint32)
+        s = tl.where(stages.in_bracket(s, lowest, span), 0.0, s)
+        _add_significands(censuses + _CENSUS * t, s, stages.bits(lowest) + tl.maximum(span, 1))
+
+
+@triton.jit
+def _add_significands(sums, s, end):
+    """Adds the significands of the block's scores by exponent, those from `end` (bits) upwards apart.
+
+    One sum and one exact atomic addition per exponent that occurs, some twenty of them, instead of an
+    addition per element to the same few addresses. Relaxed: nobody reads them before the kernel's end."""
+    exponent = (stages.bits(s) >> 23).to(tl.int32)
+    significand = ((stages.bits(s) & 0x7FFFFF) + tl.where(exponent > 0, 0x800000, 0)).to(tl.int64)
+    above = stages.bits(s) >= end
+    e, highest = tl.min(tl.where(s > 0, exponent, _EXPONENTS)), tl.max(exponent)
+    while e <= highest:
+        of_e = tl.where(exponent == e, significand, 0)
+        tl.atomic_add(sums + e, tl.sum(tl.where(above, 0, of_e)), sem="relaxed")
+        tl.atomic_add(sums + _EXPONENTS + e, tl.sum(tl.where(above, of_e, 0)), sem="relaxed")
+        e += 1
+    tl.atomic_add(sums + 2 * _EXPONENTS, tl.sum(above.to(tl.int64)), sem="relaxed")
+
+
+class Undecided(NamedTuple):
+    """Elements that some bracket leaves undecided. positions: int32[m], ascending; operands: their inputs,
+    curvature as float32; steps: per expert, of each score in its bracket, how many float32 numbers it lies
+    above the lowest one (int32)."""
+
+    positions: torch.Tensor
+    operands: DeviceTile
+    steps: tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a launched merge will have counted; reading it waits for the device.
+
+    tile: the inputs; terms: what was asked for; scaled_roots: of h k instead of h; totals: int32, one for
+    each count; columns: of the undecided elements, each block's from its own beginning on; lengths: how many
+    of each block; censuses: int64[T, CENSUS]."""
+
+    tile: DeviceTile
+    terms: Terms
+    scaled_roots: bool
+    totals: torch.Tensor
+    columns: tuple[torch.Tensor, ...] = ()
+    lengths: torch.Tensor | None = None
+    censuses: torch.Tensor | None = None
+
+    def is_overdone(self, totals: list[int], bad: tuple) -> bool:
+        """Whether some root may have overflowed: then merge again with exact ones. bad: the inputs that
+        cannot be used, which explain the suspects otherwise."""
+        return self.scaled_roots and totals[-1] > 0 and not bad
+
+    def stats(self, totals: list[int]) -> MergeStats:
+        """The counts, from the totals; undecided elements and censuses stay on the device."""
+        unkept, overflow, repaired, suspects = totals[-N_TOTALS:]
+        n_experts = len(self.tile.experts)
+        kept = tuple(totals[:n_experts])
+        return MergeStats(
+            kept=kept,
+            reached=tuple(totals[n_experts : 2 * n_experts]) if self.columns else kept,
+            unkept=unkept,
+            overflow=overflow,
+            repaired=repaired if self.terms.repair else 0,
+            nonfinite=nonfinite(self.tile) if suspects else (),
+        )
+
+    def undecided(self) -> Undecided:
+        """The undecided elements in ascending order: what the blocks have written, one after the other."""
+        n_experts, lengths = len(self.tile.experts), self.lengths
+        ahead = torch.arange(len(lengths), device=lengths.device) * BLOCK - (lengths.cumsum(0) - lengths)
+        shift = torch.repeat_interleave(ahead, lengths)
+        order = shift + torch.arange(len(shift), device=shift.device)
+        positions, base, *rest = (None if x is None else x[order] for x in self.columns)
+        # Kernels run on unified types; a candidate is stored in its tensor's own, which loses nothing.
+        given = (self.tile.base, *self.tile.experts)
+        stored = zip([base, *rest[:n_experts]], given, strict=True)
+        base, *experts = (w if w is None else w.to(own.dtype) for w, own in stored)
+        operands = _gathered(self.tile, positions.long(), base, experts, rest[n_experts:])
+        found = ((values("scores", operands, t, self.terms)[0], e) for t, e in enumerate(self.terms.experts))
+        return Undecided(positions, operands, tuple(_steps(s, e) for s, e in found))
+
+
+def _gathered(tile: DeviceTile, positions: torch.Tensor, base, experts, curvatures) -> DeviceTile:
+    """The elements of a tile at these positions (int64[m]), of which base, experts and curvatures are
+    there."""
+    # Arrays by row begin with the first row of a tile that is not gathered itself: there its indices begin
+    # too.
+    index = tile.place.first + positions if tile.index is None else tile.index[positions]
+    return replace(
+        tile,
+        base=base,
+        experts=tuple(experts),
+        curvatures=tuple(curvatures),
+        origins=tuple(o if o is None else o[positions] for o in tile.origins),
+        index=index,
+    )
+
+
+def _steps(s: torch.Tensor, e: ExpertTerms) -> torch.Tensor:
+    above_lowest = s.view(torch.int32) - score_bits(e.threshold)
+    return above_lowest[(above_lowest >= 0) & (above_lowest < e.span)]
