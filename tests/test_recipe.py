@@ -405,7 +405,7 @@ def test_what_only_mergekit_knows_is_one_warning(data, line, caplog):
     assert caplog.messages == [line]
 
 
-@pytest.mark.parametrize("key", ["chat_template", "tokenizer"])
+@pytest.mark.parametrize("key", ["tokenizer"])
 def test_unsupported_mergekit_key(key):
     fails(ota(**{key: "auto"}), f"mergekit's `{key}` is not supported")
 

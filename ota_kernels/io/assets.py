@@ -11,6 +11,7 @@ from pathlib import Path
 import yaml
 
 from ..errors import RecipeError, RunError
+from .chat import chosen_template, with_template
 from .tokenizer import (
     check_equal_vocabularies,
     files_in,
@@ -46,6 +47,7 @@ def plan_assets(
     dtype: str | None = None,
     untied: bool = False,
     edit: Callable[[dict], dict] = lambda config: config,
+    chat_template: str | None = None,
 ) -> list[Asset]:
     """Configuration, tokenizer and remote-code files of the merged model; writes nothing.
 
@@ -53,7 +55,8 @@ def plan_assets(
     configuration. tokenizer_source: "base" (the first model, which may have no tokenizer), "union"
     (all vocabularies must be equal), or a name or folder of a model that has a tokenizer. dtype: the
     torch name that config.json must state, None to leave it. untied: the output has an output matrix of
-    its own, so config.json must say that embeddings are not tied. edit: what else changes in config.json.
+    its own, so config.json must say that embeddings are not tied. edit: what else changes in config.json;
+    chat_template: as in a recipe, None for the tokenizer's own.
 
     Raises RecipeError for a tokenizer_source that cannot be served, InputError for a malformed file.
     """
@@ -66,7 +69,14 @@ def plan_assets(
         edited = edit(config)
         if dtype is not None or untied or edited != config:
             contents[_CONFIG] = _merged_config(edited, dtype, untied)
-    contents |= tokenizer_files(tokenizer_folder)
+    files: dict[str, bytes | Path] = dict(tokenizer_files(tokenizer_folder))
+    if chat_template is not None and (text := chosen_template(chat_template, models.values())):
+        if not has_tokenizer(tokenizer_folder):
+            raise RecipeError(
+                f"chat_template: {tokenizer_folder} has no tokenizer to give it to: remove the key"
+            )
+        files = with_template(files, text)
+    contents |= files
     contents |= _code_files(config_folder, tokenizer_folder)
     return [Asset(name, content) for name, content in contents.items()]
 

@@ -63,7 +63,8 @@ class Recipe:
     """A whole merge, checked: every value is in range, every default filled in.
 
     base: the base_model; also the first giver of config and tokenizer; dtype and out_dtype: torch names or
-    None; tokenizer_source: "base", "union", or a model.
+    None; tokenizer_source: "base", "union", or a model;
+    chat_template: "auto", the name of a known one, Jinja text, or None for the tokenizer's own.
     """
 
     merge_method: str
@@ -72,6 +73,7 @@ class Recipe:
     dtype: str | None = None
     out_dtype: str | None = None
     tokenizer_source: str = "base"
+    chat_template: str | None = None
 
     @property
     def method(self) -> Method:
@@ -124,6 +126,7 @@ class Recipe:
             "dtype": self.dtype,
             "out_dtype": self.out_dtype,
             "tokenizer_source": self.tokenizer_source,
+            "chat_template": self.chat_template,
         }
         return {key: value for key, value in whole.items() if value is not None}
 

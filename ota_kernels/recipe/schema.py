@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 MAX_MODELS = 64
 
+CHAT_TEMPLATES = ("auto", "alpaca", "chatml", "exaone", "llama3", "mistral")
+
 _TOP_KEYS = (
     "merge_method",
     "base_model",
@@ -32,9 +34,9 @@ _TOP_KEYS = (
     "dtype",
     "out_dtype",
     "tokenizer_source",
+    "chat_template",
 )
 _UNSUPPORTED_TOP_KEYS = {
-    "chat_template": "remove it; the chat template is copied from the model that `tokenizer_source` names",
     "tokenizer": "vocabularies cannot be rebuilt here; use `tokenizer_source`",
 }
 _IGNORED_TOP_KEYS = ("name",)
@@ -118,6 +120,7 @@ class _Parser:
             base=self.base,
             dtype=_top_value(data, "dtype", DTYPE, None),
             out_dtype=_top_value(data, "out_dtype", DTYPE, None),
+            chat_template=_chat_template(data.get("chat_template")),
             tokenizer_source=source if source in ("base", "union") else resolve_path(source, self.folder),
         )
         check(recipe)
@@ -280,6 +283,19 @@ class _Parser:
         if isinstance(values.get("preconditioner_path"), str):
             values["preconditioner_path"] = resolve_path(values["preconditioner_path"], self.folder)
         return ModelEntry(reference, values, layers=layers)
+
+
+def _chat_template(value: Any) -> str | None:
+    """`auto`, a known template's name, or the text of one."""
+    if value is None:
+        return None
+    text = parse_plain(value, "`chat_template`", TEXT)
+    if text in CHAT_TEMPLATES or (len(text) >= 20 and "{" in text):
+        return text
+    raise RecipeError(
+        f"`chat_template` is {show(text)}: it must be {', '.join(CHAT_TEMPLATES)}, or a Jinja text; "
+        f"{suggest(text, CHAT_TEMPLATES)}"
+    )
 
 
 def _layers(data: Mapping[Any, Any], where: str) -> tuple[int, int]:

@@ -228,6 +228,7 @@ class Job:
                 dtype=self.recipe.output_dtype,
                 untied=self.inputs.untied,
                 edit=self.inputs.edited_config,
+                chat_template=self.recipe.chat_template,
             ),
             recipe_asset(self.recipe.as_dict()),
         ]
