@@ -29,18 +29,33 @@ def rendered(template, prompt=True):
     )
 
 
-            @pytest.mark.parametrize( ("name", "expected"), [ ( "chatml", "<|im_start|>system\nBe
-            brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes?<|im_end|>\n"
-            "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n", ), ( "llama3",
-            "<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
-            "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
-            "<|start_header_id|>assistant<|end_header_id|>\n\nYes?<|eot_id|>"
-            "<|start_header_id|>user<|end_header_id|>\n\nBye<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
-            ), ("mistral", "<s>[INST] Be brief.\n\nHi [/INST] Yes?</s>[INST] Bye [/INST]"), ( "alpaca", "Be
-            brief.\n\n### Instruction:\nHi\n\n### Response:\nYes?</s>\n\n### Instruction:\nBye\n\n###
-            Response:\n", ), ( "exaone", "[|system|]Be
-            brief.[|endofturn|]\n[|user|]Hi\n[|assistant|]Yes?[|endofturn|]\n[|user|]Bye\n[|assistant|]", ),
-            ], ) def test_known_templates(name, expected): assert rendered(TEMPLATES[name]) == expected
+EXPECTED = {
+    "chatml": [
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n",
+        "<|im_start|>assistant\nYes?<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n",
+    ],
+    "llama3": [
+        "<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>",
+        "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>",
+        "<|start_header_id|>assistant<|end_header_id|>\n\nYes?<|eot_id|>",
+        "<|start_header_id|>user<|end_header_id|>\n\nBye<|eot_id|>",
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    ],
+    "mistral": ["<s>[INST] Be brief.\n\nHi [/INST] Yes?</s>[INST] Bye [/INST]"],
+    "alpaca": [
+        "Be brief.\n\n### Instruction:\nHi\n\n### Response:\nYes?</s>\n\n",
+        "### Instruction:\nBye\n\n### Response:\n",
+    ],
+    "exaone": [
+        "[|system|]Be brief.[|endofturn|]\n[|user|]Hi\n",
+        "[|assistant|]Yes?[|endofturn|]\n[|user|]Bye\n[|assistant|]",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_known_templates(name):
+    assert rendered(TEMPLATES[name]) == "".join(EXPECTED[name])
 
 
 def test_names_are_those_of_recipes():

@@ -18,8 +18,9 @@ _KINDS = ("model_token", "zero")
 
 @dataclass(frozen=True)
 class TokenRule:
-    """Where the row of a token comes from in models that lack it. kind: "default" (the rule for all tokens), "zero",
-    or "token": that of `token` (None: the same one) or of number `index` in `model`; force: in all models."""
+    """Where the row of a token comes from in models that lack it. kind: "default" (the rule for all tokens),
+    "zero", or "token": that of `token` (None: the same one) or of number `index` in `model`; force: in all
+    models."""
 
     kind: str = "default"
     model: Reference | None = None
@@ -41,7 +42,8 @@ class TokenRule:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """source: "union", "base" or a model; tokens: rules by token; multiple: the number of rows is a multiple of it."""
+    """source: "union", "base" or a model; tokens: rules by token; multiple: of which the number of rows is
+    one."""
 
     source: str | Reference = "union"
     tokens: Mapping[str, TokenRule] = field(default_factory=dict)
@@ -94,8 +96,10 @@ def _parse_rule(data: Any, name: str, folder: Path | None) -> TokenRule:
         raise RecipeError(f"{where} is {show(dict(source))}: give `model`, and one of `token` and `token_id`")
     model = parse_reference(source["model"], f"`model` of {where}", folder)
     if source.get("token") is not None:
-        return TokenRule("token", model, parse_plain(source["token"], f"`token` of {where}", TEXT), force=force)
-    return TokenRule("token", model, None, parse_plain(source["token_id"], f"`token_id` of {where}", _ID), force)
+        token = parse_plain(source["token"], f"`token` of {where}", TEXT)
+        return TokenRule("token", model, token, force=force)
+    index = parse_plain(source["token_id"], f"`token_id` of {where}", _ID)
+    return TokenRule("token", model, None, index, force)
 
 
 def _mapping(value: Any, name: str, known: tuple[str, ...] | None = None) -> Mapping[Any, Any]:
