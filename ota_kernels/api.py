@@ -202,7 +202,9 @@ class _Dictionary:
         self.tensors = {
             name: Info(tuple(tensor.shape), self._buffers[name].dtype) for name, tensor in tensors.items()
         }
-        self.source = self._buffers.__getitem__
+
+    def source(self, name: str, stands_for: str | None = None) -> Buffer:
+        return self._buffers[name]
 
     def bytes_per_element(self, name: str) -> int:
         return self.tensors[name].dtype.itemsize
@@ -320,6 +322,9 @@ def _recipe(
         raise RecipeError(
             "`bias_correction` reads a file's metadata: divide the curvatures by 1 - beta2^step instead"
         )
+    for key in parameters:
+        if key not in row.keys and any(key in methods.get(other).keys for other in methods.names()):
+            raise RecipeError(f"`{key}` is not used by `{method}`: leave it out")
     if "lambda_" in parameters:
         parameters["lambda"] = parameters.pop("lambda_")
     whole, per_model = {}, [{} for _ in range(n)]

@@ -48,6 +48,7 @@ def plan_assets(
     untied: bool = False,
     edit: Callable[[dict], dict] = lambda config: config,
     chat_template: str | None = None,
+    tokenizer: Mapping[str, bytes | Path] | None = None,
 ) -> list[Asset]:
     """Configuration, tokenizer and remote-code files of the merged model; writes nothing.
 
@@ -56,12 +57,14 @@ def plan_assets(
     (all vocabularies must be equal), or a name or folder of a model that has a tokenizer. dtype: the
     torch name that config.json must state, None to leave it. untied: the output has an output matrix of
     its own, so config.json must say that embeddings are not tied. edit: what else changes in config.json;
-    chat_template: as in a recipe, None for the tokenizer's own.
+    chat_template: as in a recipe, None for the tokenizer's own; tokenizer: files of one that was built, in
+    place of tokenizer_source.
 
     Raises RecipeError for a tokenizer_source that cannot be served, InputError for a malformed file.
     """
     config_folder = next(iter(models.values()))
-    tokenizer_folder = _tokenizer_folder(models, tokenizer_source)
+    built = tokenizer is not None
+    tokenizer_folder = config_folder if built else _tokenizer_folder(models, tokenizer_source)
     contents: dict[str, bytes | Path] = {}
     contents |= files_in(config_folder, (_CONFIG, *_CONFIG_COMPANIONS))
     if _CONFIG in contents:
@@ -69,9 +72,9 @@ def plan_assets(
         edited = edit(config)
         if dtype is not None or untied or edited != config:
             contents[_CONFIG] = _merged_config(edited, dtype, untied)
-    files: dict[str, bytes | Path] = dict(tokenizer_files(tokenizer_folder))
+    files = dict(tokenizer if tokenizer is not None else tokenizer_files(tokenizer_folder))
     if chat_template is not None and (text := chosen_template(chat_template, models.values())):
-        if not has_tokenizer(tokenizer_folder):
+        if not built and not has_tokenizer(tokenizer_folder):
             raise RecipeError(
                 f"chat_template: {tokenizer_folder} has no tokenizer to give it to: remove the key"
             )

@@ -94,7 +94,7 @@ class Adapted:
         """[r, n] and [m, r]."""
         return tuple(_matrix(self._adapter.tensors[key], dtype) for key in (a, b))
 
-    def source(self, name: str) -> Source:
+    def source(self, name: str, stands_for: str | None = None) -> Source:
         change = self._changes.get(name)
         if change is None:
             return self._model.source(name)

@@ -44,15 +44,16 @@ class Moments(Protocol):
 
 
 class Part(NamedTuple):
-    """A tensor of a model."""
+    """A tensor of a model. stands_for: the output matrix that a tied embedding is taken for."""
 
     model: Model
     name: str
+    stands_for: str | None = None
 
     @property
     def source(self) -> Source:
         """Its elements."""
-        return self.model.source(self.name)
+        return self.model.source(self.name, self.stands_for)
 
     @property
     def dtype(self) -> DType:
@@ -147,16 +148,17 @@ class Pairing:
     """The output tensors of a recipe.
 
     models: by their references; moments: of a recipe's entry, None without; allow_crimes: merge a tensor that
-    some models lack by its method's rule, which is an error else. outputs: in the order in which
-    they are written, that of the first model where layers are not restacked; untied: the output has an output
-    matrix of its own although some model ties it to the embeddings; donors: for each output layer where
-    layers are restacked, its model and its number there.
+    some models lack by its method's rule, which is an error else; advice: the end of that error. outputs: in
+    the order in which they are written, that of the first model where layers are not restacked; untied: the
+    output has an output matrix of its own although some model ties it to the embeddings; donors: for each
+    output layer where layers are restacked, its model and its number there.
     """
 
     recipe: Recipe
     models: Mapping[Reference, Model]
     moments: Mapping[tuple[int, str], Moments]
     allow_crimes: bool = False
+    advice: str = ""
     outputs: list[OutputTensor] = field(init=False)
     untied: bool = field(init=False, default=False)
 
@@ -276,14 +278,17 @@ class Pairing:
     def _paired(self, named: list[_Named]) -> Iterator[OutputTensor]:
         lacking: dict[str, list[str]] = {}
         for each in named:
-            models, names = self._models_of(each.part), each.names
+            models, names, tied = self._models_of(each.part), each.names, None
             if is_output(each.name):
                 tied = [self._embedding(m, own) for m, own in zip(models, names, strict=True)]
                 if all(tied):
                     continue
                 self.untied = self.untied or any(tied) or self._donor_ties()
-                names = [source or own for source, own in zip(tied, names, strict=True)]
             parts = list(map(Part, models, names))
+            if tied is not None and any(tied):
+                parts = [
+                    p if t is None else Part(p.model, t, p.name) for p, t in zip(parts, tied, strict=True)
+                ]
             absent = [p.model.label for p in parts if p.name not in p.model.tensors]
             if absent and (not self.allow_crimes or len(absent) == len(parts)):
                 lacking[each.name] = absent
@@ -295,8 +300,7 @@ class Pairing:
             name, labels = next(iter(lacking.items()))
             more = f" ({len(lacking)} such tensors: {_listing(lacking)})" if len(lacking) > 1 else ""
             raise InputError(
-                f"{', '.join(labels)}: has no tensor {name}, which other models have{more}; --allow-crimes "
-                "merges what there is"
+                f"{', '.join(labels)}: has no tensor {name}, which other models have{more}{self.advice}"
             )
 
     def _optional(self, named: _Named, parts: list[Part]) -> OutputTensor | None:

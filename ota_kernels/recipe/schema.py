@@ -17,6 +17,7 @@ from .levels import Level, Notes, combined, parse_level
 from .parameters import DTYPE, REQUIRED, TEXT, Kind, parse_plain, show, suggest
 from .recipe import ModelEntry, Module, Recipe, Slice
 from .reference import Reference, parse_reference, resolve_path
+from .vocabulary import Vocabulary, parse_source, parse_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +35,9 @@ _TOP_KEYS = (
     "dtype",
     "out_dtype",
     "tokenizer_source",
+    "tokenizer",
     "chat_template",
 )
-_UNSUPPORTED_TOP_KEYS = {
-    "tokenizer": "vocabularies cannot be rebuilt here; use `tokenizer_source`",
-}
 _IGNORED_TOP_KEYS = ("name",)
 _FORMS = ("models", "slices", "modules")
 
@@ -99,8 +98,6 @@ class _Parser:
     def recipe(self) -> Recipe:
         data = self.data
         for key in data:
-            if key in _UNSUPPORTED_TOP_KEYS:
-                raise RecipeError(f"mergekit's `{key}` is not supported: {_UNSUPPORTED_TOP_KEYS[key]}")
             if key in _IGNORED_TOP_KEYS:
                 self.notes.add(
                     f"`{key}` in {{}} is not used: the output folder names the merge", "the recipe"
@@ -113,7 +110,6 @@ class _Parser:
         if data.get("base_model") is not None:
             self.base = parse_reference(data["base_model"], "`base_model`", self.folder)
         self.levels = [parse_level(data.get("parameters"), "parameters", self.method, self.notes)]
-        source = _top_value(data, "tokenizer_source", TEXT, "base")
         recipe = Recipe(
             merge_method=self.method.name,
             modules=self._modules(),
@@ -121,10 +117,20 @@ class _Parser:
             dtype=_top_value(data, "dtype", DTYPE, None),
             out_dtype=_top_value(data, "out_dtype", DTYPE, None),
             chat_template=_chat_template(data.get("chat_template")),
-            tokenizer_source=source if source in ("base", "union") else resolve_path(source, self.folder),
+            vocabulary=self._vocabulary(),
         )
         check(recipe)
         return recipe
+
+    def _vocabulary(self) -> Vocabulary | None:
+        source, data = self.data.get("tokenizer_source"), self.data.get("tokenizer")
+        if source is not None and data is not None:
+            raise RecipeError("`tokenizer_source` and `tokenizer` exclude each other: keep one of them")
+        if data is not None:
+            return parse_vocabulary(data, self.folder)
+        if source is None:
+            return None
+        return Vocabulary(parse_source(source, "`tokenizer_source`", self.folder))
 
     def _modules(self) -> tuple[Module, ...]:
         given = [key for key in _FORMS if self.data.get(key) is not None]

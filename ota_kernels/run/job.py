@@ -229,6 +229,7 @@ class Job:
                 untied=self.inputs.untied,
                 edit=self.inputs.edited_config,
                 chat_template=self.recipe.chat_template,
+                tokenizer=None if self.inputs.alignment is None else self.inputs.alignment.files,
             ),
             recipe_asset(self.recipe.as_dict()),
         ]
@@ -288,7 +289,7 @@ class Job:
     def _sources(self) -> dict[str, Path]:
         """Everything that is read, by what an error calls it."""
         sources = self.inputs.model_folders | self.inputs.adapter_folders
-        sources |= {str(file.path): file.path for file in self.inputs.moments.values()}
+        sources |= {str(file.path): file.path for file in self.inputs.moments_files}
         tokenizer = self.recipe.tokenizer_source
         if tokenizer not in ("base", "union"):
             sources.setdefault(tokenizer, Path(os.path.expanduser(tokenizer)))

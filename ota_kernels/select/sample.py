@@ -129,7 +129,9 @@ def sample(
                 rooms = [s[begin:end] for s in scores]
                 _score_runs(tensor, experts, terms_of(tensor), places, rooms, files, runs)
                 if goes[index[begin]]:
-                    release(tensor.stored.slice(int(places.min()), min(int(places.max()) + RUN, tensor.numel)))
+                    release(
+                        tensor.stored.slice(int(places.min()), min(int(places.max()) + RUN, tensor.numel))
+                    )
 
     # A piece is of one tensor, and of one chunk of it where mapped pages must go.
     cuts = np.diff(index) != 0
