@@ -64,7 +64,7 @@ class Triton:
                     raise
                 reason = line_of(error)
         # Here, past the handler, nothing refers to the failed attempt's tensors any more.
-        columns = tile.shape[-1] if terms.words.select == "random by rank" else 1
+        columns = terms.whole
         if tile.numel < 2 * max(_SMALLEST_TILE, columns):
             megabytes = sum(b.data.nbytes for b in tile.buffers) / 1e6
             raise BackendError(

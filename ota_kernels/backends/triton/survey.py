@@ -226,7 +226,7 @@ class _Prepared:
     def __init__(self, tile: DeviceTile, t: int, terms: Terms) -> None:
         words = terms.words
         self.t = t if words.score == "spread" else 0
-        chances = [chances_of(tile, terms.experts[t], t)] if words.select == "random by rank" else []
+        chances = [chances_of(tile, terms, t)] if words.select == "random by rank" else []
         self.kept = chances  # in memory until the kernel is launched
         if words.score != "spread":
             tile, terms = tile.expert(t), terms_of(terms, t)
