@@ -17,7 +17,8 @@ from .errors import BackendError, InputError, RecipeError
 from .integrations.tracing import traceable
 from .io.curvature import Held
 from .planning.models import Info
-from .planning.pairing import COPY, OutputTensor, Pairing, moments_key
+from .planning.outputs import COPY, OutputTensor
+from .planning.pairing import Pairing, moments_key
 from .planning.plan import TILE_ELEMENTS
 from .recipe import methods
 from .recipe.schema import Recipe, parse_recipe

@@ -17,7 +17,8 @@ from ..recipe.reference import Reference
 from ..recipe.vocabulary import Vocabulary
 from .adapters import Adapted
 from .models import Model, Stored
-from .pairing import OutputTensor, Pairing, moments_key
+from .outputs import OutputTensor
+from .pairing import Pairing, moments_key
 from .restack import restacked
 from .vocabulary import Aligned, AlignedMoments, Alignment
 

@@ -4,29 +4,26 @@ from, and by which settings. Reads headers, and what compressed curvature has be
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from ..errors import InputError, RecipeError
-from ..io.header import quoted
 from ..io.curvature import Held
+from ..io.header import quoted
 from ..recipe.recipe import ModelEntry, Recipe, Slice
 from ..recipe.reference import Reference
 from ..recipe.settings import Settings
-from ..tensors.computed import Source
 from ..tensors.curvature import Curvature, Rank1, Uniform
 from ..tensors.dtypes import BY_NAME, OUTPUT_NAMES, DType
-from ..tensors.tile import TensorInputs
 from . import layers
 from .models import Model
+from .outputs import COPY, KEEP_BASE, MERGE, OutputTensor, Part
 from .resolve import Resolver, unused_filters
 from .roles import EMBEDDING, OUTPUT, embedding_for, is_output, role_of
 
 logger = logging.getLogger(__name__)
 
-MERGE, COPY, KEEP_BASE = "merge", "copy", "keep base"
 _LISTED = 8  # names an error lists before it says how many more there are
 
 
@@ -42,96 +39,6 @@ class Moments(Protocol):
     @property
     def where(self) -> str:
         """What errors call all of it."""
-
-
-class Part(NamedTuple):
-    """A tensor of a model. stands_for: the output matrix that a tied embedding is taken for."""
-
-    model: Model
-    name: str
-    stands_for: str | None = None
-
-    @property
-    def source(self) -> Source:
-        """Its elements."""
-        return self.model.source(self.name, self.stands_for)
-
-    @property
-    def dtype(self) -> DType:
-        """As it is stored."""
-        return self.model.tensors[self.name].dtype
-
-    @property
-    def what(self) -> str:
-        """What errors call it."""
-        return self.model.what(self.name)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Its model and its name there."""
-        return {"model": self.model.label, "tensor": self.name}
-
-
-@dataclass(frozen=True)
-class OutputTensor:
-    """One output tensor.
-
-    dtype: of the output; action: MERGE; COPY of the only source, or of several that must agree (integers,
-    booleans); KEEP_BASE where the base's values are taken (`missing_curvature: base`). base: None where the
-    method has none; experts, positions: those that take part, and their numbers in the recipe; curvatures:
-    one per expert; settings: None where nothing is merged.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: DType
-    action: str
-    base: Part | None
-    experts: tuple[Part, ...]
-    positions: tuple[int, ...]
-    settings: Settings | None
-    curvatures: tuple[Curvature, ...] = ()
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def sources(self) -> tuple[Part, ...]:
-        """Base and experts."""
-        return self.experts if self.base is None else (self.base, *self.experts)
-
-    @property
-    def bytes_per_element(self) -> int:
-        """Input bytes that one element reads."""
-        read = (self.base,) if self.action == KEEP_BASE else self.sources
-        size = sum(part.model.bytes_per_element(part.name) for part in read)
-        return size + sum(buffer.dtype.itemsize for c in self.curvatures for buffer in c.buffers)
-
-    def as_dict(self) -> dict[str, Any]:
-        """What is done, as `ota-merge plan --tensors --json` prints it; parameters that are not set are left
-        out."""
-        found: dict[str, Any] = {
-            "name": self.name,
-            "shape": list(self.shape),
-            "dtype": self.dtype.name,
-            "action": self.action,
-        }
-        if self.base is not None:
-            found["base"] = self.base.as_dict()
-        found["sources"] = [part.as_dict() for part in self.experts]
-        if self.settings is not None:
-            found["parameters"] = _set(self.settings.shared)
-            for source, own in zip(found["sources"], self.settings.experts, strict=True):
-                source["parameters"] = _set(own)
-        return found
-
-    def inputs(self) -> TensorInputs:
-        """What a backend receives of a tensor that is not COPY. Under KEEP_BASE every expert is the base
-        itself."""
-        base = None if self.base is None else self.base.source
-        kept = self.action == KEEP_BASE
-        experts = tuple(base if kept else part.source for part in self.experts)
-        return TensorInputs(self.name, self.shape, self.dtype, base, experts, self.curvatures)
 
 
 class _Named(NamedTuple):
@@ -343,8 +250,8 @@ class Pairing:
         positions = tuple(entry.number for entry in entries)
         if dtype.bits:
             raise InputError(
-                f"{parts[0].model.label}: {quoted(named.name)} is {dtype.tag}, whose elements are parts of a byte: such a model cannot be "
-                "merged; use the one that it was quantized from"
+                f"{parts[0].model.label}: {quoted(named.name)} is {dtype.tag}, whose elements are parts of a "
+                "byte: such a model cannot be merged; use the one that it was quantized from"
             )
         if not dtype.is_float:
             return OutputTensor(named.name, shape, dtype, COPY, base, experts, positions, None)
@@ -481,10 +388,6 @@ class Pairing:
             f"{first.experts[place].name!r}{more if len(lacking) > 1 else ''}; "
             "`missing_curvature: uniform` or `base` merges without it"
         )
-
-
-def _set(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in parameters.items() if value is not None}
 
 
 def moments_key(entry: ModelEntry) -> tuple[int, str]:

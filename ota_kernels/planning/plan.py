@@ -19,7 +19,7 @@ from ..tensors.result import STEP_BYTES, Alternatives, Candidates
 from ..tensors.segment import CHUNK
 from ..tensors.tile import TensorInputs
 from .inputs import Inputs
-from .pairing import COPY, OutputTensor
+from .outputs import COPY, OutputTensor
 
 if TYPE_CHECKING:
     from ..run.decide import Decider

@@ -26,7 +26,7 @@ from ..io.pages import advise, release
 from ..io.workfolder import WorkFolder
 from ..io.writer import ShardWriter
 from ..planning.inputs import Inputs
-from ..planning.pairing import COPY
+from ..planning.outputs import COPY
 from ..planning.plan import Plan, make_plan, memory_limit_of, thread_choices
 from ..recipe import methods
 from ..recipe.schema import Recipe, load_recipe, parse_recipe
