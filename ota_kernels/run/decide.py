@@ -314,7 +314,7 @@ class Decider:
         # From a device, so many scores cross as histograms would.
         if tensor.numel <= (self.rules.direct if tensor.is_resident else CHUNK):
             read = self.backend.edits if of_edits else self.backend.scores
-            values, bad = read(tensor, t, terms)
+            values, bad = read(tensor.made, t, terms)
             self.check(tensor, bad)
             values = resident.host(values)
             return decide.threshold_of_scores(selection, abs(values) if of_edits else values)

@@ -26,7 +26,7 @@ from ..io.pages import advise, release
 from ..io.workfolder import WorkFolder
 from ..io.writer import ShardWriter
 from ..planning.inputs import Inputs
-from ..planning.pairing import COPY
+from ..planning.outputs import COPY
 from ..planning.plan import Plan, make_plan, memory_limit_of, thread_choices
 from ..recipe import methods
 from ..recipe.schema import Recipe, load_recipe, parse_recipe
@@ -81,7 +81,8 @@ class Options:
     device: "auto", "cpu", "cuda" or "cuda:N"; memory_limit: bytes resident on the host at most, None for
     1 GiB, on a GPU 4 GiB; shard_size: bytes of one output file at most; threads: None for every processor;
     seed: of methods that draw random numbers; tile_elements: None for what fits the limit;
-    candidates_memory: bytes of undecided elements held in memory at most, the rest goes to the work folder.
+    candidates_memory: bytes of undecided elements held in memory at most, the rest goes to the work folder;
+    allow_crimes: models may differ in the tensors they have.
     """
 
     backend: str = "auto"
@@ -94,6 +95,7 @@ class Options:
     resume: bool = False
     tile_elements: int | None = None
     candidates_memory: int = DEFAULT_BUDGET
+    allow_crimes: bool = False
 
     def __post_init__(self) -> None:
         backends.check_device(self.device)
@@ -156,7 +158,7 @@ class Job:
     def __init__(self, recipe: Recipe, options: Options, rules: Rules = RULES) -> None:
         self.recipe, self.options, self._rules = recipe, options, rules
         self.backend = backends.select(options.backend, options.device)
-        self.inputs = Inputs(recipe)
+        self.inputs = Inputs(recipe, allow_crimes=options.allow_crimes)
         try:
             self._prepare()
         except BaseException:
@@ -212,6 +214,7 @@ class Job:
             FORMAT,
             self.recipe.as_dict(),
             self.options.seed,
+            self.options.allow_crimes,
             self.inputs.fingerprint(),
             [asdict(shard) | {"header": shard.header.hex()} for shard in self.plan.layout.shards],
         ]
@@ -224,6 +227,9 @@ class Job:
                 tokenizer_source=self.recipe.tokenizer_source,
                 dtype=self.recipe.output_dtype,
                 untied=self.inputs.untied,
+                edit=self.inputs.edited_config,
+                chat_template=self.recipe.chat_template,
+                tokenizer=None if self.inputs.alignment is None else self.inputs.alignment.files,
             ),
             recipe_asset(self.recipe.as_dict()),
         ]
@@ -282,8 +288,8 @@ class Job:
 
     def _sources(self) -> dict[str, Path]:
         """Everything that is read, by what an error calls it."""
-        sources = dict(self.inputs.model_folders)
-        sources |= {str(file.path): file.path for file in self.inputs.moments.values()}
+        sources = self.inputs.model_folders | self.inputs.adapter_folders
+        sources |= {str(file.path): file.path for file in self.inputs.moments_files}
         tokenizer = self.recipe.tokenizer_source
         if tokenizer not in ("base", "union"):
             sources.setdefault(tokenizer, Path(os.path.expanduser(tokenizer)))
@@ -414,7 +420,7 @@ class _FileSink:
 
     def wants(self, tensor: TensorInputs, segment: Segment) -> None:
         if not self._read_ahead.is_idle:
-            self._read_ahead(tensor.slice(segment.start, segment.stop).buffers)
+            self._read_ahead(tensor.reads(segment.start, segment.stop))
 
     def done_with(self, tile: TensorInputs) -> None:
         release(tile)

@@ -20,7 +20,7 @@ from ... import backends
 from ...errors import RecipeError
 from ...io.pages import release
 from ...planning.inputs import Inputs
-from ...planning.pairing import COPY, MERGE
+from ...planning.outputs import COPY, MERGE
 from ...planning.plan import PROCESS_BYTES, pinned_bytes
 from ...select import thresholds as decide
 from ...select.bracket import cluster_count
