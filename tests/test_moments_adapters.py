@@ -149,7 +149,7 @@ def test_a_merge_says_that_an_adapters_moments_do_not_fit(tmp_path):
             }
         ],
     }
-    with pytest.raises(InputError, match="no curvature for 21 tensors"):
+    with pytest.raises(InputError, match="21 tensors have no curvature"):
         merge(recipe, tmp_path / "out")
 
 

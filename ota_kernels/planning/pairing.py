@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from ..errors import InputError, RecipeError
+from ..io.header import quoted
 from ..io.curvature import Held
 from ..recipe.recipe import ModelEntry, Recipe, Slice
 from ..recipe.reference import Reference
@@ -316,7 +317,7 @@ class Pairing:
         positions = tuple(entry.number for entry in entries)
         if dtype.bits:
             raise InputError(
-                f"{parts[0].what} is {dtype.tag}, whose elements are parts of a byte: such a model cannot be "
+                f"{parts[0].model.label}: {quoted(named.name)} is {dtype.tag}, whose elements are parts of a byte: such a model cannot be "
                 "merged; use the one that it was quantized from"
             )
         if not dtype.is_float:
