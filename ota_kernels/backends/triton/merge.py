@@ -208,7 +208,9 @@ def _merge_kernel(
         written = written if acc == tl.float64 else written.to(tl.float32)
         others = tl.where(decided & (kept_by == 0), 1, 0)
         others += tl.where(decided & loads.negated(loads.is_finite(written)), 1 << 4, 0)
-        others += tl.where(decided & bad, 1 << 8, 0) + tl.where(inside & bad, 1 << 12, 0)
+        others += tl.where(inside & bad, 1 << 12, 0)
+        if repair:
+            others += tl.where(decided & bad, 1 << 8, 0)
         other_counts += outcome.by_thread(others, _N_TOTALS, per_thread, block_size)
         counted = counted_by if repair else kept_by
         if packed:
@@ -354,9 +356,11 @@ def _programs(device: torch.device, n_blocks: int) -> int:
 
 
 def _columns(tile: DeviceTile) -> tuple[torch.Tensor | None, ...]:
-    """Room for every element of the tile as a candidate: positions, base, weights, curvatures."""
-    empty = functools.partial(torch.empty, tile.numel, device=tile.device)
-    base = None if tile.base is None else empty(dtype=tile.base.dtype)
-    weights = [empty(dtype=w.dtype) for w in tile.experts]
-    curvatures = [None if c is None else empty(dtype=torch.float32) for c in tile.curvatures]
-    return (empty(dtype=torch.int32), base, *weights, *curvatures)
+    """Room for every element of the tile as a candidate: positions, base; weights and curvatures of each expert
+    (None: all 1), [T, n] of whole blocks."""
+    n, experts = triton.cdiv(tile.numel, BLOCK) * BLOCK, len(tile.experts)
+    empty = functools.partial(torch.empty, device=tile.device)
+    base = None if tile.base is None else empty(n, dtype=tile.base.dtype)
+    weights = empty(experts, n, dtype=tile.experts[0].dtype)
+    curvatures = None if tile.curvatures[0] is None else empty(experts, n, dtype=torch.float32)
+    return empty(n, dtype=torch.int32), base, weights, curvatures
