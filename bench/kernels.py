@@ -20,9 +20,10 @@ import numpy as np
 
 from ota_kernels import backends
 from ota_kernels.planning.plan import TILE_ELEMENTS
+from ota_kernels.planning.resolve import Resolver
 from ota_kernels.recipe.schema import parse_recipe
-from ota_kernels.run.pool import Pool, default_threads
-from ota_kernels.run.survey import Survey
+from ota_kernels.run.decide import Decider
+from ota_kernels.run.pool import IN_PLACE, Pool, default_threads
 from ota_kernels.tensors.buffer import Buffer
 from ota_kernels.tensors.curvature import Full, Uniform
 from ota_kernels.tensors.dtypes import BY_NAME
@@ -155,8 +156,11 @@ def _inputs(case: Case) -> tuple[TensorInputs, Terms]:
     ota = case.method == "ota"
     inputs = TensorInputs("weight", shape, dtype, base if ota else None, tuple(experts), tuple(curvatures))
     head = {"merge_method": case.method} | ({"base_model": "base"} if ota else {})
-    survey = Survey(parse_recipe(head | {"models": models}), [inputs], backends.select("reference"))
-    return inputs, survey.terms(inputs, survey.decide_model(map), map)
+    recipe = parse_recipe(head | {"models": models})
+    resolver = Resolver(recipe.slices[0], recipe.method, {})
+    settings = {"weight": resolver.settings("weight", ["weight"] * case.experts, 0.0)}
+    decider = Decider(recipe.method, [inputs], settings, backends.select("reference"), IN_PLACE)
+    return inputs, decider.terms(inputs, decider.decide_model())
 
 
 def _measure(case: Case, pool: Pool, repeats: int) -> Iterator[dict]:

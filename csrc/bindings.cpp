@@ -1,5 +1,6 @@
-// The border between Python and the kernels: checks sizes and codes once, releases the GIL, calls the kernel
-// of the chosen instruction set. Every array is flat; tensors arrive as their bytes (uint8).
+// The border between Python and the kernels: reads tiles and terms by the names of their attributes (tensors/tile.py,
+// tensors/terms.py), checks sizes and codes once, releases the GIL, calls the kernel of the chosen instruction set.
+// Every array is flat; tensors arrive as their bytes (uint8).
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
@@ -10,13 +11,14 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "files.hpp"
 #include "kernels.hpp"
+#include "places.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -26,7 +28,9 @@ namespace {
 using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using OutBytes = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Matrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using OutFloats = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Doubles = nb::ndarray<const double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using OutDoubles = nb::ndarray<double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Positions = nb::ndarray<const uint32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using OutPositions = nb::ndarray<uint32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
@@ -37,100 +41,185 @@ void require(bool ok, const char* what) {
     if (!ok) throw std::invalid_argument(what);
 }
 
-int item_size(int code) {
-    switch (static_cast<ota::DType>(code)) {
-        case ota::DType::f32: return 4;
-        case ota::DType::bf16:
-        case ota::DType::f16: return 2;
-        case ota::DType::f64: return 8;
-        case ota::DType::f8_e4m3:
-        case ota::DType::f8_e5m2: return 1;
-    }
-    throw std::invalid_argument("unknown element type code");
+// An array that the caller holds: no copy, which would be lost.
+template <typename Array>
+Array array(nb::handle object, const char* what) {
+    Array found;
+    if (!nb::try_cast<Array>(object, found, false)) throw std::invalid_argument(what);
+    return found;
 }
 
-ota::Operand operand(const Bytes& data, int code, int64_t n) {
-    require(static_cast<int64_t>(data.size()) == n * item_size(code), "an input has not n elements");
-    return {data.data(), static_cast<ota::DType>(code)};
+template <typename T>
+T number(nb::handle object, const char* name) {
+    return nb::cast<T>(object.attr(name));
 }
 
-ota::Curvature log8(const nb::tuple& spec, int64_t n) {
+float float32(nb::handle object, const char* name) { return static_cast<float>(number<double>(object, name)); }
+
+ota::DType dtype(nb::handle of) {
+    const auto code = number<int>(of, "code");
+    require(code >= 0 && code <= 5, "unknown element type code");
+    return static_cast<ota::DType>(code);
+}
+
+// Element 0 of no elements: an operand that is there.
+const uint8_t kNothing[8] = {};
+
+ota::Operand operand(nb::handle buffer, int64_t n) {
+    const auto data = array<Bytes>(buffer.attr("data"), "an input is no flat array of bytes");
+    const ota::DType type = dtype(buffer.attr("dtype"));
+    require(static_cast<int64_t>(data.size()) == n * ota::item_size(type), "an input has not n elements");
+    return {n == 0 ? kNothing : data.data(), type};
+}
+
+ota::Curvature curvature(nb::handle given, int64_t n) {
     ota::Curvature c;
-    c.kind = ota::CurvatureKind::log8;
-    const auto codes = nb::cast<Bytes>(spec[0]);
-    const auto scales = nb::cast<Floats>(spec[1]);
-    c.n_columns = nb::cast<int64_t>(spec[2]);
-    c.start = nb::cast<int64_t>(spec[3]);
-    require(static_cast<int64_t>(codes.size()) == n, "as many codes as elements");
-    require((c.n_columns > 0 || n == 0) && c.start >= 0, "rows of no columns");
-    require(static_cast<int64_t>(scales.size()) * c.n_columns >= c.start + n, "scales that end before the tile");
-    c.codes = codes.data();
-    c.rows = scales.data();
-    return c;
-}
-
-// () uniform; (bytes, code) full; (codes, scales, n_columns, start) log8; (rows, columns, n_columns, rank, start,
-// low_rank) rank-1 and low rank. low_rank tells the last two apart: its values are clamped at 0.
-ota::Curvature curvature(const nb::tuple& spec, int64_t n) {
-    ota::Curvature c;
-    if (spec.size() == 0) return c;
-    if (spec.size() == 2) {
+    const auto kind = nb::cast<std::string>(nb::handle(given.type()).attr("__name__"));
+    if (kind == "Uniform") return c;
+    if (kind == "Full") {
         c.kind = ota::CurvatureKind::full;
-        c.values = operand(nb::cast<Bytes>(spec[0]), nb::cast<int>(spec[1]), n);
+        c.values = operand(given.attr("values"), n);
         return c;
     }
-    if (spec.size() == 4) return log8(spec, n);
-    require(spec.size() == 6, "a curvature has 0, 2, 4 or 6 parts");
-    const auto rows = nb::cast<Floats>(spec[0]), columns = nb::cast<Floats>(spec[1]);
-    c.n_columns = nb::cast<int64_t>(spec[2]);
-    c.rank = nb::cast<int64_t>(spec[3]);
-    c.start = nb::cast<int64_t>(spec[4]);
-    c.kind = nb::cast<bool>(spec[5]) ? ota::CurvatureKind::low_rank : ota::CurvatureKind::rank1;
-    require((c.n_columns > 0 || n == 0) && c.rank > 0 && c.start >= 0, "factors of no columns or no rank");
-    require(static_cast<int64_t>(columns.size()) == c.rank * c.n_columns, "column factors of the wrong size");
-    require(static_cast<int64_t>(rows.size()) / c.rank * c.n_columns >= c.start + n,
-            "row factors that end before the tile");
-    c.rows = rows.data();
-    c.columns = columns.data();
+    c.start = number<int64_t>(given, "start");
+    int64_t rows = 0;
+    if (kind == "Log8") {
+        c.kind = ota::CurvatureKind::log8;
+        const auto codes = array<Bytes>(given.attr("codes").attr("data"), "codes are bytes");
+        const auto scales = array<Floats>(given.attr("scales"), "scales are float32");
+        require(static_cast<int64_t>(codes.size()) == n, "as many codes as elements");
+        c.codes = codes.data(), c.rows = scales.data();
+        c.n_columns = number<int64_t>(given, "columns"), rows = static_cast<int64_t>(scales.size());
+    } else if (kind == "Rank1") {
+        c.kind = ota::CurvatureKind::rank1;
+        const auto of_rows = array<Floats>(given.attr("rows"), "row factors are float32");
+        const auto of_columns = array<Floats>(given.attr("columns"), "column factors are float32");
+        c.rows = of_rows.data(), c.columns = of_columns.data();
+        c.n_columns = static_cast<int64_t>(of_columns.size()), rows = static_cast<int64_t>(of_rows.size());
+    } else {
+        require(kind == "LowRank", "unknown curvature");
+        c.kind = ota::CurvatureKind::low_rank;
+        const auto left = array<Matrix>(given.attr("left"), "left factors are float32[m, r]");
+        const auto right = array<Matrix>(given.attr("right"), "right factors are float32[r, n]");
+        require(left.shape(1) == right.shape(0) && right.shape(0) > 0, "factors of different ranks, or of none");
+        c.rows = left.data(), c.columns = right.data(), c.rank = static_cast<int64_t>(right.shape(0));
+        c.n_columns = static_cast<int64_t>(right.shape(1)), rows = static_cast<int64_t>(left.shape(0));
+    }
+    require((c.n_columns > 0 || n == 0) && c.start >= 0, "curvature of no columns");
+    require(rows * c.n_columns >= c.start + n, "row factors that end before the tile");
     return c;
 }
 
-// (bytes, code, curvature, threshold, score_scale, weight_scale, edit_scale, trim, span, census)
-ota::Expert expert(const nb::tuple& spec, int64_t n) {
-    require(spec.size() == 10, "an expert has 10 parts");
-    ota::Expert e;
-    e.weights = operand(nb::cast<Bytes>(spec[0]), nb::cast<int>(spec[1]), n);
-    e.curvature = curvature(nb::cast<nb::tuple>(spec[2]), n);
-    e.threshold = static_cast<float>(nb::cast<double>(spec[3]));
-    e.score_scale = static_cast<float>(nb::cast<double>(spec[4]));
-    e.weight_scale = nb::cast<double>(spec[5]);
-    e.edit_scale = nb::cast<double>(spec[6]);
-    e.trim = static_cast<float>(nb::cast<double>(spec[7]));
-    e.span = nb::cast<uint32_t>(spec[8]);
-    if (!spec[9].is_none()) {
-        const auto census = nb::cast<OutInts>(spec[9]);
-        require(census.size() == ota::kCensus, "a census has 513 numbers");
-        e.census = census.data();
+// The numbers that the words ask for.
+void read_numbers(nb::handle terms, const ota::Words& words, ota::Expert& e) {
+    e.threshold = float32(terms, "threshold");
+    e.score_scale = float32(terms, "score_scale");
+    e.weight_scale = number<double>(terms, "weight_scale");
+    e.edit_scale = number<double>(terms, "edit_scale");
+    e.vote = float32(terms, "vote");
+    e.trim = float32(terms, "trim");
+    e.span = number<uint32_t>(terms, "span");
+    e.first = number<int64_t>(terms, "first"), e.last = number<int64_t>(terms, "last");
+    if (words.select == ota::Select::between)
+        e.upper = float32(terms, "upper"), e.upto = number<int64_t>(terms, "upto");
+    if (words.weigh == ota::Weigh::alone) e.alone = number<double>(terms, "alone");
+    if (words.select == ota::Select::random || words.select == ota::Select::random_by_rank) {
+        e.probability = number<double>(terms, "probability"), e.spread = number<double>(terms, "spread");
+        e.position = number<uint32_t>(terms, "position");
     }
-    return e;
 }
 
-// (power, epsilon, lambda, denominator, curvature_weights, masked, mask_weights, elect_signs,
-//  fallback_to_base, repair_nonfinite)
-ota::Formula formula(const nb::tuple& spec) {
-    require(spec.size() == 10, "a formula has 10 parts");
-    ota::Formula f;
-    f.power = nb::cast<double>(spec[0]);
-    f.epsilon = nb::cast<double>(spec[1]);
-    f.lambda = nb::cast<double>(spec[2]);
-    f.denominator = nb::cast<double>(spec[3]);
-    f.curvature_weights = nb::cast<bool>(spec[4]);
-    f.masked = nb::cast<bool>(spec[5]);
-    f.mask_weights = nb::cast<bool>(spec[6]);
-    f.elect_signs = nb::cast<bool>(spec[7]);
-    f.fallback_to_base = nb::cast<bool>(spec[8]);
-    f.repair_nonfinite = nb::cast<bool>(spec[9]);
-    return f;
+// Arrays that have a number for each row or column.
+void read_arrays(nb::handle terms, const ota::Tile& tile, int64_t end, ota::Expert& e) {
+    const bool by_column = tile.words.weigh == ota::Weigh::by_column;
+    const auto reaches = [&](int64_t rows) { return rows * tile.columns >= end; };
+    if (by_column || tile.words.weigh == ota::Weigh::by_row) {
+        const auto weights = array<Doubles>(terms.attr("weights"), "weights by row or column are float64");
+        const auto size = static_cast<int64_t>(weights.size());
+        require(by_column ? size == tile.columns || tile.n == 0 : reaches(size), "a weight for each row or column");
+        e.weights_at = weights.data();
+    }
+    if (tile.words.score == ota::Score::row_magnitude) {
+        const auto rows = array<Floats>(terms.attr("row_scores"), "scores of rows are float32");
+        require(reaches(static_cast<int64_t>(rows.size())), "a score for each row");
+        e.row_scores = rows.data();
+    }
+}
+
+// Where the elements lie. Returns the end of what rows must reach.
+int64_t read_place(nb::handle inputs, ota::Tile& tile) {
+    const nb::object shape = inputs.attr("shape");
+    const size_t dimensions = nb::len(shape);
+    tile.columns = dimensions == 0 ? 1 : std::max<int64_t>(1, nb::cast<int64_t>(shape[dimensions - 1]));
+    tile.start = number<int64_t>(inputs, "start");
+    require(tile.start >= 0, "a tile that starts before its tensor");
+    if (inputs.attr("index").is_none()) return tile.start + tile.n;
+    const auto index = array<Ints>(inputs.attr("index"), "the index of gathered elements is int64");
+    require(static_cast<int64_t>(index.size()) == tile.n, "an index for each gathered element");
+    static const int64_t nowhere = 0;
+    tile.index = tile.n == 0 ? &nowhere : index.data();
+    int64_t end = 0;
+    for (int64_t i = 0; i < tile.n; ++i) {
+        require(tile.index[i] >= 0, "an index before the tensor");
+        end = std::max(end, tile.index[i] + 1);
+    }
+    return end;
+}
+
+// The inputs of TensorInputs, with no terms yet.
+int64_t read_inputs(nb::handle inputs, ota::Tile& tile) {
+    const nb::object experts = inputs.attr("experts"), curvatures = inputs.attr("curvatures");
+    const nb::object origins = inputs.attr("origins"), base = inputs.attr("base");
+    tile.n_experts = static_cast<int>(nb::len(experts));
+    require(tile.n_experts >= 1 && tile.n_experts <= ota::kMaxExperts, "1 to 64 experts can be merged");
+    require(nb::len(curvatures) == nb::len(experts), "a curvature for each expert");
+    require(nb::len(origins) == 0 || nb::len(origins) == nb::len(experts), "an origin for each expert, or none");
+    tile.n = static_cast<int64_t>(nb::len(nb::object(experts[0])));
+    if (!base.is_none()) tile.base = operand(base, tile.n);
+    for (int t = 0; t < tile.n_experts; ++t) {
+        ota::Expert& e = tile.experts[t];
+        e.weights = operand(experts[t], tile.n);
+        e.curvature = curvature(curvatures[t], tile.n);
+        if (nb::len(origins) > 0 && !nb::object(origins[t]).is_none()) e.origin = operand(origins[t], tile.n);
+    }
+    return read_place(inputs, tile);
+}
+
+ota::Words read_words(nb::handle words) {
+    const auto codes = nb::cast<std::vector<int>>(words.attr("codes"));  // in the order of terms.WORDS
+    require(codes.size() == 6, "six words");
+    return {static_cast<ota::Edit>(codes[0]),  static_cast<ota::Score>(codes[1]), static_cast<ota::Select>(codes[2]),
+            static_cast<ota::Elect>(codes[3]), static_cast<ota::Weigh>(codes[4]), static_cast<ota::Divide>(codes[5])};
+}
+
+// A tile (TensorInputs) and what is to be computed of it (Terms).
+std::unique_ptr<ota::Tile> read(nb::handle inputs, nb::handle terms) {
+    auto tile = std::make_unique<ota::Tile>();
+    const int64_t end = read_inputs(inputs, *tile);
+    tile->words = read_words(terms.attr("words"));
+    const nb::object experts = terms.attr("experts");
+    require(static_cast<int>(nb::len(experts)) == tile->n_experts, "terms of another number of experts");
+    for (int t = 0; t < tile->n_experts; ++t) {
+        read_numbers(experts[t], tile->words, tile->experts[t]);
+        read_arrays(experts[t], *tile, end, tile->experts[t]);
+    }
+    ota::Numbers& x = tile->numbers;
+    x.power = number<double>(terms, "power"), x.epsilon = number<double>(terms, "epsilon");
+    x.lambda = number<double>(terms, "lambda_"), x.denominator = number<double>(terms, "denominator");
+    x.least = number<double>(terms, "least"), x.clip = number<double>(terms, "clip");
+    x.tie = float32(terms, "tie"), x.agreement = float32(terms, "agreement");
+    x.needed = number<int32_t>(terms, "needed");
+    x.fallback_to_base = number<std::string>(terms, "fallback") == "base";
+    x.zero_is_one = number<std::string>(terms, "zero") == "one";
+    x.repair = number<bool>(terms, "repair");
+    const ota::Select select = tile->words.select;
+    if (select == ota::Select::random || select == ota::Select::random_by_rank) {
+        x.seed = nb::cast<uint64_t>(terms.attr("seed") & nb::int_(0xffffffffu));
+        x.name_hash = number<uint64_t>(terms, "name_hash");
+    }
+    const bool whole = tile->index == nullptr && tile->start % tile->columns == 0 && tile->n % tile->columns == 0;
+    require(whole || select != ota::Select::random_by_rank, "`random by rank` takes tiles of whole rows");
+    return tile;
 }
 
 const ota::Kernels& kernels(const std::string& isa) {
@@ -159,169 +248,158 @@ std::vector<std::string> instruction_sets() {
     return names;
 }
 
-using Count = std::pair<int64_t, int64_t>;  // how many, first index in the tile or -1
+// What a merge counted, and how many elements it put into the lists of candidates.
+struct Merged {
+    std::vector<int64_t> kept, reached;
+    int64_t unkept, overflow, repaired;
+    ota::NonFinite base;
+    std::vector<ota::NonFinite> weights, curvatures;
+    int64_t candidates;
+    std::vector<int64_t> steps, alternatives;
+};
 
-Count pair(const ota::NonFinite& bad) { return {bad.count, bad.first}; }
-
-// (index, base, [weights], [curvature], [steps], [indices, steps and merged values of alternatives]): room for
-// every element of the tile and kSpare more; empty where not wanted.
-ota::Candidates candidates(const nb::tuple& spec, const ota::MergeArgs& args) {
-    require(spec.size() == 8, "candidates have 8 parts");
-    const auto room = [&](const OutBytes& a, int size) {
-        require(static_cast<int64_t>(a.size()) >= size * (args.n + ota::kSpare), "too little room for candidates");
+// The lists of native.Room: room for every element of the tile and kSpare more.
+ota::Candidates candidates(nb::handle lists, const ota::Tile& tile, ota::DType out) {
+    const auto room = [&](nb::handle given, int size) {
+        const auto a = array<OutBytes>(given, "lists of candidates are bytes");
+        require(static_cast<int64_t>(a.size()) >= size * (tile.n + ota::kSpare), "too little room for candidates");
         return a.data();
     };
+    const auto numbers = [&](nb::handle given) { return reinterpret_cast<uint32_t*>(room(given, 4)); };
     ota::Candidates c;
-    c.index = reinterpret_cast<uint32_t*>(room(nb::cast<OutBytes>(spec[0]), 4));
-    if (args.has_base) c.base = room(nb::cast<OutBytes>(spec[1]), item_size(static_cast<int>(args.base.dtype)));
-    const auto part = [&](int i) {
-        const auto of_experts = nb::cast<nb::list>(spec[i]);
-        require(static_cast<int>(of_experts.size()) == args.n_experts, "candidates of another number of experts");
-        return of_experts;
-    };
-    const nb::list weights = part(2), curvature = part(3), steps = part(4);
-    const nb::list indices = part(5), single_steps = part(6), merged = part(7);
-    for (int t = 0; t < args.n_experts; ++t) {
-        const ota::Expert& e = args.experts[t];
-        c.weights[t] = room(nb::cast<OutBytes>(weights[t]), item_size(static_cast<int>(e.weights.dtype)));
+    c.index = numbers(lists.attr("positions"));
+    if (tile.has_base()) c.base = room(lists.attr("base"), ota::item_size(tile.base.dtype));
+    for (int t = 0; t < tile.n_experts; ++t) {
+        const ota::Expert& e = tile.experts[t];
+        c.weights[t] = room(lists.attr("weights")[t], ota::item_size(e.weights.dtype));
+        if (e.origin.data) c.origins[t] = room(lists.attr("origins")[t], ota::item_size(e.origin.dtype));
         if (e.curvature.kind != ota::CurvatureKind::uniform)
-            c.curvature[t] = reinterpret_cast<float*>(room(nb::cast<OutBytes>(curvature[t]), 4));
+            c.curvature[t] = reinterpret_cast<float*>(room(lists.attr("curvatures")[t], 4));
         if (e.span == 0) continue;
-        c.steps[t] = reinterpret_cast<uint32_t*>(room(nb::cast<OutBytes>(steps[t]), 4));
+        c.steps[t] = numbers(lists.attr("steps")[t]);
+        const nb::object alternatives = lists.attr("alternatives")[t];
         ota::Alternatives& a = c.alternatives[t];
-        a.index = reinterpret_cast<uint32_t*>(room(nb::cast<OutBytes>(indices[t]), 4));
-        a.steps = reinterpret_cast<uint32_t*>(room(nb::cast<OutBytes>(single_steps[t]), 4));
-        a.merged = room(nb::cast<OutBytes>(merged[t]), item_size(static_cast<int>(args.out_dtype)));
+        a.index = numbers(alternatives.attr("positions")), a.steps = numbers(alternatives.attr("steps"));
+        a.merged = room(alternatives.attr("merged"), ota::item_size(out));
     }
     return c;
 }
 
-nb::tuple merge(const std::optional<Bytes>& base, int base_code, const nb::list& experts,
-                const nb::tuple& formula_spec, OutBytes out, int out_code,
-                const std::optional<nb::tuple>& candidates_spec, const std::string& isa) {
-    require(out_code >= 0 && out_code <= 3, "a merged tensor is float32, bfloat16, float16 or float64");
-    ota::MergeArgs args;
-    args.n = static_cast<int64_t>(out.size()) / item_size(out_code);
-    require(static_cast<int64_t>(out.size()) == args.n * item_size(out_code), "the output is cut short");
-    args.n_experts = static_cast<int>(experts.size());
-    require(args.n_experts >= 1 && args.n_experts <= ota::kMaxExperts, "1 to 64 experts can be merged");
-    args.has_base = base.has_value();
-    if (base) args.base = operand(*base, base_code, args.n);
-    for (int t = 0; t < args.n_experts; ++t) args.experts[t] = expert(nb::cast<nb::tuple>(experts[t]), args.n);
-    args.formula = formula(formula_spec);
-    args.out = out.data();
-    args.out_dtype = static_cast<ota::DType>(out_code);
-    ota::Candidates undecided;
-    if (candidates_spec) {
-        undecided = candidates(*candidates_spec, args);
-        args.candidates = &undecided;
+// censuses: an array or none for each expert; lists: none where no threshold is a bracket.
+Merged merge(nb::handle inputs, nb::handle terms, OutBytes out, const nb::list& censuses, nb::handle lists,
+             const std::string& isa) {
+    const auto tile = read(inputs, terms);
+    const ota::DType type = dtype(inputs.attr("out_dtype"));
+    require(static_cast<int>(type) <= 3, "a merged tensor is float32, bfloat16, float16 or float64");
+    require(static_cast<int64_t>(out.size()) == tile->n * ota::item_size(type), "the output has not n elements");
+    require(static_cast<int>(nb::len(censuses)) == tile->n_experts, "a census, or none, for each expert");
+    for (int t = 0; t < tile->n_experts; ++t) {
+        if (nb::object(censuses[t]).is_none()) continue;
+        const auto census = array<OutInts>(censuses[t], "a census is int64");
+        require(census.size() == ota::kCensus, "a census has 513 numbers");
+        tile->experts[t].census = census.data();
     }
-
+    ota::Candidates undecided;
+    if (!lists.is_none()) undecided = candidates(lists, *tile, type);
+    const ota::MergeArgs args{*tile, out.data(), type, lists.is_none() ? nullptr : &undecided};
     const ota::Kernels& table = kernels(isa);
     ota::MergeStats stats;
     {
         nb::gil_scoped_release release;
         table.merge(args, stats);
     }
-    const std::vector<int64_t> kept(stats.kept, stats.kept + args.n_experts);
-    const std::vector<int64_t> reached(stats.reached, stats.reached + args.n_experts);
-    const std::vector<int64_t> n_steps(undecided.n_steps, undecided.n_steps + args.n_experts);
-    std::vector<int64_t> n_alternatives;
-    std::vector<Count> weights, curvatures;
-    for (int t = 0; t < args.n_experts; ++t) {
-        n_alternatives.push_back(undecided.alternatives[t].count);
-        weights.push_back(pair(stats.weights[t]));
-        curvatures.push_back(pair(stats.curvature[t]));
-    }
-    return nb::make_tuple(kept, reached, stats.unkept, stats.overflow, stats.repaired, pair(stats.base), weights,
-                          curvatures, undecided.count, n_steps, n_alternatives);
+    const auto of_experts = [&](const auto* values) { return std::vector(values, values + tile->n_experts); };
+    Merged found{of_experts(stats.kept), of_experts(stats.reached), stats.unkept, stats.overflow, stats.repaired,
+                 stats.base, of_experts(stats.weights), of_experts(stats.curvature), undecided.count,
+                 of_experts(undecided.n_steps), {}};
+    for (int t = 0; t < tile->n_experts; ++t) found.alternatives.push_back(undecided.alternatives[t].count);
+    return found;
 }
 
-ota::SurveyArgs survey_args(const std::optional<Bytes>& base, int base_code, const nb::tuple& expert_spec,
-                            int64_t n) {
-    ota::SurveyArgs args;
-    args.n = n;
-    args.has_base = base.has_value();
-    if (base) args.base = operand(*base, base_code, n);
-    args.expert = expert(expert_spec, n);
-    return args;
-}
+void check_expert(const ota::Tile& tile, int t) { require(t >= 0 && t < tile.n_experts, "no such expert"); }
 
-std::vector<Count> counts_of(const ota::SurveyStats& stats) {
-    return {pair(stats.base), pair(stats.weights), pair(stats.curvature)};
-}
-
-std::vector<Count> histogram(const std::optional<Bytes>& base, int base_code, const nb::tuple& expert_spec,
-                             int64_t n, bool of_edits, int64_t prefix, OutInts counts, OutInts lows,
-                             const std::string& isa) {
+ota::SurveyStats histogram(nb::handle inputs, int t, nb::handle terms, bool of_edits, int64_t prefix, OutInts counts,
+                           OutInts lows, const std::string& isa) {
     require(counts.size() == ota::kBins && lows.size() == ota::kBins, "a histogram has 65536 bins");
-    ota::SurveyArgs args = survey_args(base, base_code, expert_spec, n);
-    args.score = of_edits ? ota::Score::edit : ota::Score::saliency;
+    const auto tile = read(inputs, terms);
+    check_expert(*tile, t);
     const ota::Kernels& table = kernels(isa);
     ota::SurveyStats stats;
-    {
-        nb::gil_scoped_release release;
-        table.histogram(args, prefix, counts.data(), lows.data(), stats);
-    }
-    return counts_of(stats);
+    nb::gil_scoped_release release;
+    table.histogram(*tile, t, of_edits, prefix, counts.data(), lows.data(), stats);
+    return stats;
 }
 
-using PerElement = void (*ota::Kernels::*)(const ota::SurveyArgs&, float*, ota::SurveyStats&);
+using PerElement = void (*ota::Kernels::*)(const ota::Tile&, int, float*, ota::SurveyStats&);
 
 template <PerElement Kernel>
-std::vector<Count> per_element(const std::optional<Bytes>& base, int base_code, const nb::tuple& expert_spec,
-                               OutFloats out, const std::string& isa) {
-    const ota::SurveyArgs args = survey_args(base, base_code, expert_spec, static_cast<int64_t>(out.size()));
+ota::SurveyStats per_element(nb::handle inputs, int t, nb::handle terms, OutFloats out, const std::string& isa) {
+    const auto tile = read(inputs, terms);
+    check_expert(*tile, t);
+    require(static_cast<int64_t>(out.size()) == tile->n, "the output has not n elements");
     const ota::Kernels& table = kernels(isa);
     ota::SurveyStats stats;
-    {
-        nb::gil_scoped_release release;
-        (table.*Kernel)(args, out.data(), stats);
-    }
-    return counts_of(stats);
+    nb::gil_scoped_release release;
+    (table.*Kernel)(*tile, t, out.data(), stats);
+    return stats;
 }
 
-// The scores of experts at runs of `length` of the tile's n elements: one array per expert. places: (fd, offset) of
-// the base, then of each expert's weights and curvature; none: all are read in memory. -1, or which of them is in a
-// file that could not be read.
-int run_scores(const std::optional<Bytes>& base, int base_code, const nb::list& experts, int64_t n, const Ints& starts,
-               int length, const nb::list& outs, const std::optional<nb::list>& places, int together,
-               const std::string& isa) {
-    const size_t n_experts = nb::len(experts);
+// The scores of experts at runs of `length` of the tile's elements: one array per expert. place: (fd, offset) of a
+// buffer, or none: all are read in memory. None, or the buffer that is in a file that could not be read.
+nb::object run_scores(nb::handle inputs, nb::handle terms, const std::vector<int>& experts, const Ints& starts,
+                      int length, const nb::list& outs, nb::handle place, int together, const std::string& isa) {
+    const auto tile = read(inputs, terms);
     ota::RunArgs args;
     args.starts = starts.data(), args.count = static_cast<int64_t>(starts.size());
-    args.length = length, args.together = together, args.n_experts = static_cast<int>(n_experts);
-    require(length > 0 && together > 0 && int64_t{length} * together <= 1024,  // a block
-            "runs of 1 to 1024 elements together");
+    args.length = length, args.together = together;
+    args.experts = experts.data(), args.n_experts = static_cast<int>(experts.size());
+    require(length > 0 && together > 0 && int64_t{length} * together <= 1024, "runs of 1 to 1024 elements together");
     require(args.count % together == 0, "whole clusters of runs");
-    require(n_experts > 0 && n_experts <= ota::kMaxExperts && nb::len(outs) == n_experts, "one array for each expert");
-    std::vector<ota::SurveyArgs> of_experts;
+    require(!experts.empty() && nb::len(outs) == experts.size(), "one array for each expert");
     std::vector<float*> out;
-    for (const nb::handle spec : experts)
-        of_experts.push_back(survey_args(base, base_code, nb::cast<nb::tuple>(spec), n));
-    args.of_experts = of_experts.data();
-    for (const nb::handle one : outs) {
-        const auto scores = nb::cast<OutFloats>(one, false);  // no copy: it would be lost
+    for (size_t i = 0; i < experts.size(); ++i) {
+        check_expert(*tile, experts[i]);
+        const auto scores = array<OutFloats>(outs[i], "scores are float32");
         require(static_cast<int64_t>(scores.size()) == args.count * length, "room for the scores, no more");
         out.push_back(scores.data());
     }
-    if (places) {
-        require(nb::len(*places) == 1 + 2 * n_experts, "a place for each input");
-        const auto place = [&](size_t i) {
-            const auto [fd, offset] = nb::cast<std::pair<int, int64_t>>((*places)[i]);
+    require(tile->words.select != ota::Select::random_by_rank || place.is_none(), "runs have no whole rows");
+    const auto buffer = [&](ota::Unread::Role role, int t) -> nb::object {
+        if (role == ota::Unread::Role::base) return inputs.attr("base");
+        if (role == ota::Unread::Role::weights) return inputs.attr("experts")[t];
+        if (role == ota::Unread::Role::origin) return inputs.attr("origins")[t];
+        const nb::object buffers = inputs.attr("curvatures")[t].attr("buffers");
+        return nb::len(buffers) > 0 ? nb::object(buffers[0]) : nb::none();
+    };
+    if (!place.is_none()) {
+        using Role = ota::Unread::Role;
+        const auto look_up = [&](Role role, int t) {
+            const nb::object of = buffer(role, t);
+            if (of.is_none()) return ota::FilePlace{};
+            const auto [fd, offset] = nb::cast<std::pair<int, int64_t>>(place(of));
             require(fd < 0 || offset >= 0, "a place in the file");
             return ota::FilePlace{fd, offset};
         };
-        args.base = place(0);
-        for (size_t t = 0; t < n_experts; ++t)
-            args.weights[t] = place(1 + 2 * t), args.curvature[t] = place(2 + 2 * t);
+        args.base = look_up(Role::base, -1);
+        for (int t = 0; t < tile->n_experts; ++t) {
+            const bool wanted = std::find(experts.begin(), experts.end(), t) != experts.end();
+            if (!wanted && tile->words.score != ota::Score::spread) continue;
+            args.weights[t] = look_up(Role::weights, t), args.curvature[t] = look_up(Role::curvature, t);
+            if (tile->experts[t].origin.data) args.origins[t] = look_up(Role::origin, t);
+        }
     }
     const ota::Kernels& table = kernels(isa);
-    nb::gil_scoped_release release;
-    for (int64_t i = 0; i < args.count; ++i)
-        require(args.starts[i] >= 0 && args.starts[i] + length <= n, "a run outside");
-    return table.run_scores(args, out.data());
+    ota::Unread unread;
+    {
+        nb::gil_scoped_release release;
+        for (int64_t i = 0; i < args.count; ++i)
+            require(args.starts[i] >= 0 && args.starts[i] + length <= tile->n, "a run outside");
+        unread = table.run_scores(*tile, args, out.data());
+    }
+    return unread.role == ota::Unread::Role::none ? nb::none() : buffer(unread.role, unread.expert);
 }
+
+using Count = std::pair<int64_t, int64_t>;
 
 // m elements of `size` bytes for positions in `bytes` bytes.
 void check_elements(const Positions& positions, const Bytes& elements, int size, int64_t bytes) {
@@ -418,29 +496,62 @@ void ask_for_runs(int fd, const Ints& starts, int64_t run_bytes, int64_t togethe
     ota::ask_for_runs(fd, starts.data(), count, run_bytes, together);
 }
 
-nb::tuple power_sum(const nb::tuple& curvature_spec, int64_t n, double power, const std::string& isa) {
-    const ota::Curvature c = curvature(curvature_spec, n);
+std::pair<double, ota::NonFinite> power_sum(nb::handle given, int64_t n, double power, const std::string& isa) {
+    const ota::Curvature c = curvature(given, n);
     const ota::Kernels& table = kernels(isa);
     ota::NonFinite bad;
-    double sum = 0;
-    {
-        nb::gil_scoped_release release;
-        sum = table.power_sum(c, n, power, bad);
-    }
-    return nb::make_tuple(sum, pair(bad));
+    nb::gil_scoped_release release;
+    const double sum = table.power_sum(c, n, power, bad);
+    return {sum, bad};
 }
 
-Count row_column_sums(const nb::tuple& curvature_spec, OutDoubles row_sums, OutDoubles column_sums,
-                      const std::string& isa) {
+ota::NonFinite row_column_sums(nb::handle given, OutDoubles row_sums, OutDoubles column_sums, const std::string& isa) {
     const auto rows = static_cast<int64_t>(row_sums.size()), columns = static_cast<int64_t>(column_sums.size());
-    const ota::Curvature v = curvature(curvature_spec, rows * columns);
+    const ota::Curvature v = curvature(given, rows * columns);
     const ota::Kernels& table = kernels(isa);
     ota::NonFinite bad;
-    {
-        nb::gil_scoped_release release;
-        table.row_column_sums(v, rows, columns, row_sums.data(), column_sums.data(), bad);
-    }
-    return pair(bad);
+    nb::gil_scoped_release release;
+    table.row_column_sums(v, rows, columns, row_sums.data(), column_sums.data(), bad);
+    return bad;
+}
+
+// Inputs without terms: their edits are all that is read.
+std::unique_ptr<ota::Tile> read_edits(nb::handle inputs, bool whole_rows) {
+    auto tile = std::make_unique<ota::Tile>();
+    read_inputs(inputs, *tile);
+    const bool whole = tile->index == nullptr && tile->start % tile->columns == 0 && tile->n % tile->columns == 0;
+    require(whole || !whole_rows, "a tile of whole rows");
+    return tile;
+}
+
+// by: a place in (tensor, row, column).
+void gram(nb::handle inputs, int by, OutDoubles out, const std::string& isa) {
+    const auto tile = read_edits(inputs, by != 0);
+    const int64_t groups = by == 0 ? 1 : by == 1 ? tile->n / tile->columns : tile->columns;
+    const int64_t pairs = int64_t{tile->n_experts} * tile->n_experts;
+    require(static_cast<int64_t>(out.size()) == groups * pairs, "room for the products, no more");
+    const ota::Kernels& table = kernels(isa);
+    nb::gil_scoped_release release;
+    table.gram(*tile, static_cast<ota::By>(by), out.data());
+}
+
+std::vector<ota::MaskedSums> masked_sums(nb::handle inputs, nb::handle terms, const std::string& isa) {
+    const auto tile = read(inputs, terms);
+    const ota::Kernels& table = kernels(isa);
+    std::vector<ota::MaskedSums> sums(static_cast<size_t>(tile->n_experts));
+    nb::gil_scoped_release release;
+    table.masked_sums(*tile, sums.data());
+    return sums;
+}
+
+void row_divergence(nb::handle inputs, int t, OutDoubles out, const std::string& isa) {
+    const auto tile = read_edits(inputs, true);
+    check_expert(*tile, t);
+    require(tile->origin(t).data != nullptr, "a base, or an origin of the expert");
+    require(static_cast<int64_t>(out.size()) == tile->n / tile->columns, "room for a number per row");
+    const ota::Kernels& table = kernels(isa);
+    nb::gil_scoped_release release;
+    table.row_divergence(*tile, t, out.data());
 }
 
 }  // namespace
@@ -448,17 +559,39 @@ Count row_column_sums(const nb::tuple& curvature_spec, OutDoubles row_sums, OutD
 NB_MODULE(_native, m) {
     m.doc() = "CPU kernels. Use ota_kernels.backends.native; these entry points take raw tiles.";
     m.attr("SPARE") = ota::kSpare;
+    nb::class_<ota::NonFinite>(m, "NonFinite")
+        .def_ro("count", &ota::NonFinite::count)
+        .def_ro("first", &ota::NonFinite::first);
+    nb::class_<ota::SurveyStats>(m, "SurveyStats")
+        .def_ro("base", &ota::SurveyStats::base)
+        .def_ro("weights", &ota::SurveyStats::weights)
+        .def_ro("curvature", &ota::SurveyStats::curvature);
+    nb::class_<ota::MaskedSums>(m, "MaskedSums")
+        .def_ro("kept", &ota::MaskedSums::kept)
+        .def_ro("l1", &ota::MaskedSums::l1)
+        .def_ro("kept_l1", &ota::MaskedSums::kept_l1)
+        .def_ro("kept_squares", &ota::MaskedSums::kept_squares)
+        .def_ro("shared", &ota::MaskedSums::shared)
+        .def_ro("unique", &ota::MaskedSums::unique);
+    nb::class_<Merged>(m, "Merged")
+        .def_ro("kept", &Merged::kept)
+        .def_ro("reached", &Merged::reached)
+        .def_ro("unkept", &Merged::unkept)
+        .def_ro("overflow", &Merged::overflow)
+        .def_ro("repaired", &Merged::repaired)
+        .def_ro("base", &Merged::base)
+        .def_ro("weights", &Merged::weights)
+        .def_ro("curvatures", &Merged::curvatures)
+        .def_ro("candidates", &Merged::candidates)
+        .def_ro("steps", &Merged::steps)
+        .def_ro("alternatives", &Merged::alternatives);
     m.def("instruction_sets", &instruction_sets);
-    m.def("merge", &merge, "base"_a.none(), "base_code"_a, "experts"_a, "formula"_a, "out"_a, "out_code"_a,
-          "candidates"_a.none(), "isa"_a);
-    m.def("histogram", &histogram, "base"_a.none(), "base_code"_a, "expert"_a, "n"_a, "of_edits"_a,
-          "prefix"_a, "counts"_a, "lows"_a, "isa"_a);
-    m.def("edits", &per_element<&ota::Kernels::edits>, "base"_a.none(), "base_code"_a, "expert"_a, "out"_a,
-          "isa"_a);
-    m.def("scores", &per_element<&ota::Kernels::scores>, "base"_a.none(), "base_code"_a, "expert"_a, "out"_a,
-          "isa"_a);
-    m.def("run_scores", &run_scores, "base"_a.none(), "base_code"_a, "experts"_a, "n"_a, "starts"_a, "length"_a,
-          "outs"_a, "places"_a.none(), "together"_a, "isa"_a);
+    m.def("merge", &merge, "tile"_a, "terms"_a, "out"_a, "censuses"_a, "lists"_a.none(), "isa"_a);
+    m.def("histogram", &histogram, "tile"_a, "t"_a, "terms"_a, "of_edits"_a, "prefix"_a, "counts"_a, "lows"_a, "isa"_a);
+    m.def("edits", &per_element<&ota::Kernels::edits>, "tile"_a, "t"_a, "terms"_a, "out"_a, "isa"_a);
+    m.def("scores", &per_element<&ota::Kernels::scores>, "tile"_a, "t"_a, "terms"_a, "out"_a, "isa"_a);
+    m.def("run_scores", &run_scores, "tile"_a, "terms"_a, "experts"_a, "starts"_a, "length"_a, "outs"_a,
+          "place"_a.none(), "together"_a, "isa"_a);
     m.def("scatter", &scatter, "data"_a, "positions"_a, "elements"_a, "size"_a);
     m.def("is_in_memory", &ota::is_in_memory, "fd"_a);
     m.def("scatter_in_file", &scatter_in_file, "fd"_a, "begin"_a, "n"_a, "positions"_a, "elements"_a, "size"_a);
@@ -469,4 +602,7 @@ NB_MODULE(_native, m) {
     m.def("ask_for_runs", &ask_for_runs, "fd"_a, "starts"_a, "run_bytes"_a, "together"_a);
     m.def("power_sum", &power_sum, "curvature"_a, "n"_a, "power"_a, "isa"_a);
     m.def("row_column_sums", &row_column_sums, "curvature"_a, "row_sums"_a, "column_sums"_a, "isa"_a);
+    m.def("gram", &gram, "tile"_a, "by"_a, "out"_a, "isa"_a);
+    m.def("masked_sums", &masked_sums, "tile"_a, "terms"_a, "isa"_a);
+    m.def("row_divergence", &row_divergence, "tile"_a, "t"_a, "out"_a, "isa"_a);
 }

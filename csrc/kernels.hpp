@@ -1,4 +1,5 @@
-// What the bindings hand to the kernels, and the table of entry points that each instruction set fills.
+// What the bindings hand to the kernels, and the table of entry points that each instruction set fills. Words and
+// numbers are those of ota_kernels/tensors/terms.py, which has the formulas.
 #pragma once
 
 #include <cstddef>
@@ -12,8 +13,18 @@ constexpr int kBins = 1 << 16;
 // Codes shared with ota_kernels/tensors/dtypes.py.
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2, f64 = 3, f8_e4m3 = 4, f8_e5m2 = 5 };
 
+inline int item_size(DType dtype) {
+    switch (dtype) {
+        case DType::f64: return 8;
+        case DType::f32: return 4;
+        case DType::bf16:
+        case DType::f16: return 2;
+        default: return 1;
+    }
+}
+
 struct Operand {
-    const uint8_t* data = nullptr;  // element 0 of the tile; may be unaligned
+    const uint8_t* data = nullptr;  // element 0 of the tile; may be unaligned. None: no such input
     DType dtype = DType::f32;
 };
 
@@ -38,20 +49,67 @@ struct Curvature {
     int64_t start = 0;  // flat index of the tile's first element in its matrix
 };
 
+// The words by their places in terms.WORDS.
+enum class Edit : int { difference, clipped };
+enum class Score : int { none, saliency, curvature, magnitude, row_magnitude, spread };
+enum class Select : int { all, at_least, between, above, random, random_by_rank };
+enum class Elect : int { none, sum, count, largest, agreement };
+enum class Weigh : int { constant, curvature, alone, by_row, by_column };
+enum class Divide : int { number, weights, kept_weights, kept_count };
+
+struct Words {
+    Edit edit = Edit::difference;
+    Score score = Score::saliency;
+    Select select = Select::at_least;
+    Elect elect = Elect::none;
+    Weigh weigh = Weigh::curvature;
+    Divide divide = Divide::kept_weights;
+};
+
+// One expert's inputs and numbers; see ExpertTerms.
 struct Expert {
-    Operand weights;
+    Operand weights, origin;  // no origin: the base
     Curvature curvature;
-    float threshold = 0;     // of the scaled saliency; NaN keeps nothing
-    float score_scale = 1;   // k in s = (h k) (2^16 d)^2
-    double weight_scale = 1; // a in P = a h^p + eps, or P = a
-    double edit_scale = 1;   // rescale factor of the masked edit
-    float trim = 0;          // least |d| that survives TIES trimming
-    uint32_t span = 0;       // scores of threshold and the span - 1 next float32 numbers are undecided
-    int64_t* census = nullptr;  // kCensus counts of the scores, or none
+    float threshold = 0, upper = 0;
+    int64_t first = 0, last = 0, upto = 0;
+    float score_scale = 1, vote = 1, trim = 0;
+    double weight_scale = 1, edit_scale = 1, alone = 1;
+    double probability = 1, spread = 0;
+    uint32_t position = 0;
+    uint32_t span = 0;
+    int64_t* census = nullptr;          // kCensus counts of the scores, or none
+    const double* weights_at = nullptr;  // of each row or column
+    const float* row_scores = nullptr;
+};
+
+// See Terms.
+struct Numbers {
+    double power = 0.5, epsilon = 0, lambda = 1, denominator = 1, least = 0, clip = 0;
+    float tie = 0, agreement = 0;
+    int32_t needed = 1;
+    bool fallback_to_base = true, zero_is_one = false, repair = false;
+    uint64_t seed = 0, name_hash = 0;
+};
+
+// A tile's elements and what is to be computed of them.
+struct Tile {
+    int64_t n = 0;
+    int64_t columns = 1;  // of a row of the tensor
+    int64_t start = 0;    // flat index of element 0, unless:
+    const int64_t* index = nullptr;  // flat index of each element
+    Operand base;
+    int n_experts = 0;
+    Expert experts[kMaxExperts];
+    Words words;
+    Numbers numbers;
+
+    bool has_base() const { return base.data != nullptr; }
+    const Operand& origin(int t) const { return experts[t].origin.data != nullptr ? experts[t].origin : base; }
 };
 
 // A census of scores outside the expert's own bracket: sums of significands by exponent, of scores up to the
-// bracket's end, then of those above it; last, how many are above.
+// bracket's end, then of those above it; last, how many are above. A sum may be spread over several exponents:
+// what it stands for is exact.
 constexpr int kExponents = 256;
 constexpr int kCensus = 2 * kExponents + 1;
 
@@ -69,32 +127,17 @@ struct Alternatives {
 
 // Where elements go that some expert's bracket leaves undecided: their index in the tile and their operands,
 // weights as they are stored, curvature as float32 (nowhere for uniform curvature). steps: for experts with a
-// bracket, how many float32 numbers each score in it lies above its lowest. Elements from `resolved` on are to
-// become alternatives of the one expert that they wait for; what they all keep stays. Room for a whole tile
-// and kSpare more.
+// bracket, how many float32 numbers each score in it lies above its lowest. Room for a whole tile and kSpare more.
 struct Candidates {
-    int64_t count = 0, resolved = 0;
+    int64_t count = 0;
     uint32_t* index = nullptr;
     uint8_t* base = nullptr;
     uint8_t* weights[kMaxExperts] = {};
+    uint8_t* origins[kMaxExperts] = {};
     float* curvature[kMaxExperts] = {};
     uint32_t* steps[kMaxExperts] = {};
     int64_t n_steps[kMaxExperts] = {};
     Alternatives alternatives[kMaxExperts];
-    bool overflowed = false;  // whether a result of those was beyond the output type's range: all stay
-};
-
-struct Formula {
-    double power = 0.5;
-    double epsilon = 0;
-    double lambda = 1;
-    double denominator = 0;  // 0: the sum of the P_t; else this number
-    bool curvature_weights = true;
-    bool masked = true;      // false: every threshold keeps everything, scores are not computed
-    bool mask_weights = true;
-    bool elect_signs = false;
-    bool fallback_to_base = true;
-    bool repair_nonfinite = false;  // write the base value where an input is not finite
 };
 
 struct NonFinite {
@@ -111,47 +154,38 @@ struct MergeStats {
     int64_t kept[kMaxExperts] = {};
     int64_t reached[kMaxExperts] = {};  // scores from the threshold, or from the bracket's lowest, up
     int64_t unkept = 0;    // elements kept by nobody
-    int64_t overflow = 0;  // finite results beyond the output type's range
+    int64_t overflow = 0;  // results beyond the output type's range
     int64_t repaired = 0;  // elements set to the base value
     NonFinite base, weights[kMaxExperts], curvature[kMaxExperts];
 };
 
 struct MergeArgs {
-    int64_t n = 0;
-    int n_experts = 0;
-    bool has_base = false;
-    Operand base;
-    Expert experts[kMaxExperts];
-    Formula formula;
-    uint8_t* out = nullptr;  // overlaps no input
-    DType out_dtype = DType::f32;
-    Candidates* candidates = nullptr;  // none where nothing is undecided
+    const Tile& tile;
+    uint8_t* out;  // overlaps no input
+    DType out_dtype;
+    Candidates* candidates;  // none where nothing is undecided
 };
 
-enum class Score : int { saliency = 0, edit = 1 };
-
-struct SurveyArgs {
-    int64_t n = 0;
-    bool has_base = false;
-    Operand base;
-    Expert expert;
-    Score score = Score::saliency;  // edit: |d| where the saliency reaches the threshold, else excluded
+struct SurveyStats {
+    NonFinite base, weights, curvature;
 };
 
-// Runs of `length` neighbouring elements that begin at `starts`, of some experts' inputs (one base). Inputs that have
-// a place in a file are read there, `together` runs, of 1024 elements at most, with one read; others in memory.
+// Runs of `length` neighbouring elements that begin at `starts`, of some experts' inputs. Inputs that have a place
+// in a file are read there, `together` runs, of 1024 elements at most, with one read; others in memory.
 struct RunArgs {
-    const SurveyArgs* of_experts = nullptr;
+    const int* experts = nullptr;  // numbers
     int n_experts = 0;
     const int64_t* starts = nullptr;
     int64_t count = 0;
     int length = 0;
     int together = 1;
-    FilePlace base, weights[kMaxExperts], curvature[kMaxExperts];
+    FilePlace base, weights[kMaxExperts], origins[kMaxExperts], curvature[kMaxExperts];
 };
 
-struct SurveyStats {
-    NonFinite base, weights, curvature;
+// An input that could not be read.
+struct Unread {
+    enum class Role : int { none, base, weights, origin, curvature } role = Role::none;
+    int expert = -1;
 };
 
 // How many of some values are inside of a range, and how many above it.
@@ -159,17 +193,26 @@ struct Between {
     int64_t inside = 0, above = 0;
 };
 
+enum class By : int { tensor, row, column };
+
+// Sums of one expert's edits d and masks m over a tile.
+constexpr int kSums = 6;
+struct MaskedSums {
+    double kept = 0, l1 = 0, kept_l1 = 0, kept_squares = 0;
+    double shared = 0, unique = 0;  // elements kept by others too; by no other
+};
+
+// Of expert t of a tile.
 struct Kernels {
     void (*merge)(const MergeArgs&, MergeStats&);
     // prefix < 0: counts[bits >> 16] and the sum of bits & 0xffff of each bin; prefix >= 0: counts of the
-    // low halves of the scores whose high half is prefix (lows unused).
-    void (*histogram)(const SurveyArgs&, int64_t prefix, int64_t* counts, int64_t* lows, SurveyStats&);
-    void (*edits)(const SurveyArgs&, float* out, SurveyStats&);
-    void (*scores)(const SurveyArgs&, float* out, SurveyStats&);
-    // The scores of each expert t at the runs, to out[t][run, element]. -1, or whose file could not be read: 0 the
-    // base's, 1 + 2 t the weights', 2 + 2 t the curvature's.
-    int (*run_scores)(const RunArgs&, float* const* out);
-    // Values from low to below high, one after the other; out has room for all of them and a vector more.
+    // low halves of the scores whose high half is prefix (lows unused). of_edits: |d32| where it is kept, else 0.
+    void (*histogram)(const Tile&, int t, bool of_edits, int64_t prefix, int64_t* counts, int64_t* lows, SurveyStats&);
+    void (*edits)(const Tile&, int t, float* out, SurveyStats&);
+    void (*scores)(const Tile&, int t, float* out, SurveyStats&);
+    // The scores of the experts at the runs, to out[number in `experts`][run, element].
+    Unread (*run_scores)(const Tile&, const RunArgs&, float* const* out);
+    // Values from low to below high, one after the other; out has room for all of them and kSpare more.
     Between (*between)(const float* values, int64_t n, float low, float high, float* out);
     // Of rows of values: how many are at least `least`; the sum over pairs of neighbouring rows of the squared
     // difference. An odd last row is left out.
@@ -177,6 +220,11 @@ struct Kernels {
     double (*power_sum)(const Curvature&, int64_t n, double power, NonFinite&);
     void (*row_column_sums)(const Curvature&, int64_t rows, int64_t columns, double* row_sums,
                             double* column_sums, NonFinite&);
+    // Products of edits, in float64: out[groups][T][T]; rows and columns of whole rows.
+    void (*gram)(const Tile&, By, double* out);
+    void (*masked_sums)(const Tile&, MaskedSums* of_experts);
+    // KL(softmax(w_t) + 1e-8 | softmax(w_0) + 1e-8) of each of the tile's whole rows.
+    void (*row_divergence)(const Tile&, int t, double* out);
 };
 
 namespace base { extern const Kernels kernels; }

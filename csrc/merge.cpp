@@ -1,547 +1,533 @@
-// One tile in, one merged tile out: transform, score, select, weight, combine and round, block by block,
-// with nothing intermediate in memory. Single-threaded; the engine runs one tile per thread.
+// One tile in, one merged tile out, strip by strip, with nothing intermediate in memory: read, mark (which edits are
+// kept), elect (which of these are added), add, finish. Single-threaded; the engine runs one tile per thread.
 //
-// Decisions (masks, trimming, elected signs) are float32 operations in one fixed order. Values are of type
-// Acc: float32 for 16-bit outputs, float64 for wider ones.
+// The common merge marks as it adds, and writes no masks; a strip that it finds something wrong with goes through all
+// steps after all. Both do the same operations in the same order: their results are equal bit for bit.
 
-#include <type_traits>
-
-#include "candidates.hpp"
-#include "formulas.hpp"
-#include "streamed.hpp"
+#include "add.hpp"
+#include "undecided.hpp"
 
 namespace ota {
 namespace OTA_ISA {
 namespace {
 
-// Besides float32, the type of weights that the loops read as they are; others are widened to float32 first.
 template <typename Acc>
-using Direct = std::conditional_t<std::is_same<Acc, double>::value, double, bf16>;
-
-// Aligned to a cache line: split accesses cost half of the speed.
-template <typename Acc>
-struct alignas(64) Block {
-    Acc base[kBlock], numerator[kBlock], denominator[kBlock];
-    float weight_room[kBlock], curvature_room[kBlock];
-    float elected[kBlock];  // sum of the trimmed edits, whose sign TIES elects
-    int32_t kept_by[kBlock];
-    int32_t undecided[kBlock];  // 1 where a score lies in its bracket
-    bool counts_keepers;  // whether kept_by is in use
-    Direct<Acc> direct_room[kBlock];
-
-    Acc* merged() { return numerator; }  // once the sums are final
+struct Merge {
+    const MergeArgs& args;
+    MergeStats& stats;
+    Strip<Acc>& x;
+    bool flags;  // whether scores in brackets are to be flagged
 };
 
-// Where weights of type W are copied to if they cannot be read in place.
-template <typename W, typename Acc>
-W* room(Block<Acc>& block) {
-    if constexpr (std::is_same<W, float>::value)
-        return block.weight_room;
-    else
-        return block.direct_room;
+bool has_spans(const Tile& tile) {
+    bool some = false;
+    for (int t = 0; t < tile.n_experts; ++t) some |= tile.experts[t].span != 0;
+    return some;
 }
 
-// Whether kept_by is needed. Elsewhere every kept P_t is at least epsilon > 0, so that the denominator is 0
-// exactly where the masks keep nothing.
+bool has_trims(const Tile& tile) {
+    bool some = false;
+    for (int t = 0; t < tile.n_experts; ++t) some |= tile.experts[t].trim > 0;
+    return some;
+}
+
+// Whether add_salient does all of it. Every kept P is at least epsilon > 0, so that D is 0 exactly where nobody keeps
+// the element.
 template <typename Acc>
-bool counts_keepers(const MergeArgs& args) {
-    const Formula& f = args.formula;
-    bool rescaled = false;
-    for (int t = 0; t < args.n_experts; ++t) rescaled |= args.experts[t].edit_scale != 1;
-    return f.masked && (f.denominator != 0 || !f.mask_weights || !f.curvature_weights || rescaled ||
-                        !(static_cast<Acc>(f.epsilon) > 0));
-}
-
-// One expert over one block; w and h may be read up to the next multiple of kChunk.
-template <typename W>
-struct View {
-    int n;
-    const W* w;
-    const float* h;
-    Ahead next_w, next_h;
-};
-
-// What a pass over an expert found. suspicion: at least kSuspect where some input may not be usable.
-struct Found {
-    int32_t kept = 0;
-    uint32_t suspicion = 0;
-};
-
-// plain: what the OTA merge itself needs; open: brackets too; general: all that, rescaled edits, unmasked
-// weights and counted keepers.
-enum class Mask { none, plain, open, general };
-
-// One chunk: numerator += m P (e d), denominator += m P (or P). One pass decides, adds and checks; a constant
-// count and restrict parameters leave neither remainder nor alias checks.
-template <Power P, bool HasBase, Mask M, typename Acc, typename W>
-inline void accumulate(const Formula& f, const Expert& expert, const W* __restrict w,
-                       const float* __restrict h, const Acc* __restrict base, Acc* __restrict numerator,
-                       Acc* __restrict denominator, int32_t* __restrict kept_by, int32_t* __restrict undecided,
-                       Found& found) {
-    const Acc a = static_cast<Acc>(expert.weight_scale), epsilon = static_cast<Acc>(f.epsilon);
-    const Acc p = static_cast<Acc>(f.power), edit_scale = static_cast<Acc>(expert.edit_scale);
-    const float threshold = expert.threshold, k = expert.score_scale;
-    const bool weigh_all = !f.mask_weights;
-    // Usable inputs have a finite score that is not negative, unless it overflows: one look instead of two.
-    constexpr bool kScoreTells = HasBase && M != Mask::none;
-    const uint32_t lowest = bit_cast<uint32_t>(threshold), span = expert.span;
-    int32_t kept = 0;
-    uint32_t top = found.suspicion;
-    for (int i = 0; i < kChunk; ++i) {
-        const float wf = static_cast<float>(w[i]), b = static_cast<float>(base[i]);
-        const Acc d = static_cast<Acc>(w[i]) - base[i];
-        const Acc all = weight<P, Acc>(static_cast<Acc>(h[i]), a, p, epsilon);
-        const float s = score<HasBase>(h[i], wf, b, k);
-        const bool keep = M == Mask::none || s >= threshold;
-        const Acc masked = keep ? all : Acc(0);
-        denominator[i] += M == Mask::general && weigh_all ? all : masked;
-        numerator[i] = std::fma(masked, M == Mask::general ? edit_scale * d : d, numerator[i]);
-        if (M == Mask::general) kept_by[i] += keep ? 1 : 0;
-        kept += keep ? 1 : 0;
-        if ((M == Mask::open || M == Mask::general) && bit_cast<uint32_t>(s) - lowest < span) undecided[i] = 1;
-        const uint32_t inputs = larger(suspicion(wf), suspicion_of_curvature(h[i]));
-        top = larger(top, kScoreTells ? bit_cast<uint32_t>(s) : inputs);
+bool is_common(const Tile& tile) {
+    const Words& words = tile.words;
+    const Numbers& x = tile.numbers;
+    bool common = words.edit == Edit::difference && words.score == Score::saliency && words.select == Select::at_least &&
+                  words.elect == Elect::none && words.weigh == Weigh::curvature && words.divide == Divide::kept_weights;
+    common &= tile.has_base() && static_cast<Acc>(x.epsilon) > 0 && (x.power == 0.5 || x.power == 1.0);
+    common &= x.least == 0 && !x.zero_is_one;
+    for (int t = 0; t < tile.n_experts; ++t) {
+        const Expert& e = tile.experts[t];
+        common &= e.origin.data == nullptr && e.first <= 0 && e.last == kLastIndex && !(e.trim > 0);
+        common &= e.weight_scale >= 0 && e.edit_scale == 1;
     }
-    found.kept += kept;
-    found.suspicion = top;
+    return common;
 }
 
-template <Power P, bool HasBase, Mask M, typename Acc, typename W>
-Found accumulate(const Formula& f, const Expert& expert, const View<W>& view, Block<Acc>& block) {
-    Found found;
-    for (int i = 0; i < view.n; i += kChunk) {
-        view.next_w.fetch(i);
-        view.next_h.fetch(i);
-        accumulate<P, HasBase, M>(f, expert, view.w + i, view.h + i, block.base + i, block.numerator + i,
-                                  block.denominator + i, block.kept_by + i, block.undecided + i, found);
-    }
-    if (M == Mask::none) found.kept = view.n;
-    return found;
-}
+// Mark.
 
-// First half of TIES, one chunk: the sum of the trimmed masked edits, whose sign is elected.
-template <bool HasBase, typename Acc, typename W>
-inline void elect(const Expert& expert, const W* __restrict w, const float* __restrict h,
-                  const Acc* __restrict base, float* __restrict elected, int32_t* __restrict kept_by,
-                  int32_t* __restrict undecided, Found& found) {
-    const float threshold = expert.threshold, k = expert.score_scale, trim = expert.trim;
-    const float edit_scale = static_cast<float>(expert.edit_scale);
-    const uint32_t lowest = bit_cast<uint32_t>(threshold), span = expert.span;
-    int32_t kept = 0;
-    uint32_t top = found.suspicion;
-    for (int i = 0; i < kChunk; ++i) {
-        const float wf = static_cast<float>(w[i]), b = static_cast<float>(base[i]), d = wf - b;
-        const float s = score<HasBase>(h[i], wf, b, k);
-        const int32_t keep = s >= threshold ? 1 : 0;
-        if (bit_cast<uint32_t>(s) - lowest < span) undecided[i] = 1;
-        elected[i] += keep & (std::fabs(d) >= trim) ? edit_scale * d : 0.0f;
-        kept_by[i] += keep;
-        kept += keep;
-        top = larger(top, larger(suspicion(wf), suspicion_of_curvature(h[i])));
-    }
-    found.kept += kept;
-    found.suspicion = top;
-}
-
-template <bool HasBase, typename Acc, typename W>
-Found elect(const Expert& expert, const View<W>& view, Block<Acc>& block) {
-    Found found;
-    for (int i = 0; i < view.n; i += kChunk) {
-        view.next_w.fetch(i);
-        view.next_h.fetch(i);
-        elect<HasBase>(expert, view.w + i, view.h + i, block.base + i, block.elected + i, block.kept_by + i,
-                       block.undecided + i, found);
-    }
-    return found;
-}
-
-// Second half: sum the trimmed edits that agree with the elected sign.
-template <bool HasBase, typename Acc, typename W>
-void disjoint_sum(const Expert& expert, const View<W>& view, Block<Acc>& block) {
-    const float threshold = expert.threshold, k = expert.score_scale, trim = expert.trim;
-    const Acc a = static_cast<Acc>(expert.weight_scale), edit_scale = static_cast<Acc>(expert.edit_scale);
-    const W* __restrict w = view.w;
-    const float* __restrict h = view.h;
-    const Acc* __restrict base = block.base;
-    const float* __restrict elected = block.elected;
-    Acc* __restrict numerator = block.numerator;
-    for (int i = 0; i < view.n; ++i) {
-        const float wf = static_cast<float>(w[i]), b = static_cast<float>(base[i]), d = wf - b;
-        const bool survives = (score<HasBase>(h[i], wf, b, k) >= threshold) & (std::fabs(d) >= trim);
-        const bool agrees = ((d > 0.0f) & (elected[i] > 0.0f)) | ((d < 0.0f) & (elected[i] < 0.0f));
-        const Acc edit = a * (edit_scale * (static_cast<Acc>(w[i]) - base[i]));
-        numerator[i] += survives & agrees ? edit : Acc(0);
-    }
-}
-
-template <Power P, typename Acc, typename W>
-Found accumulate(const MergeArgs& args, const Expert& expert, const View<W>& view, Block<Acc>& block) {
-    const Formula& f = args.formula;
-    if (!f.masked) return accumulate<P, false, Mask::none>(f, expert, view, block);
-    constexpr Mask kPlain = P == Power::none ? Mask::general : Mask::plain;
-    constexpr Mask kOpen = P == Power::none ? Mask::general : Mask::open;
-    if (block.counts_keepers)
-        return args.has_base ? accumulate<P, true, Mask::general>(f, expert, view, block)
-                             : accumulate<P, false, Mask::general>(f, expert, view, block);
-    if (args.candidates)
-        return args.has_base ? accumulate<P, true, kOpen>(f, expert, view, block)
-                             : accumulate<P, false, kOpen>(f, expert, view, block);
-    return args.has_base ? accumulate<P, true, kPlain>(f, expert, view, block)
-                         : accumulate<P, false, kPlain>(f, expert, view, block);
-}
-
-template <typename Acc, typename W>
-Found first_pass(const MergeArgs& args, const Expert& expert, const View<W>& view, Block<Acc>& block) {
-    const Formula& f = args.formula;
-    if (f.elect_signs)
-        return args.has_base ? elect<true>(expert, view, block) : elect<false>(expert, view, block);
-    if (!f.curvature_weights) return accumulate<Power::none>(args, expert, view, block);
-    if (f.power == 0.5) return accumulate<Power::half>(args, expert, view, block);
-    if (f.power == 1.0) return accumulate<Power::one>(args, expert, view, block);
-    return accumulate<Power::general>(args, expert, view, block);
-}
-
-// Calls step with n weights in the narrowest type that loses nothing the result can use.
-template <typename Acc, typename Step>
-auto with_weights(const Operand& x, int64_t offset, int n, Block<Acc>& block, Step step) {
-    using W = Direct<Acc>;
-    if (x.dtype == (std::is_same<W, double>::value ? DType::f64 : DType::bf16))
-        return step(elements(x.data + static_cast<int64_t>(sizeof(W)) * offset, n, block.direct_room));
-    return step(load(x, offset, n, block.weight_room));
-}
-
-// n values, followed up to the next multiple of kChunk by `filler`.
-template <typename T>
-const T* padded(const T* values, int n, T* room, T filler) {
-    if (n % kChunk == 0) return values;
-    if (values != room) std::memcpy(room, values, sizeof(T) * static_cast<size_t>(n));
-    for (int i = n; i % kChunk != 0; ++i) room[i] = filler;
-    return room;
-}
-
-// Calls step with the expert's view of the block.
-template <typename Acc, typename Step>
-auto with_view(const MergeArgs& args, int t, int64_t offset, int n, Block<Acc>& block, Step step) {
-    const Expert& expert = args.experts[t];
-    const float* values = load(expert.curvature, offset, n, block.curvature_room);
-    const float* h = padded(values, n, block.curvature_room, NAN);  // no mask keeps a NaN score
-    return with_weights(expert.weights, offset, n, block, [&](const auto* w) {
-        using W = std::remove_const_t<std::remove_pointer_t<decltype(w)>>;
-        View<W> view{n, padded(w, n, room<W>(block), W{}), h, {}, {}};
-        view.next_w = Ahead(expert.weights, offset, args.n);
-        view.next_h = Ahead(expert.curvature, offset, args.n);
-        return step(view);
-    });
-}
-
-bool count_nonfinite(const float* w, int64_t offset, int n, NonFinite& weights) {
-    const int64_t before = weights.count;
-    for (int i = 0; i < n; ++i)
-        if (!is_finite(w[i])) weights.add(offset + i);
-    return weights.count > before;
-}
-
-bool count_bad_curvature(const float* h, int64_t offset, int n, NonFinite& curvature) {
-    const int64_t before = curvature.count;
-    for (int i = 0; i < n; ++i)
-        if (!is_curvature(h[i])) curvature.add(offset + i);
-    return curvature.count > before;
-}
-
-// The block's base as Acc, zeros without one. Returns whether some value is not finite.
+// Which edits each expert keeps: x.keep, and what is counted of it.
 template <typename Acc>
-bool load_base(const MergeArgs& args, int64_t offset, int n, Block<Acc>& block, NonFinite& bad) {
-    if (!args.has_base) {
-        for (int i = 0; i < n; ++i) block.base[i] = Acc(0);
-        return false;
-    }
-    const Ahead next(args.base, offset, args.n);
-    for (int chunk = 0; chunk < n; chunk += kChunk) next.fetch(chunk);
-    const uint32_t top = with_weights(args.base, offset, n, block, [&](const auto* w) {
-        uint32_t top = 0;
-        for (int i = 0; i < n; ++i) {
-            block.base[i] = static_cast<Acc>(w[i]);
-            top = larger(top, suspicion(static_cast<float>(w[i])));
+void mark(const Merge<Acc>& m, bool bad) {
+    const Tile& tile = m.args.tile;
+    Strip<Acc>& x = m.x;
+    const Words& words = tile.words;
+    const bool all = words.select == Select::all;
+    const bool masks = !all || bad || has_trims(tile) || words.elect != Elect::none;  // else nobody asks for them
+    std::memset(x.any, all ? 0xff : 0, sizeof(x.any));
+    if (m.flags) std::memset(x.waits, 0, sizeof(x.waits));
+    share_scores(tile, x);
+    for (int t = 0; t < tile.n_experts; ++t) {
+        const Expert& e = tile.experts[t];
+        const bool scored = words.score != Score::none;
+        if ((scored && words.score != Score::curvature && words.score != Score::spread) || e.trim > 0 ||
+            words.elect != Elect::none)
+            find_edits(tile, t, x);
+        const float* s = scored ? find_scores(tile, t, x) : x.score_room;
+        if (masks) select(tile, t, s, x);
+        if (m.flags && e.span) flag_undecided(s, e, x.n, x.waits);
+        if (e.census) {
+            int32_t usable[kStrip];
+            float used[kStrip];
+            if (bad) find_usable(tile, t, x, usable);
+            use(s, bad ? usable : nullptr, x.n, used);
+            take_census(used, e, x.n);
         }
-        return top;
-    });
-    return top >= kSuspect &&
-           count_nonfinite(load(args.base, offset, n, block.weight_room), offset, n, bad);
-}
-
-// The mean of the w_t, for elements that nobody keeps.
-template <typename Acc>
-void mean_of_experts(const MergeArgs& args, int64_t offset, int n, Block<Acc>& block, Acc* mean) {
-    for (int i = 0; i < n; ++i) mean[i] = Acc(0);
-    for (int t = 0; t < args.n_experts; ++t)
-        with_weights(args.experts[t].weights, offset, n, block, [&](const auto* w) {
-            for (int i = 0; i < n; ++i) mean[i] += static_cast<Acc>(w[i]);
-        });
-    for (int i = 0; i < n; ++i) mean[i] /= static_cast<Acc>(args.n_experts);
-}
-
-// out = w_0 + lambda numerator / denominator, or w_0 where nobody keeps the element or the weights sum to 0.
-// Returns how many elements fell back, and counts in `unkept` those that nobody keeps.
-template <bool Counted, typename Acc>
-int32_t quotient(const Formula& f, int n, Block<Acc>& block, int64_t& unkept) {
-    const Acc lambda = static_cast<Acc>(f.lambda);
-    const int32_t masked = f.masked ? 1 : 0;
-    const Acc* __restrict base = block.base;
-    const Acc* __restrict denominator = block.denominator;
-    const int32_t* __restrict kept_by = block.kept_by;
-    Acc* __restrict numerator = block.numerator;
-    int32_t nobody = 0, fallbacks = 0;
-    for (int i = 0; i < n; ++i) {
-        const int32_t empty = denominator[i] == Acc(0) ? 1 : 0;
-        const int32_t none = Counted ? (kept_by[i] == 0 ? 1 : 0) : empty & masked;
-        const int32_t fallback = none | empty;
-        const Acc merged = base[i] + lambda * (numerator[i] / denominator[i]);
-        numerator[i] = fallback ? base[i] : merged;
-        nobody += none;
-        fallbacks += fallback;
-    }
-    unkept += nobody;
-    return fallbacks;
-}
-
-template <typename Acc>
-void combine(const MergeArgs& args, int64_t offset, int n, Block<Acc>& block, MergeStats& stats) {
-    const Formula& f = args.formula;
-    const bool counted = block.counts_keepers;
-    if (f.denominator != 0)
-        for (int i = 0; i < n; ++i) block.denominator[i] = static_cast<Acc>(f.denominator);
-    const int32_t fallbacks =
-        counted ? quotient<true>(f, n, block, stats.unkept) : quotient<false>(f, n, block, stats.unkept);
-    if (fallbacks == 0 || (f.fallback_to_base && args.has_base)) return;
-    Acc mean[kBlock];
-    mean_of_experts(args, offset, n, block, mean);
-    for (int i = 0; i < n; ++i)
-        if (block.denominator[i] == Acc(0) || (counted && block.kept_by[i] == 0)) block.merged()[i] = mean[i];
-}
-
-// `on_nonfinite: base`: the base value wherever some input of the element is not usable. An expert whose own
-// inputs are not usable there does not keep the element. Undecided elements are counted when they are decided.
-template <typename Acc>
-void repair(const MergeArgs& args, int64_t offset, int n, Block<Acc>& block, MergeStats& stats) {
-    bool bad[kBlock];
-    for (int i = 0; i < n; ++i) bad[i] = !is_finite(static_cast<float>(block.base[i]));
-    for (int t = 0; t < args.n_experts; ++t) {
-        const Expert& expert = args.experts[t];
-        const float* w = load(expert.weights, offset, n, block.weight_room);
-        const float* h = load(expert.curvature, offset, n, block.curvature_room);
-        for (int i = 0; i < n; ++i) {
-            const float b = static_cast<float>(block.base[i]);
-            if (is_finite(w[i]) && is_curvature(h[i]) && is_finite(b)) continue;
-            bad[i] = true;
-            const float s = args.has_base ? score<true>(h[i], w[i], b, expert.score_scale)
-                                          : score<false>(h[i], w[i], b, expert.score_scale);
-            const bool kept = !args.formula.masked || s >= expert.threshold;
-            if (kept && !block.undecided[i]) --stats.kept[t];
+        if (all) {
+            m.stats.kept[t] += x.n;
+        } else {
+            int32_t kept = 0;
+            for (int i = 0; i < x.n; ++i) kept -= x.keep[t][i], x.any[i] |= x.keep[t][i];
+            m.stats.kept[t] += kept;
         }
     }
-    for (int i = 0; i < n; ++i) {
-        if (!bad[i]) continue;
-        block.merged()[i] = block.base[i];
-        if (!block.undecided[i]) ++stats.repaired;
-    }
 }
 
-// Expert t's score of element i where all its inputs are usable, else 0 (not kept, and without mass).
-template <typename Acc>
-float usable_score(const MergeArgs& args, int t, float w, float h, Acc base) {
-    const float b = static_cast<float>(base), k = args.experts[t].score_scale;
-    if (!is_finite(w) || !is_curvature(h) || !is_finite(b)) return 0.0f;
-    const float s = args.has_base ? score<true>(h, w, b, k) : score<false>(h, w, b, k);
-    return s > 0.0f ? s : 0.0f;  // -0, and a curvature above 2^96 times an edit of 0
-}
-
-// Sums the scores of expert t, but those of undecided elements, which `resolve` and `account` count.
-template <typename Acc>
-void take_census(const MergeArgs& args, int t, int64_t offset, int n, Block<Acc>& block) {
-    const Expert& expert = args.experts[t];
-    const float* w = load(expert.weights, offset, n, block.weight_room);
-    const float* h = load(expert.curvature, offset, n, block.curvature_room);
-    for (int i = 0; i < n; ++i)
-        if (!block.undecided[i])
-            count_score(expert, bit_cast<uint32_t>(usable_score(args, t, w[i], h[i], block.base[i])));
-}
-
-// Takes back what undecided elements counted when they were stored.
-template <typename Acc>
-void uncount_overflow(const MergeArgs& args, int n, const Block<Acc>& block, MergeStats& stats) {
-    const Acc limit = static_cast<Acc>(largest_finite(args.out_dtype));
-    for (int i = 0; i < n; ++i)
-        if (block.undecided[i] && !(std::fabs(block.numerator[i]) <= limit)) --stats.overflow;
-}
+// Elect.
 
 template <typename Acc>
-void clear(Block<Acc>& block, bool elect_signs, bool open) {
-    std::memset(block.numerator, 0, sizeof(block.numerator));
-    std::memset(block.denominator, 0, sizeof(block.denominator));
-    if (elect_signs) std::memset(block.elected, 0, sizeof(block.elected));
-    if (elect_signs || block.counts_keepers) std::memset(block.kept_by, 0, sizeof(block.kept_by));
-    if (open) std::memset(block.undecided, 0, sizeof(block.undecided));  // else it stays 0
-}
-
-// Adds expert t to the sums of the block. Returns whether some input is not usable.
-template <typename Acc>
-bool add_expert(const MergeArgs& args, int t, int64_t offset, int n, Block<Acc>& block, MergeStats& stats) {
-    const Expert& expert = args.experts[t];
-    const Found found = with_view(args, t, offset, n, block, [&](const auto& view) {
-        return first_pass(args, expert, view, block);
-    });
-    stats.kept[t] += found.kept;
-    if (found.suspicion < kSuspect) return false;
-    const float* w = load(expert.weights, offset, n, block.weight_room);
-    const float* h = load(expert.curvature, offset, n, block.curvature_room);
-    if (!any_nonfinite(w, n) && !any_bad_curvature(h, n)) return false;  // what fills up a chunk
-    const bool bad = count_nonfinite(w, offset, n, stats.weights[t]) |
-                     count_bad_curvature(h, offset, n, stats.curvature[t]);
-    return bad;
-}
-
-// One block of at most kBlock elements.
-template <typename Acc>
-void merge_block(const MergeArgs& args, int64_t offset, int n, Block<Acc>& block, MergeStats& stats) {
-    bool bad = load_base(args, offset, n, block, stats.base);
-    clear(block, args.formula.elect_signs, args.candidates != nullptr);
-    for (int t = 0; t < args.n_experts; ++t) bad |= add_expert(args, t, offset, n, block, stats);
-    if (args.formula.elect_signs)
-        for (int t = 0; t < args.n_experts; ++t)
-            with_view(args, t, offset, n, block, [&](const auto& view) {
-                const Expert& expert = args.experts[t];
-                args.has_base ? disjoint_sum<true>(expert, view, block)
-                              : disjoint_sum<false>(expert, view, block);
-            });
-    if (args.candidates) {
-        int32_t at[kBlock + kLanes];
-        const int m = positions_of_ones(block.undecided, n, at);
-        append(args, offset, at, m);
-    }
-    for (int t = 0; t < args.n_experts; ++t)
-        if (args.experts[t].census) take_census(args, t, offset, n, block);
-    combine(args, offset, n, block, stats);
-    if (bad && args.formula.repair_nonfinite) repair(args, offset, n, block, stats);
-    const int64_t beyond = store(args.out_dtype, args.out, offset, n, block.merged());
-    stats.overflow += beyond;
-    if (beyond && args.candidates) {
-        uncount_overflow(args, n, block, stats);
-        args.candidates->overflowed = true;
-    }
-}
-
-// Merges candidates with thresholds at the ends of the brackets. False where a result overflows.
-template <typename Acc>
-bool merge_without_undecided(MergeArgs& of, Block<Acc>& block, uint8_t* merged) {
-    for (int t = 0; t < of.n_experts; ++t) {
-        Expert& expert = of.experts[t];
-        if (expert.span) expert.threshold = bit_cast<float>(bit_cast<uint32_t>(expert.threshold) + expert.span);
-        expert.span = 0;
-        expert.census = nullptr;
-    }
-    of.out = merged;
-    MergeStats unused;
-    merge_block(of, 0, static_cast<int>(of.n), block, unused);
-    return unused.overflow == 0;
-}
-
-// Of n candidates from `offset` on, those that wait for one expert alone become its alternatives; the others
-// move up.
-template <bool HasBase, typename Acc>
-void resolve(const MergeArgs& args, int64_t offset, int n, Block<Acc>& block, MergeStats& stats) {
-    Candidates& c = *args.candidates;
-    MergeArgs of = operands(args, offset, n);
-    Undecided undecided;
-    for (int t = 0; t < args.n_experts; ++t) undecided.look<HasBase>(of, t, n);
-    uint8_t merged[kBlock * sizeof(double)];
-    const bool splits = args.n <= kFlag && !c.overflowed && merge_without_undecided(of, block, merged);
-    uint32_t index[kBlock];
-    int32_t waits_for[kBlock], flags[kBlock], at[kBlock + kLanes];
-    for (int j = 0; j < n; ++j) {
-        index[j] = c.index[offset + j] | (undecided.keepers[j] ? 0u : 1u << 31);
-        waits_for[j] = splits && undecided.brackets[j] == 1 ? undecided.expert[j] : -1;
-    }
-    const auto pick_column = [&](const void* column, DType dtype, int m, void* out, int64_t count) {
-        pick({static_cast<const uint8_t*>(column), dtype}, 0, at, m,
-             static_cast<uint8_t*>(out) + item_size(dtype) * count);
+void elect(const Tile& tile, Strip<Acc>& x) {
+    const Words& words = tile.words;
+    const Numbers& numbers = tile.numbers;
+    const int n = x.n, n_experts = tile.n_experts;
+    for (int t = 0; t < n_experts; ++t)
+        if (tile.experts[t].trim > 0) trim(x.edits[t], tile.experts[t].trim, n, x.keep[t]);
+    if (words.elect == Elect::none) return;
+    const auto each = [&](auto step) {
+        for (int t = 0; t < n_experts; ++t) step(t, x.edits[t], tile.experts[t].vote, x.keep[t]);
     };
-    for (int t = 0; t < args.n_experts; ++t) {
-        if (args.experts[t].span == 0) continue;
-        for (int j = 0; j < n; ++j) flags[j] = waits_for[j] == t ? 1 : 0;
-        const int m = positions_of_ones(flags, n, at);
-        Alternatives& a = c.alternatives[t];
-        pick_column(index, DType::f32, m, a.index, a.count);
-        pick_column(undecided.step, DType::f32, m, a.steps, a.count);
-        pick_column(merged, args.out_dtype, m, a.merged, a.count);
-        a.count += m;
-        stats.kept[t] -= m;
-        stats.reached[t] += m;
+    if (words.elect == Elect::largest) {
+        for (int i = 0; i < n; ++i) x.largest[i] = -1.0f, x.number[i] = -1;
+        each([&](int t, const float* d, float vote, int32_t* keep) {
+            largest_vote(d, vote, keep, t, n, x.largest, x.number);
+        });
+        each([&](int t, const float*, float, int32_t* keep) {
+            for (int i = 0; i < n; ++i) keep[i] = x.number[i] == t ? -1 : 0;
+        });
+        return;
     }
-    for (int t = 0; t < args.n_experts; ++t) {
-        if (args.experts[t].census == nullptr) continue;
-        const Scores<HasBase> scores(of, t, n);
-        for (int j = 0; j < n; ++j)
-            if (waits_for[j] >= 0 && waits_for[j] != t)
-                count_score(args.experts[t], bit_cast<uint32_t>(scores.used[j]));
+    std::memset(x.elected, 0, sizeof(x.elected));
+    each([&](int, const float* d, float vote, int32_t* keep) {
+        words.elect == Elect::count ? count_votes(d, vote, keep, n, x.elected) : sum_votes(d, vote, keep, n, x.elected);
+    });
+    if (words.elect != Elect::agreement) {
+        each([&](int, const float* d, float vote, int32_t* keep) {
+            same_sign(x.elected, d, vote, numbers.tie, n, keep);
+        });
+        return;
     }
-    for (int j = 0; j < n; ++j)
-        if (waits_for[j] < 0) move(args, offset + j, c.resolved++);
+    std::memset(x.number, 0, sizeof(x.number));
+    each([&](int, const float* d, float vote, int32_t* keep) {
+        count_agreeing(x.elected, d, vote, numbers.agreement, keep, n, x.number);
+    });
+    each([&](int, const float*, float, int32_t* keep) {
+        for (int i = 0; i < n; ++i) keep[i] &= x.number[i] >= numbers.needed ? -1 : 0;
+    });
+}
+
+// Add.
+
+Form form_of(const Tile& tile) {
+    const double power = tile.numbers.power;
+    switch (tile.words.weigh) {
+        case Weigh::constant: return tile.words.elect == Elect::none ? Form::number : Form::voted;
+        case Weigh::curvature: return power == 0.5 ? Form::root : power == 1.0 ? Form::linear : Form::plane;
+        default: return Form::plane;
+    }
+}
+
+// P of each element of expert t, into room number `room`.
+template <typename Acc>
+const Acc* weight_plane(const Tile& tile, int t, int room, Strip<Acc>& x) {
+    const Expert& e = tile.experts[t];
+    Acc* p = x.p_room[room];
+    switch (tile.words.weigh) {
+        case Weigh::curvature: powers(curvature(tile, t, room, x), tile.numbers, e.weight_scale, x.n, p); break;
+        case Weigh::alone: alone(x.number, e.weight_scale, e.alone, x.n, p); break;
+        case Weigh::by_row:
+        case Weigh::by_column:
+            by_rows(x.place, x.n, [&](int begin, int end, int64_t row, int64_t column) {
+                const int64_t by_column = tile.words.weigh == Weigh::by_column ? 1 : 0;
+                const double* weights = e.weights_at + (by_column ? column : row);
+                for (int i = begin; i < end; ++i) p[i] = static_cast<Acc>(weights[(i - begin) * by_column]);
+            });
+            break;
+        case Weigh::constant: break;
+    }
+    return p;
+}
+
+// One group of experts; W: the type that their weights are read as. clipped edits are planes of their own.
+template <Form F, typename W, typename Acc>
+void add_group(const Tile& tile, int first, int size, Strip<Acc>& x) {
+    Added<W, Acc> experts[kGroup] = {};
+    const bool all = tile.words.select == Select::all && !has_trims(tile) && tile.words.elect == Elect::none;
+    const Acc* from = x.base;
+    for (int g = 0; g < size; ++g) {
+        const int t = first + g;
+        const Expert& e = tile.experts[t];
+        Added<W, Acc>& one = experts[g];
+        one.w = view(e.weights, x.offset, x.n, reinterpret_cast<W*>(x.w_room[g]));
+        if (F == Form::root || F == Form::linear) one.h = curvature(tile, t, g, x);
+        if (F == Form::plane) one.p = weight_plane(tile, t, g, x);
+        one.keep = all ? x.ones : x.keep[t];
+        one.counted = tile.words.divide == Divide::kept_weights ? one.keep : x.ones;
+        one.weight_scale = static_cast<Acc>(e.weight_scale), one.edit_scale = static_cast<Acc>(e.edit_scale);
+        from = origin(tile, t, x);
+    }
+    const Acc epsilon = static_cast<Acc>(tile.numbers.epsilon);
+    if (tile.words.edit == Edit::clipped) {
+        Acc edit[kStrip];
+        clipped(experts[0].w, from, tile.numbers.clip, x.n, edit);
+        Added<Acc, Acc> one = {edit, experts[0].h, experts[0].p, experts[0].keep, experts[0].counted,
+                               experts[0].weight_scale, experts[0].edit_scale, 0, 0, 0, {}, {}};
+        add<1, F>(&one, x.n, epsilon, x.zeros, x.numerator, x.denominator);
+        return;
+    }
+    with_size<kMost<Acc>>(size, [&](auto g) {
+        add<decltype(g)::value, F>(experts, x.n, epsilon, from, x.numerator, x.denominator);
+    });
+}
+
+template <Form F, typename Acc>
+void add_all(const Tile& tile, Strip<Acc>& x) {
+    bool alone = tile.words.edit == Edit::clipped;  // edits that are not w - w_0 are added one by one
+    for (int t = 0; t < tile.n_experts; ++t) alone |= tile.experts[t].origin.data != nullptr;
+    by_groups(tile.n_experts, alone ? 1 : kMost<Acc>, [&](int first, int size) {
+        x.direct ? add_group<F, Direct<Acc>>(tile, first, size, x) : add_group<F, float>(tile, first, size, x);
+    });
+}
+
+// How many experts add each element.
+template <typename Acc>
+void count_adders(const Tile& tile, Strip<Acc>& x) {
+    std::memset(x.number, 0, sizeof(x.number));
+    for (int t = 0; t < tile.n_experts; ++t)
+        for (int i = 0; i < x.n; ++i) x.number[i] -= x.keep[t][i];
 }
 
 template <typename Acc>
-void resolve(const MergeArgs& args, int64_t many, Block<Acc>& block, MergeStats& stats) {
-    if (args.candidates == nullptr || args.candidates->count - args.candidates->resolved < many) return;
-    Candidates& c = *args.candidates;
-    for (int64_t offset = c.resolved; offset < c.count; offset += kBlock) {
-        const int n = static_cast<int>(c.count - offset < kBlock ? c.count - offset : kBlock);
-        args.has_base ? resolve<true>(args, offset, n, block, stats)
-                      : resolve<false>(args, offset, n, block, stats);
-    }
-    c.count = c.resolved;
-    c.overflowed = false;
+void clear_sums(Strip<Acc>& x) {
+    std::memset(x.numerator, 0, sizeof(x.numerator));
+    std::memset(x.denominator, 0, sizeof(x.denominator));
 }
 
-// Merges elements from `offset` on as long as `streamed` does. Returns where the first one is that it did not.
 template <typename Acc>
-int64_t merge_streamed(StreamedSpan streamed, const MergeArgs& args, int64_t offset, Block<Acc>& block,
-                       MergeStats& stats) {
-    int32_t at[kSpan + kLanes];
-    if (streamed != nullptr) resolve(args, 1, block, stats);
-    while (streamed != nullptr) {
-        const int64_t left = (args.n - offset) / streamed::kStep * streamed::kStep;
-        const int n = left < kSpan ? static_cast<int>(left) : kSpan;
-        const int undecided = n > 0 ? streamed(args, offset, n, at, stats) : -1;
-        if (undecided < 0) break;
-        if (undecided > 0) {  // those stay
-            append(args, offset, at, undecided);
-            args.candidates->resolved = args.candidates->count;
+void add(const Tile& tile, Strip<Acc>& x) {
+    clear_sums(x);
+    if (tile.words.weigh == Weigh::alone || tile.words.divide == Divide::kept_count) count_adders(tile, x);
+    switch (form_of(tile)) {
+        case Form::number: return add_all<Form::number>(tile, x);
+        case Form::voted: return add_all<Form::voted>(tile, x);
+        case Form::root: return add_all<Form::root>(tile, x);
+        case Form::linear: return add_all<Form::linear>(tile, x);
+        case Form::plane: return add_all<Form::plane>(tile, x);
+    }
+}
+
+// Finish.
+
+template <typename Acc>
+void find_denominator(const Tile& tile, Strip<Acc>& x) {
+    const Numbers& numbers = tile.numbers;
+    const Acc least = static_cast<Acc>(numbers.least), number = static_cast<Acc>(numbers.denominator);
+    Acc* __restrict d = x.denominator;
+    if (tile.words.divide == Divide::number)
+        for (int i = 0; i < x.n; ++i) d[i] = number;
+    if (tile.words.divide == Divide::kept_weights && numbers.least > 0)
+        for (int i = 0; i < x.n; ++i) d[i] = d[i] < least ? least : d[i];
+    if (tile.words.divide == Divide::kept_count)
+        for (int i = 0; i < x.n; ++i) d[i] = static_cast<Acc>(x.number[i] > 1 ? x.number[i] : 1);
+    if (numbers.zero_is_one)
+        for (int i = 0; i < x.n; ++i) d[i] = d[i] == Acc(0) ? Acc(1) : d[i];
+}
+
+// The mean of the w_t where the strip falls back on it.
+template <typename Acc>
+void fall_back_to_mean(const Tile& tile, Strip<Acc>& x) {
+    Acc mean[kStrip] = {};
+    for (int t = 0; t < tile.n_experts; ++t)
+        with_weights(tile, t, 0, x, [&](const auto* w) {
+            for (int i = 0; i < x.n; ++i) mean[i] += static_cast<Acc>(w[i]);
+        });
+    for (int i = 0; i < x.n; ++i)
+        x.numerator[i] = x.fallback[i] ? mean[i] / static_cast<Acc>(tile.n_experts) : x.numerator[i];
+}
+
+// The base value wherever some input of the element is not usable. An expert whose own inputs are not usable there does
+// not keep the element.
+template <typename Acc>
+void repair(const Merge<Acc>& m, const int32_t (*selected)[kStrip]) {
+    const Tile& tile = m.args.tile;
+    Strip<Acc>& x = m.x;
+    int32_t usable[kStrip], all[kStrip];
+    std::memcpy(all, x.ones, sizeof(all));
+    for (int t = 0; t < tile.n_experts; ++t) {
+        find_usable(tile, t, x, usable);
+        for (int i = 0; i < x.n; ++i) {
+            all[i] &= usable[i];
+            m.stats.kept[t] += selected[t][i] & ~usable[i];
         }
-        offset += n;
     }
-    return offset;
+    for (int i = 0; i < x.n; ++i) {
+        x.numerator[i] = all[i] ? x.numerator[i] : x.base[i];
+        m.stats.repaired += all[i] ? 0 : 1;
+    }
+}
+
+// any: as for quotient.
+template <typename Acc>
+void divide(const Merge<Acc>& m, const int32_t* any) {
+    const Tile& tile = m.args.tile;
+    Strip<Acc>& x = m.x;
+    find_denominator(tile, x);
+    m.stats.unkept +=
+        quotient(x.base, x.denominator, any, static_cast<Acc>(tile.numbers.lambda), x.n, x.numerator, x.fallback);
+    if (tile.numbers.fallback_to_base && tile.has_base()) return;
+    int32_t some = 0;
+    for (int i = 0; i < x.n; ++i) some |= x.fallback[i];
+    if (some) fall_back_to_mean(tile, x);
+}
+
+template <typename Acc>
+void write(const Merge<Acc>& m) {
+    m.stats.overflow += store(m.args.out_dtype, m.args.out, m.x.offset, m.x.n, m.x.numerator);
+}
+
+// The strip through all steps; its place is set.
+template <typename Acc>
+void merge_strip(const Merge<Acc>& m) {
+    const Tile& tile = m.args.tile;
+    Strip<Acc>& x = m.x;
+    load_base(tile, x);
+    const Ahead next(tile.base, x.offset, tile.n);
+    for (int begin = 0; begin < x.n; begin += kChunk) next.fetch(begin);
+    bool bad = tile.has_base() && count_unusable_base(x, m.stats.base);
+    for (int t = 0; t < tile.n_experts; ++t)
+        if (is_suspect(tile, t, x)) bad |= count_unusable(tile, t, x, m.stats.weights[t], m.stats.curvature[t]);
+    mark(m, bad);
+    int32_t selected[kMaxExperts][kStrip];  // elect changes the masks
+    const bool repairs = bad && tile.numbers.repair;
+    if (repairs) std::memcpy(selected, x.keep, sizeof(selected[0]) * static_cast<size_t>(tile.n_experts));
+    elect(tile, x);
+    add(tile, x);
+    divide(m, x.any);
+    if (repairs) repair(m, selected);
+    write(m);
+}
+
+// The common merge of a whole strip. False where it is not so common.
+template <bool Open, Form F, typename W, typename Acc>
+bool merge_salient(const Merge<Acc>& m) {
+    const Tile& tile = m.args.tile;
+    Strip<Acc>& x = m.x;
+    const Ahead next(tile.base, x.offset, tile.n);
+    for (int begin = 0; begin < kStrip; begin += kChunk) next.fetch(begin);
+    load_base(tile, x);
+    clear_sums(x);
+    if (Open) std::memset(x.waits, 0, sizeof(x.waits));
+    int32_t kept[kMaxExperts] = {};
+    uint32_t top = 0;
+    by_groups(tile.n_experts, kMost<Acc>, [&](int first, int size) {
+        Added<W, Acc> experts[kGroup];
+        for (int g = 0; g < size; ++g) {
+            const Expert& e = tile.experts[first + g];
+            Added<W, Acc>& one = experts[g];
+            one.w = view(e.weights, x.offset, kStrip, reinterpret_cast<W*>(x.w_room[g]));
+            one.h = curvature(tile, first + g, g, x);
+            one.weight_scale = static_cast<Acc>(e.weight_scale);
+            one.threshold = e.threshold, one.score_scale = e.score_scale, one.span = e.span;
+            one.next_w = Ahead(e.weights, x.offset, tile.n), one.next_h = Ahead(e.curvature, x.offset, tile.n);
+        }
+        const uint32_t found = with_size<kMost<Acc>>(size, [&](auto g) {
+            return add_salient<decltype(g)::value, F, Open>(experts, static_cast<Acc>(tile.numbers.epsilon), x.base,
+                                                            x.numerator, x.denominator, x.waits, kept + first);
+        });
+        top = larger(top, found);
+    });
+    if (top >= kSuspect) return false;
+    for (int t = 0; t < tile.n_experts; ++t) {
+        m.stats.kept[t] += kept[t];
+        if (tile.experts[t].census == nullptr) continue;
+        find_edits(tile, t, x);
+        float used[kStrip];
+        use(find_scores(tile, t, x), nullptr, kStrip, used);
+        take_census(used, tile.experts[t], kStrip);
+    }
+    divide(m, static_cast<const int32_t*>(nullptr));
+    write(m);
+    return true;
+}
+
+template <typename Acc>
+using Salient = bool (*)(const Merge<Acc>&);
+
+template <bool Open, typename Acc>
+Salient<Acc> salient(const Tile& tile) {
+    if (!is_common<Acc>(tile)) return nullptr;
+    const bool direct = reads_direct<Acc>(tile);
+    if (tile.numbers.power == 1.0)
+        return direct ? merge_salient<Open, Form::linear, Direct<Acc>, Acc>
+                      : merge_salient<Open, Form::linear, float, Acc>;
+    return direct ? merge_salient<Open, Form::root, Direct<Acc>, Acc> : merge_salient<Open, Form::root, float, Acc>;
+}
+
+// Undecided elements.
+
+// Whether the result as it is stored is a number.
+bool is_stored_finite(const MergeArgs& args, int64_t at) {
+    const uint8_t* stored = args.out + item_size(args.out_dtype) * at;
+    if (args.out_dtype == DType::f64) {
+        double value;
+        std::memcpy(&value, stored, sizeof(value));
+        return std::fabs(value) <= largest_finite(DType::f64);
+    }
+    float room;
+    return is_finite(*load(Operand{stored, args.out_dtype}, 0, 1, &room));
+}
+
+// What a merge keeps for its undecided elements: tiles of candidates, as they are and with closed brackets.
+struct Resolver {
+    Tile open, closed;
+    int64_t index[kStrip];
+    uint8_t merged[kStrip * sizeof(double)];
+};
+
+// What is known of each of at most kStrip undecided elements. brackets: how many hold its score; expert, step: whose it
+// is where it is one, and how far it lies above the lowest; stays: a candidate, no alternative.
+struct Undecided {
+    int32_t brackets[kStrip] = {}, expert[kStrip] = {}, keepers[kStrip] = {}, usable[kStrip];
+    int32_t kept[kStrip] = {};  // by somebody, as it was merged
+    uint32_t step[kStrip] = {};
+    bool stays[kStrip];
+};
+
+// The scores of candidates: x.edits[t] becomes them as they are counted, x.keep[t] whether the expert keeps the element
+// as it was merged and counted.
+template <typename Acc>
+void look(const Tile& tile, bool bad, Strip<Acc>& x, Undecided& u) {
+    std::memcpy(u.usable, x.ones, sizeof(u.usable));
+    share_scores(tile, x);
+    for (int t = 0; t < tile.n_experts; ++t) {
+        const Expert& e = tile.experts[t];
+        int32_t usable[kStrip];
+        std::memcpy(usable, x.ones, sizeof(usable));
+        if (bad) find_usable(tile, t, x, usable);
+        if (tile.words.score != Score::spread) find_edits(tile, t, x);
+        const float* s = find_scores(tile, t, x);
+        select(tile, t, s, x);
+        float used[kStrip];
+        use(s, usable, x.n, used);
+        std::memcpy(x.edits[t], used, sizeof(used));
+        const uint32_t lowest = bit_cast<uint32_t>(e.threshold);
+        for (int j = 0; j < x.n; ++j) {
+            const uint32_t above = bit_cast<uint32_t>(used[j]) - lowest;
+            const int32_t inside = above < e.span ? -1 : 0;
+            u.brackets[j] -= inside;
+            u.expert[j] = inside ? t : u.expert[j];
+            u.step[j] = inside ? above : u.step[j];
+            u.keepers[j] -= x.keep[t][j] & ~inside;
+            u.usable[j] &= usable[j];
+            u.kept[j] |= x.keep[t][j];
+            if (tile.numbers.repair) x.keep[t][j] &= usable[j];
+        }
+    }
+}
+
+// Counts m candidates from `from` on nowhere but in `reached`, and splits them: those that wait for one expert alone
+// (nearly all) become its alternatives, a fifth of the size; the others stay.
+template <typename Acc>
+void resolve(const MergeArgs& args, int64_t from, int m, Strip<Acc>& x, Resolver& r, MergeStats& stats) {
+    const Tile& tile = args.tile;
+    Candidates& c = *args.candidates;
+    point_at(tile, c, from, m, r.index, r.open);
+    point_at(tile, c, from, m, r.index, r.closed);
+    const MergeArgs without{r.closed, r.merged, args.out_dtype, nullptr};
+    MergeStats found;
+    go_to(r.open, 0, x);
+    merge_strip(Merge<Acc>{without, found, x, false});
+    bool bad = found.base.count > 0;
+    for (int t = 0; t < tile.n_experts; ++t) bad |= found.weights[t].count + found.curvature[t].count > 0;
+    const Acc limit = static_cast<Acc>(largest_finite(args.out_dtype));
+    Undecided u;
+    for (int j = 0; j < m; ++j) u.stays[j] = !(std::fabs(x.numerator[j]) <= limit) || tile.n > kFlag;
+    look(r.open, bad, x, u);
+    const int size = item_size(args.out_dtype);
+    for (int j = 0; j < m; ++j) {
+        const bool finite = is_stored_finite(args, c.index[from + j]);
+        u.stays[j] |= u.brackets[j] != 1 || !u.usable[j] || !finite;
+        stats.overflow -= finite ? 0 : 1;
+        stats.unkept -= u.kept[j] ? 0 : 1;
+        stats.repaired -= tile.numbers.repair && !u.usable[j] ? 1 : 0;
+    }
+    for (int t = 0; t < tile.n_experts; ++t) {
+        const Expert& e = tile.experts[t];
+        const uint32_t lowest = bit_cast<uint32_t>(e.threshold);
+        for (int j = 0; j < m; ++j) {
+            const uint32_t step = bit_cast<uint32_t>(x.edits[t][j]) - lowest;
+            const bool takes = u.stays[j] || u.expert[j] == t;
+            stats.kept[t] += takes ? x.keep[t][j] : 0;
+            stats.reached[t] -= takes ? x.keep[t][j] : 0;
+            if (u.stays[j] && step < e.span) c.steps[t][c.n_steps[t]++] = step;
+        }
+    }
+    for (int j = 0; j < m; ++j) {
+        if (u.stays[j]) {
+            move(tile, c, from + j, c.count++);
+            continue;
+        }
+        Alternatives& a = c.alternatives[u.expert[j]];
+        a.index[a.count] = c.index[from + j] | (u.keepers[j] ? 0u : 1u << 31);
+        a.steps[a.count] = u.step[j];
+        std::memcpy(a.merged + size * a.count++, r.merged + size * j, static_cast<size_t>(size));
+    }
+}
+
+template <typename Acc>
+void resolve(const MergeArgs& args, Waiting& waiting, Strip<Acc>& x, Resolver& r, MergeStats& stats) {
+    Candidates& c = *args.candidates;
+    for (int first = 0; first < waiting.count; first += kStrip) {
+        const int m = waiting.count - first < kStrip ? waiting.count - first : kStrip;
+        const int64_t from = c.count;
+        append(args.tile, waiting.at + first, m, c);
+        c.count = from;  // those that stay move up
+        resolve(args, from, m, x, r, stats);
+    }
+    waiting.count = 0;
 }
 
 template <typename Acc>
 void merge_tile(const MergeArgs& args, MergeStats& stats) {
-    Block<Acc> block = {};
-    block.counts_keepers = counts_keepers<Acc>(args);
-    const bool narrow = std::is_same<Acc, float>::value;
-    const StreamedSpan streamed = narrow ? streamed_span(args, block.counts_keepers) : nullptr;
-    int64_t offset = 0, retry = 0;  // where streaming is tried again
-    while (offset < args.n) {
-        if (offset >= retry) {
-            offset = merge_streamed(streamed, args, offset, block, stats);
-            retry = offset + kSpan;
-            continue;
-        }
-        const int n = static_cast<int>(args.n - offset < kBlock ? args.n - offset : kBlock);
-        merge_block(args, offset, n, block, stats);
-        resolve(args, kMany, block, stats);
-        offset += n;
+    const Tile& tile = args.tile;
+    Strip<Acc> x;
+    prepare(tile, x);
+    const Ranked ranked(tile, 0, tile.n_experts, x);
+    const bool open = args.candidates != nullptr && has_spans(tile);
+    const Salient<Acc> common = open ? salient<true, Acc>(tile) : salient<false, Acc>(tile);
+    const Merge<Acc> m{args, stats, x, open};
+    Waiting waiting;
+    Resolver* resolver = nullptr;
+    if (open) {
+        resolver = new Resolver{tile, tile, {}, {}};
+        close_brackets(resolver->closed);
     }
-    resolve(args, 1, block, stats);
-    if (args.candidates) account(args, stats);
-    for (int t = 0; t < args.n_experts; ++t) stats.reached[t] += stats.kept[t];
+    for (int64_t offset = 0; offset < tile.n; offset += kStrip) {
+        go_to(tile, offset, x);
+        if (common == nullptr || x.n < kStrip || !common(m)) merge_strip(m);
+        if (!open) continue;
+        waiting.add(x.waits, offset, x.n);
+        if (!waiting.are_many(offset)) continue;
+        resolve(args, waiting, x, *resolver, stats);
+        waiting.since = offset;
+    }
+    if (open) resolve(args, waiting, x, *resolver, stats);
+    delete resolver;
+    for (int t = 0; t < tile.n_experts; ++t) stats.reached[t] += stats.kept[t];
 }
 
 }  // namespace

@@ -15,20 +15,21 @@ from . import backends
 from .backends import Backend
 from .errors import BackendError, InputError, RecipeError
 from .integrations.tracing import traceable
+from .io.curvature import Held
+from .planning.models import Info
+from .planning.pairing import COPY, OutputTensor, Pairing, moments_key
 from .planning.plan import TILE_ELEMENTS
 from .recipe import methods
 from .recipe.schema import Recipe, parse_recipe
+from .run.decide import Decider
 from .run.engine import Engine
 from .run.pool import Pool, default_threads
 from .run.sinks import GraftSink, Inline, MemorySink
-from .run.survey import Survey
 from .select.pending import Store
 from .tensors import array as resident
 from .tensors.buffer import Buffer
 from .tensors.convert import array_like, buffer_of, device_of, numpy_dtype
-from .tensors.curvature import Curvature, Full, Uniform
-from .tensors.dtypes import BY_NAME, OUTPUT_NAMES, DType
-from .tensors.tile import TensorInputs
+from .tensors.curvature import Full
 
 _UNLIMITED = 1 << 62  # inputs in memory leave room for their few candidates
 
@@ -165,47 +166,75 @@ def _merge_models(
         raise RecipeError(f"threads must be at least 1, not {threads}")
     if curvatures is not None and len(curvatures) != len(experts):
         raise InputError(f"{len(experts)} experts but {len(curvatures)} curvatures")
-    has_base = base is not None and methods.get(recipe.merge_method).base != "unused"
-    models = {"base": base} if has_base else {}
-    models |= {f"experts[{t}]": expert for t, expert in enumerate(experts)}
-    first_label, first = next(iter(models.items()))
-    for label, model in models.items():
-        if odd := set(first) ^ set(model):
-            raise InputError(
-                f"{label} and {first_label} differ in the tensors they have: {min(odd)!r} is in one only"
-            )
-
-    if not first:
+    given = {} if recipe.base is None else {recipe.base: base}
+    given |= {entry.reference: expert for entry, expert in zip(recipe.models, experts, strict=True)}
+    like = {name: tensor for model in reversed(given.values()) for name, tensor in model.items()}
+    if not like:
         return {}
+    label, first = next((reference.label, model) for reference, model in given.items() if model)
     name, tensor = next(iter(first.items()))
-    chosen, read = _serving(backend, tensor, f"{first_label}[{name!r}]")
+    chosen, read = _serving(backend, tensor, f"{label}[{name!r}]")
+    models = {reference: _Dictionary(reference.label, model, read) for reference, model in given.items()}
+    moments = {
+        moments_key(entry): _Moments(f"curvatures[{t}]", of_expert, read)
+        for t, (entry, of_expert) in enumerate(zip(recipe.models, curvatures or (), strict=False))
+    }
+    outputs = Pairing(recipe, models, moments).outputs
+    merged = {o.name: _agreed(like[o.name], o) for o in outputs if o.action == COPY}
+    for output in outputs:
+        if isinstance(like[output.name], np.ndarray) and output.action != COPY:
+            numpy_dtype(like[output.name], output.dtype)  # raises before anything is merged
+    floats = [output for output in outputs if output.action != COPY]
+    if floats:
+        merged |= _merge(like, floats, recipe, chosen, threads, sink)
+    return {output.name: merged[output.name] for output in outputs}
 
-    merged: dict[str, Tensor] = {}
-    tensors = []
-    for tensor_name, like in first.items():
-        buffers = [read(model[tensor_name], f"{label}[{tensor_name!r}]") for label, model in models.items()]
-        _check_alike(tensor_name, like, models)
-        if not all(b.dtype.is_float for b in buffers):
-            merged[tensor_name] = _agreed(tensor_name, like, buffers)
-            continue
-        kept, found = _curvatures(tensor_name, tuple(like.shape), len(experts), curvatures, recipe, read)
-        weights = buffers if not kept else [buffers[0]] * len(buffers)
-        out = _output_dtype(recipe, like, buffers[0])
-        tensors.append(
-            TensorInputs(
-                tensor_name,
-                tuple(like.shape),
-                out,
-                weights[0] if has_base else None,
-                tuple(weights[1:] if has_base else weights),
-                found,
+
+class _Dictionary:
+    """The Model that a caller's dictionary is."""
+
+    config = None
+    tied_embeddings = False
+
+    def __init__(self, label: str, tensors: Mapping[str, Tensor], read: Read) -> None:
+        self.label = label
+        self._buffers = {name: read(tensor, self.what(name)) for name, tensor in tensors.items()}
+        self.tensors = {
+            name: Info(tuple(tensor.shape), self._buffers[name].dtype) for name, tensor in tensors.items()
+        }
+        self.source = self._buffers.__getitem__
+
+    def bytes_per_element(self, name: str) -> int:
+        return self.tensors[name].dtype.itemsize
+
+    def what(self, name: str) -> str:
+        return f"{self.label}[{name!r}]"
+
+    def fingerprint(self) -> list:
+        return []
+
+    def close(self) -> None:
+        pass
+
+
+class _Moments:
+    """The second moments of an expert in a caller's dictionary."""
+
+    def __init__(self, where: str, tensors: Mapping[str, Tensor], read: Read) -> None:
+        self.where, self._tensors, self._read = where, tensors, read
+
+    def held(self, name: str, bias_correction: bool = False) -> Held | None:
+        if name not in self._tensors:
+            return None
+        buffer = self._read(self._tensors[name], self.what(name))
+        if buffer.dtype.name not in ("float32", "bfloat16", "float16"):
+            raise InputError(
+                f"{self.what(name)} is {buffer.dtype.name}; curvature is float32, bfloat16 or float16"
             )
-        )
-    return (
-        {name: merged[name] for name in first}
-        if not tensors
-        else _merge(first, tensors, merged, recipe, chosen, threads, sink)
-    )
+        return Held(tuple(self._tensors[name].shape), Full(buffer))
+
+    def what(self, name: str) -> str:
+        return f"{self.where}[{name!r}]"
 
 
 Read = Callable[[Any, str], Buffer]  # a tensor and what an error calls it
@@ -236,15 +265,14 @@ def _serving(name: str, tensor: Any, origin: str) -> tuple[Backend, Read]:
 
 
 def _merge(
-    first: Mapping[str, Tensor],
-    tensors: list[TensorInputs],
-    merged: dict[str, Tensor],
+    like: Mapping[str, Tensor],
+    outputs: Sequence[OutputTensor],
     recipe: Recipe,
     backend: Backend,
     threads: int | None,
     sink_of: type[MemorySink],
 ) -> dict[str, Tensor]:
-    """Merge the tensors that are floating point, and return all.
+    """Merge the tensors that are floating point. like: a tensor of the kind that each output is to be.
 
     With T experts, the host waits for a device at most 3 T + 3 times per tensor whose densities are its own:
     for scores of the sample (T) and brackets (T); the merge's counts (1) and which candidates have a score in
@@ -252,27 +280,27 @@ def _merge(
     Densities over the model: the first two and the thresholds once for all tensors. A saliency mass: twice
     for each expert's threshold. Known thresholds: once per tensor.
     """
+    tensors = [output.inputs() for output in outputs]
+    of_each = {output.name: output.settings for output in outputs}
     on_device = tensors[0].is_resident
-    survey = Survey(recipe, tensors, backend)
     device = tensors[0].experts[0].data.device if on_device else None
     with Inline(device) if on_device else Pool(threads or default_threads()) as pool:
         sink = sink_of(tensors)
-        decisions = survey.decide_model(pool.run)
+        decider = Decider(recipe.method, tensors, of_each, backend, pool)
         engine = Engine(
             dict(enumerate(tensors)),
             sink,
-            backend=backend,
-            pool=pool,
+            decider=decider,
+            found=decider.decide_model(),
             tile_elements=resident.TILE if on_device else TILE_ELEMENTS,
-            survey=survey,
-            decisions=decisions,
             store=Store(_UNLIMITED),
         )
         for _ in engine.run():
             pass
-    for tensor, data in zip(tensors, sink.outputs, strict=True):
-        merged[tensor.name] = array_like(first[tensor.name], data, tensor.out_dtype, tensor.shape)
-    return {name: merged[name] for name in first}
+    return {
+        t.name: array_like(like[t.name], data, t.out_dtype, t.shape)
+        for t, data in zip(tensors, sink.outputs, strict=True)
+    }
 
 
 def _recipe(
@@ -284,7 +312,8 @@ def _recipe(
     parameters: dict[str, Any],
 ) -> Recipe:
     """The recipe of these arguments, checked like a file's."""
-    own_keys = methods.get(method).model_parameters
+    row = methods.get(method)
+    own_keys = {p.key for p in row.own}
     if "preconditioner_path" in parameters:
         raise RecipeError("`preconditioner_path` is for recipes: give the tensors as `curvatures`")
     if parameters.get("bias_correction"):
@@ -302,7 +331,7 @@ def _recipe(
             raise RecipeError(f"`{key}` has {len(value)} values for {n} experts")
         for own, one in zip(per_model, value, strict=True):
             own[key] = one
-    if methods.get(method).curvature:
+    if row.curvature:
         if not has_curvature:
             whole.setdefault("missing_curvature", "uniform")
         for t, own in enumerate(per_model):
@@ -314,70 +343,16 @@ def _recipe(
         "parameters": whole,
         "out_dtype": out_dtype,
     }
-    if has_base:
+    if has_base and row.base != "ignored":
         data["base_model"] = "base"
     return parse_recipe(data)
 
 
-def _curvatures(
-    name: str,
-    shape: tuple[int, ...],
-    n: int,
-    curvatures: Sequence[Mapping[str, Tensor]] | None,
-    recipe: Recipe,
-    read: Read,
-) -> tuple[bool, tuple[Curvature, ...]]:
-    """(whether the base is kept, one curvature per expert) of one tensor."""
-    uniform = (Uniform(),) * n
-    if curvatures is None or not methods.get(recipe.merge_method).curvature:
-        return False, uniform
-    lacking = [t for t, c in enumerate(curvatures) if name not in c]
-    if lacking:
-        policy = recipe.parameters.missing_curvature
-        if policy == "error":
-            raise InputError(
-                f"curvatures[{lacking[0]}] has no {name!r}; "
-                "`missing_curvature: uniform` or `base` merges without it"
-            )
-        return policy == "base", uniform
-    found = []
-    for t, c in enumerate(curvatures):
-        origin = f"curvatures[{t}][{name!r}]"
-        buffer = read(c[name], origin)
-        if tuple(c[name].shape) != shape:
-            raise InputError(f"{origin} has shape {list(c[name].shape)}, the tensor {list(shape)}")
-        if buffer.dtype.name not in ("float32", "bfloat16", "float16"):
-            raise InputError(f"{origin} is {buffer.dtype.name}; curvature is float32, bfloat16 or float16")
-        found.append(Full(buffer))
-    return False, tuple(found)
-
-
-def _check_alike(name: str, like: Any, models: Mapping[str, Mapping[str, Any]]) -> None:
-    for label, model in models.items():
-        if tuple(model[name].shape) != tuple(like.shape):
-            raise InputError(
-                f"{label}[{name!r}] has shape {list(model[name].shape)}, another model {list(like.shape)}"
-            )
-
-
-def _agreed(name: str, like: Tensor, buffers: list[Buffer]) -> Tensor:
-    first = buffers[0]
-    for other in buffers[1:]:
-        if other.dtype != first.dtype or not resident.is_equal(other.data, first.data):
+def _agreed(like: Tensor, output: OutputTensor) -> Tensor:
+    first, *others = (part.source for part in output.sources)
+    for other in others:
+        if not resident.is_equal(other.data, first.data):
             raise InputError(
                 f"{other.origin} differs from {first.origin}; only floating-point tensors are merged"
             )
     return like.copy() if isinstance(like, np.ndarray) else like.clone()
-
-
-def _output_dtype(recipe: Recipe, like: Tensor, own: Buffer) -> DType:
-    if recipe.output_dtype is not None:
-        dtype = BY_NAME[recipe.output_dtype]
-        if isinstance(like, np.ndarray):
-            numpy_dtype(like, dtype)  # raises before anything is merged
-        return dtype
-    if own.dtype.name not in OUTPUT_NAMES:
-        raise InputError(
-            f"{own.origin} is {own.dtype.name}, which a merge cannot be written in; give out_dtype"
-        )
-    return own.dtype

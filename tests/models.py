@@ -19,13 +19,15 @@ from tiles import (  # noqa: F401 (for the tests of whole tensors)
     with_buffers,
 )
 
+from ota_kernels.planning.resolve import Resolver
 from ota_kernels.recipe.schema import Recipe, parse_recipe
-from ota_kernels.run.counts import Tally
-from ota_kernels.run.survey import Survey
-from ota_kernels.select.pending import Store
-from ota_kernels.select.settle import Group, Part
+from ota_kernels.run.decide import Decider
+from ota_kernels.run.pool import IN_PLACE, Pool
+from ota_kernels.run.rules import RULES, Rules
+from ota_kernels.select.pending import Pending, Store
+from ota_kernels.select.settle import Group
 from ota_kernels.tensors.dtypes import BY_NAME
-from ota_kernels.tensors.result import MergeStats
+from ota_kernels.tensors.result import Counts, MergeStats
 from ota_kernels.tensors.segment import Segment
 from ota_kernels.tensors.terms import Terms, close, is_open
 from ota_kernels.tensors.tile import TensorInputs
@@ -60,56 +62,70 @@ class Outcome:
     masks: np.ndarray
 
 
+def decider_of(
+    recipe: Recipe,
+    tensors: Sequence[TensorInputs],
+    backend: ModuleType,
+    pool: Pool = IN_PLACE,
+    rules: Rules = RULES,
+) -> Decider:
+    """The decider of a recipe of one slice; each tensor has one name in all models."""
+    resolver = Resolver(recipe.slices[0], recipe.method, {})
+    settings = {t.name: resolver.settings(t.name, [t.name] * len(t.experts), 0.0) for t in tensors}
+    return Decider(recipe.method, tensors, settings, backend, pool, rules=rules)
+
+
+def terms_of(recipe: Recipe, tensor: TensorInputs, backend: ModuleType) -> Terms:
+    """Of one tensor, brackets in place of thresholds that follow after the merge."""
+    decider = decider_of(recipe, [tensor], backend)
+    return decider.terms(decider.prepare(tensor), decider.decide_model())
+
+
 def merge_model(
     recipe: Recipe,
     tensors: Sequence[TensorInputs],
     backend: ModuleType,
     out_dtypes: Sequence[str] | None = None,
 ) -> dict[str, list[Outcome]]:
-    """Survey, decide, and merge each tensor in one tile: for each of out_dtypes, or its own out_dtype."""
-    survey = Survey(recipe, tensors, backend)
-    decisions = survey.decide_model(map)
+    """Decide, and merge each tensor in one tile: for each of out_dtypes, or its own out_dtype."""
+    decider = decider_of(recipe, tensors, backend)
+    model = decider.decide_model()
     found = {}
-    ready = [survey.prepare(tensor, map) for tensor in tensors]
-    terms_of = [survey.terms(prepared, decisions, map) for prepared in ready]
-    groups = [range(len(ready))] if survey.model_scope else [[i] for i in range(len(ready))]
+    ready = [decider.prepare(tensor) for tensor in tensors]
+    terms_of = [decider.terms(prepared, model) for prepared in ready]
+    groups = [range(len(ready))] if decider.model_scope else [[i] for i in range(len(ready))]
     for members in groups:
-        close_group(survey, ready, terms_of, members, backend)
+        close_group(decider, ready, terms_of, members)
     for tensor, prepared, terms in zip(tensors, ready, terms_of, strict=True):
         masks = masks_of(prepared, terms, backend)
         found[tensor.name] = []
         for dtype in out_dtypes or [tensor.out_dtype.name]:
             tile = replace(prepared, out_dtype=BY_NAME[dtype])
             data, stats = merge_tile(tile, terms, backend)
-            survey.check(tile, 0, stats.nonfinite)
+            decider.check(tile, stats.nonfinite)
             outcome = Outcome(tile, terms, decode(data, dtype, tile.shape), data, stats, masks)
             found[tensor.name].append(outcome)
     return found
 
 
 def close_group(
-    survey: Survey,
-    tensors: Sequence[TensorInputs],
-    terms_of: list[Terms],
-    members: Sequence[int],
-    backend: ModuleType,
+    decider: Decider, tensors: Sequence[TensorInputs], terms_of: list[Terms], members: Sequence[int]
 ) -> None:
     """Put exact thresholds in place of the brackets of a group's terms."""
     waiting = [i for i in members if any(map(is_open, terms_of[i].experts))]
     if not waiting:
         return
-    elements = survey.elements if survey.model_scope else tensors[waiting[0]].numel
+    whole = None if decider.model_scope else tensors[waiting[0]]
+    elements = decider.elements if whole is None else whole.numel
     store = Store(1 << 30)
-    group = Group(survey.selections, elements, backend, store)
+    group = Group(decider.selections(whole), elements, decider.backend, store)
     for i in waiting:
-        _, stats = merge_tile(tensors[i], terms_of[i], backend)
+        _, stats = merge_tile(tensors[i], terms_of[i], decider.backend)
         segment = Segment(i, 0, tensors[i].numel)
-        part = Part.of(segment, tensors[i], terms_of[i], stats, Tally.of(stats, []))
-        part.held = store.put(part.held.owned().memory)
-        group.parts.append(part)
+        pending = Pending.of(segment, tensors[i], stats, Counts.of(stats, []))
+        group.add(store.put(pending.owned()), tensors[i], terms_of[i])
     thresholds, missed = group.thresholds(map)
-    whole = None if survey.model_scope else tensors[waiting[0]]
-    exact = survey.exact_thresholds(whole, terms_of[waiting[0]], missed, map)
+    exact = decider.exact_thresholds(whole, missed)
     for i in waiting:
         terms_of[i] = close(close(terms_of[i], thresholds), exact)
 
@@ -124,8 +140,8 @@ def merge_one(
 def masks_of(tile: TensorInputs, terms: Terms, backend: ModuleType) -> np.ndarray:
     """m_t as the scores and thresholds say: bool[T, *shape]."""
     masks = np.ones((len(terms.experts), *tile.shape), bool)
-    if terms.formula.masked:
+    if terms.words.select != "all":
         for t, e in enumerate(terms.experts):
-            scores, _ = backend.scores(tile, t, e)
+            scores, _ = backend.scores(tile, t, terms)
             masks[t] = (scores >= np.float32(e.threshold)).reshape(tile.shape)
     return masks

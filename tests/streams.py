@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import numpy as np
-from models import Experts
+from models import Experts, decider_of
 
 from ota_kernels.recipe.schema import Recipe, parse_recipe
-from ota_kernels.run.counts import Tally
-from ota_kernels.run.engine import Engine, Open
+from ota_kernels.run.decide import Decider
+from ota_kernels.run.engine import Engine, Sink
 from ota_kernels.run.pool import Pool
-from ota_kernels.run.state import Ledger
-from ota_kernels.run.survey import Survey
-from ota_kernels.select.pending import Store
+from ota_kernels.run.rules import RULES, Rules
+from ota_kernels.run.state import State
+from ota_kernels.select.pending import Pending, Store
+from ota_kernels.tensors.result import Counts
 from ota_kernels.tensors.tile import TensorInputs
 
 BIG = (180, 200)  # elements enough that the thresholds of one tensor are bracketed
@@ -50,21 +51,22 @@ class Memory:
 
 @dataclass(frozen=True)
 class Streamed:
-    """outputs: bytes per tensor; tallies: per tensor; waiting: (tensor, candidates) of tiles that waited for
-    thresholds; repeats: thresholds that lay outside their brackets."""
+    """outputs: bytes per tensor; counts: per tensor; waiting: (tensor, undecided elements) of tiles that
+    waited for thresholds; repeats: thresholds that lay outside their brackets."""
 
     outputs: list[bytes]
-    tallies: list[Tally]
+    counts: list[Counts]
     waiting: list[tuple[int, int]]
     repeats: int
 
     def scores(self, t: int) -> list[float | None]:
         """Expert t's threshold in each tensor, as a score."""
-        found = [tally.thresholds[t] for tally in self.tallies]
+        found = [counts.thresholds[t] for counts in self.counts]
         return [None if x is None else x * 2.0**64 for x in found]
 
-    def counts(self) -> list[tuple]:
-        return [(t.kept, t.unkept, t.overflow, t.repaired) for t in self.tallies]
+    def numbers(self) -> list[tuple]:
+        """Counts without thresholds."""
+        return [(c.kept, c.unkept, c.overflow, c.repaired) for c in self.counts]
 
 
 def stream(
@@ -74,29 +76,36 @@ def stream(
     tile: int = 20_000,
     threads: int = 2,
     budget: int = 1 << 30,
+    rules: Rules = RULES,
 ) -> Streamed:
     """A merge in memory, as the engine does it."""
-    survey = Survey(recipe, tensors, backend)
-    sink, ledger, store, waiting = Memory(tensors), Ledger([], len(tensors)), Store(budget), []
+    sink = Memory(tensors)
     with Pool(threads) as pool:
-        engine = Engine(
-            dict(enumerate(tensors)),
-            sink,
-            backend=backend,
-            pool=pool,
-            tile_elements=tile,
-            survey=survey,
-            decisions=survey.decide_model(pool.run),
-            store=store,
-        )
-        for event in engine.run():
-            ledger.add(event)
-            if isinstance(event, Open):
-                waiting.append((event.segment.index, event.held.count + sum(event.held.alternatives)))
+        decider = decider_of(recipe, tensors, backend, pool, rules)
+        counts, waiting, repeats = run_engine(decider, sink, tile, budget)
+    return Streamed([out.tobytes() for out in sink.outputs], counts, waiting, repeats)
+
+
+def run_engine(
+    decider: Decider, sink: Sink, tile: int, budget: int
+) -> tuple[list[Counts], list[tuple[int, int]], int]:
+    """(counts, waiting, repeats) as in Streamed."""
+    state, store, waiting = State([], len(decider.tensors)), Store(budget), []
+    engine = Engine(
+        dict(enumerate(decider.tensors)),
+        sink,
+        decider=decider,
+        found=decider.decide_model(),
+        tile_elements=tile,
+        store=store,
+    )
+    for event in engine.run():
+        state.add(event)
+        if isinstance(event, Pending):
+            waiting.append((event.segment.index, event.several + sum(event.alternatives)))
     store.close()
-    assert not ledger.open
-    repeats = ledger.repeats + sum(tally.repeats for tally in ledger.tallies)
-    return Streamed([out.tobytes() for out in sink.outputs], ledger.tallies, waiting, repeats)
+    assert not state.pending
+    return state.counts, waiting, state.repeats + sum(counts.repeats for counts in state.counts)
 
 
 def recipe_of(own: Sequence[dict], has_base: bool = True, **shared) -> Recipe:

@@ -9,20 +9,22 @@ import pytest
 from models import random_experts
 
 from ota_kernels.backends import native
+from ota_kernels.run import decide
 from ota_kernels.tensors.buffer import Buffer
 from ota_kernels.tensors.curvature import Full
 from ota_kernels.tensors.result import Candidates, dropped
-from ota_kernels.tensors.terms import ExpertTerms, Formula, Terms, score_bits, score_of_bits, score_scale
+from ota_kernels.tensors.terms import ExpertTerms, Terms, Words, score_bits, score_of_bits, score_scale
 from ota_kernels.tensors.tile import TensorInputs
 
 SHAPE = (23, 192)
 ELEMENTS = SHAPE[0] * SHAPE[1]
+PRECOND = Terms(Words(), ())
 FORMULAS = {
-    "precond": Formula(),
-    "weights of all": Formula(mask_weights=False),
-    "linear": Formula(denominator=3.0, curvature_weights=False),
-    "ties": Formula(denominator=1.0, curvature_weights=False, elect_signs=True),
-    "mean where nobody keeps": Formula(fallback_to_base=False),
+    "precond": PRECOND,
+    "weights of all": Terms(Words(divide="weights"), ()),
+    "linear": Terms(Words(weigh="constant", divide="number"), (), denominator=3.0),
+    "ties": Terms(Words(weigh="constant", divide="number", elect="sum"), ()),
+    "mean where nobody keeps": Terms(Words(), (), fallback="mean"),
 }
 
 
@@ -37,21 +39,22 @@ def tile_of(out_dtype: str, n_experts: int = 3, base: bool = True) -> TensorInpu
 
 
 def scores_of(tile: TensorInputs) -> list[np.ndarray]:
-    scale = ExpertTerms(score_scale=score_scale(tile.base is not None))
-    return [native.scores(tile, t, scale)[0] for t in range(len(tile.experts))]
+    terms = decide.scores_of(len(tile.experts), tile)
+    return [native.scores(tile, t, terms)[0] for t in range(len(tile.experts))]
 
 
-def brackets_of(tile: TensorInputs, formula: Formula, share: float) -> Terms:
+def brackets_of(tile: TensorInputs, like: Terms, share: float) -> Terms:
     """Each expert's bracket holds this share of its scores, from their median on."""
     experts = []
     for scores in scores_of(tile):
         ascending = np.sort(scores)
         lowest = max(float(ascending[ELEMENTS // 2]), 1e-30)
         span = score_bits(float(ascending[int(ELEMENTS * (0.5 + share))])) - score_bits(lowest) + 1
-        weight_scale = 2.0**40 if formula.curvature_weights else 1.0
+        weight_scale = 2.0**40 if like.words.weigh == "curvature" else 1.0
         e = ExpertTerms(score_scale=score_scale(tile.base is not None), weight_scale=weight_scale)
         experts.append(replace(e, threshold=lowest, span=span))
-    return Terms(formula, 1e-26 * 2.0**40, tuple(experts))
+    words = replace(like.words, score="curvature" if tile.base is None else "saliency")
+    return replace(like, words=words, experts=tuple(experts), epsilon=1e-26 * 2.0**40)
 
 
 def closed(terms: Terms, at_end: bool) -> Terms:
@@ -97,7 +100,7 @@ def test_are_those_of_one_bracket_with_both_values(formula, out_dtype, base):
 def test_equal_experts_have_none():
     tile = tile_of("bfloat16", 1)
     tile = replace(tile, experts=tile.experts * 3, curvatures=tile.curvatures * 3)
-    terms = brackets_of(tile, Formula(), 0.1)
+    terms = brackets_of(tile, PRECOND, 0.1)
     _, candidates = merge(tile, terms)
     assert [len(a.positions) for a in candidates.alternatives] == [0, 0, 0]
     assert ELEMENTS / 20 < len(candidates.positions) < ELEMENTS / 5
@@ -128,7 +131,7 @@ def changed(tile: TensorInputs, position: int, weights: list[float], curvatures:
 def test_what_overflows_or_is_not_finite_keeps_its_operands(beyond):
     """At one position, expert 0 waits. There, its own edit is too large, or averages a larger one away."""
     tile, position = tile_of("float16", 2), 100
-    terms = brackets_of(tile, Formula(lambda_=1.0), 0.1)
+    terms = brackets_of(tile, PRECOND, 0.1)
     first, second = terms.experts
     inside, above = (
         score_of_bits(score_bits(e.threshold) + n)
@@ -142,9 +145,9 @@ def test_what_overflows_or_is_not_finite_keeps_its_operands(beyond):
     assert position in before.alternatives[0].positions & 0x7FFFFFFF
     if beyond == "weights":
         tile = changed(tile, position, [-edits[0], np.nan], curvatures)
-        terms = replace(terms, formula=replace(terms.formula, repair_nonfinite=True))
+        terms = replace(terms, repair=True)
     else:
-        terms = replace(terms, formula=replace(terms.formula, lambda_=2000.0))
+        terms = replace(terms, lambda_=2000.0)
     out, candidates = merge(tile, terms)
     assert np.isinf(out.view(np.float16)[position]) == (beyond == "the value with it")
     assert np.isinf(merge(tile, closed(terms, True))[0].view(np.float16)[position]) == (
@@ -157,7 +160,7 @@ def test_what_overflows_or_is_not_finite_keeps_its_operands(beyond):
 
 def test_dropped_are_those_below_the_step():
     tile = tile_of("bfloat16")
-    _, candidates = merge(tile, brackets_of(tile, Formula(), 0.1))
+    _, candidates = merge(tile, brackets_of(tile, PRECOND, 0.1))
     steps = [int(np.median(a.steps)) for a in candidates.alternatives]
     total = sum(len(a.positions) for a in candidates.alternatives)
     positions, merged = np.empty(total, np.uint32), np.empty(2 * total, np.uint8)

@@ -6,8 +6,8 @@ import json
 from fractions import Fraction
 
 import numpy as np
+import oracle
 import pytest
-import reference64
 import torch
 from checkpoints import ModelSet, edited, make_set, random_tensors, second_moments, write_recipe
 from safetensors.torch import save_file
@@ -103,9 +103,9 @@ def scores_of(models: ModelSet, t: int) -> dict[str, np.ndarray]:
         return tensors[name].double().numpy().ravel()
 
     return {
-        name: reference64.score(
+        name: oracle.score(
             models.curvatures[t][name].numpy().ravel(),
-            reference64.task_vector(exact(models.experts[t], name), exact(models.base, name)),
+            oracle.task_vector(exact(models.experts[t], name), exact(models.base, name)),
         )
         for name in models.base
     }
@@ -143,11 +143,11 @@ def check(found: dict, models: ModelSet) -> None:
         scores = scores_of(models, t)
         whole = np.concatenate(list(scores.values()))
         for row in expert["densities"]:
-            mask = reference64.kept_by_density(whole, row["density"])
+            mask = oracle.kept_by_density(whole, row["density"])
             check_row(row, mask, scores)
             check_split(row, mask, scores)
         for row in expert["masses"]:
-            mask = reference64.kept_by_mass(whole, row["mass"])
+            mask = oracle.kept_by_mass(whole, row["mass"])
             check_row(row, mask, scores)
             assert row["density"] == mask.sum() / ELEMENTS
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import oracle
 import pytest
-import reference64
 import torch
 from models import (
     INPUT_DTYPES,
@@ -23,10 +23,11 @@ from models import (
 from ota_kernels.errors import InputError
 from ota_kernels.tensors.curvature import Full, Uniform
 from ota_kernels.tensors.dtypes import BY_NAME
-from ota_kernels.tensors.terms import ExpertTerms, Formula, Terms
+from ota_kernels.tensors.terms import ExpertTerms, Terms, Words
 from ota_kernels.tensors.tile import TensorInputs
 
-_MEAN = Formula(denominator=1.0, curvature_weights=False, masked=False)
+_MEAN = Words(score="none", select="all", weigh="constant", divide="number")
+_PLAIN = Terms(_MEAN, (ExpertTerms(),))
 
 
 def every_pattern(dtype: str) -> torch.Tensor:
@@ -47,13 +48,13 @@ def test_every_bit_pattern_decodes_as_in_torch(backend, dtype):
     stored = every_pattern(dtype)
     truth = stored.float().numpy()
     finite = np.isfinite(truth)
-    decoded, bad = backend.edits(inputs((stored,), "float32"), 0, ExpertTerms())
+    decoded, bad = backend.edits(inputs((stored,), "float32"), 0, _PLAIN)
     np.testing.assert_array_equal(decoded.view(np.int32)[finite], truth.view(np.int32)[finite])
     assert [(b.role, b.count, b.first) for b in bad] == [
         ("weights", int((~finite).sum()), int(np.flatnonzero(~finite)[0]))
     ]
     # The merge kernel: half of two copies.
-    terms = Terms(replace(_MEAN, denominator=2.0), 0.0, (ExpertTerms(),) * 2)
+    terms = Terms(_MEAN, (ExpertTerms(),) * 2, denominator=2.0)
     data, stats = merge_tile(inputs((stored, stored), "float32"), terms, backend)
     np.testing.assert_array_equal(data.view(np.float32), truth)  # NaN equals NaN here
     assert {(b.expert, b.count) for b in stats.nonfinite} == {(t, int((~finite).sum())) for t in (0, 1)}
@@ -67,7 +68,7 @@ def test_every_curvature_decodes_as_in_torch(backend, dtype):
     truth = stored.float().numpy()
     usable = np.isfinite(truth) & (truth >= 0)
     tensor = replace(inputs((torch.ones_like(stored),), "float32"), curvatures=(Full(buffer(stored)),))
-    scores, bad = backend.scores(tensor, 0, ExpertTerms())
+    scores, bad = backend.scores(tensor, 0, Terms(Words(score="curvature"), (ExpertTerms(),)))
     np.testing.assert_array_equal(scores[usable], truth[usable])
     assert [(b.role, b.count) for b in bad] == [("curvature", int((~usable).sum()))]
 
@@ -92,7 +93,7 @@ def test_rounding_to_16_bits_is_that_of_torch(backend, dtype):
     values = np.where(np.isnan(values), np.float32(0), values) + np.float32(0)  # -0 is 0 after an addition
     stored = torch.from_numpy(values)
     truth = stored.to(getattr(torch, dtype))
-    data, stats = merge_tile(inputs((stored,), dtype), Terms(_MEAN, 0.0, (ExpertTerms(),)), backend)
+    data, stats = merge_tile(inputs((stored,), dtype), _PLAIN, backend)
     merged = torch.from_numpy(data).view(getattr(torch, dtype))
     np.testing.assert_array_equal(merged.float().numpy(), truth.float().numpy())
     overflow = int(torch.isinf(truth).sum())
@@ -108,8 +109,7 @@ def test_rounding_to_float32_is_that_of_torch(backend):
         np.concatenate([finite, midway, midway * (1 + 2.0**-52), finite * (1 + 2.0**-40)])
     )
     values = values[torch.isfinite(values.float())]
-    terms = Terms(_MEAN, 0.0, (ExpertTerms(),))
-    data, stats = merge_tile(inputs((values,), "float32"), terms, backend)
+    data, stats = merge_tile(inputs((values,), "float32"), _PLAIN, backend)
     np.testing.assert_array_equal(data.view(np.float32), values.float().numpy())
     assert stats.overflow == 0
 
@@ -122,7 +122,7 @@ def test_overflow_is_counted(backend, out_dtype):
     values = torch.tensor([1.0, torch.finfo(dtype).max, -torch.finfo(dtype).max, 0.5], dtype=like)
     if dtype == torch.float64:
         values[1:3] = torch.tensor([1e38, -1e38])  # inputs are finite in float32
-    terms = Terms(replace(_MEAN, lambda_=2.0 if dtype != torch.float64 else 1e300), 0.0, (ExpertTerms(),))
+    terms = replace(_PLAIN, lambda_=2.0 if dtype != torch.float64 else 1e300)
     data, stats = merge_tile(inputs((values,), out_dtype), terms, backend)
     merged = torch.from_numpy(data).view(dtype)
     assert stats.overflow == 2
@@ -209,7 +209,7 @@ def test_on_nonfinite_writes_the_base_value(backend, bad, parameters):
     base = experts.base.numpy()
     np.testing.assert_array_equal(outcome.out[PLACES], base[PLACES])
     assert outcome.stats.repaired == len(PLACES)
-    truth = reference64.evaluate({"weight": experts.exact()}, **parameters)["weight"]
+    truth = oracle.evaluate({"weight": experts.exact()}, **parameters)["weight"]
     others = np.setdiff1d(np.arange(1027), PLACES)
     np.testing.assert_array_equal(outcome.masks[:, others], truth.masks[:, others])
     np.testing.assert_array_equal(outcome.out[others], np.float32(truth.out)[others])

@@ -6,8 +6,8 @@ import functools
 from dataclasses import replace
 
 import numpy as np
+import oracle
 import pytest
-import reference64
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,10 +24,11 @@ from models import (
 )
 from tolerances import assert_close
 
+from ota_kernels.run import decide
 from ota_kernels.tensors.buffer import Buffer
 from ota_kernels.tensors.curvature import Log8, LowRank, Rank1, Uniform
 from ota_kernels.tensors.dtypes import BY_NAME
-from ota_kernels.tensors.terms import ExpertTerms, Formula, Terms, score_scale
+from ota_kernels.tensors.terms import ExpertTerms, Terms, Words, score_scale
 
 # A saliency in the middle of those that random_experts makes: h near 1e-10, d near 5e-3.
 MIDDLE = 2e-15
@@ -138,12 +139,12 @@ def model(has_base: bool) -> dict[str, Experts]:
 
 
 @functools.cache
-def expected(method: str, variant: str, has_base: bool) -> dict[str, reference64.Merged]:
+def expected(method: str, variant: str, has_base: bool) -> dict[str, oracle.Merged]:
     exact = {name: experts.exact(name) for name, experts in model(has_base).items()}
-    return reference64.evaluate(exact, method, **parameters_of(method, variant, has_base))
+    return oracle.evaluate(exact, method, **parameters_of(method, variant, has_base))
 
 
-def check(outcome: Outcome, truth: reference64.Merged) -> None:
+def check(outcome: Outcome, truth: oracle.Merged) -> None:
     """Masks and counts exactly, values within tolerance."""
     np.testing.assert_array_equal(outcome.masks, truth.masks)
     assert outcome.stats.kept == tuple(int(m.sum()) for m in truth.masks)
@@ -204,7 +205,7 @@ def test_inputs_of_different_types(backend, base_dtype, variant):
         base_dtype=base_dtype,
         curvature_dtypes=("float32", "bfloat16", "float16"),
     )
-    truth = reference64.evaluate({"weight": experts.exact()}, **VARIANTS[variant])["weight"]
+    truth = oracle.evaluate({"weight": experts.exact()}, **VARIANTS[variant])["weight"]
     recipe = make_recipe(6, **VARIANTS[variant])
     for outcome in merge_model(recipe, [experts.inputs("float32")], backend, OUTPUT_DTYPES)["weight"]:
         check(outcome, truth)
@@ -231,7 +232,7 @@ def test_any_shape_and_number_of_experts(
     parameters = parameters_of("ota", variant, has_base)
     base_dtype = "bfloat16" if has_base else None
     experts = random_experts(seed, shape, n_experts, dtypes=dtypes, base_dtype=base_dtype)
-    truth = reference64.evaluate({"weight": experts.exact()}, **parameters)["weight"]
+    truth = oracle.evaluate({"weight": experts.exact()}, **parameters)["weight"]
     check(merge_one(make_recipe(n_experts, has_base, **parameters), experts, backend, out_dtype), truth)
 
 
@@ -239,7 +240,7 @@ def test_masks_read_off_the_outputs(backend):
     """An expert merged alone onto the base changes the elements it keeps, and those only."""
     experts = random_experts(2, (2053,), dtypes=("float32", "bfloat16", "float64"))
     density = {"density": 0.37}
-    truth = reference64.evaluate({"weight": experts.exact()}, **density)["weight"]
+    truth = oracle.evaluate({"weight": experts.exact()}, **density)["weight"]
     base = experts.base.double().numpy()
     for t in range(3):
         alone = Experts(experts.base, experts.experts[t : t + 1], experts.curvatures[t : t + 1])
@@ -256,7 +257,7 @@ def test_masks_read_off_the_outputs(backend):
 def test_bias_correction_divides_the_curvature(backend, correction, parameters):
     experts = random_experts(3, (20, 26), curvature_dtypes=("bfloat16",))
     exact = experts.exact(bias_corrections=correction)
-    truth = reference64.evaluate({"weight": exact}, **parameters)["weight"]
+    truth = oracle.evaluate({"weight": exact}, **parameters)["weight"]
     recipe = make_recipe(3, bias_correction=True, **parameters)
     tensor = experts.inputs("float32", bias_corrections=correction)
     check(merge_model(recipe, [tensor], backend)["weight"][0], truth)
@@ -280,7 +281,7 @@ def test_low_rank_curvature(backend, shape):
     h = [low_rank_by_definition(a, b) for a, b in zip(left, right, strict=True)]
     assert all(0 < np.count_nonzero(x) < x.size for x in h)
     tensor = replace(experts.inputs("float32"), curvatures=tuple(map(LowRank, left, right)))
-    truth = reference64.evaluate({"weight": replace(experts.exact(), curvatures=h)}, density=0.3)["weight"]
+    truth = oracle.evaluate({"weight": replace(experts.exact(), curvatures=h)}, density=0.3)["weight"]
     check(merge_model(make_recipe(3, density=0.3), [tensor], backend)["weight"][0], truth)
 
 
@@ -302,8 +303,8 @@ def test_tiles_give_the_same_bytes(backend, curvature, size):
         "uniform": (Uniform(),) * 2,
     }
     tensor = replace(tensor, curvatures=forms[curvature])
-    threshold = float(np.median(backend.scores(tensor, 0, ExpertTerms(score_scale=score_scale(True)))[0]))
-    terms = Terms(Formula(), 1e-26, (ExpertTerms(threshold, score_scale(True)),) * 2)
+    threshold = float(np.median(backend.scores(tensor, 0, decide.scores_of(2, tensor))[0]))
+    terms = Terms(Words(), (ExpertTerms(threshold, score_scale=score_scale(True)),) * 2, epsilon=1e-26)
     whole, stats = merge_tile(tensor, terms, backend)
     assert 0 < stats.kept[0] < tensor.numel
     parts = [
@@ -383,7 +384,7 @@ def test_order_of_experts_changes_rounding_only(backend, variant):
     turned = Experts(experts.base, experts.experts[::-1], experts.curvatures[::-1])
     recipe = make_recipe(5, **VARIANTS[variant])
     one, other = (merge_one(recipe, e, backend, "float32") for e in (experts, turned))
-    truth = reference64.evaluate({"weight": experts.exact()}, **VARIANTS[variant])["weight"]
+    truth = oracle.evaluate({"weight": experts.exact()}, **VARIANTS[variant])["weight"]
     np.testing.assert_array_equal(other.masks[::-1], one.masks)
     assert other.stats.kept[::-1] == one.stats.kept
     assert_close("float32", other.out, one.out, truth.operand, 5)
@@ -396,7 +397,7 @@ def test_a_common_scaling_factor_cancels(backend, factor):
     shared = {"density": 0.4, "epsilon": 0}
     one = merge_one(make_recipe(3, **shared), experts, backend, "bfloat16")
     other = merge_one(make_recipe(3, scaling_factor=factor, **shared), experts, backend, "bfloat16")
-    truth = reference64.evaluate({"weight": experts.exact()}, **shared)["weight"]
+    truth = oracle.evaluate({"weight": experts.exact()}, **shared)["weight"]
     np.testing.assert_array_equal(other.masks, one.masks)
     if factor == 3.7:
         check(other, truth)
@@ -414,7 +415,7 @@ def test_constant_curvature(backend, h, variant):
     """Zero, minus zero and subnormal curvature are curvature like any other; epsilon 0 makes P_t 0 there."""
     experts = random_experts(12, (600,))
     experts = replace(experts, curvatures=(torch.full((600,), h),) * 3)
-    truth = reference64.evaluate({"weight": experts.exact()}, **VARIANTS[variant])["weight"]
+    truth = oracle.evaluate({"weight": experts.exact()}, **VARIANTS[variant])["weight"]
     recipe = make_recipe(3, **VARIANTS[variant])
     for outcome in merge_model(recipe, [experts.inputs("float32")], backend, OUTPUT_DTYPES)["weight"]:
         check(outcome, truth)
@@ -427,7 +428,7 @@ def test_experts_equal_to_the_base(backend, variant):
     """All task vectors zero: no saliency, nothing to keep below density 1, and the base comes out."""
     experts = random_experts(13, (30, 20))
     same = replace(experts, experts=(experts.base,) * 3)
-    truth = reference64.evaluate({"weight": same.exact()}, **VARIANTS[variant])["weight"]
+    truth = oracle.evaluate({"weight": same.exact()}, **VARIANTS[variant])["weight"]
     recipe = make_recipe(3, **VARIANTS[variant])
     for outcome in merge_model(recipe, [same.inputs("float32")], backend, OUTPUT_DTYPES)["weight"]:
         check(outcome, truth)
@@ -442,7 +443,7 @@ def test_tiny_edits_that_only_epsilon_weighs(backend):
         tuple(w * 1e-17 for w in experts.experts),
         (torch.zeros(300),) * 3,
     )
-    truth = reference64.evaluate({"weight": experts.exact()})["weight"]
+    truth = oracle.evaluate({"weight": experts.exact()})["weight"]
     outcomes = merge_model(make_recipe(3), [experts.inputs("float32")], backend, ("bfloat16", "float32"))
     for outcome in outcomes["weight"]:
         check(outcome, truth)

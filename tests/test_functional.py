@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
+import oracle
 import pytest
-import reference64
 import torch
 from models import INPUT_DTYPES, OUTPUT_DTYPES, make_recipe, merge_model, random_experts
 from tolerances import assert_close
@@ -37,7 +37,7 @@ def test_merge_tensors_is_the_merge(backend, out_dtype):
     assert merged.dtype == getattr(torch, out_dtype or "bfloat16")
     assert merged.shape == (21, 30)
     parameters = {"density": [0.3, 0.5, 0.1], "lambda": 1.2}
-    truth = reference64.evaluate({"weight": experts.exact()}, **parameters)["weight"]
+    truth = oracle.evaluate({"weight": experts.exact()}, **parameters)["weight"]
     assert_close(out_dtype or "bfloat16", merged.double().numpy(), truth.out, truth.operand, 3)
     tensor = experts.inputs(out_dtype or "bfloat16")
     outcome = merge_model(make_recipe(3, **parameters), [tensor], backend)["weight"][0]
@@ -47,11 +47,11 @@ def test_merge_tensors_is_the_merge(backend, out_dtype):
 def test_without_a_base_and_without_curvature(backend):
     experts = random_experts(2, (300,), base_dtype=None)
     merged = merge_tensors(None, experts.experts, experts.curvatures, backend=backend.NAME, **DENSITY)
-    truth = reference64.evaluate({"weight": experts.exact()}, **DENSITY)["weight"]
+    truth = oracle.evaluate({"weight": experts.exact()}, **DENSITY)["weight"]
     assert_close("bfloat16", merged.double().numpy(), truth.out, truth.operand, 3)
     plain = random_experts(3, (300,), curvature_dtypes=None)
     merged = merge_tensors(plain.base, plain.experts, backend=backend.NAME, **DENSITY)
-    truth = reference64.evaluate({"weight": plain.exact()}, **DENSITY)["weight"]
+    truth = oracle.evaluate({"weight": plain.exact()}, **DENSITY)["weight"]
     assert_close("bfloat16", merged.double().numpy(), truth.out, truth.operand, 3)
 
 
@@ -59,7 +59,7 @@ def test_linear_ignores_base_and_curvature(backend):
     experts = random_experts(4, (300,))
     shared = {"method": "linear", "weight": [1, 2, 0.5], "backend": backend.NAME}
     merged = merge_tensors(experts.base, experts.experts, experts.curvatures, **shared)
-    truth = reference64.evaluate({"weight": experts.exact()}, "linear", weight=[1, 2, 0.5])["weight"]
+    truth = oracle.evaluate({"weight": experts.exact()}, "linear", weight=[1, 2, 0.5])["weight"]
     assert_close("bfloat16", merged.double().numpy(), truth.out, truth.operand, 3)
     assert bits(merged) == bits(merge_tensors(None, experts.experts, **shared))
 
@@ -72,7 +72,7 @@ def test_name_tells_embeddings_from_matrices(backend):
         merged = merge_tensors(
             experts.base, experts.experts, experts.curvatures, name=name, backend=backend.NAME, **parameters
         )
-        truth = reference64.evaluate({name: experts.exact(name)}, **parameters)[name]
+        truth = oracle.evaluate({name: experts.exact(name)}, **parameters)[name]
         assert_close("float32", merged.double().numpy(), truth.out, truth.operand, 3)
         found.add(bits(merged))
     assert len(found) == 3
@@ -93,7 +93,7 @@ def test_merge_state_dicts(backend, scope, normalise):
         backend=backend.NAME,
         **parameters,
     )
-    truth = reference64.evaluate({name: e.exact(name) for name, e in model.items()}, **parameters)
+    truth = oracle.evaluate({name: e.exact(name) for name, e in model.items()}, **parameters)
     assert list(merged) == list(SHAPES)
     for name, tensor in merged.items():
         assert tensor.shape == SHAPES[name]
@@ -111,7 +111,7 @@ def test_missing_curvature(backend, policy):
         missing_curvature=policy,
         **DENSITY,
     )
-    truth = reference64.evaluate({"a": with_moments.exact(), "b": without.exact()}, **DENSITY)
+    truth = oracle.evaluate({"a": with_moments.exact(), "b": without.exact()}, **DENSITY)
     assert_close("bfloat16", merged["a"].double().numpy(), truth["a"].out, truth["a"].operand, 3)
     if policy == "base":
         assert bits(merged["b"]) == bits(without.base)

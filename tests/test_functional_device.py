@@ -14,27 +14,25 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import oracle
 import pytest
-import reference64
 import torch
-from models import Experts, random_experts, with_buffers
-from streams import Streamed, inputs_of, recipe_of, stream
-from test_topk import CASES, DTYPES, assert_grafted, ranks, sorted_answers
+from models import Experts, decider_of, random_experts, with_buffers
+from scores import CASES, DTYPES, assert_grafted, ranks, sorted_answers
+from streams import Streamed, inputs_of, recipe_of, run_engine, stream
 from tolerances import assert_close
 
 import ota_kernels
 import ota_kernels.api as functional
-import ota_kernels.run.survey as survey
 import ota_kernels.select.topk as selection
 import ota_kernels.tensors.array as resident
 from ota_kernels import graft, merge_state_dicts, merge_tensors, topk_threshold
 from ota_kernels.backends import native, triton
 from ota_kernels.errors import BackendError, InputError
-from ota_kernels.run.engine import Engine, Open
+from ota_kernels.run.decide import Decider
+from ota_kernels.run.rules import Rules
 from ota_kernels.run.sinks import Inline, MemorySink
-from ota_kernels.run.state import Ledger
 from ota_kernels.select.bracket import Bracket, bracket_of
-from ota_kernels.select.pending import Store
 from ota_kernels.tensors.buffer import Buffer
 from ota_kernels.tensors.convert import buffer_of
 from ota_kernels.tensors.tile import TensorInputs
@@ -73,11 +71,8 @@ def poisoned_memory(monkeypatch):
     monkeypatch.setattr(resident, "empty", poisoned)
 
 
-@pytest.fixture
-def bracketed(monkeypatch):
-    """Tensors of a block are sampled and bracketed as large ones are."""
-    monkeypatch.setattr(survey, "_DIRECT", 100)
-    monkeypatch.setattr(survey, "cluster_count", lambda elements: 4)
+# Tensors of a block are sampled and bracketed as large ones are.
+BRACKETED = Rules(direct=100, clusters=lambda elements: 4)
 
 
 def put(x):
@@ -98,34 +93,24 @@ def moved(tensor: TensorInputs) -> TensorInputs:
     return with_buffers(tensor, buffer)
 
 
-def stream_on_device(recipe, tensors, tile: int = resident.TILE) -> Streamed:
-    """As streams.stream, for inputs that are moved first."""
-    tensors, backend = list(map(moved, tensors)), triton.on()
-    surveyed, sink, waiting = survey.Survey(recipe, tensors, backend), MemorySink(tensors), []
-    ledger = Ledger([], len(tensors))
+def stream_on_cpu(recipe, tensors, tile: int = 20_000) -> Streamed:
+    return stream(recipe, tensors, native, tile, rules=BRACKETED)
+
+
+def stream_on_device(recipe, tensors, tile: int = resident.TILE, rules: Rules = BRACKETED) -> Streamed:
+    """The same for inputs that are moved first."""
+    tensors = list(map(moved, tensors))
+    sink = MemorySink(tensors)
     with Inline(device()) as pool:
-        engine = Engine(
-            dict(enumerate(tensors)),
-            sink,
-            backend=backend,
-            pool=pool,
-            tile_elements=tile,
-            survey=surveyed,
-            decisions=surveyed.decide_model(pool.run),
-            store=Store(0),
-        )
-        for event in engine.run():
-            ledger.add(event)
-            if isinstance(event, Open):
-                waiting.append((event.segment.index, event.held.count + sum(event.held.alternatives)))
-    repeats = ledger.repeats + sum(tally.repeats for tally in ledger.tallies)
+        decider = decider_of(recipe, tensors, triton.on(), pool, rules)
+        counts, waiting, repeats = run_engine(decider, sink, tile, budget=0)
     outputs = [out.cpu().numpy().tobytes() for out in sink.outputs]
-    return Streamed(outputs, ledger.tallies, waiting, repeats)
+    return Streamed(outputs, counts, waiting, repeats)
 
 
 def assert_same(found: Streamed, expected: Streamed) -> None:
     """Equal counts and thresholds; float32 results within a unit in the last place."""
-    assert found.tallies == expected.tallies
+    assert found.counts == expected.counts
     assert found.waiting == expected.waiting
     for one, other in zip(found.outputs, expected.outputs, strict=True):
         np.testing.assert_array_max_ulp(np.frombuffer(one, np.float32), np.frombuffer(other, np.float32))
@@ -165,7 +150,6 @@ SELECTIONS = {
 }
 
 
-@pytest.mark.usefixtures("bracketed")
 class TestSelections:
     __test__ = RUNS_HERE
 
@@ -185,7 +169,7 @@ class TestSelections:
     )
     def test_thresholds_and_counts(self, kind, chosen, scope):
         tensors, recipe = tensors_of(kind), recipe_of(SELECTIONS[chosen], density_scope=scope)
-        expected = stream(recipe, tensors, native)
+        expected = stream_on_cpu(recipe, tensors)
         if (kind, chosen, scope) == ("random", "density", "model"):
             assert 0 < dict(expected.waiting)[0] < N / 2
         assert_same(stream_on_device(recipe, tensors), expected)
@@ -193,22 +177,21 @@ class TestSelections:
     @pytest.mark.parametrize("scope", ["tensor", "model"])
     def test_of_several_tiles(self, scope):
         tensors, recipe = tensors_of("random"), recipe_of(SELECTIONS["density"], density_scope=scope)
-        assert_same(stream_on_device(recipe, tensors, 400), stream(recipe, tensors, native, 400))
+        assert_same(stream_on_device(recipe, tensors, 400), stream_on_cpu(recipe, tensors, 400))
 
     @pytest.mark.parametrize("scope", ["tensor", "model"])
     @pytest.mark.parametrize("bad", ["too high", "too low"])
-    def test_a_bracket_that_misses_costs_time_only(self, monkeypatch, bad, scope):
+    def test_a_bracket_that_misses_costs_time_only(self, bad, scope):
         tensors, recipe = tensors_of("random")[:1], recipe_of([DENSITY] * 3, density_scope=scope)
-        expected = stream(recipe, tensors, native)
+        expected = stream_on_cpu(recipe, tensors)
 
         def beside(given, scores) -> Bracket:
             right = bracket_of(given, scores)
             return Bracket(right.lowest * (4.0 if bad == "too high" else 0.25), right.span // 8)
 
-        monkeypatch.setattr("ota_kernels.run.survey.bracket_of", beside)
-        found = stream_on_device(recipe, tensors)
+        found = stream_on_device(recipe, tensors, rules=replace(BRACKETED, bracket=beside))
         assert found.repeats == 1
-        assert found.counts() == expected.counts()
+        assert found.numbers() == expected.numbers()
         assert [found.scores(t) for t in range(3)] == [expected.scores(t) for t in range(3)]
 
     def test_only_statistics_cross_to_the_host(self, monkeypatch):
@@ -232,7 +215,7 @@ class TestSelections:
             watch(name)
         found = stream_on_device(recipe, tensors)
         monkeypatch.undo()
-        assert found.tallies[0].repeats == 0
+        assert found.counts[0].repeats == 0
         assert max(crossed) <= 6 * 3 + 6  # counts of a merge with brackets and three experts
         assert len(crossed) <= 2 * 3 + 3  # and once for each expert inside of torch
 
@@ -266,7 +249,7 @@ class TestMerge:
         )
         name = out_dtype or base_dtype
         assert (merged.device.type, merged.dtype) == (device().type, getattr(torch, name))
-        truth = reference64.evaluate({"weight": e.exact()}, density=[0.3, 0.5, 0.1])["weight"]
+        truth = oracle.evaluate({"weight": e.exact()}, density=[0.3, 0.5, 0.1])["weight"]
         assert_close(name, merged.cpu().double().numpy(), truth.out, truth.operand, 3)
 
     @pytest.mark.parametrize(
@@ -299,7 +282,7 @@ class TestMerge:
         experts = [{name: e.experts[t] for name, e in model.items()} | {"index": index} for t in range(3)]
         curvatures = [{name: e.curvatures[t] for name, e in model.items()} for t in range(3)]
         merged = merge_state_dicts(put(base), put(experts), put(curvatures), backend="triton", **DENSITY)
-        truth = reference64.evaluate({name: e.exact(name) for name, e in model.items()}, **DENSITY)
+        truth = oracle.evaluate({name: e.exact(name) for name, e in model.items()}, **DENSITY)
         assert list(merged) == [*shapes, "index"]
         assert torch.equal(merged["index"].cpu(), index)
         for name, shape in shapes.items():
@@ -332,17 +315,17 @@ class TestMerge:
         merged = merge_tensors(*arguments, backend="triton", on_nonfinite="base")
         assert torch.equal(merged.view(-1)[[70, 599]].cpu(), e.base.view(-1)[[70, 599]])
 
-    @pytest.mark.usefixtures("bracketed")
     @pytest.mark.parametrize("parameters", [DENSITY, {"precond_threshold": 1e-12}, {"density": 0}], ids=str)
     @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-    def test_graft_has_the_bits_of_base_and_expert(self, parameters, dtype):
+    def test_graft_has_the_bits_of_base_and_expert(self, monkeypatch, parameters, dtype):
         """Edits are rounded: a weight and its edit differ by many powers of two."""
+        monkeypatch.setattr(functional, "Decider", functools.partial(Decider, rules=BRACKETED))
         rng, own = np.random.default_rng(5), getattr(torch, dtype)
         base, expert = (torch.as_tensor(rng.lognormal(0, 8, SHAPE)).to(own) for _ in range(2))
         e = Experts(base, (expert,), (torch.as_tensor(rng.lognormal(-30, 9, SHAPE)).float(),))
         assert (base.float() + (expert.float() - base.float()) != expert.float()).float().mean() > 0.01
         grafted = graft(put(e.base), put(e.experts[0]), put(e.curvatures[0]), backend="triton", **parameters)
-        mask = reference64.evaluate({"weight": e.exact()}, **parameters)["weight"].masks[0]
+        mask = oracle.evaluate({"weight": e.exact()}, **parameters)["weight"].masks[0]
         assert 0 < mask.mean() < 1 or parameters == {"density": 0}
         assert_grafted(grafted.cpu(), e.base, e.experts[0], mask)
 
@@ -420,7 +403,8 @@ class TestThresholds:
     @pytest.fixture(autouse=True)
     def _resident(self, monkeypatch):
         monkeypatch.setattr(selection, "buffer_of", functools.partial(buffer_of, resident=True))
-        monkeypatch.setattr(selection, "_DEVICE_BLOCK", 100_000)
+        small = functools.partial(selection.at_positions, device_block=100_000)
+        monkeypatch.setattr(selection, "at_positions", small)
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("case", CASES)

@@ -6,9 +6,10 @@ import json
 import os
 from pathlib import Path
 
+import jobs
 import numpy as np
+import oracle
 import pytest
-import reference64
 import torch
 from checkpoints import CURVATURE, SHAPES, make_set, model_digests, save_sharded
 from click.testing import CliRunner
@@ -22,7 +23,7 @@ from ota_kernels.io.curvature import CurvatureFile
 from ota_kernels.moments.agreement import mask_agreement
 from ota_kernels.moments.compress import compress
 from ota_kernels.moments.relative_error import Errors
-from ota_kernels.run import engine
+from ota_kernels.run.rules import Rules
 from ota_kernels.tensors.log8 import LARGEST_ERROR
 
 FORMATS = ("rank1", "bf16", "log8")
@@ -247,21 +248,12 @@ class TestMerges:
 
     @pytest.mark.parametrize("scope", ["model", "tensor"])
     @pytest.mark.parametrize("form", ["rank1", "log8"])
-    def test_an_interrupted_merge_goes_on(self, models, files, tmp_path, monkeypatch, form, scope):
+    def test_an_interrupted_merge_goes_on(self, models, files, tmp_path, form, scope):
         parameters = {"density": 0.3, "density_scope": scope}
         merge(recipe(models, files[f"{form}, expanded"], **parameters), tmp_path / "expanded")
         made, options = recipe(models, files[form], **parameters), {"threads": 1, "tile_elements": 4096}
-        write, left = engine.Engine._merge_segment, iter(range(5))
-
-        def stop(*arguments):
-            if next(left, None) is None:
-                raise KeyboardInterrupt
-            return write(*arguments)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(engine.Engine, "_merge_segment", stop)
-            with pytest.raises(KeyboardInterrupt):
-                merge(made, tmp_path / "out", **options)
+        with pytest.raises(KeyboardInterrupt):
+            jobs.merge(made, tmp_path / "out", Rules(before=jobs.Interrupt("tile", 6)), **options)
         report = merge(made, tmp_path / "out", resume=True, **options)
         assert report["resumed"]
         assert model_digests(tmp_path / "out") == model_digests(tmp_path / "expanded")
@@ -418,16 +410,16 @@ def test_mask_agreement(models, files, form):
     found = mask_agreement(models.base_folder, models.expert_folders[0], files["full"][0], files[form][0])
     values = [expanded(path) for path in (files["full"][0], files[form][0])]
     edits = {
-        name: reference64.task_vector(models.experts[0][name].double().numpy(), base.double().numpy())
+        name: oracle.task_vector(models.experts[0][name].double().numpy(), base.double().numpy())
         for name, base in models.base.items()
     }
     scores = [
-        np.concatenate([reference64.score(v[name].numpy(), d).ravel() for name, d in edits.items()])
+        np.concatenate([oracle.score(v[name].numpy(), d).ravel() for name, d in edits.items()])
         for v in values
     ]
     assert found.keys() == set(DENSITIES)
     for density, index in found.items():
-        one, other = (reference64.kept_by_density(s, density) for s in scores)
+        one, other = (oracle.kept_by_density(s, density) for s in scores)
         assert index == (one & other).sum() / (one | other).sum()
 
 

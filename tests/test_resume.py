@@ -11,10 +11,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
+import jobs
 import psutil
 import pytest
 import torch
@@ -27,12 +27,12 @@ from checkpoints import (
     shard_files,
     write_recipe,
 )
+from jobs import merge
 
-from ota_kernels import OutputError, RunError, merge
+from ota_kernels import OutputError, RunError
 from ota_kernels.backends import native
 from ota_kernels.io.journal import Journal, read
-from ota_kernels.run.engine import Engine
-from ota_kernels.run.survey import Survey
+from ota_kernels.run.rules import Rules
 
 TILE = 1500
 # Many tiles of one tensor, tensors of several tiles each, and tensors that share a unit.
@@ -49,22 +49,21 @@ TILES = sum(max(-(-math.prod(shape) // TILE), 1) for shape in SHAPES.values())
 # Where a shell has started the tests in the background, processes ignore Ctrl-C unless they say otherwise.
 DRIVER = f"""
 import functools, os, signal, sys, time
+import jobs
 from ota_kernels import cli
 from ota_kernels.run import job
-from ota_kernels.run.engine import Engine
-from ota_kernels.io.journal import Journal, read
+from ota_kernels.run.rules import Rules
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-merge_tile, pause = Engine._run_kernel, float(os.environ.get("PAUSE", 0))
+pause = float(os.environ.get("PAUSE", 0))
 
-def merge(*arguments):
-    os.write(1, b".")
-    time.sleep(pause)
-    return merge_tile(*arguments)
+def before(step, segment):
+    if step == "tile":
+        os.write(1, b".")
+        time.sleep(pause)
 
-Engine._run_kernel = merge
-job.merge = functools.partial(job.merge, tile_elements={TILE})
+job.merge = functools.partial(jobs.merge, rules=Rules(before=before), tile_elements={TILE})
 cli.main()
 """
 
@@ -97,7 +96,7 @@ def start(driver):
             [sys.executable, driver, "run", *map(str, arguments)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=os.environ | {"PAUSE": str(pause)},
+            env=os.environ | {"PAUSE": str(pause), "PYTHONPATH": str(Path(jobs.__file__).parent)},
         )
         processes.append(process)
         return process
@@ -122,7 +121,7 @@ def finished_elements(out: Path) -> int:
     """Elements that an unfinished merge need not do again."""
     records = journal(out)
     merged = {(index, start, stop) for record in records for index, start, stop, _ in record.get("unit", ())}
-    merged |= {tuple(record["open"][:3]) for record in records if "open" in record}
+    merged |= {tuple(record["pending"][:3]) for record in records if "pending" in record}
     return sum(stop - start for _, start, stop in merged)
 
 
@@ -131,17 +130,8 @@ def total_elements(models) -> int:
 
 
 @pytest.fixture
-def merged_elements(monkeypatch):
-    """Counts the elements of merged tiles, in a list of one number."""
-    count, lock, merge_tile = [0], threading.Lock(), Engine._run_kernel
-
-    def counting(self, segment, *arguments):
-        with lock:
-            count[0] += segment.stop - segment.start
-        return merge_tile(self, segment, *arguments)
-
-    monkeypatch.setattr(Engine, "_run_kernel", counting)
-    return count
+def merged():
+    return jobs.Merged()
 
 
 class Stop:
@@ -260,27 +250,26 @@ class TestInterrupt:
 
     def test_everything_that_was_done_is_in_the_journal(self, models, tmp_path):
         interrupted(models, tmp_path / "out", 5, density=0.3)
-        assert sum("open" in r or "unit" in r for r in journal(tmp_path / "out")) >= 5
+        assert sum("pending" in r or "unit" in r for r in journal(tmp_path / "out")) >= 5
 
 
 class TestResume:
     @pytest.mark.parametrize("units", [0, 1, 6, TILES - 1])
-    def test_only_what_is_missing_is_merged(self, models, tmp_path, merged_elements, units):
+    def test_only_what_is_missing_is_merged(self, models, tmp_path, merged, units):
         out = tmp_path / "out"
         interrupted(models, out, units + 1, density=0.3)  # the first call tells what was done before
         done = finished_elements(out)
         assert done >= min(units, 1)
-        merged_elements[0] = 0
-        merge(models.recipe(density=0.3), out, resume=True, tile_elements=TILE)
-        assert merged_elements[0] == total_elements(models) - done
+        merge(models.recipe(density=0.3), out, merged.rules, resume=True, tile_elements=TILE)
+        assert merged.elements == total_elements(models) - done
         merge(models.recipe(density=0.3), tmp_path / "expected")
         assert model_digests(out) == model_digests(tmp_path / "expected")
 
     def test_the_model_wide_survey_is_not_repeated(self, models, tmp_path, monkeypatch):
         interrupted(models, tmp_path / "out", 3, density=0.3, normalise="model")
         monkeypatch.setattr(native, "power_sum", None)  # a call would fail
-        monkeypatch.setattr(Survey, "_sampled_brackets", None)
-        report = merge(models.recipe(density=0.3, normalise="model"), tmp_path / "out", resume=True)
+        rules = Rules(bracket=None)
+        report = merge(models.recipe(density=0.3, normalise="model"), tmp_path / "out", rules, resume=True)
         monkeypatch.undo()
         expected = merge(models.recipe(density=0.3, normalise="model"), tmp_path / "expected")
         assert report["experts"] == expected["experts"]
@@ -320,16 +309,15 @@ class TestResume:
         merge(models.recipe(precond_threshold=1e-16), tmp_path / "out", resume=True)
         assert torch.equal(load_merged(tmp_path / "out")["ids"], ids + 1)
 
-    def test_a_last_line_that_was_cut_is_ignored(self, models, tmp_path, merged_elements):
+    def test_a_last_line_that_was_cut_is_ignored(self, models, tmp_path, merged):
         out = tmp_path / "out"
         interrupted(models, out, 6, density=0.3)
         path = work_folder(out) / "journal.jsonl"
         path.write_bytes(path.read_bytes()[:-20])
         assert not path.read_bytes().endswith(b"\n")
         done = finished_elements(out)
-        merged_elements[0] = 0
-        merge(models.recipe(density=0.3), out, resume=True, tile_elements=TILE)
-        assert merged_elements[0] == total_elements(models) - done
+        merge(models.recipe(density=0.3), out, merged.rules, resume=True, tile_elements=TILE)
+        assert merged.elements == total_elements(models) - done
         merge(models.recipe(density=0.3), tmp_path / "expected")
         assert model_digests(out) == model_digests(tmp_path / "expected")
 
@@ -386,23 +374,21 @@ class TestResume:
             merge(models.recipe(), tmp_path / "out")
         assert digests(work_folder(tmp_path / "out")) == left
 
-    def test_overwrite_starts_again(self, models, tmp_path, merged_elements):
+    def test_overwrite_starts_again(self, models, tmp_path, merged):
         interrupted(models, tmp_path / "out", 6)
-        merged_elements[0] = 0
-        merge(models.recipe(), tmp_path / "out", overwrite=True)
-        assert merged_elements[0] == total_elements(models)
+        merge(models.recipe(), tmp_path / "out", merged.rules, overwrite=True)
+        assert merged.elements == total_elements(models)
 
     def test_with_nothing_to_go_on_with_begins(self, models, tmp_path):
         report = merge(models.recipe(), tmp_path / "out", resume=True)
         assert report["resumed"] is False
 
-    def test_of_a_complete_output_does_nothing(self, models, tmp_path, merged_elements):
+    def test_of_a_complete_output_does_nothing(self, models, tmp_path, merged):
         out = tmp_path / "out"
         first = merge(models.recipe(), out)
         before = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
-        merged_elements[0] = 0
-        assert merge(models.recipe(), out, resume=True) == first
-        assert merged_elements[0] == 0
+        assert merge(models.recipe(), out, merged.rules, resume=True) == first
+        assert merged.elements == 0
         assert {p.name: p.stat().st_mtime_ns for p in out.iterdir()} == before
 
     def test_of_an_output_that_is_something_else_is_an_error(self, models, tmp_path):
@@ -423,16 +409,15 @@ class TestReplacing:
         interrupted(models, out, 4, power=1.0, options={"overwrite": True})
         assert digests(out) == before
 
-    def test_goes_on_with_resume_and_overwrite_together(self, models, tmp_path, merged_elements):
+    def test_goes_on_with_resume_and_overwrite_together(self, models, tmp_path, merged):
         out = tmp_path / "out"
         merge(models.recipe(), out)
         interrupted(models, out, 4, power=1.0, options={"overwrite": True})
         done = finished_elements(out)
         with pytest.raises(OutputError, match="--overwrite"):
             merge(models.recipe(power=1.0), out, resume=True)
-        merged_elements[0] = 0
-        merge(models.recipe(power=1.0), out, resume=True, overwrite=True, tile_elements=TILE)
-        assert merged_elements[0] == total_elements(models) - done
+        merge(models.recipe(power=1.0), out, merged.rules, resume=True, overwrite=True, tile_elements=TILE)
+        assert merged.elements == total_elements(models) - done
         merge(models.recipe(power=1.0), tmp_path / "expected")
         assert model_digests(out) == model_digests(tmp_path / "expected")
 
@@ -469,11 +454,10 @@ class TestReplacing:
         assert work_folder(tmp_path / "out").exists()
 
     @pytest.mark.usefixtures("killed_between_renames")
-    def test_resume_recovers_from_a_kill_between_the_renames(self, models, tmp_path, merged_elements):
+    def test_resume_recovers_from_a_kill_between_the_renames(self, models, tmp_path, merged):
         out = tmp_path / "out"
-        merged_elements[0] = 0
-        merge(models.recipe(power=1.0), out, resume=True)
-        assert merged_elements[0] == 0
+        merge(models.recipe(power=1.0), out, merged.rules, resume=True)
+        assert merged.elements == 0
         merge(models.recipe(power=1.0), tmp_path / "expected")
         assert model_digests(out) == model_digests(tmp_path / "expected")
         assert sorted(os.listdir(tmp_path)) == ["expected", "out"]
@@ -574,25 +558,23 @@ class TestFullDisk:
         assert not out.exists()
 
 
-def test_the_reference_backend_resumes_too(models, tmp_path, merged_elements):
+def test_the_reference_backend_resumes_too(models, tmp_path, merged):
     interrupted(models, tmp_path / "out", 5, density=0.3, options={"backend": "reference"})
     done = finished_elements(tmp_path / "out")
-    merged_elements[0] = 0
-    merge(models.recipe(density=0.3), tmp_path / "out", resume=True, backend="reference")
-    assert merged_elements[0] == total_elements(models) - done
+    merge(models.recipe(density=0.3), tmp_path / "out", merged.rules, resume=True, backend="reference")
+    assert merged.elements == total_elements(models) - done
     merge(models.recipe(density=0.3), tmp_path / "expected", backend="reference")
     assert model_digests(tmp_path / "out") == model_digests(tmp_path / "expected")
 
 
-def test_another_backend_goes_on(models, tmp_path, merged_elements):
+def test_another_backend_goes_on(models, tmp_path, merged):
     """Masks are the same on all of them, and so is what waits for exact thresholds."""
     recipe, out = models.recipe(density=0.3), tmp_path / "out"
     interrupted(models, out, 5, density=0.3)
     done = finished_elements(out)
     assert done
-    merged_elements[0] = 0
-    found = merge(recipe, out, resume=True, backend="reference")
-    assert merged_elements[0] == total_elements(models) - done
+    found = merge(recipe, out, merged.rules, resume=True, backend="reference")
+    assert merged.elements == total_elements(models) - done
     assert (found["backend"], found["backends"]) == ("reference", ["native", "reference"])
     truth = merge(recipe, tmp_path / "truth")
     assert (found["tensors"], found["experts"]) == (truth["tensors"], truth["experts"])

@@ -58,14 +58,13 @@ def numbered(tensors: list[TensorInputs]) -> list[TensorInputs]:
 
 @pytest.mark.parametrize("near", [0, 1 << 40], ids=["far apart", "near"])
 @pytest.mark.parametrize("spread", [True, False])
-def test_files_and_memory_give_the_same_runs(tensors, monkeypatch, spread, near):
-    monkeypatch.setattr(sampling, "_NEAR", near)
+def test_files_and_memory_give_the_same_runs(tensors, spread, near):
     based = [
         replace(t, base=t.experts[0], experts=t.experts * 2, curvatures=t.curvatures * 2) for t in tensors
     ]
     based = [replace(t, experts=(t.curvatures[0].values, t.experts[0])) for t in based]  # weights that differ
     (mapped, _), released = sample(based, 40, own_curvature, native, map, None, spread), []
-    (read, of_base) = sample(based, 40, own_curvature, native, map, released.append, spread)
+    (read, of_base) = sample(based, 40, own_curvature, native, map, released.append, spread, near)
     assert bool(released) == (spread and near > 0)  # pages were mapped
     assert mapped.shape == ((40 * RUNS, RUN) if spread else (40, RUNS * RUN))
     assert np.count_nonzero(mapped) > mapped.size / 2
@@ -119,8 +118,7 @@ def test_runs_fill_cache_lines_where_rows_do(shape, aligned):
 
 @pytest.mark.parametrize("spread", [True, False])
 @pytest.mark.parametrize("cut", [0, 1, 2, 3, 4])
-def test_an_input_that_was_cut_while_in_use_is_named(tmp_path, cut, spread, monkeypatch):
-    monkeypatch.setattr(sampling, "_NEAR", 0)
+def test_an_input_that_was_cut_while_in_use_is_named(tmp_path, cut, spread):
     n = 40_000
     paths = [tmp_path / f"{i}.safetensors" for i in range(5)]
     for path in paths:
@@ -132,23 +130,22 @@ def test_an_input_that_was_cut_while_in_use_is_named(tmp_path, cut, spread, monk
     with paths[cut].open("r+b") as file:
         file.truncate(paths[cut].stat().st_size // 2)
     with pytest.raises(InputError, match=rf"/{cut}\.safetensors: changed while in use"):
-        sample([tensor], 60, own_curvature, native, map, lambda tile: None, spread)
+        sample([tensor], 60, own_curvature, native, map, lambda tile: None, spread, near=0)
     for file in files:
         file.close()
 
 
 def test_a_read_that_fails_is_not_called_a_file_that_was_cut(tmp_path, monkeypatch):
-    monkeypatch.setattr(sampling, "_NEAR", 0)
     n, path = 40_000, tmp_path / "expert.safetensors"
     save_file({"w": torch.ones(n)}, path)
     with MappedFile(path) as file, path.open("r+b") as for_all, path.open("ab") as not_for_reading:
         weights = file.buffer("w")
         tensor = TensorInputs("w", (n,), BF16, None, (weights,), (Uniform(),))
         monkeypatch.setattr(sampling.Files, "descriptor", lambda self, buffer: for_all.fileno())
-        assert sample([tensor], 60, own_curvature, native, map, lambda tile: None)[0].all()
+        assert sample([tensor], 60, own_curvature, native, map, lambda tile: None, near=0)[0].all()
         monkeypatch.setattr(sampling.Files, "descriptor", lambda self, buffer: not_for_reading.fileno())
         with pytest.raises(InputError, match=r"/expert\.safetensors: a read from its disk failed"):
-            sample([tensor], 60, own_curvature, native, map, lambda tile: None)
+            sample([tensor], 60, own_curvature, native, map, lambda tile: None, near=0)
 
 
 def zeros(shape: tuple[int, ...]) -> Buffer:

@@ -12,19 +12,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkpoints import CURVATURE, WEIGHTS, make_set, model_digests
+from jobs import Interrupt, merge
 from models import random_experts, undecided
 
-from ota_kernels import RunError, merge
+from ota_kernels import RunError
 from ota_kernels.backends import native, reference
-from ota_kernels.run import engine, job
-from ota_kernels.run.survey import Survey
+from ota_kernels.run.decide import scores_of
+from ota_kernels.run.rules import Rules
 from ota_kernels.select.bracket import Bracket, bracket_of
-from ota_kernels.select.pending import Held, Store
+from ota_kernels.select.pending import Pending, Store
 from ota_kernels.select.thresholds import SMALLEST
 from ota_kernels.tensors.buffer import Buffer
 from ota_kernels.tensors.curvature import Log8, LowRank, Rank1
 from ota_kernels.tensors.dtypes import BY_NAME
-from ota_kernels.tensors.terms import ExpertTerms, Formula, Terms, score_bits, score_of_bits, score_scale
+from ota_kernels.tensors.result import Counts
+from ota_kernels.tensors.segment import Segment
+from ota_kernels.tensors.terms import ExpertTerms, Terms, Words, score_bits, score_of_bits
 from ota_kernels.tensors.tile import TensorInputs
 
 # Two tensors whose own thresholds are bracketed, and small ones.
@@ -110,23 +113,19 @@ def test_model_scope_is_the_merge_with_these_thresholds(models, tmp_path, expect
 
 @pytest.mark.parametrize("options", [{}, {"candidates_memory": 0}], ids=str)
 @pytest.mark.parametrize("scope", SCOPES)
-def test_brackets_of_more_scores_than_memory_holds(models, tmp_path, expected, monkeypatch, scope, options):
-    monkeypatch.setattr("ota_kernels.select.settle._FEW", 0)
-    monkeypatch.setattr("ota_kernels.select.settle._BATCH", 1000)
-    report = merge(recipe_of(models, scope), tmp_path / "out", **options)
+def test_brackets_of_more_scores_than_memory_holds(models, tmp_path, expected, scope, options):
+    report = merge(recipe_of(models, scope), tmp_path / "out", Rules(few=0, batch=1000), **options)
     assert_as_expected(tmp_path / "out", report, expected[scope])
 
 
-@pytest.fixture
-def misplaced_brackets(monkeypatch):
-    """Brackets of the right width above the thresholds."""
+def misplaced(selection, scores) -> Bracket:
+    """A bracket of the right width above the threshold."""
+    right = bracket_of(selection, scores)
+    bits = score_bits(right.lowest) + right.span + (1 << 23)  # twice the score, and more
+    return Bracket(score_of_bits(bits), right.span)
 
-    def above(selection, scores):
-        right = bracket_of(selection, scores)
-        bits = score_bits(right.lowest) + right.span + (1 << 23)  # twice the score, and more
-        return Bracket(score_of_bits(bits), right.span)
 
-    monkeypatch.setattr("ota_kernels.run.survey.bracket_of", above)
+MISPLACED = Rules(bracket=misplaced)
 
 
 class Progress:
@@ -144,29 +143,12 @@ class Progress:
 
 @pytest.mark.parametrize("options", OPTIONS[1:5:2] + OPTIONS[4:], ids=str)
 @pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.usefixtures("misplaced_brackets")
 def test_brackets_that_miss(models, tmp_path, expected, scope, options):
     progress = Progress()
-    report = merge(recipe_of(models, scope), tmp_path / "out", progress=progress, **options)
+    report = merge(recipe_of(models, scope), tmp_path / "out", MISPLACED, progress, **options)
     assert report["repeats"] == (1 if scope == "model" else 2)
     assert progress.done == progress.total > 0
     assert_as_expected(tmp_path / "out", report, expected[scope])
-
-
-class Interrupt:
-    """Raises KeyboardInterrupt at one call of a function, once."""
-
-    def __init__(self, function, call: int) -> None:
-        self._function, self._left = function, call
-
-    def __call__(self, *arguments):
-        self._left -= 1
-        if self._left == 0:
-            raise KeyboardInterrupt
-        return self._function(*arguments)
-
-    def __get__(self, instance, owner):
-        return lambda *arguments: self(instance, *arguments)
 
 
 MEMORY = {"in memory": {}, "spilled": {"candidates_memory": 0}, "both": {"candidates_memory": 30_000}}
@@ -174,18 +156,16 @@ MEMORY = {"in memory": {}, "spilled": {"candidates_memory": 0}, "both": {"candid
 
 @pytest.mark.parametrize("options", MEMORY.values(), ids=MEMORY)
 @pytest.mark.parametrize("scope", SCOPES)
-def test_interrupted_while_merging(models, tmp_path, expected, monkeypatch, scope, options):
+def test_interrupted_while_merging(models, tmp_path, expected, scope, options):
     """Again and again, a few tiles further each time."""
     recipe, out = recipe_of(models, scope), tmp_path / "out"
     # One thread: all units before the interrupt are recorded. The first holds the twelve small tensors.
     options = {"tile_elements": TILE, "threads": 1, "resume": True} | options
     for call in (3, 14, 2, 4):
-        with monkeypatch.context() as patch:
-            patch.setattr(engine.Engine, "_run_kernel", Interrupt(engine.Engine._run_kernel, call))
-            with pytest.raises(KeyboardInterrupt):
-                merge(recipe, out, **options)
+        with pytest.raises(KeyboardInterrupt):
+            merge(recipe, out, Rules(before=Interrupt("tile", call)), **options)
     found = records(out)
-    assert any("open" in record or "unit" in record for record in found)
+    assert any("pending" in record or "unit" in record for record in found)
     assert not any("decided" in record for record in found) or scope == "tensor"
     report = merge(recipe, out, **options)
     assert report["resumed"]
@@ -194,115 +174,84 @@ def test_interrupted_while_merging(models, tmp_path, expected, monkeypatch, scop
 
 @pytest.mark.parametrize("cached", [True, False], ids=["then not", "then cached"])
 @pytest.mark.parametrize("scope", SCOPES)
-def test_the_page_cache_changes_before_a_resume(models, tmp_path, expected, monkeypatch, scope, cached):
+def test_the_page_cache_changes_before_a_resume(models, tmp_path, expected, scope, cached):
     """A tensor that is half merged is sampled again: its bracket must be the one of its candidates."""
     recipe, out = recipe_of(models, scope), tmp_path / "out"
     options = {"tile_elements": TILE, "threads": 1, "candidates_memory": 0}
-    monkeypatch.setattr("ota_kernels.run.survey._MAPPED", 0)
-    with monkeypatch.context() as patch:
-        patch.setattr("ota_kernels.run.survey.are_cached", lambda buffers: cached)
-        patch.setattr(engine.Engine, "_run_kernel", Interrupt(engine.Engine._run_kernel, 17))
-        with pytest.raises(KeyboardInterrupt):
-            merge(recipe, out, **options)
-    assert any("open" in record for record in records(out))
-    monkeypatch.setattr("ota_kernels.run.survey.are_cached", lambda buffers: not cached)
-    report = merge(recipe, out, resume=True, **options)
+    rules = Rules(mapped=0, cached=lambda buffers: cached)
+    with pytest.raises(KeyboardInterrupt):
+        merge(recipe, out, replace(rules, before=Interrupt("tile", 17)), **options)
+    assert any("pending" in record for record in records(out))
+    rules = replace(rules, cached=lambda buffers: not cached)
+    report = merge(recipe, out, rules, resume=True, **options)
     assert report["resumed"]
     assert_as_expected(out, report, expected[scope])
 
 
 @pytest.mark.parametrize("options", MEMORY.values(), ids=MEMORY)
 @pytest.mark.parametrize("scope", SCOPES)
-def test_interrupted_while_settling(models, tmp_path, expected, monkeypatch, scope, options):
+def test_interrupted_while_settling(models, tmp_path, expected, scope, options):
     recipe, out = recipe_of(models, scope), tmp_path / "out"
     options = {"tile_elements": TILE, "threads": 2} | options
-    patch_tile = job._FileSink.patch
-    with monkeypatch.context() as patch:
-        patch.setattr(job._FileSink, "patch", Interrupt(patch_tile, 4))
-        with pytest.raises(KeyboardInterrupt):
-            merge(recipe, out, **options)
+    with pytest.raises(KeyboardInterrupt):
+        merge(recipe, out, Rules(before=Interrupt("patch", 4)), **options)
     assert any("decided" in record for record in records(out))
     if options.get("candidates_memory") == 0:  # those that are left are in the file, and settled first
-        with monkeypatch.context() as patch:
-            patch.setattr(job._FileSink, "patch", Interrupt(patch_tile, 2))
-            with pytest.raises(KeyboardInterrupt):
-                merge(recipe, out, resume=True, **options)
+        with pytest.raises(KeyboardInterrupt):
+            merge(recipe, out, Rules(before=Interrupt("patch", 2)), resume=True, **options)
     report = merge(recipe, out, resume=True, **options)
     assert_as_expected(out, report, expected[scope])
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-def test_checkpoints_lose_nothing(models, tmp_path, expected, monkeypatch, scope):
+def test_checkpoints_lose_nothing(models, tmp_path, expected, scope):
     """Candidates that were held in memory, and go to the file after every tile."""
     recipe, out = recipe_of(models, scope), tmp_path / "out"
-    monkeypatch.setattr(engine, "_CHECKPOINT_SECONDS", -1.0)
-    with monkeypatch.context() as patch:
-        patch.setattr(engine.Engine, "_run_kernel", Interrupt(engine.Engine._run_kernel, 17))
-        with pytest.raises(KeyboardInterrupt):
-            merge(recipe, out, tile_elements=TILE, threads=1)
-    assert any("open" in record for record in records(out))
-    monkeypatch.undo()
+    rules = Rules(checkpoint_seconds=-1.0, before=Interrupt("tile", 17))
+    with pytest.raises(KeyboardInterrupt):
+        merge(recipe, out, rules, tile_elements=TILE, threads=1)
+    assert any("pending" in record for record in records(out))
     report = merge(recipe, out, resume=True, tile_elements=1000)
     assert_as_expected(out, report, expected[scope])
 
 
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("later", [1, 4])
-@pytest.mark.usefixtures("misplaced_brackets")
-def test_interrupted_while_a_missed_bracket_is_merged_again(
-    models, tmp_path, expected, monkeypatch, scope, later
-):
+def test_interrupted_while_a_missed_bracket_is_merged_again(models, tmp_path, expected, scope, later):
     """What was decided is not forgotten, nor that it took a repeat."""
-    recipe, out, exact = recipe_of(models, scope), tmp_path / "out", Survey.exact_thresholds
-    run_kernel = engine.Engine._run_kernel
-
-    def then_interrupt(*arguments):
-        found = exact(*arguments)
-        monkeypatch.setattr(engine.Engine, "_run_kernel", Interrupt(run_kernel, later))
-        return found
-
-    monkeypatch.setattr(Survey, "exact_thresholds", then_interrupt)
+    recipe, out = recipe_of(models, scope), tmp_path / "out"
     options = {"tile_elements": TILE, "threads": 1, "candidates_memory": 0}
     with pytest.raises(KeyboardInterrupt):
-        merge(recipe, out, **options)
-    monkeypatch.setattr(engine.Engine, "_run_kernel", run_kernel)
-    monkeypatch.setattr(Survey, "exact_thresholds", exact)
+        merge(recipe, out, replace(MISPLACED, before=Interrupt("tile", later, after="missed")), **options)
     assert any(record.get("decided", [None] * 3)[2] for record in records(out))  # as a repeat
-    report = merge(recipe, out, resume=True, **options)
+    report = merge(recipe, out, MISPLACED, resume=True, **options)
     assert report["repeats"] == (1 if scope == "model" else 2)
     assert_as_expected(out, report, expected[scope])
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.usefixtures("misplaced_brackets")
-def test_a_missed_bracket_after_a_resume_that_lacked_first_tiles(
-    models, tmp_path, expected, monkeypatch, scope
-):
+def test_a_missed_bracket_after_a_resume_that_lacked_first_tiles(models, tmp_path, expected, scope):
     """A kill loses the candidates in memory: those of a tensor's first tile, while its last one's are in the
     file."""
     recipe, out = recipe_of(models, scope), tmp_path / "out"
     options = {"tile_elements": TILE, "threads": 1, "candidates_memory": 0}
-    with monkeypatch.context() as patch:
-        patch.setattr(Survey, "exact_thresholds", Interrupt(Survey.exact_thresholds, 1))
-        with pytest.raises(KeyboardInterrupt):
-            merge(recipe, out, **options)
+    with pytest.raises(KeyboardInterrupt):
+        merge(recipe, out, replace(MISPLACED, before=Interrupt("missed", 1)), **options)
     found = records(out)
-    left = [r for r in found if r.get("open", [0, 1])[1] > 0]
+    left = [r for r in found if r.get("pending", [0, 1])[1] > 0]
     assert len(left) < len(found)
     path = tmp_path / ".out.ota-merge" / "journal.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in left))
-    report = merge(recipe, out, resume=True, **options)
+    report = merge(recipe, out, MISPLACED, resume=True, **options)
     assert report["resumed"]
     assert report["repeats"] == (1 if scope == "model" else 2)
     assert_as_expected(out, report, expected[scope])
 
 
-def test_a_file_of_candidates_that_was_cut(models, tmp_path, monkeypatch):
+def test_a_file_of_candidates_that_was_cut(models, tmp_path):
     recipe, out = recipe_of(models, "model"), tmp_path / "out"
-    monkeypatch.setattr(job._FileSink, "patch", Interrupt(job._FileSink.patch, 1))
     with pytest.raises(KeyboardInterrupt):
-        merge(recipe, out, tile_elements=TILE, candidates_memory=0)
-    monkeypatch.undo()
+        merge(recipe, out, Rules(before=Interrupt("patch", 1)), tile_elements=TILE, candidates_memory=0)
     path = tmp_path / ".out.ota-merge" / "candidates.bin"
     os.truncate(path, path.stat().st_size // 2)
     with pytest.raises(RunError, match=r"candidates\.bin was cut.*--overwrite"):
@@ -378,21 +327,16 @@ def tile_of(kind: str, dtypes=("float32",), base: str | None = "float32") -> Ten
     return replace(tensor, curvatures=(factors[kind],) * 2) if kind in factors else tensor
 
 
-def candidates_of(tile: TensorInputs, backend, share: float = 0.5):
-    """Those of a bracket from the middle score of each expert on."""
-    experts = []
-    for t, curvature in enumerate(tile.curvatures):
-        e = ExpertTerms(score_scale=score_scale(tile.base is not None, curvature.bias_correction))
-        scores = np.sort(backend.scores(tile, t, e)[0])
+def pending_of(tile: TensorInputs, backend, share: float = 0.5) -> Pending:
+    """Of a bracket from the middle score of each expert on."""
+    experts, known = [], scores_of(len(tile.experts), tile)
+    for t, e in enumerate(known.experts):
+        scores = np.sort(backend.scores(tile, t, known)[0])
         lowest = max(float(scores[int(len(scores) * share)]), SMALLEST)
         experts.append(replace(e, threshold=lowest, span=score_bits(np.inf) - score_bits(lowest) + 1))
     out = np.empty(tile.numel * tile.out_dtype.itemsize, np.uint8)
-    found = backend.merge(tile, Terms(Formula(), 1e-26, tuple(experts)), out).candidates
-    return Held.of(found).owned().memory
-
-
-def nbytes(candidates) -> int:
-    return Held.of(candidates).nbytes(candidates.operands)
+    stats = backend.merge(tile, Terms(known.words, tuple(experts), epsilon=1e-26), out)
+    return Pending.of(Segment(0, 0, tile.numel), tile, stats, Counts.of(stats, [])).owned()
 
 
 def raw(candidates) -> list[bytes]:
@@ -423,27 +367,25 @@ DTYPES = (
 def test_scores_of_runs_are_those_of_their_elements(monkeypatch, isa, kind, dtypes):
     monkeypatch.setattr(native, "instruction_set", lambda: isa)
     tile = tile_of(kind, dtypes, None if dtypes == ("float16",) else dtypes[0])
-    experts = [
-        (t, ExpertTerms(score_scale=score_scale(tile.base is not None, tile.curvatures[t].bias_correction)))
-        for t in (1, 0)
-    ]
+    terms, experts = scores_of(2, tile), (1, 0)
     for length, count in ((16, 100), (5, 3), (tile.numel, 1), (16, 0)):
         starts = np.random.default_rng(5).integers(0, tile.numel - length + 1, count)
         found = [np.empty(count * length, np.float32) for _ in experts]
-        assert native.run_scores(tile, experts, starts, length, found) is None
-        for scores, (t, terms) in zip(found, experts, strict=True):
+        assert native.run_scores(tile, terms, experts, starts, length, found) is None
+        for scores, t in zip(found, experts, strict=True):
             whole = native.scores(tile, t, terms)[0]
             np.testing.assert_array_equal(
                 scores.reshape(count, length), whole[starts[:, None] + np.arange(length)]
             )
 
 
+ONE = Terms(Words(), (ExpertTerms(),))
+
+
 @pytest.mark.parametrize("start", [-1, 37 * 11 - 15])
 def test_a_run_outside_is_refused(start):
     with pytest.raises(ValueError, match="a run outside"):
-        native.run_scores(
-            tile_of("float32"), [(0, ExpertTerms())], np.array([0, start]), 16, [np.empty(32, np.float32)]
-        )
+        native.run_scores(tile_of("float32"), ONE, [0], np.array([0, start]), 16, [np.empty(32, np.float32)])
 
 
 @pytest.mark.parametrize(
@@ -451,7 +393,7 @@ def test_a_run_outside_is_refused(start):
 )
 def test_scores_are_not_written_to_a_copy(out):
     with pytest.raises(RuntimeError):
-        native.run_scores(tile_of("float32"), [(0, ExpertTerms())], np.array([0, 16]), 16, [out])
+        native.run_scores(tile_of("float32"), ONE, [0], np.array([0, 16]), 16, [out])
 
 
 class TestStore:
@@ -461,22 +403,22 @@ class TestStore:
     def test_round_trips(self, tmp_path, backend, kind, dtypes):
         base = None if dtypes == ("float16",) and kind != "uniform" else dtypes[0]
         tile = tile_of(kind, dtypes, base)
-        candidates = candidates_of(tile, backend)
-        count = len(candidates.positions)
+        pending = pending_of(tile, backend)
+        candidates, count = pending.memory, len(pending.memory.positions)
         assert 0 < count <= len(undecided(candidates)) < tile.numel
         assert bool(candidates.alternatives) == (backend is native)
         chosen = tile.gather(candidates.positions.astype(np.int64))
         for found, of_tile in zip(candidates.operands.experts, chosen.experts, strict=True):
             assert found.data.tobytes() == of_tile.data.tobytes()
         store, memory = Store(0, tmp_path / "file"), Store(1 << 20)
-        store.put(candidates_of(tile, backend, 0.9))  # lies before it
-        written, held = store.put(candidates), memory.put(candidates)
+        store.put(pending_of(tile, backend, 0.9))  # lies before it
+        written, held = store.put(pending), memory.put(pending)
         spilled = memory.spill(held)
         assert (written.memory, spilled.memory, held.memory) == (None, None, candidates)
         after = Store(0, tmp_path / "file")
-        restored = after.restore(replace(written), tile)
-        assert after.put(candidates_of(tile, backend, 0.8)).offset == written.offset + nbytes(candidates)
-        for source, one in [(store, written), (memory, held), (memory, spilled), (after, restored)]:
+        after.restore(written, tile)
+        assert after.put(pending_of(tile, backend, 0.8)).offset == written.offset + pending.nbytes(tile)
+        for source, one in [(store, written), (memory, held), (memory, spilled), (after, written)]:
             found = source.get(one, tile)
             assert raw(found) == raw(candidates)
             for t in range(len(tile.experts)):
@@ -489,30 +431,31 @@ class TestStore:
             one.close()
 
     def test_keeps_what_the_budget_allows(self, tmp_path):
-        candidates = candidates_of(tile_of("float32"), native)
-        size = nbytes(candidates)
+        tile = tile_of("float32")
+        pending = pending_of(tile, native)
+        candidates, size = pending.memory, pending.nbytes(tile)
         alternatives = sum(len(a.positions) for a in candidates.alternatives)
         of_candidates = len(candidates.positions) * (4 + 3 * 4 + 2 * 4) + 4 * sum(map(len, candidates.steps))
         assert size == of_candidates + alternatives * (4 + 4 + 4)
         store = Store(2 * size, tmp_path / "file")
-        first, second, third = (store.put(candidates) for _ in range(3))
+        first, second, third = (store.put(pending) for _ in range(3))
         assert [held.memory is None for held in (first, second, third)] == [False, False, True]
         assert (tmp_path / "file").stat().st_size == size
         store.drop(third)  # was not in memory: frees none
-        assert store.put(candidates).memory is None
+        assert store.put(pending).memory is None
         store.drop(first)
-        assert store.put(candidates).memory is not None
-        assert store.put(candidates).memory is None
+        assert store.put(pending).memory is not None
+        assert store.put(pending).memory is None
         assert store.spill(second).memory is None
-        assert store.put(candidates).memory is not None
+        assert store.put(pending).memory is not None
         store.sync()
         store.close()
 
     def test_a_file_that_was_cut_is_an_error(self, tmp_path):
         tile = tile_of("bfloat16")
         store = Store(0, tmp_path / "file")
-        held = store.put(candidates_of(tile, native))
-        os.truncate(tmp_path / "file", nbytes(candidates_of(tile, native)) - 1)
+        held = store.put(pending_of(tile, native))
+        os.truncate(tmp_path / "file", held.nbytes(tile) - 1)
         with pytest.raises(RunError, match=r"file was cut: start again with --overwrite"):
             store.get(held, tile)
         os.truncate(tmp_path / "file", 1)
@@ -526,7 +469,7 @@ class TestStore:
 
         tile = tile_of("float32")
         store = Store(0, tmp_path / "file")
-        held = store.put(candidates_of(tile, native))
+        held = store.put(pending_of(tile, native))
         monkeypatch.setattr(os, "preadv", broken)
         with pytest.raises(RunError, match=r"cannot read .*file: Input/output error"):
             store.get(held, tile)
@@ -538,12 +481,12 @@ class TestStore:
 
         monkeypatch.setattr(os, "pwrite", full)
         with pytest.raises(RunError, match=r"cannot write .*file.*--resume"):
-            Store(0, tmp_path / "file").put(candidates_of(tile_of("float32"), native))
+            Store(0, tmp_path / "file").put(pending_of(tile_of("float32"), native))
 
     def test_leaves_no_unnamed_file_open(self):
         before = len(os.listdir("/proc/self/fd"))
         store = Store(0)
-        held = store.put(candidates_of(tile_of("float32"), native))
+        held = store.put(pending_of(tile_of("float32"), native))
         assert raw(store.get(held, tile_of("float32")))
         store.close()
         assert len(os.listdir("/proc/self/fd")) == before

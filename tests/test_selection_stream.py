@@ -7,15 +7,16 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
+import oracle
 import pytest
-import reference64
 import torch
-from models import Experts, random_experts
+from models import Experts, decider_of, random_experts
 from streams import BIG, closed_recipe, inputs_of, recipe_of, stream
 
-from ota_kernels import merge_state_dicts
+from ota_kernels import api, merge_state_dicts
 from ota_kernels.backends import native, reference
-from ota_kernels.run.survey import Survey
+from ota_kernels.run.decide import Decider
+from ota_kernels.run.rules import Rules
 from ota_kernels.select.bracket import Bracket, bracket_of
 from ota_kernels.tensors.terms import is_open
 
@@ -108,9 +109,9 @@ def scores_of(kind: str, t: int) -> tuple[np.ndarray, ...]:
     """Expert t's float32 scores in each tensor, by the definition."""
     found = []
     for experts in scenario(kind):
-        d = reference64.task_vector(experts.experts[t].numpy(), experts.base.numpy())
+        d = oracle.task_vector(experts.experts[t].numpy(), experts.base.numpy())
         with np.errstate(over="ignore"):
-            found.append(np.abs(reference64.score(experts.curvatures[t].numpy(), d)).ravel())
+            found.append(np.abs(oracle.score(experts.curvatures[t].numpy(), d)).ravel())
     return tuple(found)
 
 
@@ -186,7 +187,7 @@ def test_thresholds_and_counts_are_those_of_a_sort(backend, kind, scope):
             finite = [x if x is None else min(x, float(np.finfo(np.float32).max)) for x in expected[t]]
             assert found.scores(t) == finite, (own[t], t)
             counted = [kept(s, x) for s, x in zip(scores_of(kind, t), expected[t], strict=True)]
-            assert [tally.kept[t] for tally in found.tallies] == counted, (own[t], t)
+            assert [counts.kept[t] for counts in found.counts] == counted, (own[t], t)
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -197,8 +198,8 @@ def test_exactly_k_are_kept_where_no_scores_are_equal(backend, density, scope):
     curvature = np.random.default_rng(1).permutation(n).reshape(BIG) + 1.0
     big = grafts([np.ones(BIG)], [curvature]).inputs("float32")
     found = stream(recipe_of([{"density": density}], density_scope=scope), [big], backend)
-    assert found.tallies[0].kept == [int(Fraction(repr(density)) * n)]
-    assert found.tallies[0].unkept == n - found.tallies[0].kept[0]
+    assert found.counts[0].kept == [int(Fraction(repr(density)) * n)]
+    assert found.counts[0].unkept == n - found.counts[0].kept[0]
     assert (found.repeats, bool(found.waiting)) == (0, True)
 
 
@@ -211,15 +212,15 @@ BRACKETED = ({"density": 0.3}, {"density": 0.02}, {"saliency_mass": 0.5})
 def test_brackets_are_used(kind, scope):
     """The tests here would prove nothing of brackets if all went by histograms."""
     tensors = inputs_of(scenario(kind))
-    survey = Survey(recipe_of(BRACKETED, density_scope=scope), tensors, native)
-    decisions = survey.decide_model(map)
-    bracketed = [[is_open(e) for e in survey.terms(tensor, decisions, map).experts] for tensor in tensors]
+    decider = decider_of(recipe_of(BRACKETED, density_scope=scope), tensors, native)
+    model = decider.decide_model()
+    bracketed = [[is_open(e) for e in decider.terms(tensor, model).experts] for tensor in tensors]
     assert any(bracketed[0])
     assert all(one == (bracketed[0] if scope == "model" else [False] * 3) for one in bracketed[1:])
     if kind in ("normal", "tie"):
         assert all(bracketed[0])
     if kind == "few values":
-        spans = [e.span for e in survey.terms(tensors[0], decisions, map).experts]
+        spans = [e.span for e in decider.terms(tensors[0], model).experts]
         assert 0 in spans  # kept or dropped together
 
 
@@ -232,7 +233,7 @@ def test_merged_bytes_are_those_of_known_thresholds(backend, kind):
         known = stream(closed_recipe(thresholds), tensors, backend, tile=1 << 20)
         assert not known.waiting
         assert found.outputs == known.outputs
-        assert found.counts() == known.counts()
+        assert found.numbers() == known.numbers()
 
 
 def test_tensor_scope_is_each_tensor_by_itself(backend):
@@ -241,7 +242,7 @@ def test_tensor_scope_is_each_tensor_by_itself(backend):
     expected = expected_thresholds("rows", "tensor", 0)
     for i, tensor in enumerate(tensors):
         known = stream(closed_recipe([one[i] for one in expected]), [tensor], backend)
-        assert (found.outputs[i], found.counts()[i]) == (known.outputs[0], known.counts()[0])
+        assert (found.outputs[i], found.numbers()[i]) == (known.outputs[0], known.numbers()[0])
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -252,7 +253,7 @@ def test_tiles_threads_and_memory_change_nothing(kind, scope):
     expected = stream(recipe, tensors, native, tile=1 << 20, threads=1)
     for tile, threads, budget in [(1000, 3, 0), (4096, 2, 10_000), (100_000, 1, 0), (333, 1, 1 << 30)]:
         found = stream(recipe, tensors, native, tile, threads, budget)
-        assert (found.outputs, found.tallies) == (expected.outputs, expected.tallies), (tile, threads, budget)
+        assert (found.outputs, found.counts) == (expected.outputs, expected.counts), (tile, threads, budget)
 
 
 @pytest.mark.parametrize("mass", [0.4, 0.9])
@@ -267,7 +268,7 @@ def test_mass_within_a_tie_beside_candidates_of_another_expert(backend, mass):
     assert sum(count for _, count in found.waiting) > 100
     expected = 2 if mass == 0.4 else 1  # the twos hold 2 / 3
     assert found.scores(0) == [expected * 2.0**64]
-    assert found.tallies[0].kept[0] == int((levels >= expected).sum())
+    assert found.counts[0].kept[0] == int((levels >= expected).sum())
 
 
 def _too_high(selection, scores) -> Bracket:
@@ -297,15 +298,14 @@ BAD_BRACKETS = (_too_high, _too_low, _one_value, _shifted)
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("bad", BAD_BRACKETS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("backend", [native, reference], ids=lambda b: b.NAME)
-def test_a_bracket_that_misses_costs_time_only(monkeypatch, backend, bad, scope, tile):
+def test_a_bracket_that_misses_costs_time_only(backend, bad, scope, tile):
     tensors = inputs_of(scenario("normal"), "bfloat16")
     recipe = recipe_of(MIXED, density_scope=scope)
     expected = stream(recipe, tensors, backend, tile)
-    monkeypatch.setattr("ota_kernels.run.survey.bracket_of", bad)
-    found = stream(recipe, tensors, backend, tile)
+    found = stream(recipe, tensors, backend, tile, rules=Rules(bracket=bad))
     assert (expected.repeats, found.repeats) == (0, 1)
     assert found.outputs == expected.outputs
-    assert found.counts() == expected.counts()
+    assert found.numbers() == expected.numbers()
     assert [found.scores(t) for t in range(3)] == [expected.scores(t) for t in range(3)]
 
 
@@ -320,13 +320,18 @@ def test_a_bracket_that_misses_changes_no_dictionary(monkeypatch, backend, bad, 
     experts = [{f"t{i}": m.experts[t] for i, m in enumerate(models)} for t in range(3)]
     curvatures = [{f"t{i}": m.curvatures[t] for i, m in enumerate(models)} for t in range(3)]
     decided = []
-    exact = Survey.exact_thresholds
 
-    def watched(*arguments):
-        decided.append(exact(*arguments))
-        return decided[-1]
+    class Watched(Decider):
+        rule = staticmethod(bracket_of)
 
-    monkeypatch.setattr(Survey, "exact_thresholds", watched)
+        def __init__(self, *arguments):
+            super().__init__(*arguments, rules=Rules(bracket=self.rule))
+
+        def exact_thresholds(self, *arguments):
+            decided.append(super().exact_thresholds(*arguments))
+            return decided[-1]
+
+    monkeypatch.setattr(api, "Decider", Watched)
 
     def merged():
         found = merge_state_dicts(
@@ -345,7 +350,7 @@ def test_a_bracket_that_misses_changes_no_dictionary(monkeypatch, backend, bad, 
 
     expected = merged()
     assert not decided
-    monkeypatch.setattr("ota_kernels.run.survey.bracket_of", sometimes_bad)
+    Watched.rule = staticmethod(sometimes_bad)
     assert merged() == expected
     scores = [np.concatenate(scores_of("normal", t)[: None if scope == "model" else 1]) for t in range(3)]
     exact = [exact_threshold(s, {"density": x}) for s, x in zip(scores, densities, strict=True)]
@@ -387,7 +392,7 @@ def masks_of_spoiled(key: str, value: float, scope: str) -> list[np.ndarray]:
     """Of each tensor, by the definition: bool[T, *shape], without what an expert's inputs rule out."""
     models = spoiled_models()
     exact = {f"t{i}": m.exact() for i, m in enumerate(models)}
-    truth = reference64.evaluate(exact, on_nonfinite="base", density_scope=scope, **{key: value})
+    truth = oracle.evaluate(exact, on_nonfinite="base", density_scope=scope, **{key: value})
     usable = [~np.stack([unusable(m, t) for t in range(2)]) for m in models]
     return [truth[f"t{i}"].masks & good for i, good in enumerate(usable)]
 
@@ -405,12 +410,12 @@ def test_inputs_that_are_not_finite(backend, parameter, scope):
     masks = masks_of_spoiled(*parameter, scope)
     for i, (tensor, model) in enumerate(zip(tensors, spoiled_models(), strict=True)):
         bad = unusable(model, 0) | unusable(model, 1)
-        assert found.tallies[i].kept == masks[i].reshape(2, -1).sum(axis=1).tolist()
-        assert found.tallies[i].repaired == int(bad.sum())
+        assert found.counts[i].kept == masks[i].reshape(2, -1).sum(axis=1).tolist()
+        assert found.counts[i].repaired == int(bad.sum())
         thresholds = [found.scores(t)[i] for t in range(2)]
         known = stream(closed_recipe(thresholds, on_nonfinite="base"), [tensor], backend)
-        assert (found.outputs[i], found.counts()[i]) == (known.outputs[0], known.counts()[0])
-    assert stream(recipe, tensors, backend, tile=1 << 20).counts() == found.counts()
+        assert (found.outputs[i], found.numbers()[i]) == (known.outputs[0], known.numbers()[0])
+    assert stream(recipe, tensors, backend, tile=1 << 20).numbers() == found.numbers()
 
 
 # name: (arguments of random_experts, of inputs, of the recipe)
@@ -452,7 +457,7 @@ def kept_by_definition(variant: str, own: str) -> list[list[int]]:
     exact = {f"t{i}": m.exact(f"t{i}", biases) for i, m in enumerate(variant_models(variant))}
     keys = ("density", "saliency_mass", "precond_threshold")
     each = {key: [one.get(key) for one in OWN[own]] for key in keys}
-    truth = reference64.evaluate(exact, **each, **shared)
+    truth = oracle.evaluate(exact, **each, **shared)
     return [merged.masks.reshape(3, -1).sum(axis=1).tolist() for merged in truth.values()]
 
 
@@ -469,11 +474,11 @@ def test_variants(backend, variant, own):
     has_base = models[0].base is not None
     tensors = inputs_of(models, **given)
     recipe = recipe_of(OWN[own], has_base, **shared)
-    assert Survey(recipe, tensors, backend).brackets == (variant not in LATE)
+    assert decider_of(recipe, tensors, backend).brackets == (variant not in LATE)
     found = stream(recipe, tensors, backend, tile=15_000)
     assert (found.repeats, bool(found.waiting)) == (0, variant not in LATE)
     thresholds = [found.scores(t)[0] for t in range(3)]
     known = stream(closed_recipe(thresholds, has_base=has_base, **shared), tensors, backend)
     assert not known.waiting
-    assert (found.outputs, found.counts()) == (known.outputs, known.counts())
-    assert [tally.kept for tally in found.tallies] == kept_by_definition(variant, own)
+    assert (found.outputs, found.numbers()) == (known.outputs, known.numbers())
+    assert [counts.kept for counts in found.counts] == kept_by_definition(variant, own)

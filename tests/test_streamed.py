@@ -12,13 +12,15 @@ import pytest
 from models import random_experts, undecided
 
 from ota_kernels.backends import native, reference
-from ota_kernels.select.pending import Held
+from ota_kernels.run import decide
+from ota_kernels.select.pending import Pending
 from ota_kernels.tensors import log8
 from ota_kernels.tensors.buffer import Buffer
 from ota_kernels.tensors.curvature import Log8, Rank1
 from ota_kernels.tensors.dtypes import BY_NAME
-from ota_kernels.tensors.result import MergeStats
-from ota_kernels.tensors.terms import ExpertTerms, Formula, Terms, score_bits, score_of_bits, score_scale
+from ota_kernels.tensors.result import Counts, MergeStats
+from ota_kernels.tensors.segment import Segment
+from ota_kernels.tensors.terms import ExpertTerms, Terms, Words, score_bits, score_of_bits, score_scale
 from ota_kernels.tensors.tile import TensorInputs
 
 WIDER = [isa for isa in native.instruction_sets() if isa != "base"]
@@ -53,22 +55,28 @@ def log8_of(h: np.ndarray) -> Log8:
     return Log8(Buffer(codes.reshape(-1), BY_NAME["uint8"]), scales, h.shape[1])
 
 
-def terms_of(inputs: TensorInputs, formula: Formula, open_: bool = False) -> Terms:
+def terms_of(inputs: TensorInputs, open_: bool = False, masked: bool = True, **numbers) -> Terms:
     """Thresholds at the median of the scores; open_: brackets that begin there."""
     experts = []
     for t in range(len(inputs.experts)):
+        median = 0.0
+        if masked:
+            scores, _ = reference.scores(inputs, t, decide.scores_of(len(inputs.experts), inputs))
+            median = float(np.float32(np.median(scores)))
         e = ExpertTerms(score_scale=score_scale(True), weight_scale=2.0**40 * (t + 1))
-        median = float(np.float32(np.median(reference.scores(inputs, t, e)[0]))) if formula.masked else 0.0
         experts.append(replace(e, threshold=median, span=BRACKET if open_ else 0))
-    return Terms(formula, 1e-26 * 2.0**40, tuple(experts))
+    words = Words() if masked else Words(score="none", select="all")
+    return Terms(words, tuple(experts), epsilon=1e-26 * 2.0**40, **numbers)
 
 
 def merge(monkeypatch, isa: str, inputs: TensorInputs, terms: Terms) -> tuple[bytes, MergeStats]:
     monkeypatch.setattr(native, "instruction_set", lambda: isa)
     out = np.zeros(inputs.numel * inputs.out_dtype.itemsize, np.uint8)
     stats = native.merge(inputs, terms, out)
-    held = stats.candidates
-    return out.tobytes(), replace(stats, candidates=None if held is None else Held.of(held).owned().memory)
+    if stats.candidates is not None:
+        pending = Pending.of(Segment(0, 0, inputs.numel), inputs, stats, Counts.of(stats, []))
+        stats = replace(stats, candidates=pending.owned().memory)
+    return out.tobytes(), stats
 
 
 def assert_alike(monkeypatch, inputs: TensorInputs, terms: Terms) -> MergeStats:
@@ -100,8 +108,8 @@ def arrays(candidates) -> Iterator[np.ndarray]:
 @pytest.mark.parametrize("masks", ["none", "closed", "open"])
 def test_every_combination(monkeypatch, masks, power, weights, curvature, out):
     inputs = tile(weights, curvature, out)
-    formula = Formula(power=power, lambda_=1.25, masked=masks != "none")
-    stats = assert_alike(monkeypatch, inputs, terms_of(inputs, formula, masks == "open"))
+    terms = terms_of(inputs, masks == "open", masks != "none", power=power, lambda_=1.25)
+    stats = assert_alike(monkeypatch, inputs, terms)
     assert (stats.candidates is not None) == (masks == "open")
     if masks == "open":
         assert 0 < len(undecided(stats.candidates)) < ELEMENTS
@@ -113,14 +121,14 @@ def test_every_combination(monkeypatch, masks, power, weights, curvature, out):
 @pytest.mark.parametrize("n_experts", [1, 2, 5, 8, 17, 64])
 def test_any_number_of_experts(monkeypatch, n_experts):
     inputs = tile("bfloat16", "float32", "bfloat16", n_experts)
-    assert_alike(monkeypatch, inputs, terms_of(inputs, Formula()))
+    assert_alike(monkeypatch, inputs, terms_of(inputs))
 
 
 @pytest.mark.parametrize("start", [0, 64, 192, 1024, 1088, 37])
 @pytest.mark.parametrize("curvature", ["float32", "rank1", "log8"])
 def test_slices(monkeypatch, curvature, start):
     inputs = tile("bfloat16", curvature, "bfloat16")
-    terms = terms_of(inputs, Formula(), open_=True)
+    terms = terms_of(inputs, open_=True)
     assert_alike(monkeypatch, inputs.slice(start, ELEMENTS - 5), terms)
 
 
@@ -132,19 +140,19 @@ def test_rows_of_any_length(monkeypatch, curvature, columns):
     made = {"rank1": rank1, "log8": log8_of}[curvature]
     h = [np.exp(rng.normal(-20, 2, (inputs.numel // columns, columns))).astype(np.float32) for _ in range(3)]
     inputs = replace(inputs, curvatures=tuple(map(made, h)))
-    assert_alike(monkeypatch, inputs, terms_of(inputs, Formula()))
+    assert_alike(monkeypatch, inputs, terms_of(inputs))
 
 
 def test_curvature_of_several_kinds(monkeypatch):
     kinds = ("float32", "rank1", "log8")
     several = tuple(tile("bfloat16", kind, "bfloat16").curvatures[t] for t, kind in enumerate(kinds))
     inputs = replace(tile("bfloat16", "float32", "bfloat16"), curvatures=several)
-    assert_alike(monkeypatch, inputs, terms_of(inputs, Formula()))
+    assert_alike(monkeypatch, inputs, terms_of(inputs))
 
 
 def test_bias_correction(monkeypatch):
     inputs = tile("bfloat16", "float32", "bfloat16")
-    terms = terms_of(inputs, Formula())
+    terms = terms_of(inputs)
     scaled = [replace(e, score_scale=score_scale(True, 0.37)) for e in terms.experts]
     assert_alike(monkeypatch, inputs, replace(terms, experts=tuple(scaled)))
 
@@ -159,7 +167,7 @@ def test_one_value_in_one_block(monkeypatch, value, role, repair, masked):
     hit = {"base": made.base, "expert": made.experts[1], "curvature": made.curvatures[1]}[role]
     hit.reshape(-1)[1500] = value
     inputs = made.inputs("bfloat16")
-    terms = terms_of(tile("bfloat16", "float32", "bfloat16"), Formula(masked=masked, repair_nonfinite=repair))
+    terms = terms_of(tile("bfloat16", "float32", "bfloat16"), masked=masked, repair=repair)
     stats = assert_alike(monkeypatch, inputs, terms)
     usable = np.isfinite(value) and not (role == "curvature" and value < 0)
     assert [(bad.role, bad.count, bad.first) for bad in stats.nonfinite] == (
@@ -175,14 +183,14 @@ def test_a_result_beyond_the_type(monkeypatch, out):
         model.reshape(-1)[2000] = limit
     made.experts[1].reshape(-1)[2000] = 1.003 * limit
     inputs = made.inputs(out)
-    terms = terms_of(inputs, Formula(masked=False, lambda_=3.0))
+    terms = terms_of(inputs, masked=False, lambda_=3.0)
     assert assert_alike(monkeypatch, inputs, terms).overflow == 1
 
 
 def test_nobody_keeps_anything(monkeypatch):
     inputs = tile("bfloat16", "float32", "bfloat16")
-    for fallback_to_base in (True, False):
-        terms = terms_of(inputs, Formula(fallback_to_base=fallback_to_base))
+    for fallback in ("base", "mean"):
+        terms = terms_of(inputs, fallback=fallback)
         never = tuple(replace(e, threshold=float("nan")) for e in terms.experts)
         assert assert_alike(monkeypatch, inputs, replace(terms, experts=never)).unkept == ELEMENTS
 
@@ -190,9 +198,9 @@ def test_nobody_keeps_anything(monkeypatch):
 def test_scores_at_the_threshold_are_kept(monkeypatch):
     """The threshold is a score of the tile; one float32 number higher it is not kept."""
     inputs = tile("bfloat16", "float32", "bfloat16", 1)
-    terms = terms_of(inputs, Formula())
+    terms = terms_of(inputs)
     (e,) = terms.experts
-    scores, _ = reference.scores(inputs, 0, e)
+    scores, _ = reference.scores(inputs, 0, terms)
     exact = float(np.sort(scores)[len(scores) // 3])
     above = score_of_bits(score_bits(exact) + 1)
     for threshold in (exact, above):
@@ -205,10 +213,10 @@ def test_matrices_of_several_widths(monkeypatch):
     inputs = tile("bfloat16", "float32", "bfloat16", 2).slice(0, 2048)
     curvatures = (Rank1(*random_factors(4, 512)), Rank1(*random_factors(8, 256)))
     inputs = replace(inputs, curvatures=curvatures)
-    assert_alike(monkeypatch, inputs, terms_of(inputs, Formula(masked=False)))
+    assert_alike(monkeypatch, inputs, terms_of(inputs, masked=False))
     moved = (Rank1(*random_factors(8, 512)), Rank1(*random_factors(8, 512), start=512))
     inputs = replace(inputs, curvatures=moved)
-    assert_alike(monkeypatch, inputs, terms_of(inputs, Formula(masked=False)))
+    assert_alike(monkeypatch, inputs, terms_of(inputs, masked=False))
 
 
 def random_factors(rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
@@ -219,7 +227,7 @@ def random_factors(rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
 def test_no_candidates_beyond_the_tile(monkeypatch):
     """A bracket up to the NaNs, with which a block is filled up to what a loop takes at once."""
     inputs = tile("bfloat16", "float32", "bfloat16").slice(0, 33)
-    terms = terms_of(inputs, Formula())
+    terms = terms_of(inputs)
     widest = tuple(replace(e, threshold=3.4e38, span=1 << 24) for e in terms.experts)
     stats = assert_alike(monkeypatch, inputs, replace(terms, experts=widest))
     assert len(undecided(stats.candidates)) == 0

@@ -3,77 +3,27 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
+import oracle
 import pytest
-import reference64
 import torch
 from models import Experts, random_experts
+from scores import CASES, DTYPES, LARGE, assert_grafted, ranks, sorted_answers, tensor_of
 
-import ota_kernels.select.topk as selection
 from ota_kernels import graft, merge_state_dicts, topk_threshold
 from ota_kernels.errors import BackendError, InputError, RecipeError
+from ota_kernels.select.topk import Bracket, at_positions, brackets_of, sorted_at
+from ota_kernels.tensors.convert import buffer_of
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
-DTYPES = ("float32", "bfloat16", "float16", "float64")
-LARGE = 300_000
 
-
-def rows_of_different_scales(rng) -> np.ndarray:
-    """Rows over twelve orders of magnitude, in blocks: a sample of runs sees few of them."""
-    scales = 10.0 ** rng.uniform(-6, 6, 300)
-    return rng.normal(size=(300, 1000)) * scales[:, None]
-
-
-def one_row_on_top(rng) -> np.ndarray:
-    """The largest thousandth lies together, where a sample may miss it."""
-    x = rng.normal(size=LARGE)
-    x[123_456:123_756] += 100
-    return x
-
-
-CASES = {
-    "normal": lambda rng: rng.normal(size=LARGE),
-    "lognormal": lambda rng: np.exp(rng.normal(0, 5, LARGE)),
-    "rows": rows_of_different_scales,
-    "one-row-on-top": one_row_on_top,
-    "ascending": lambda rng: np.arange(LARGE, dtype=np.float64),
-    "five-values": lambda rng: rng.integers(-2, 3, LARGE).astype(np.float64),
-    "mostly-zero": lambda rng: rng.normal(size=LARGE) * (rng.random(LARGE) < 0.02),
-    "all-equal": lambda rng: np.full(LARGE, -1.5),
-    "all-zero": lambda rng: np.zeros(LARGE),
-    "two-zeros": lambda rng: np.where(rng.random(LARGE) < 0.5, 0.0, -0.0),
-    "one-outlier": lambda rng: np.where(np.arange(LARGE) == 77_777, 6e4, rng.normal(0, 1e-3, LARGE)),
-    "infinities": lambda rng: rng.choice([-np.inf, -1.0, 2.0, np.inf], LARGE),
-}
-
-
-def tensor_of(case: str, dtype: str) -> torch.Tensor:
-    return torch.as_tensor(CASES[case](np.random.default_rng(1))).to(getattr(torch, dtype))
-
-
-def ranks(n: int) -> list[int]:
-    """Both ends, a few near them, and within."""
-    wanted = {0, 1, 2, 100, n // 1000, n // 5, n // 2, n - n // 5, n - 100, n - 1, n}
-    return sorted(k for k in wanted if 0 <= k <= n)
-
-
-def sorted_answers(scores: torch.Tensor, wanted: list[int], largest: bool) -> list[float]:
-    ordered = np.sort(scores.double().numpy(), axis=None)
-    ordered = ordered[::-1] if largest else ordered
-    return [float(ordered[k - 1]) if k else (math.inf if largest else -math.inf) for k in wanted]
-
-
-@pytest.fixture
-def without_partition_of_everything(monkeypatch):
-    """A bracket that misses fails the test."""
-
-    def refuse(scores, positions):
-        assert not positions, f"brackets missed: {positions}"
-        return {}
-
-    monkeypatch.setattr(selection, "_sorted_at", refuse)
+def refuse(scores, positions) -> dict[int, float]:
+    """In place of `sorted_at`: a bracket that misses fails the test."""
+    assert not positions, f"brackets missed: {positions}"
+    return {}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -115,52 +65,41 @@ def test_several_chunks():
 
 
 @pytest.mark.parametrize("case", ["normal", "five-values", "mostly-zero", "all-equal", "ascending"])
-def test_brackets_hold_and_are_narrow(without_partition_of_everything, monkeypatch, case):
+def test_brackets_hold_and_are_narrow(case):
     """The sample is good for something: a fraction of the array is collected, ties never."""
-    collected = []
-    count = selection._count
-
-    def noted(values, bracket):
-        found = count(values, bracket)
-        collected.append(len(found.between))
-        return found
-
-    monkeypatch.setattr(selection, "_count", noted)
     scores = tensor_of(case, "float32")
     wanted = LARGE // 100 if case == "mostly-zero" else LARGE // 5
-    topk_threshold(scores, wanted)
-    assert sum(collected) < LARGE / 10
+    given, position = buffer_of(scores, "score"), LARGE - wanted
+    found = at_positions(given, [position], sorted_at=refuse)
+    assert list(found.values()) == sorted_answers(scores, [wanted], True)
+    (bracket,) = brackets_of(given, [position])
+    assert ((scores > bracket.lowest) & (scores < bracket.highest)).sum() < LARGE / 10
 
 
 @pytest.mark.parametrize("shift", [-1e3, -0.7, 0.7, 1e3])
-def test_a_sample_that_misleads_changes_nothing(monkeypatch, shift):
+def test_a_sample_that_misleads_changes_nothing(shift):
     """Brackets beside the rank, above and below: the counts tell."""
-    scores = tensor_of("normal", "float64")
-    sampled, missed = selection._brackets, []
+    scores, missed = tensor_of("normal", "float64"), []
 
     def moved(scores, positions):
-        return [
-            selection._Bracket(b.position, b.lowest + shift, b.highest + shift)
-            for b in sampled(scores, positions)
-        ]
-
-    by_sorting = selection._sorted_at
+        sampled = brackets_of(scores, positions)
+        return [replace(b, lowest=b.lowest + shift, highest=b.highest + shift) for b in sampled]
 
     def noted(scores, positions):
         missed.extend(positions)
-        return by_sorting(scores, positions)
+        return sorted_at(scores, positions)
 
-    monkeypatch.setattr(selection, "_brackets", moved)
-    monkeypatch.setattr(selection, "_sorted_at", noted)
     wanted = [LARGE // 5, LARGE // 2, LARGE - LARGE // 5]
-    assert topk_threshold(scores, wanted) == sorted_answers(scores, wanted, True)
+    positions = [LARGE - k for k in wanted]
+    found = at_positions(buffer_of(scores, "score"), positions, moved, noted)
+    assert [found[position] for position in positions] == sorted_answers(scores, wanted, True)
     assert len(missed) == 3
 
 
 @pytest.mark.parametrize(("lowest", "highest"), [(2.0, 4.0), (3.0, 3.0)], ids=["wide", "one-value"])
-def test_ends_of_a_bracket(monkeypatch, lowest, highest):
+def test_ends_of_a_bracket(lowest, highest):
     """A rank right at, inside, and just beyond the ties of either end."""
-    scores = np.repeat([1.0, 2.0, 3.0, 4.0, 5.0], 10_000)
+    scores = buffer_of(np.repeat([1.0, 2.0, 3.0, 4.0, 5.0], 10_000), "score")
     missed = []
 
     def noted(scores, positions):
@@ -168,28 +107,32 @@ def test_ends_of_a_bracket(monkeypatch, lowest, highest):
         return dict.fromkeys(positions, math.nan)
 
     def fixed(scores, positions):
-        return [selection._Bracket(position, lowest, highest) for position in positions]
+        return [Bracket(position, lowest, highest) for position in positions]
 
-    monkeypatch.setattr(selection, "_sorted_at", noted)
-    monkeypatch.setattr(selection, "_brackets", fixed)
-    inside = {k: v for v in (2.0, 3.0, 4.0) if lowest <= v <= highest for k in (v * 1e4 - 9_999, v * 1e4)}
-    assert topk_threshold(scores, list(map(int, inside)), largest=False) == list(inside.values())
+    inside = {
+        int(k): v for v in (2.0, 3.0, 4.0) if lowest <= v <= highest for k in (v * 1e4 - 10_000, v * 1e4 - 1)
+    }
+    assert at_positions(scores, list(inside), fixed, noted) == inside
     assert missed == []
-    first, last = int(min(inside)), int(max(inside))
-    assert all(map(math.isnan, topk_threshold(scores, [first - 1, last + 1], largest=False)))
-    assert missed == [first - 2, last]
+    first, last = min(inside), max(inside)
+    found = at_positions(scores, [first - 1, last + 1], fixed, noted)
+    assert all(map(math.isnan, found.values()))
+    assert missed == [first - 1, last + 1]
 
 
-def test_both_ends_in_one_pass(monkeypatch):
+def test_both_ends_in_one_pass():
     """Breadcrumbs: what neither of the k smallest nor the k largest holds."""
-    passes = []
-    brackets = selection._brackets
-    monkeypatch.setattr(selection, "_brackets", lambda *a: passes.append(1) or brackets(*a))
-    scores = tensor_of("normal", "float32")
+    scores, passes = tensor_of("normal", "float32"), []
     k = LARGE // 10
     high, low = topk_threshold(scores, [k, LARGE + 1 - k])
-    assert passes == [1]
     assert int(((scores < high) & (scores > low)).sum()) == LARGE - 2 * k
+
+    def noted(scores, positions):
+        passes.append(positions)
+        return brackets_of(scores, positions)
+
+    at_positions(buffer_of(scores, "score"), [k - 1, LARGE - k], noted)
+    assert passes == [[k - 1, LARGE - k]]
 
 
 def test_many_ranks_any_order_and_twice():
@@ -279,21 +222,9 @@ def test_wrong_scores(score, error, text):
         topk_threshold(score, 1)
 
 
-def bits(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().reshape(-1, tensor.dtype.itemsize)
-
-
-def assert_grafted(grafted, base, expert, mask) -> None:
-    """The expert's bits where the mask keeps, the base's elsewhere."""
-    assert grafted.dtype == base.dtype
-    assert grafted.shape == base.shape
-    expected = np.where(mask.reshape(-1, 1), bits(expert), bits(base))
-    np.testing.assert_array_equal(bits(grafted), expected)
-
-
 def masks(model: dict, **parameters) -> dict[str, np.ndarray]:
     """m of each tensor of one expert, from the formulas."""
-    truth = reference64.evaluate({name: e.exact(name) for name, e in model.items()}, **parameters)
+    truth = oracle.evaluate({name: e.exact(name) for name, e in model.items()}, **parameters)
     return {name: merged.masks[0] for name, merged in truth.items()}
 
 

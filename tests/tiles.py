@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from types import ModuleType
 
 import numpy as np
-import reference64
+import oracle
 import torch
 
 from ota_kernels.planning.roles import role_of
@@ -47,11 +47,9 @@ class Experts:
             found,
         )
 
-    def exact(
-        self, name: str = "weight", bias_corrections: Sequence[float] | None = None
-    ) -> reference64.Tensor:
+    def exact(self, name: str = "weight", bias_corrections: Sequence[float] | None = None) -> oracle.Tensor:
         """The same values for the float64 evaluation."""
-        return reference64.Tensor(
+        return oracle.Tensor(
             None if self.base is None else self.base.double().numpy(),
             tuple(w.double().numpy() for w in self.experts),
             None if self.curvatures is None else tuple(h.float().numpy() for h in self.curvatures),

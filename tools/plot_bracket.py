@@ -18,12 +18,14 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from ota_kernels.backends import native
-from ota_kernels.planning.pairing import Inputs
+from ota_kernels.planning.inputs import Inputs
 from ota_kernels.recipe.schema import load_recipe
+from ota_kernels.run.decide import scores_of
 from ota_kernels.select import thresholds as decide
 from ota_kernels.select.bracket import bracket_of, cluster_count
 from ota_kernels.select.sample import sample
-from ota_kernels.tensors.terms import ExpertTerms, saliency_of_score, score_bits, score_of_bits, score_scale
+from ota_kernels.tensors.found import selection_of
+from ota_kernels.tensors.terms import saliency_of_score, score_bits, score_of_bits
 
 _OUT = Path(__file__).parent / "exact_threshold.svg"
 _DROPPED, _KEPT, _OPEN, _LINE = "#9aa5b1", "#2f6f4f", "#d9822b", "#1f2933"
@@ -32,15 +34,12 @@ _DROPPED, _KEPT, _OPEN, _LINE = "#9aa5b1", "#2f6f4f", "#d9822b", "#1f2933"
 def main(recipe_path: str) -> None:
     recipe = load_recipe(recipe_path)
     inputs = Inputs(recipe)
-    tensors = [inputs.tensor(entry) for entry in inputs.entries]
-    terms = ExpertTerms(score_scale=score_scale(has_base=True))
-
-    def scores(tile) -> list[np.ndarray]:
-        return [native.scores(tile, 0, terms)[0]]
-
-    every = np.sort(np.concatenate([scores(t)[0] for t in tensors]))[::-1]
-    (sampled,) = sample(tensors, cluster_count(every.size), lambda tensor: [(0, terms)], native, map)
-    selection = decide.selection_of(recipe.models[0].parameters)
+    tensors = [entry.inputs() for entry in inputs.entries]
+    scores = [native.scores(t, 0, scores_of(len(t.experts), t))[0] for t in tensors]
+    every = np.sort(np.concatenate(scores))[::-1]
+    count = cluster_count(every.size)
+    (sampled,) = sample(tensors, count, [0], lambda t: scores_of(len(t.experts), t), native, map)
+    selection = selection_of(recipe.models[0].parameters)
     bracket = bracket_of(selection, sampled)
     lowest = bracket.lowest
     highest = score_of_bits(score_bits(lowest) + bracket.span - 1)

@@ -9,14 +9,15 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from ..errors import BackendError
 from ..tensors.buffer import Buffer
-from ..tensors.curvature import Curvature, Full, Log8, LowRank, Rank1
-from ..tensors.result import CENSUS, STEP_BYTES, Alternatives, Candidates, MergeStats, NonFinite
-from ..tensors.terms import ExpertTerms, Terms
+from ..tensors.curvature import Curvature
+from ..tensors.result import CENSUS, STEP_BYTES, SUMS, Alternatives, Candidates, MergeStats, NonFinite
+from ..tensors.terms import Terms
 from ..tensors.tile import TensorInputs
 
 NAME = "native"
@@ -56,64 +57,9 @@ def release() -> None:
     """Give up memory that is kept for the next tiles: a thread's, which goes with the thread."""
 
 
-def _curvature(c: Curvature) -> tuple:
-    if isinstance(c, Full):
-        return (c.values.data, c.values.dtype.code)
-    if isinstance(c, Log8):
-        return (c.codes.data, c.scales, c.columns, c.start)
-    if isinstance(c, Rank1):
-        return (c.rows, c.columns, c.columns.size, 1, c.start, False)
-    if isinstance(c, LowRank):
-        rank, n_columns = c.right.shape
-        return (c.left.reshape(-1), c.right.reshape(-1), n_columns, rank, c.start, True)
-    return ()
-
-
-def _expert(tile: TensorInputs, t: int, terms: ExpertTerms, census: np.ndarray | None = None) -> tuple:
-    weights = tile.experts[t]
-    return (
-        weights.data,
-        weights.dtype.code,
-        _curvature(tile.curvatures[t]),
-        terms.threshold,
-        terms.score_scale,
-        terms.weight_scale,
-        terms.edit_scale,
-        terms.trim,
-        terms.span,
-        census,
-    )
-
-
-def _base(tile: TensorInputs) -> tuple:
-    return (None, 0) if tile.base is None else (tile.base.data, tile.base.dtype.code)
-
-
-def _formula(terms: Terms) -> tuple:
-    words = terms.words
-    fixed = words.divide == "number"
-    return (
-        terms.power,
-        terms.epsilon,
-        terms.lambda_,
-        terms.denominator if fixed else 0.0,
-        words.weigh == "curvature",
-        words.select != "all",
-        words.divide != "weights",
-        words.elect == "sum",
-        terms.fallback == "base",
-        terms.repair,
-    )
-
-
-def _nonfinite(t: int, counts) -> tuple[NonFinite, ...]:
-    (base, weights, curvature) = counts
-    found = (
-        NonFinite("base", -1, *base),
-        NonFinite("weights", t, *weights),
-        NonFinite("curvature", t, *curvature),
-    )
-    return tuple(bad for bad in found if bad.count)
+def _nonfinite(t: int, base, weights, curvature) -> tuple[NonFinite, ...]:
+    named = ("base", -1, base), ("weights", t, weights), ("curvature", t, curvature)
+    return tuple(NonFinite(role, at, bad.count, bad.first) for role, at, bad in named if bad and bad.count)
 
 
 def merge(tile: TensorInputs, terms: Terms, out: np.ndarray) -> MergeStats:
@@ -122,66 +68,84 @@ def merge(tile: TensorInputs, terms: Terms, out: np.ndarray) -> MergeStats:
 
     Candidates are views of memory that the thread's next merge with brackets uses again.
     """
-    censuses = tuple(np.zeros(CENSUS, np.int64) if e.census else None for e in terms.experts)
-    room = _candidate_room(tile, terms) if any(e.span for e in terms.experts) else None
-    found = _extension().merge(
-        *_base(tile),
-        [
-            _expert(tile, t, e, census)
-            for t, (e, census) in enumerate(zip(terms.experts, censuses, strict=True))
-        ],
-        _formula(terms),
-        out,
-        tile.out_dtype.code,
-        None if room is None else (*room[:2], *_per_expert(room[2:], len(tile.experts))),
-        instruction_set(),
-    )
-    kept, reached, unkept, overflow, repaired, base, weights, curvatures, *undecided = found
-    nonfinite = [NonFinite("base", -1, *base)] if base[0] else []
-    for t, (bad_weights, bad_curvature) in enumerate(zip(weights, curvatures, strict=True)):
-        nonfinite += [NonFinite("weights", t, *bad_weights)] if bad_weights[0] else []
-        nonfinite += [NonFinite("curvature", t, *bad_curvature)] if bad_curvature[0] else []
-    candidates = None if room is None else _candidates(tile, room, *undecided)
+    censuses = [np.zeros(CENSUS, np.int64) if e.census else None for e in terms.experts]
+    room = _room(tile, terms) if any(e.span for e in terms.experts) else None
+    found = _extension().merge(tile, terms, out, censuses, room, instruction_set())
+    nonfinite = _nonfinite(-1, found.base, None, None)
+    for t, (weights, curvature) in enumerate(zip(found.weights, found.curvatures, strict=True)):
+        nonfinite += _nonfinite(t, None, weights, curvature)
     return MergeStats(
-        tuple(kept), tuple(reached), unkept, overflow, repaired, tuple(nonfinite), candidates, censuses
+        tuple(found.kept),
+        tuple(found.reached),
+        found.unkept,
+        found.overflow,
+        found.repaired,
+        nonfinite,
+        None if room is None else room.candidates(tile, found),
+        tuple(censuses),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Lists that would hold a whole tile of `numel` elements as candidates, of which only what is used becomes memory;
+    uint8 arrays, one for each expert but of positions and base. sizes: bytes of an element of each list."""
+
+    sizes: list[int]
+    numel: int
+    positions: np.ndarray
+    base: np.ndarray
+    weights: list[np.ndarray]
+    origins: list[np.ndarray]
+    curvatures: list[np.ndarray]
+    steps: list[np.ndarray]
+    alternatives: list[Alternatives]
+
+    @classmethod
+    def of(cls, sizes: list[int], tile: TensorInputs) -> Room:
+        elements, experts = tile.numel + _extension().SPARE, len(tile.experts)
+        lists = iter([np.empty(size * elements, np.uint8) for size in sizes])
+
+        def take(n: int) -> list[np.ndarray]:
+            return [next(lists) for _ in range(n)]
+
+        return cls(
+            sizes,
+            tile.numel,
+            *take(2),
+            take(experts),
+            take(len(tile.origins)),
+            take(experts),
+            take(experts),
+            [Alternatives(*take(3)) for _ in range(experts)],
+        )
+
+    def candidates(self, tile: TensorInputs, found) -> Candidates:
+        """What a merge has put into the lists."""
+        lists = [self.positions, self.base, *self.weights, *self.origins, *self.curvatures]
+        sizes = Candidates.columns(tile)
+        columns = [a[: found.candidates * size] for a, size in zip(lists, sizes, strict=True)]
+        steps = [a[: n * STEP_BYTES] for a, n in zip(self.steps, found.steps, strict=True)]
+        alternatives = [
+            Alternatives.of([a[: n * size] for a, size in zip(x, Alternatives.columns(tile), strict=True)])
+            for x, n in zip(self.alternatives, found.alternatives, strict=True)
+        ]
+        return Candidates.of(tile, columns, steps, alternatives)
 
 
 _local = threading.local()
 
 
-def _per_expert(room: list[np.ndarray], experts: int) -> list[list[np.ndarray]]:
-    """Weights, curvatures, steps, and three columns of alternatives."""
-    return [room[i : i + experts] for i in range(0, len(room), experts)]
-
-
-def _candidate_room(tile: TensorInputs, terms: Terms) -> list[np.ndarray]:
-    """Columns of candidates, steps and alternatives of each expert, that would hold the whole tile, of which
-    only what is used becomes memory. Each thread keeps its own: mapping new ones for every tile would cost as
-    much as filling them."""
+def _room(tile: TensorInputs, terms: Terms) -> Room:
+    """Each thread keeps its own: mapping new memory for every tile would cost as much as filling it."""
     sizes = Candidates.columns(tile)
-    for size in (STEP_BYTES, *Alternatives.columns(tile)):
-        sizes += [size if e.span else 0 for e in terms.experts]
+    sizes += [STEP_BYTES if e.span else 0 for e in terms.experts]
+    for e in terms.experts:
+        sizes += Alternatives.columns(tile) if e.span else [0, 0, 0]
     kept = getattr(_local, "room", None)
-    if kept is None or kept[0] != sizes or kept[1] < tile.numel:
-        elements = tile.numel + _extension().SPARE
-        kept = _local.room = sizes, tile.numel, [np.empty(size * elements, np.uint8) for size in sizes]
-    return kept[2]
-
-
-def _candidates(
-    tile: TensorInputs, room: list[np.ndarray], count: int, n_steps: list[int], n_alternatives: list[int]
-) -> Candidates:
-    """What a merge has put into the room."""
-    columns, experts = Candidates.columns(tile), len(tile.experts)
-    lengths = [count * size for size in columns] + [STEP_BYTES * n for n in n_steps]
-    for size in Alternatives.columns(tile):
-        lengths += [size * n for n in n_alternatives]
-    used = [column[:length] for column, length in zip(room, lengths, strict=True)]
-    steps, *alternatives = _per_expert(used[len(columns) :], experts)
-    return Candidates.of(
-        tile, used[: len(columns)], steps, map(Alternatives.of, zip(*alternatives, strict=True))
-    )
+    if kept is None or kept.sizes != sizes or kept.numel < tile.numel:
+        kept = _local.room = Room.of(sizes, tile)
+    return kept
 
 
 def histogram(
@@ -195,41 +159,56 @@ def histogram(
 ) -> tuple[NonFinite, ...]:
     """Add the counts of expert t's float32 scores by their bits, for an exact k-th largest in two passes.
 
-    The score is the saliency, or with `of_edits` the magnitude |d| where the saliency reaches the threshold
-    (0 elsewhere). prefix -1: `counts` (int64[65536]) by the high 16 bits, and `lows` the sum of the low 16
-    bits in each bin; prefix p: counts by the low 16 bits of the scores whose high 16 bits are p.
+    With `of_edits`, |d32| of the edits that are kept stands in place of the score (0 elsewhere). prefix -1:
+    `counts` (int64[65536]) by the high 16 bits, and `lows` the sum of the low 16 bits in each bin; prefix p:
+    counts by the low 16 bits of the scores whose high 16 bits are p.
     """
-    bad = _extension().histogram(
-        *_base(tile),
-        _expert(tile, t, terms.experts[t]),
-        tile.numel,
-        of_edits,
-        prefix,
-        counts,
-        lows,
-        instruction_set(),
-    )
-    return _nonfinite(t, bad)
+    bad = _extension().histogram(tile, t, terms, of_edits, prefix, counts, lows, instruction_set())
+    return _nonfinite(t, bad.base, bad.weights, bad.curvature)
 
 
 def edits(tile: TensorInputs, t: int, terms: Terms) -> tuple[np.ndarray, tuple[NonFinite, ...]]:
     """The masked edits m_t d_t of expert t, float32[n]."""
     out = np.empty(tile.numel, np.float32)
-    bad = _extension().edits(*_base(tile), _expert(tile, t, terms.experts[t]), out, instruction_set())
-    return out, _nonfinite(t, bad)
+    bad = _extension().edits(tile, t, terms, out, instruction_set())
+    return out, _nonfinite(t, bad.base, bad.weights, bad.curvature)
 
 
 def power_sum(tile: TensorInputs, t: int, power: float) -> tuple[float, tuple[NonFinite, ...]]:
     """The sum of h_t^power over the tile, in float64."""
-    total, bad = _extension().power_sum(_curvature(tile.curvatures[t]), tile.numel, power, instruction_set())
-    return total, _nonfinite(t, ((0, -1), (0, -1), bad))
+    total, bad = _extension().power_sum(tile.curvatures[t], tile.numel, power, instruction_set())
+    return total, _nonfinite(t, None, None, bad)
 
 
 def scores(tile: TensorInputs, t: int, terms: Terms) -> tuple[np.ndarray, tuple[NonFinite, ...]]:
     """The scores s_t of expert t, float32[n], 0 where an input is not usable."""
     out = np.empty(tile.numel, np.float32)
-    bad = _extension().scores(*_base(tile), _expert(tile, t, terms.experts[t]), out, instruction_set())
-    return out, _nonfinite(t, bad)
+    bad = _extension().scores(tile, t, terms, out, instruction_set())
+    return out, _nonfinite(t, bad.base, bad.weights, bad.curvature)
+
+
+def gram(tile: TensorInputs, by: str = "tensor") -> np.ndarray:
+    """Products of edits (of weights, without a base), sum_i d_s d_t in float64: float64[T, T], or [groups, T, T]
+    by "row" or "column" of a tile of whole rows."""
+    experts = len(tile.experts)
+    columns = max(tile.shape[-1] if tile.shape else 1, 1)
+    groups = {"tensor": 1, "row": tile.numel // columns, "column": columns}[by]
+    out = np.empty(groups * experts * experts, np.float64)
+    _extension().gram(tile, ("tensor", "row", "column").index(by), out, instruction_set())
+    return out.reshape((experts, experts) if by == "tensor" else (groups, experts, experts))
+
+
+def masked_sums(tile: TensorInputs, terms: Terms) -> np.ndarray:
+    """Sums over edits and masks, float64[T, 6]; columns as SUMS (tensors/result.py) names them."""
+    found = _extension().masked_sums(tile, terms, instruction_set())
+    return np.array([[getattr(sums, name) for name in SUMS] for sums in found], np.float64)
+
+
+def row_divergence(tile: TensorInputs, t: int) -> np.ndarray:
+    """KL(p | q) of each row, float64[rows]: p = softmax(w_t) + 1e-8, q = softmax(w_0) + 1e-8. Whole rows."""
+    out = np.empty(tile.numel // max(tile.shape[-1] if tile.shape else 1, 1), np.float64)
+    _extension().row_divergence(tile, t, out, instruction_set())
+    return out
 
 
 def run_scores(
@@ -248,16 +227,9 @@ def run_scores(
     fd_of: the open file of a buffer, whose pages are then not mapped, -1 for what is in memory; `together`
     runs, of 1024 elements at most, are read at once. Returns None, or a buffer whose file could not be read.
     """
-    specs = [_expert(tensor, t, terms.experts[t]) for t in experts]
-    inputs = [tensor.base]
-    for t in experts:
-        inputs += [tensor.experts[t], next(iter(tensor.curvatures[t].buffers), None)]
-    places = None
-    if fd_of is not None:
-        places = [(-1, 0) if b is None else (fd_of(b), b.offset) for b in inputs]
-    numel, isa = tensor.numel, instruction_set()
-    which = _extension().run_scores(*_base(tensor), specs, numel, starts, length, outs, places, together, isa)
-    return None if which < 0 else inputs[which]
+    place = None if fd_of is None else lambda buffer: (fd_of(buffer), buffer.offset)
+    isa = instruction_set()
+    return _extension().run_scores(tensor, terms, experts, starts, length, list(outs), place, together, isa)
 
 
 def between(values: np.ndarray, low: float, high: float) -> tuple[np.ndarray, int]:
@@ -295,4 +267,4 @@ def is_in_memory(fd: int) -> bool:
 def row_column_sums(matrix: Curvature, row_sums: np.ndarray, column_sums: np.ndarray) -> None:
     """Add the sums of whole rows of curvature: row_sums float64[rows] is set, column_sums float64[columns]
     grows. Values that are not finite or negative count as 0 (the kernels that use the result report them)."""
-    _extension().row_column_sums(_curvature(matrix), row_sums, column_sums, instruction_set())
+    _extension().row_column_sums(matrix, row_sums, column_sums, instruction_set())

@@ -1,7 +1,8 @@
 """The reference backend: plain torch, one tile at a time. It defines what the other backends must compute.
 
-The words and the order of operations stand in tensors/terms.py; here each is a function. Decisions are float32 and
-come out bit-identical everywhere. Values are float32 for 16-bit outputs and float64 for wider ones.
+The words and the order of operations stand in tensors/terms.py; here each is a function. Decisions are
+float32 and come out bit-identical everywhere. Values are float32 for 16-bit outputs and float64 for wider
+ones.
 """
 
 from __future__ import annotations
@@ -107,8 +108,8 @@ class _Place:
 
 @dataclass(frozen=True, slots=True)
 class _Expert:
-    """One expert's elements: w and its edit in the type of the sums, the edit in float32, h in float32, whether
-    all its inputs are usable."""
+    """One expert's elements: w and its edit in the type of the sums, the edit in float32, h in float32,
+    whether all its inputs are usable."""
 
     w: torch.Tensor
     edit: torch.Tensor
@@ -177,14 +178,15 @@ def _random(terms: Terms, e: ExpertTerms, index: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(random.uniform(terms.seed, terms.name_hash, e.position, index.numpy()))
 
 
-def _by_rank(d32: torch.Tensor, e: ExpertTerms, columns: int) -> torch.Tensor:
-    """p of each element of whole rows, by its rank in its row."""
+def _by_rank(d32: torch.Tensor, e: ExpertTerms, length: int, stride: int) -> torch.Tensor:
+    """p of each element of whole rows, by its rank in its row: `length` elements, `stride` apart."""
     if d32.numel() == 0:
         return d32
-    rows = d32.abs().reshape(-1, columns)
-    rank = torch.empty(rows.shape, dtype=torch.int64)
-    rank.scatter_(1, rows.argsort(dim=1, stable=True), torch.arange(columns).expand_as(rank))
-    of_rank = random.probability_of_rank(e.probability, e.spread, np.arange(columns), columns)
+    rows = d32.abs().reshape(-1, length, stride)
+    order = rows.argsort(dim=1, stable=True)
+    places = torch.arange(length).reshape(1, length, 1).expand_as(order)
+    rank = torch.empty_like(order).scatter_(1, order, places)
+    of_rank = random.probability_of_rank(e.probability, e.spread, np.arange(length), length)
     return torch.from_numpy(of_rank)[rank].reshape(-1)
 
 
@@ -200,10 +202,16 @@ def _selected(word: str, terms: Terms, t: int, x: _Expert, s: torch.Tensor, plac
         return s > torch.tensor(e.threshold, dtype=torch.float32)
     if word == "random":
         return _random(terms, e, place.index) < torch.tensor(e.probability, dtype=torch.float32)
-    return _random(terms, e, place.index) < _by_rank(x.d32, e, place.columns)
+    return _random(terms, e, place.index) < _by_rank(x.d32, e, *terms.ranked)
 
 
 # Elect: which of the selected edits are added.
+
+
+def _large_enough(d32: torch.Tensor, trim: float) -> torch.Tensor:
+    if trim == 0:
+        return torch.ones(d32.shape, dtype=torch.bool)
+    return d32.abs() >= torch.tensor(trim, dtype=torch.float32)
 
 
 def _same_sign(v: torch.Tensor, elected: torch.Tensor, tie: float) -> torch.Tensor:
@@ -297,8 +305,7 @@ def merge(tile: TensorInputs, terms: Terms, out: np.ndarray) -> MergeStats:
         for t, (x, s) in enumerate(zip(experts, scores, strict=True))
     ]
     survive = [
-        m & (x.d32.abs() >= torch.tensor(e.trim, dtype=torch.float32))
-        for m, x, e in zip(masks, experts, terms.experts, strict=True)
+        m & _large_enough(x.d32, e.trim) for m, x, e in zip(masks, experts, terms.experts, strict=True)
     ]
     votes = [
         torch.tensor(e.vote, dtype=torch.float32) * x.d32 for x, e in zip(experts, terms.experts, strict=True)
@@ -388,12 +395,11 @@ def _census(s: torch.Tensor, e: ExpertTerms) -> np.ndarray:
 def _gather(tile: TensorInputs, wanted: torch.Tensor, steps: tuple[np.ndarray, ...]) -> Candidates:
     positions = wanted.nonzero().reshape(-1).numpy()
     operands = tile.gather(positions)
+    weights = (operands.base, *operands.experts, *operands.origins)
     columns = [
         positions.astype(np.uint32),
-        *(b.data for b in (operands.base, *operands.experts) if b is not None),
+        *(np.zeros(0, np.uint8) if b is None else b.data for b in weights),
     ]
-    if operands.base is None:
-        columns.insert(1, np.zeros(0, np.uint8))
     columns += [
         np.zeros(0, np.uint8)
         if isinstance(c, Uniform)

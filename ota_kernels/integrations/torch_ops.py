@@ -121,7 +121,7 @@ def _json(value: Any) -> str:
 
 @torch.compiler.assume_constant_result
 def _uses_base(method: str) -> bool:
-    return method not in methods.names() or methods.get(method).base != "unused"
+    return method not in methods.names() or methods.get(method).base != "ignored"
 
 
 def _first(base: Any, experts: Sequence[Any]) -> Any:

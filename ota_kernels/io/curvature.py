@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import InputError
 from ..tensors.buffer import Buffer
-from ..tensors.curvature import Full, Log8, Rank1
+from ..tensors.curvature import Curvature, Full, Log8, Rank1
 from . import stored, torchfile
 from .header import quoted
 from .reader import FILE_SUFFIX, INDEX_SUFFIX, Checkpoint, fingerprint
 from .stored import MOMENT
 
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin")
+
+
+class Held(NamedTuple):
+    """The curvature of one parameter: its shape, and a view of it."""
+
+    shape: tuple[int, ...]
+    curvature: Curvature
 
 
 class CurvatureFile(ABC):
@@ -54,10 +62,28 @@ class CurvatureFile(ABC):
         """What errors begin with."""
         return f"{self.label}: {self.path}"
 
+    def what(self, name: str) -> str:
+        """What errors call the curvature of one parameter."""
+        return f"{self.path}: the curvature of {name}"
+
     @property
     def names(self) -> list[str]:
         """The parameters whose curvature the file holds, in its order."""
         return list(dict.fromkeys(map(stored.parameter_of, self.keys())))
+
+    @functools.cached_property
+    def compressed(self) -> frozenset[str]:
+        """The parameters whose curvature is there in a compressed form, or in part of one."""
+        return stored.compressed(self.keys())
+
+    def held(self, name: str, bias_correction: bool = False) -> Held | None:
+        """All that a plan needs to know of the curvature of `name`; None if there is none. Errors as of
+        `curvature`."""
+        found = stored.find(self, name)
+        if found is None:
+            return None
+        correction = self.bias_correction(name) if bias_correction else 1.0
+        return Held(tuple(found.shape), found.curvature(correction))
 
     def find(self, name: str) -> str | None:
         """The key that holds the curvature of parameter `name` (the first one, if there are two), or None.

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 from ..errors import InputError
 from ..tensors.dtypes import BY_TAG, DType
@@ -91,6 +91,9 @@ def parse_header(text: bytes, file_size: int, path: Path) -> Header:
     entries = parse_json_object(text, f"{path}: the header")
     metadata = _check_metadata(entries.pop(_METADATA_KEY, {}), path)
     data_start = PREFIX_BYTES + len(text)
+    if b"\\u" in text:  # without escapes, what is UTF-8 is valid Unicode
+        for name in entries:
+            _check_encodable(name, path)
     tensors = [_parse_entry(name, entry, data_start, path) for name, entry in entries.items()]
     tensors.sort(key=lambda info: (info.begin, info.end))
     _check_layout(tensors, data_start, file_size, path)
@@ -186,47 +189,54 @@ def _check_encodable(text: str, path: Path) -> None:
 
 
 def _parse_entry(name: str, entry: Any, data_start: int, path: Path) -> TensorInfo:
-    _check_encodable(name, path)
-    where = f"{path}: tensor {quoted(name)}"
-    if not isinstance(entry, dict) or entry.keys() != _ENTRY_KEYS:
-        raise InputError(f"{where}: needs exactly dtype, shape and data_offsets, not {quoted(entry)}")
-    dtype = _parse_dtype(entry["dtype"], where)
-    shape, numel = _parse_shape(entry["shape"], where)
-    begin, end = _parse_offsets(entry["data_offsets"], where)
-    expected = numel * dtype.itemsize
-    if end - begin != expected:
-        raise InputError(
-            f"{where}: {dtype.tag} of shape {quoted(list(shape))} takes {expected} bytes, "
-            f"but its offsets hold {end - begin}"
-        )
+    try:
+        if entry.keys() != _ENTRY_KEYS:
+            raise ValueError(f"needs exactly dtype, shape and data_offsets, not {quoted(entry)}")
+        dtype = _parse_dtype(entry["dtype"])
+        shape, numel = _parse_shape(entry["shape"])
+        begin, end = _parse_offsets(entry["data_offsets"])
+        expected = numel * dtype.itemsize
+        if end - begin != expected:
+            raise ValueError(
+                f"{dtype.tag} of shape {quoted(list(shape))} takes {expected} bytes, "
+                f"but its offsets hold {end - begin}"
+            )
+    # What a tensor is called is quoted only here: a large model has hundreds of thousands of them.
+    except AttributeError:
+        fact = f"needs exactly dtype, shape and data_offsets, not {quoted(entry)}"
+        raise InputError(f"{path}: tensor {quoted(name)}: {fact}") from None
+    except ValueError as error:
+        raise InputError(f"{path}: tensor {quoted(name)}: {error}") from None
     return TensorInfo(name, dtype, shape, data_start + begin, data_start + end)
 
 
-def _parse_dtype(tag: Any, where: str) -> DType:
+def _parse_dtype(tag: Any) -> DType:
     dtype = BY_TAG.get(tag) if isinstance(tag, str) else None
     if dtype is None:
-        raise InputError(f"{where}: unknown dtype {quoted(tag)}; known: {', '.join(BY_TAG)}")
+        raise ValueError(f"unknown dtype {quoted(tag)}; known: {', '.join(BY_TAG)}")
     return dtype
 
 
-def _parse_shape(shape: Any, where: str) -> tuple[tuple[int, ...], int]:
+def _parse_shape(shape: Any) -> tuple[tuple[int, ...], int]:
     """The shape and its number of elements, refused as soon as the running product passes 64 bits."""
-    if not isinstance(shape, list) or not all(_is_size(size) for size in shape):
-        raise InputError(f"{where}: shape {quoted(shape)} is not a list of integers from 0 to 2^63 - 1")
+    if type(shape) is not list:
+        raise ValueError(f"shape {quoted(shape)} is not a list of integers from 0 to 2^63 - 1")
     numel = 1
     for size in shape:
+        if type(size) is not int or not 0 <= size <= _MAX_SIZE:
+            raise ValueError(f"shape {quoted(shape)} is not a list of integers from 0 to 2^63 - 1")
         numel *= size
         if numel > _MAX_SIZE:
-            raise InputError(f"{where}: shape {quoted(shape)} overflows 64 bits")
+            raise ValueError(f"shape {quoted(shape)} overflows 64 bits")
     return tuple(shape), numel
 
 
-def _parse_offsets(offsets: Any, where: str) -> tuple[int, int]:
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(offset) for offset in offsets):
-        raise InputError(f"{where}: data_offsets {quoted(offsets)} is not two integers from 0 to 2^63 - 1")
+def _parse_offsets(offsets: Any) -> tuple[int, int]:
+    if type(offsets) is not list or len(offsets) != 2 or not all(map(_is_size, offsets)):
+        raise ValueError(f"data_offsets {quoted(offsets)} is not two integers from 0 to 2^63 - 1")
     begin, end = offsets
     if begin > end:
-        raise InputError(f"{where}: data_offsets end before they begin: {quoted(offsets)}")
+        raise ValueError(f"data_offsets end before they begin: {quoted(offsets)}")
     return begin, end
 
 
@@ -238,16 +248,19 @@ def _check_layout(tensors: list[TensorInfo], data_start: int, file_size: int, pa
     """The ranges, sorted, must follow one another from the start of the data to the end of the file."""
     position = data_start
     for info in tensors:
-        where = f"{path}: tensor {quoted(info.name)}"
-        if info.begin < position:
-            raise InputError(f"{where}: overlaps the tensor before it by {position - info.begin} bytes")
-        if info.begin > position:
-            raise InputError(f"{where}: a gap of {info.begin - position} bytes lies before it")
-        if info.end > file_size:
-            raise InputError(
-                f"{where}: ends {info.end - file_size} bytes beyond the end of the file: "
-                f"it is truncated ({tensors[-1].end - file_size} bytes are missing); fetch it again"
-            )
+        if info.begin != position or info.end > file_size:
+            _raise_layout(info, position, tensors[-1].end, file_size, f"{path}: tensor {quoted(info.name)}")
         position = info.end
     if position < file_size:
         raise InputError(f"{path}: {file_size - position} bytes follow the last tensor")
+
+
+def _raise_layout(info: TensorInfo, position: int, last: int, file_size: int, where: str) -> NoReturn:
+    if info.begin < position:
+        raise InputError(f"{where}: overlaps the tensor before it by {position - info.begin} bytes")
+    if info.begin > position:
+        raise InputError(f"{where}: a gap of {info.begin - position} bytes lies before it")
+    raise InputError(
+        f"{where}: ends {info.end - file_size} bytes beyond the end of the file: "
+        f"it is truncated ({last - file_size} bytes are missing); fetch it again"
+    )

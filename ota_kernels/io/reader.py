@@ -42,6 +42,7 @@ class MappedFile:
     def __init__(self, path: Path, header: Header | None = None):
         self.path = path
         self.header = header or read_header(path)
+        self._origin = str(path)
         self._bytes: np.ndarray | None = _map(path, self.header.file_size)
 
     def buffer(self, name: str) -> Buffer:
@@ -49,7 +50,7 @@ class MappedFile:
         if self._bytes is None:
             raise ValueError(f"{self.path} is closed")
         info = self.header.tensors[name]
-        return Buffer(self._bytes[info.begin : info.end], info.dtype, str(self.path), info.begin)
+        return Buffer(self._bytes[info.begin : info.end], info.dtype, self._origin, info.begin)
 
     def close(self) -> None:
         """Let go of the map; buffers that are still held keep it."""

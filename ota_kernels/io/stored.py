@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Protocol
 
 import numpy as np
@@ -27,10 +28,13 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Tensors(Protocol):
-    """A file's tensors by key. where: what an error begins with."""
+    """A file's tensors by key. where: what an error begins with; compressed: the parameters that are there in
+    a compressed form, or in part of one."""
 
     @property
     def where(self) -> str: ...
+    @property
+    def compressed(self) -> frozenset[str]: ...
     def has(self, key: str) -> bool: ...
     def key_shape(self, key: str) -> tuple[int, ...]: ...
     def key_dtype(self, key: str) -> str: ...
@@ -135,14 +139,21 @@ def find(file: Tensors, name: str) -> Stored | None:
     full = next((key for key in (f"{name}.{MOMENT}", name) if file.has(key)), None)
     if full is not None:
         found.append(StoredFull(file, name, (full,)))
-    for form, suffixes in ((StoredRank1, (ROW, COLUMN)), (StoredLog8, (CODES, SCALE))):
-        keys = tuple(f"{name}.{suffix}" for suffix in suffixes)
-        if any(map(file.has, keys)):
-            found.append(form(file, name, keys))
+    if name in file.compressed:
+        for form, suffixes in ((StoredRank1, (ROW, COLUMN)), (StoredLog8, (CODES, SCALE))):
+            keys = tuple(f"{name}.{suffix}" for suffix in suffixes)
+            if any(map(file.has, keys)):
+                found.append(form(file, name, keys))
     if len(found) > 1:
         one, other, *_ = (quoted(form.keys[0]) for form in found)
         raise InputError(f"{file.where}: holds {quoted(name)} in two forms, {one} and {other}: remove one")
     return found[0] if found else None
+
+
+def compressed(keys: Iterable[str]) -> frozenset[str]:
+    """The parameters of which a part of a compressed form is among the keys."""
+    endings = tuple(f".{suffix}" for suffix in (ROW, COLUMN, CODES, SCALE))
+    return frozenset(key.rpartition(".")[0] for key in keys if key.endswith(endings))
 
 
 def parameter_of(key: str) -> str:

@@ -9,14 +9,16 @@ import numpy as np
 
 from .. import backends
 from ..io.pages import release
-from ..planning.pairing import COPY, Inputs
+from ..planning.inputs import Inputs
+from ..planning.pairing import COPY
 from ..recipe.schema import parse_recipe
+from ..run.decide import scores_of
 from ..run.grid.densities import densities as thresholds_of
 from ..run.pool import Pool, default_threads
-from ..run.survey import Survey, score_scale_of
 from ..select import thresholds as decide
+from ..tensors.curvature import Uniform
 from ..tensors.segment import units
-from ..tensors.terms import ExpertTerms, score_of_saliency
+from ..tensors.terms import score_of_saliency
 from ..tensors.tile import TensorInputs
 
 DENSITIES = (0.1, 0.3, 0.6)
@@ -46,9 +48,7 @@ def mask_agreement(
     def of_unit(tiles: list[TensorInputs]) -> np.ndarray:
         counts = np.zeros((2, len(grid)), np.int64)
         for tile in tiles:
-            scores = [
-                backend.scores(tile, t, ExpertTerms(score_scale=score_scale_of(tile, t)))[0] for t in range(2)
-            ]
+            scores = [backend.scores(tile, t, scores_of(2, tile))[0] for t in range(2)]
             release(tile)
             for i, pair in enumerate(zip(*thresholds, strict=True)):
                 one, other = (s >= x for s, x in zip(scores, pair, strict=True))
@@ -56,7 +56,7 @@ def mask_agreement(
         return counts
 
     with Inputs(parse_recipe(recipe)) as inputs, Pool(default_threads()) as pool:
-        for counts in pool.run(of_unit, _tiles(inputs, backend)):
+        for counts in pool.run(of_unit, _tiles(inputs)):
             both += counts[0]
             either += counts[1]
     return {x: int(a) / int(b) if b else 1.0 for x, a, b in zip(grid, both, either, strict=True)}
@@ -81,10 +81,11 @@ def _score(threshold: float | None) -> np.float32:
     return np.float32(decide.KEEP_NOTHING if threshold is None else score_of_saliency(threshold))
 
 
-def _tiles(inputs: Inputs, backend) -> Iterator[list[TensorInputs]]:
+def _tiles(inputs: Inputs) -> Iterator[list[TensorInputs]]:
     """Units of work over the tensors that model-wide thresholds are over."""
-    tensors = [inputs.tensor(entry) for entry in inputs.entries if entry.action != COPY]
-    survey = Survey(inputs.recipe, tensors, backend)
-    ranges = ((i, 0, t.numel) for i, t in enumerate(tensors) if survey.takes_part(t))
+    tensors = [entry.inputs() for entry in inputs.entries if entry.action != COPY]
+    whole = all(isinstance(c, Uniform) for t in tensors for c in t.curvatures)
+    taking_part = [whole or not any(isinstance(c, Uniform) for c in t.curvatures) for t in tensors]
+    ranges = ((i, 0, t.numel) for i, t in enumerate(tensors) if taking_part[i])
     for unit in units(ranges, _TILE_ELEMENTS):
         yield [tensors[i].slice(start, stop) for i, start, stop in unit]

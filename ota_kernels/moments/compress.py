@@ -24,10 +24,10 @@ from ..io.hub import resolve_file
 from ..io.new_file import Entry, NewFile, check_new_file, new_file
 from ..io.pages import advise
 from ..io.stored import MOMENT
-from ..run.factors import Map
 from ..run.pool import Pool, default_threads
 from ..tensors.curvature import Rank1
 from ..tensors.dtypes import BY_NAME
+from ..tensors.segment import Map
 from .encoders import FORMATS, Encoder
 from .relative_error import Errors
 

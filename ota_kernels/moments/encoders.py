@@ -12,10 +12,11 @@ from ..errors import InputError
 from ..io.new_file import Entry
 from ..io.pages import release
 from ..io.stored import CODES, COLUMN, ROW, SCALE
-from ..run.factors import Map, row_column_sums
+from ..run.low_rank import row_column_sums
 from ..tensors import log8
 from ..tensors.curvature import Full, Log8, Rank1
 from ..tensors.dtypes import BY_NAME
+from ..tensors.segment import Map
 
 _BLOCK = 1 << 17  # elements of a block, whose temporaries then stay in a core's cache
 

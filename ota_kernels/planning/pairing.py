@@ -1,284 +1,476 @@
-"""Opens everything a recipe names and checks that it fits together. Reads headers, and what compressed
-curvature has beside its elements."""
+"""Models, whether files or dictionaries, into output tensors: which tensor of each model an output is made
+from, and by which settings. Reads headers, and what compressed curvature has beside its elements."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from dataclasses import dataclass, replace
-from pathlib import Path
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
-from ..errors import InputError
-from ..io.curvature import CurvatureFile
-from ..io.hub import resolve_file, resolve_model
-from ..io.reader import Checkpoint
-from ..recipe import methods
-from ..recipe.schema import Recipe
+from ..errors import InputError, RecipeError
+from ..io.curvature import Held
+from ..recipe.recipe import ModelEntry, Recipe, Slice
+from ..recipe.reference import Reference
+from ..recipe.settings import Settings
+from ..tensors.computed import Source
 from ..tensors.curvature import Curvature, Rank1, Uniform
 from ..tensors.dtypes import BY_NAME, OUTPUT_NAMES, DType
 from ..tensors.tile import TensorInputs
-from .roles import EMBEDDING, OUTPUT, embedding_for, role_of
+from . import layers
+from .models import Model
+from .resolve import Resolver, unused_filters
+from .roles import EMBEDDING, OUTPUT, embedding_for, is_output, role_of
+
+logger = logging.getLogger(__name__)
 
 MERGE, COPY, KEEP_BASE = "merge", "copy", "keep base"
 _LISTED = 8  # names an error lists before it says how many more there are
 
 
+class Moments(Protocol):
+    """The second moments of one expert; methods take the name of a parameter."""
+
+    def held(self, name: str, bias_correction: bool = False) -> Held | None:
+        """Shape and curvature; None where there is none."""
+
+    def what(self, name: str) -> str:
+        """What errors call it."""
+
+    @property
+    def where(self) -> str:
+        """What errors call all of it."""
+
+
+class Part(NamedTuple):
+    """A tensor of a model."""
+
+    model: Model
+    name: str
+
+    @property
+    def source(self) -> Source:
+        """Its elements."""
+        return self.model.source(self.name)
+
+    @property
+    def dtype(self) -> DType:
+        """As it is stored."""
+        return self.model.tensors[self.name].dtype
+
+    @property
+    def what(self) -> str:
+        """What errors call it."""
+        return self.model.what(self.name)
+
+
 @dataclass(frozen=True)
-class TensorEntry:
+class OutputTensor:
     """One output tensor.
 
-    action: MERGE; COPY where the models must agree (integers, booleans); KEEP_BASE where the base's values
-    are taken (`missing_curvature: base`). sources: the tensor's name in each checkpoint; dtype: the output's.
+    dtype: of the output; action: MERGE; COPY of the only source, or of several that must agree (integers,
+    booleans); KEEP_BASE where the base's values are taken (`missing_curvature: base`). base: None where the
+    method has none; experts, positions: those that take part, and their numbers in the recipe; curvatures:
+    one per expert; settings: None where nothing is merged.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: DType
     action: str
-    sources: tuple[str, ...]
+    base: Part | None
+    experts: tuple[Part, ...]
+    positions: tuple[int, ...]
+    settings: Settings | None
+    curvatures: tuple[Curvature, ...] = ()
 
     @property
     def numel(self) -> int:
-        n = 1
-        for size in self.shape:
-            n *= size
-        return n
+        return math.prod(self.shape)
+
+    @property
+    def sources(self) -> tuple[Part, ...]:
+        """Base and experts."""
+        return self.experts if self.base is None else (self.base, *self.experts)
+
+    @property
+    def bytes_per_element(self) -> int:
+        """Input bytes that one element reads."""
+        read = (self.base,) if self.action == KEEP_BASE else self.sources
+        size = sum(part.model.bytes_per_element(part.name) for part in read)
+        return size + sum(buffer.dtype.itemsize for c in self.curvatures for buffer in c.buffers)
+
+    def inputs(self) -> TensorInputs:
+        """What a backend receives of a tensor that is not COPY. Under KEEP_BASE every expert is the base
+        itself."""
+        base = None if self.base is None else self.base.source
+        kept = self.action == KEEP_BASE
+        experts = tuple(base if kept else part.source for part in self.experts)
+        return TensorInputs(self.name, self.shape, self.dtype, base, experts, self.curvatures)
 
 
-class Inputs:
-    """The open files of a recipe.
+class _Named(NamedTuple):
+    """An output tensor of which only names are known. names: of the tensor in each model of the slice, the
+    base first; position: of its layer in the slice, 0 to 1."""
 
-    checkpoints: the base first where the method uses one, then the experts; entries: output tensors in the
-    order of the first checkpoint; untied: the output has an output matrix of its own although some model ties
-    it to the embeddings; model_folders: every folder by its name in the recipe, the base first.
+    name: str
+    part: Slice
+    names: tuple[str, ...]
+    position: float
+
+
+@dataclass
+class Pairing:
+    """The output tensors of a recipe.
+
+    models: by their references; moments: of a recipe's entry, None without; allow_crimes: merge a tensor that
+    some models lack by its method's rule, which is an error else. outputs: in the order in which
+    they are written, that of the first model where layers are not restacked; untied: the output has an output
+    matrix of its own although some model ties it to the embeddings; donors: for each output layer where
+    layers are restacked, its model and its number there.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
-        self.method = methods.get(recipe.merge_method)
-        self.has_base = recipe.base_model is not None and self.method.base != "unused"
-        self._files = contextlib.ExitStack()
-        try:
-            self._open()
-            self.untied = False
-            self._names = self._output_names()
-            self.entries = self._entries()
-        except BaseException:
-            self.close()
-            raise
+    recipe: Recipe
+    models: Mapping[Reference, Model]
+    moments: Mapping[tuple[int, str], Moments]
+    allow_crimes: bool = False
+    outputs: list[OutputTensor] = field(init=False)
+    untied: bool = field(init=False, default=False)
 
-    def _open(self) -> None:
-        recipe = self.recipe
-        labels = [recipe.base_model] if recipe.base_model is not None else []
-        labels += [m.model for m in recipe.models]
-        self.model_folders: dict[str, Path] = {label: resolve_model(label) for label in labels}
-        used = labels if self.has_base else [m.model for m in recipe.models]
-        self.checkpoints = [
-            self._files.enter_context(contextlib.closing(Checkpoint.open(self.model_folders[label], label)))
-            for label in used
-        ]
-        self.curvatures = [
-            self._open_curvature(m.parameters.preconditioner_path, m.model) if self.method.curvature else None
-            for m in recipe.models
-        ]
+    def __post_init__(self) -> None:
+        self.method = self.recipe.method
+        self._models: dict[int, list[Model]] = {}
+        self._resolvers: dict[int, Resolver] = {}
+        self._settings: dict[tuple, Settings] = {}
+        self._embeddings: dict[int, dict[str, str | None]] = {}
+        self._stack_of: dict[int, layers.Stack] = {}
+        self.donors: list[tuple[Model, int]] = []
+        named = list(self._named())
+        self._check_filters(named)
+        self.outputs = self._with_curvature(list(self._paired(named)))
+        self._check_whole()
 
-    def _open_curvature(self, path: str | None, label: str) -> CurvatureFile | None:
-        if path is None:
-            return None
-        file = CurvatureFile.open(resolve_file(path), label)
-        return self._files.enter_context(contextlib.closing(file))
+    # Names
 
-    def close(self) -> None:
-        """Unmap and close everything."""
-        self._files.close()
+    def _named(self) -> Iterator[_Named]:
+        if len(self.recipe.modules) > 1:
+            names = ", ".join(repr(module.name) for module in self.recipe.modules)
+            raise RecipeError(
+                f"`modules` names {names}: parts of a model cannot be merged apart yet; name one"
+            )
+        slices = self.recipe.slices
+        if slices[0].whole:
+            yield from self._whole(slices[0])
+        else:
+            yield from self._restacked(slices)
 
-    def __enter__(self) -> Inputs:
-        return self
+    def _models_of(self, part: Slice) -> list[Model]:
+        if id(part) not in self._models:
+            self._models[id(part)] = [self.models[entry.reference] for entry in part.entries]
+        return self._models[id(part)]
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    @property
-    def experts(self) -> list[Checkpoint]:
-        return self.checkpoints[1:] if self.has_base else self.checkpoints
-
-    @functools.cached_property
-    def bytes_per_element(self) -> list[int]:
-        """Input bytes that one element of each entry reads."""
-        return [self._bytes_per_element(entry) for entry in self.entries]
-
-    def _bytes_per_element(self, entry: TensorEntry) -> int:
-        if entry.action == KEEP_BASE:
-            return self.checkpoints[0].tensors[entry.sources[0]].dtype.itemsize
-        pairs = zip(self.checkpoints, entry.sources, strict=True)
-        size = sum(checkpoint.tensors[source].dtype.itemsize for checkpoint, source in pairs)
-        if entry.action == MERGE:
-            names = [self._curvature_name(t, entry) for t in range(len(self.experts))]
-            if None not in names:
-                size += sum(f.bytes_per_element(n) for f, n in zip(self.curvatures, names, strict=True))
-        return size
-
-    @property
-    def total_bytes(self) -> int:
-        """Bytes that one pass over the inputs reads."""
-        return sum(e.numel * size for e, size in zip(self.entries, self.bytes_per_element, strict=True))
-
-    def fingerprint(self) -> list:
-        """Names, sizes and times of all input files."""
-        files = [c.fingerprint() for c in self.checkpoints]
-        return files + [f.fingerprint() for f in self.curvatures if f is not None]
-
-    def buffers(self, entry: TensorEntry) -> list:
-        """The tensor in every checkpoint, mapped."""
-        return [c.buffer(source) for c, source in zip(self.checkpoints, entry.sources, strict=True)]
-
-    def tensor(self, entry: TensorEntry) -> TensorInputs:
-        """The mapped inputs of an entry that is not COPY. Under KEEP_BASE every expert is the base itself."""
-        found = self.buffers(entry)
-        if entry.action == KEEP_BASE:
-            found = [found[0]] * len(found)
-        base = found[0] if self.has_base else None
-        experts = tuple(found[1:] if self.has_base else found)
-        return TensorInputs(
-            entry.name, entry.shape, entry.dtype, base, experts, self._tensor_curvatures(entry)
-        )
-
-    def _tensor_curvatures(self, entry: TensorEntry) -> tuple[Curvature, ...]:
-        names = [self._curvature_name(t, entry) for t in range(len(self.experts))]
-        if (
-            entry.action == KEEP_BASE or None in names
-        ):  # `missing_curvature: uniform`: no expert's curvature can be compared with 1
-            return (Uniform(),) * len(names)
-        correct = self.recipe.parameters.bias_correction
-        return tuple(file.curvature(name, correct) for file, name in zip(self.curvatures, names, strict=True))
-
-    def _curvature_name(self, t: int, entry: TensorEntry) -> str | None:
-        """The name under which expert t's curvature file knows the tensor: its own, or that of the embeddings
-        it is tied to."""
-        file = self.curvatures[t]
-        if file is None:
-            return None
-        source = entry.sources[t + self.has_base]
-        return next((name for name in (entry.name, source) if file.find(name) is not None), None)
-
-    def _is_tied(self, checkpoint: Checkpoint, name: str) -> bool:
-        """Whether `name` is an output matrix that this model takes from its embeddings."""
-        if embedding_for(name, checkpoint.tensors) is None:
-            return False
-        absent = name not in checkpoint.tensors
-        return checkpoint.tied_embeddings or (absent and checkpoint.config is None)
-
-    def _output_names(self) -> list[str]:
-        names = list(dict.fromkeys(name for c in self.checkpoints for name in c.tensors))
-        kept = []
+    def _whole(self, part: Slice) -> Iterator[_Named]:
+        models = self._models_of(part)
+        names = dict.fromkeys(name for model in models for name in model.tensors)
+        stacks = layers.stacks(names)
         for name in names:
-            tied = [self._is_tied(c, name) for c in self.checkpoints]
-            if all(tied):
-                continue
-            self.untied = self.untied or any(tied)
-            kept.append(name)
-        return kept
+            yield _Named(name, part, (name,) * len(models), layers.position(name, stacks))
 
-    def _source(self, checkpoint: Checkpoint, name: str) -> str | None:
-        if self._is_tied(checkpoint, name):
-            return embedding_for(name, checkpoint.tensors)
-        return name if name in checkpoint.tensors else None
+    def _restacked(self, slices: Sequence[Slice]) -> Iterator[_Named]:
+        """What comes before the layers is the first slice's, what comes after them the last one's."""
+        stacks = [self._stacks(part, f"slices[{i}]") for i, part in enumerate(slices)]
+        first, last = slices[0], slices[-1]
+        for name in dict.fromkeys(name for stack in stacks[0] for name in stack.before):
+            yield _Named(name, first, (name,) * len(stacks[0]), 0.0)
+        number = 0
+        for part, of_part in zip(slices, stacks, strict=True):
+            starts = [entry.layers[0] for entry in part.entries]
+            size = part.entries[0].layers[1] - starts[0]
+            for j in range(size):
+                prefixes = [f"{s.prefix}{start + j}." for s, start in zip(of_part, starts, strict=True)]
+                here = zip(of_part, starts, strict=True)
+                for rest in dict.fromkeys(rest for s, start in here for rest in s.layers[start + j]):
+                    names = tuple(prefix + rest for prefix in prefixes)
+                    output = f"{stacks[0][0].prefix}{number}.{rest}"
+                    yield _Named(output, part, names, layers.relative(j, size))
+                self.donors.append((self._models_of(part)[0], starts[0] + j))
+                number += 1
+        for name in dict.fromkeys(name for stack in stacks[-1] for name in stack.after):
+            yield _Named(name, last, (name,) * len(stacks[-1]), 0.0)
 
-    def _entries(self) -> list[TensorEntry]:
-        sources = {name: [self._source(c, name) for c in self.checkpoints] for name in self._names}
-        self._check_present(sources)
-        entries = [self._entry(name, tuple(found)) for name, found in sources.items()]
-        return self._with_curvature(entries)
+    def _stacks(self, part: Slice, where: str) -> list[layers.Stack]:
+        found = []
+        for entry, model in zip(part.entries, self._models_of(part), strict=True):
+            stack = self._stack(model)
+            if entry.layers[1] > len(stack.layers):
+                raise RecipeError(
+                    f"`{where}`: {entry.model} has {len(stack.layers)} layers, so `layer_range: "
+                    f"{list(entry.layers)}` ends "
+                    "beyond them"
+                )
+            found.append(stack)
+        return found
 
-    def _check_present(self, sources: dict[str, list[str | None]]) -> None:
-        lacking = {
-            name: [c.label for c, source in zip(self.checkpoints, found, strict=True) if source is None]
-            for name, found in sources.items()
-            if None in found
-        }
+    def _stack(self, model: Model) -> layers.Stack:
+        if id(model) not in self._stack_of:
+            self._stack_of[id(model)] = self._found_stack(model)
+        return self._stack_of[id(model)]
+
+    def _found_stack(self, model: Model) -> layers.Stack:
+        found = layers.stacks(model.tensors)
+        if len(found) != 1:
+            listed = ", ".join(f"{prefix}0 to {size - 1}" for prefix, size in found.items()) or "none"
+            raise RecipeError(
+                f"`slices` restack the layers of models with one stack of them; {model.label} has {listed}"
+            )
+        ((prefix, size),) = found.items()
+        return layers.Stack.of(model.tensors, prefix, size)
+
+    def _check_filters(self, named: list[_Named]) -> None:
+        for line in unused_filters(self.recipe, (n for each in named for n in (each.name, *each.names))):
+            logger.warning("%s", line)
+
+    # Tied output matrices
+
+    def _embedding(self, model: Model, name: str) -> str | None:
+        """The embedding whose values this model uses as its output matrix `name`; None where that is not
+        so."""
+        known = self._embeddings.setdefault(id(model), {})
+        if name not in known:
+            found = embedding_for(name, model.tensors)
+            absent = name not in model.tensors
+            tied = found is not None and (model.tied_embeddings or (absent and model.config is None))
+            known[name] = found if tied else None
+        return known[name]
+
+    def _donor_ties(self) -> bool:
+        """Whether the model that gives the configuration ties its output matrix to the embeddings."""
+        donor = self.models.get(self.recipe.references[0])
+        return donor is not None and donor.tied_embeddings
+
+    # Pairs
+
+    def _paired(self, named: list[_Named]) -> Iterator[OutputTensor]:
+        lacking: dict[str, list[str]] = {}
+        for each in named:
+            models, names = self._models_of(each.part), each.names
+            if is_output(each.name):
+                tied = [self._embedding(m, own) for m, own in zip(models, names, strict=True)]
+                if all(tied):
+                    continue
+                self.untied = self.untied or any(tied) or self._donor_ties()
+                names = [source or own for source, own in zip(tied, names, strict=True)]
+            parts = list(map(Part, models, names))
+            absent = [p.model.label for p in parts if p.name not in p.model.tensors]
+            if absent and (not self.allow_crimes or len(absent) == len(parts)):
+                lacking[each.name] = absent
+            elif not lacking:
+                output = self._optional(each, parts) if absent else self._output(each, parts)
+                if output is not None:
+                    yield output
         if lacking:
             name, labels = next(iter(lacking.items()))
             more = f" ({len(lacking)} such tensors: {_listing(lacking)})" if len(lacking) > 1 else ""
-            raise InputError(f"{', '.join(labels)}: has no tensor {name}, which other models have{more}")
-
-    def _entry(self, name: str, sources: tuple[str, ...]) -> TensorEntry:
-        infos = [c.tensors[source] for c, source in zip(self.checkpoints, sources, strict=True)]
-        shapes = [info.shape for info in infos]
-        if len(set(shapes)) > 1:
-            self._raise_shapes(name, shapes)
-        floats = [info.dtype.is_float for info in infos]
-        if (any(floats) and not all(floats)) or (not any(floats) and len({i.dtype for i in infos}) > 1):
-            listed = ", ".join(
-                f"{c.label}: {i.dtype.name}" for c, i in zip(self.checkpoints, infos, strict=True)
+            raise InputError(
+                f"{', '.join(labels)}: has no tensor {name}, which other models have{more}; --allow-crimes "
+                "merges what there is"
             )
-            raise InputError(f"{name}: types that cannot be merged ({listed})")
-        if not all(floats):
-            return TensorEntry(name, shapes[0], infos[0].dtype, COPY, sources)
-        return TensorEntry(name, shapes[0], self._output_dtype(name, infos[0].dtype), MERGE, sources)
 
-    def _raise_shapes(self, name: str, shapes: list[tuple[int, ...]]) -> None:
-        listed = ", ".join(
-            f"{c.label}: {list(shape)}" for c, shape in zip(self.checkpoints, shapes, strict=True)
-        )
+    def _optional(self, named: _Named, parts: list[Part]) -> OutputTensor | None:
+        """A tensor that some models lack, by its method's rule; None where it is left out."""
+        has_base = named.part.base is not None
+        found = [i for i, part in enumerate(parts) if part.name in part.model.tensors]
+        base_there = has_base and found[0] == 0
+        experts = [i - has_base for i in found if i >= has_base]
+        rule = self.method.absent
+        if len(found) == 1 and (rule == "only one" or base_there):
+            return self._copied(named, parts[found[0]])
+        if rule == "three" and len(found) < 3:
+            logger.warning("%s is left out: fewer than three models have it", named.name)
+            return None
+        if rule in ("only one", "base alone") or (has_base and not base_there):
+            lacking = ", ".join(part.model.label for i, part in enumerate(parts) if i not in found)
+            raise InputError(
+                f"{lacking}: has no tensor {named.name}, without which `{self.method.name}` cannot merge it"
+            )
+        return self._output(named, parts, experts)
+
+    def _copied(self, named: _Named, part: Part) -> OutputTensor:
+        """One tensor as it is, in the type of the output."""
+        info = part.model.tensors[part.name]
+        dtype = self._output_dtype(part) if info.dtype.is_float else info.dtype
+        return OutputTensor(named.name, tuple(info.shape), dtype, COPY, None, (part,), (), None)
+
+    def _output(self, named: _Named, parts: list[Part], present: Sequence[int] | None = None) -> OutputTensor:
+        """present: the experts that have the tensor, None for all."""
+        has_base = named.part.base is not None
+        entries, own = named.part.experts, named.names[1:] if has_base else named.names
+        if present is not None:
+            entries = [entries[i] for i in present]
+            parts = parts[:has_base] + [parts[i + has_base] for i in present]
+        shape, dtype = self._common(named.name, parts)
+        base, experts = (parts[0], tuple(parts[1:])) if has_base else (None, tuple(parts))
+        if not experts:
+            return self._copied(named, parts[0])
+        positions = tuple(entry.number for entry in entries)
+        if not dtype.is_float:
+            return OutputTensor(named.name, shape, dtype, COPY, base, experts, positions, None)
+        settings = self._resolver(named.part).settings(named.name, own, named.position, present)
+        if self.method.copies(settings):
+            return self._copied(named, experts[0])
+        own = own if present is None else [own[i] for i in present]
+        found = self._curvatures(named, entries, own, experts, shape)
+        out = self._output_dtype(parts[0])
+        return OutputTensor(named.name, shape, out, MERGE, base, experts, positions, settings, found)
+
+    def _common(self, name: str, parts: Sequence[Part]) -> tuple[tuple[int, ...], DType]:
+        """The shape of all parts, and the first one's type. InputError where they do not go together."""
+        first = parts[0]
+        info = first.model.tensors[first.name]
+        shape, dtype = tuple(info.shape), info.dtype
+        for part in parts[1:]:
+            other = part.model.tensors[part.name]
+            if tuple(other.shape) != shape:
+                self._raise_shapes(name, first, part)
+            if other.dtype is dtype:
+                continue
+            if not (other.dtype.is_float and dtype.is_float):
+                raise InputError(
+                    f"{part.what} differs from {first.what}: "
+                    f"{other.dtype.name} and {dtype.name} cannot be merged"
+                )
+        return shape, dtype
+
+    def _raise_shapes(self, name: str, first: Part, other: Part) -> None:
+        shapes = [list(part.model.tensors[part.name].shape) for part in (other, first)]
         advice = ""
-        if role_of(name, shapes[0]) in (EMBEDDING, OUTPUT):
+        if role_of(name, tuple(shapes[1])) in (EMBEDDING, OUTPUT):
             advice = "; the vocabularies differ: resize the models' embeddings to one tokenizer first"
-        raise InputError(f"{name}: shapes differ ({listed}){advice}")
+        raise InputError(f"{other.what} has shape {shapes[0]}, {first.what} {shapes[1]}{advice}")
 
-    def _output_dtype(self, name: str, own: DType) -> DType:
+    def _resolver(self, part: Slice) -> Resolver:
+        if id(part) not in self._resolvers:
+            self._resolvers[id(part)] = Resolver(part, self.method, self._settings)
+        return self._resolvers[id(part)]
+
+    def _output_dtype(self, first: Part) -> DType:
         if self.recipe.output_dtype is not None:
             return BY_NAME[self.recipe.output_dtype]
-        if own.name not in OUTPUT_NAMES:
+        if first.dtype.name not in OUTPUT_NAMES:
             raise InputError(
-                f"{self.checkpoints[0].label}: {name} is {own.name}, which a merge cannot be written in; "
-                "set `dtype: bfloat16` in the recipe"
+                f"{first.what} is {first.dtype.name}, which a merge cannot be written in: give out_dtype, "
+                "in a recipe `dtype: bfloat16`"
             )
-        return own
+        return first.dtype
 
-    def _with_curvature(self, entries: list[TensorEntry]) -> list[TensorEntry]:
+    def _check_whole(self) -> None:
+        """What is counted over the whole model is counted for the same experts everywhere."""
+        first = next((output for output in self.outputs if output.action != COPY), None)
+        if first is None or all(o.positions == first.positions for o in self.outputs if o.action != COPY):
+            return
+        for settings in self._settings.values():
+            whole = [need.statistic for need in self.method.needs(settings) if need.scope == "model"]
+            if whole:
+                raise RecipeError(
+                    f"`{self.method.name}` takes {whole[0]} over the whole model, but some tensors are made "
+                    "of other "
+                    "models than others: set `density_scope: tensor` or the like, or list the same models "
+                    "everywhere"
+                )
+
+    # Curvature
+
+    def _curvatures(
+        self,
+        named: _Named,
+        entries: Sequence[ModelEntry],
+        own: Sequence[str],
+        experts: Sequence[Part],
+        shape: tuple[int, ...],
+    ) -> tuple[Curvature | None, ...]:
+        """One per expert, None where there is none."""
         if not self.method.curvature:
-            return entries
-        policy = self.recipe.parameters.missing_curvature
-        missing: dict[str, list[str]] = {}
-        checked = []
-        for entry in entries:
-            lacking = [] if entry.action == COPY else self._check_curvature(entry)
-            if lacking:
-                missing[entry.name] = lacking
-            kept = lacking and policy == "base"
-            checked.append(replace(entry, action=KEEP_BASE) if kept else entry)
-        if missing and policy == "error":
-            labels = sorted({label for lacking in missing.values() for label in lacking})
-            raise InputError(
-                f"no curvature for {len(missing)} tensors in the files of {', '.join(labels)}: "
-                f"{', '.join(missing)}; `missing_curvature: uniform` or `base` merges without it"
-            )
-        return checked
+            return (Uniform(),) * len(experts)
+        correct = named.part.shared.get("bias_correction", False)
+        pairs = zip(entries, own, experts, strict=True)
+        return tuple(self._curvature(entry, (name, p.name), shape, correct) for entry, name, p in pairs)
 
-    def _check_curvature(self, entry: TensorEntry) -> list[str]:
-        """Labels of the experts without curvature for the tensor; InputError for one that does not fit."""
-        lacking = []
-        for t, expert in enumerate(self.experts):
-            name = self._curvature_name(t, entry)
-            if name is None:
-                lacking.append(expert.label)
+    def _curvature(
+        self, entry: ModelEntry, names: tuple[str, ...], shape: tuple[int, ...], correct: bool
+    ) -> Curvature | None:
+        """names: under which the file may know the tensor: its own, or that of the embeddings it is tied
+        to."""
+        file = self.moments.get(moments_key(entry))
+        if file is None:
+            return None
+        for name in dict.fromkeys(names):
+            found = file.held(name, correct)
+            if found is None:
                 continue
-            file = self.curvatures[t]
-            found = file.curvature(name, self.recipe.parameters.bias_correction)
-            if tuple(file.shape(name)) != entry.shape:
+            if found.shape != shape:
+                raise InputError(f"{file.what(name)} has shape {list(found.shape)}, the tensor {list(shape)}")
+            if entry.parameters.get("rank") and isinstance(found.curvature, Rank1):
                 raise InputError(
-                    f"{file.path}: the curvature of {entry.name} has shape {list(file.shape(name))}, "
-                    f"the tensor {list(entry.shape)}"
+                    f"{file.what(name)} is row and column sums, which have rank 1: leave out `rank`, or give "
+                    "a "
+                    "file of all second moments"
                 )
-            if self.recipe.models[t].parameters.rank and isinstance(found, Rank1):
-                raise InputError(
-                    f"{file.path}: holds row and column sums of {entry.name}, which have rank 1: leave out "
-                    "`rank`, or give a file of all second moments"
-                )
-        return lacking
+            return found.curvature
+        return None
+
+    def _with_curvature(self, outputs: list[OutputTensor]) -> list[OutputTensor]:
+        """What `missing_curvature` says of tensors without. Under `uniform` no expert's curvature can be
+        compared with 1, so that all have it."""
+        lacking = [output for output in outputs if None in output.curvatures]
+        if not lacking:
+            return outputs
+        policy = self.recipe.parameters["missing_curvature"]
+        if policy == "error":
+            self._raise_lacking(lacking)
+        found = []
+        for output in outputs:
+            if None in output.curvatures:
+                action = KEEP_BASE if policy == "base" else MERGE
+                uniform = (Uniform(),) * len(output.experts)
+                output = _replaced(output, action, uniform)
+            found.append(output)
+        return found
+
+    def _raise_lacking(self, lacking: list[OutputTensor]) -> None:
+        first = lacking[0]
+        place = first.curvatures.index(None)
+        entry = next(
+            e for part in self.recipe.slices for e in part.experts if e.number == first.positions[place]
+        )
+        more = f" ({len(lacking)} tensors have no curvature: {_listing(o.name for o in lacking)})"
+        raise InputError(
+            f"{self.moments[moments_key(entry)].where} has no "
+            f"{first.experts[place].name!r}{more if len(lacking) > 1 else ''}; "
+            "`missing_curvature: uniform` or `base` merges without it"
+        )
 
 
-def _listing(names) -> str:
+def moments_key(entry: ModelEntry) -> tuple[int, str]:
+    """What an entry's second moments are known by."""
+    return entry.number, entry.parameters.get("preconditioner_path", "")
+
+
+def _replaced(output: OutputTensor, action: str, curvatures: tuple[Curvature, ...]) -> OutputTensor:
+    return OutputTensor(
+        output.name,
+        output.shape,
+        output.dtype,
+        action,
+        output.base,
+        output.experts,
+        output.positions,
+        output.settings,
+        curvatures,
+    )
+
+
+def _listing(names: Iterable[str]) -> str:
     names = list(names)
     shown = ", ".join(names[:_LISTED])
     return shown if len(names) <= _LISTED else f"{shown}, and {len(names) - _LISTED} more"

@@ -5,19 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..backends import Backend
 from ..backends.triton import LEAST_SLOTS, MOST_SLOTS
 from ..errors import RecipeError
 from ..io.writer import Layout, layout
-from ..run.factors import CHUNK, low_rank_bytes
+from ..run.low_rank import low_rank_bytes
 from ..run.pool import default_threads
-from ..run.survey import Survey
 from ..select.pending import DEFAULT_BUDGET
 from ..sizes import format_bytes
 from ..tensors.result import STEP_BYTES, Alternatives, Candidates
+from ..tensors.segment import CHUNK
 from ..tensors.tile import TensorInputs
-from .pairing import COPY, Inputs
+from .inputs import Inputs
+from .pairing import COPY
+
+if TYPE_CHECKING:
+    from ..run.decide import Decider
 
 # Elements of a tile: large enough that a tile costs far more than its Python (2 ms against 0.1), small enough
 # that the tiles in flight stay a few percent of the memory limit.
@@ -101,7 +106,7 @@ def pinned_bytes(backend: Backend, threads: int, per_element: int) -> int:
 
 def make_plan(
     inputs: Inputs,
-    survey: Survey,
+    decider: Decider,
     backend: Backend,
     *,
     threads: Sequence[int],
@@ -112,16 +117,16 @@ def make_plan(
 ) -> Plan:
     """The plan of a merge of open inputs, with the first number of threads that fits the memory limit. Raises
     RecipeError when it is too small for any."""
-    tensors = survey.tensors
+    tensors = decider.tensors
     per_element = max((_bytes_per_element(t, backend) for t in tensors), default=1)
     each = max((_candidate_bytes(t, backend) for t in tensors), default=0)
-    candidates = survey.expected_candidates() * each
+    candidates = decider.expected_candidates() * each
     # A small limit leaves room for tiles first.
     held = min(candidates_memory, memory_limit // 4)
     shared = PROCESS_BYTES[backend.NAME] + min(candidates, held) + sum(map(_factor_bytes, tensors))
-    largest = _LOCAL_TILE_ELEMENTS if survey.brackets and not survey.model_scope else TILE_ELEMENTS
+    largest = _LOCAL_TILE_ELEMENTS if decider.brackets and not decider.model_scope else TILE_ELEMENTS
     for number in threads:
-        fixed = shared + _survey_bytes(tensors, survey, number, per_element)
+        fixed = shared + _survey_bytes(tensors, decider, number, per_element)
         in_flight = number * per_element + pinned_bytes(backend, number, per_element)
         tile = tile_elements or _fitting_tile(memory_limit - fixed, in_flight, largest)
         if tile:
@@ -134,7 +139,7 @@ def make_plan(
             f"give it --memory-limit {math.ceil(need / 1e6)}MB{' or lower --threads' if fewer else ''}"
         )
     output = layout([(e.name, e.dtype, e.shape) for e in inputs.entries], shard_size)
-    passes = 1 + survey.passes + survey.tensor_passes
+    passes = 1 + decider.passes + decider.tensor_passes
     total = inputs.total_bytes
     return Plan(
         layout=output,
@@ -143,7 +148,7 @@ def make_plan(
         tile_elements=tile,
         tensors=len(inputs.entries),
         parameters=sum(e.numel for e in inputs.entries if e.action != COPY),
-        experts=len(inputs.experts),
+        experts=len(inputs.recipe.models),
         tiles=sum(-(-t.numel // tile) for t in tensors),
         passes=passes,
         bytes_in=total * passes,
@@ -180,15 +185,15 @@ def _factor_bytes(tensor: TensorInputs) -> int:
     return sum(array.nbytes for c in tensor.curvatures for array in c.factors)
 
 
-def _survey_bytes(tensors: list[TensorInputs], survey: Survey, threads: int, per_element: int) -> int:
+def _survey_bytes(tensors: list[TensorInputs], decider: Decider, threads: int, per_element: int) -> int:
     """What surveys hold beside tiles: histograms, score chunks, the matrices of `rescale` and `rank`."""
-    if not (survey.passes or survey.tensor_passes or survey.brackets):
+    if not (decider.passes or decider.tensor_passes or decider.brackets):
         return 0
-    experts = len(survey.models)
+    experts = len(decider.selections())
     size = 3 * threads * experts * (1 << 20) + threads * CHUNK * (per_element + 16)
     matrices = [t for t in tensors if len(t.shape) == 2]
-    if survey.recipe.parameters.rescale:
+    if decider.needs.has("norms", "tensor"):
         size += max((12 * t.numel + 16 * min(t.shape) ** 2 for t in matrices), default=0)
-    if any(m.rank for m in survey.models):
+    if decider.needs.svd:
         size += low_rank_bytes(t.shape for t in tensors)
     return size

@@ -59,9 +59,14 @@ def role_of(name: str, shape: tuple[int, ...]) -> str:
     return OUTPUT if _OUTPUT.search(name) else MATRIX
 
 
+def is_output(name: str) -> bool:
+    """Whether it is an output matrix by its name."""
+    return _OUTPUT.search(name) is not None
+
+
 def embedding_for(output_name: str, names: Iterable[str]) -> str | None:
     """The embedding that a tied output matrix shares its weights with, if the model has exactly one."""
-    if not _OUTPUT.search(output_name):
+    if not is_output(output_name):
         return None
     found = [name for name in names if _EMBEDDING.search(name)]
     return found[0] if len(found) == 1 else None

@@ -1,72 +1,92 @@
-"""The registry of merge methods: one row of data each."""
+"""The table of merge methods: one row each. A row is words (tensors/terms.py), its own parameters, and two
+pure functions."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 from ..errors import RecipeError
-from ..select.thresholds import selection_of
-from ..tensors.terms import Formula
-
-if TYPE_CHECKING:
-    from .schema import Recipe
-
-
-def _masked_edits(recipe: Recipe) -> Formula:
-    """FFG masks, then the recipe's variant of combining the masked edits (arXiv 2509.11167)."""
-    p = recipe.parameters
-    variant = p.masked_task_vector_merge_method
-    rules = [selection_of(m.parameters) for m in recipe.models]
-    return Formula(
-        power=p.power,
-        lambda_=p.lambda_,
-        denominator=None if variant == "precond" else float(len(rules)),
-        curvature_weights=variant == "precond",
-        masked=any(r.surveyed or (r.rule == "threshold" and r.value > 0) for r in rules),
-        mask_weights=p.mask_weights,
-        elect_signs=variant == "ties",
-        fallback_to_base=p.fallback_to_base,
-        repair_nonfinite=p.on_nonfinite == "base",
-    )
+from ..tensors.found import Found, Rank
+from ..tensors.terms import Terms
+from ..tensors.tile import TensorInputs
+from .parameters import Parameter, suggest
+from .settings import Settings
 
 
-def _weights(recipe: Recipe) -> list[float]:
-    return [m.parameters.weight for m in recipe.models]
+class Need(NamedTuple):
+    """A statistic that must be known before a tensor merges, by its name in run/statistics.py.
 
+    scope: over one "tensor" or the whole "model"; reads: of the inputs; of_masks: whether it looks at what
+    thresholds keep, which then must be known before, and cannot be settled after the merge.
+    """
 
-def _weighted_mean(recipe: Recipe) -> Formula:
-    """sum_t weight_t w_t over the sum of the weights, or over 1."""
-    total = sum(_weights(recipe)) if recipe.parameters.normalize else 1.0
-    return Formula(denominator=total, curvature_weights=False, masked=False)
+    statistic: str
+    scope: str = "tensor"
+    reads: int = 1
+    of_masks: bool = False
 
 
 @dataclass(frozen=True)
 class Method:
     """What a merge method needs and which recipe keys it accepts.
 
-    formula: one line in the symbols of README, "Methods"; base: "required", "optional" or "unused";
-    curvature: whether each model brings second moments; parameters: keys for the whole merge;
-    model_parameters: keys of one model, each of which may also stand in the recipe's global `parameters`
-    as the default of all models; kernel: what the kernels compute for a recipe; weights: one weight per
-    model where the recipe gives them, None where curvature does.
+    formula: one line in the symbols of README, "Methods"; source: the paper, or where it is from; base:
+    "required", "optional" or "ignored" (there it is one more model); parameters: its keys, each of which may
+    stand at every level of a recipe, those of an expert also under a model; least, most: models beside a
+    base; absent: what becomes of a tensor that some models lack (METHODS, "optional tensors").
+
+    Pure functions: terms: what the kernels compute for a tensor, from its settings and what was found; needs:
+    what must be known before a tensor merges, read after read; ranks: the places of expert t's scores that
+    "ranks" finds, of n elements, `nonzero` of which are not 0; groups: of what "gram" is taken; view: the
+    tensor as the kernels see it; check: what is wrong with the settings of a tensor, None where nothing is;
+    keeps_base: whether a tensor of a role takes the base's values; copies: whether it is its only expert's.
     """
 
     name: str
     formula: str
     base: str
-    curvature: bool
-    parameters: frozenset[str]
-    model_parameters: frozenset[str]
-    kernel: Callable[[Recipe], Formula] = _masked_edits
-    weights: Callable[[Recipe], list[float]] | None = None
+    parameters: tuple[Parameter, ...]
+    terms: Callable[[Settings, Found], Terms]
+    needs: Callable[[Settings], list[Need]] = lambda settings: []
+    ranks: Callable[[Settings, int, int, int], list[Rank]] = lambda settings, t, n, nonzero: []
+    groups: Callable[[Settings, tuple[int, ...]], str] = lambda settings, shape: "tensor"
+    view: Callable[[TensorInputs, Settings], TensorInputs] = lambda tensor, settings: tensor
+    check: Callable[[Settings], str | None] = lambda settings: None
+    keeps_base: Callable[[Settings, str], bool] = lambda settings, role: False
+    copies: Callable[[Settings], bool] = lambda settings: False
+    source: str = ""
+    least: int = 2
+    most: int | None = None
+    absent: str = "merge"
+
+    @functools.cached_property
+    def by_key(self) -> dict[str, Parameter]:
+        """The parameters by their keys, in order."""
+        return {p.key: p for p in self.parameters}
 
     @property
     def keys(self) -> frozenset[str]:
         """Every key that the method accepts somewhere."""
-        return self.parameters | self.model_parameters
+        return frozenset(self.by_key)
+
+    @functools.cached_property
+    def shared(self) -> tuple[Parameter, ...]:
+        """The parameters that all experts share."""
+        return tuple(p for p in self.parameters if p.level == "shared")
+
+    @functools.cached_property
+    def own(self) -> tuple[Parameter, ...]:
+        """The parameters of which each expert has its own."""
+        return tuple(p for p in self.parameters if p.level == "expert")
+
+    @property
+    def curvature(self) -> bool:
+        """Whether each model brings second moments."""
+        return "preconditioner_path" in self.by_key
 
 
 _REGISTRY: dict[str, Method] = {}
@@ -79,8 +99,19 @@ def register(method: Method) -> None:
     _REGISTRY[method.name] = method
 
 
+@contextlib.contextmanager
+def registered(method: Method) -> Iterator[Method]:
+    """A row for as long as a block lasts, as tests try one."""
+    register(method)
+    try:
+        yield method
+    finally:
+        del _REGISTRY[method.name]
+
+
 def get(name: str) -> Method:
     """The row called name; RecipeError names the nearest one when there is none."""
+    _fill()
     if name not in _REGISTRY:
         raise RecipeError(f"unknown merge_method {name!r}; {suggest(name, _REGISTRY)}")
     return _REGISTRY[name]
@@ -88,64 +119,10 @@ def get(name: str) -> Method:
 
 def names() -> tuple[str, ...]:
     """Every registered name, sorted."""
+    _fill()
     return tuple(sorted(_REGISTRY))
 
 
-def suggest(word: str, known: Iterable[str]) -> str:
-    """The end of an "unknown word" message: the nearest known word, or all of them if none is near."""
-    known = sorted(known)
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known)}"
-
-
-register(
-    Method(
-        name="ota",
-        formula="w_0 + lambda * sum_t P_t d_t / sum_t P_t, P_t = m_t * (n(g_t * h_t^p) + eps)",
-        base="optional",
-        curvature=True,
-        parameters=frozenset(
-            {
-                "epsilon",
-                "normalise",
-                "power",
-                "lambda",
-                "fallback_to_base",
-                "density_scope",
-                "mask_weights",
-                "masked_task_vector_merge_method",
-                "ties_density",
-                "rescale",
-                "approximate_norm",
-                "rescale_relative_threshold",
-                "bias_correction",
-                "missing_curvature",
-                "on_nonfinite",
-            }
-        ),
-        model_parameters=frozenset(
-            {
-                "preconditioner_path",
-                "precond_threshold",
-                "density",
-                "saliency_mass",
-                "scaling_factor",
-                "rank",
-                "rank1_approx",
-                "weight",
-            }
-        ),
-    )
-)
-register(
-    Method(
-        name="linear",
-        formula="sum_t weight_t w_t / sum_t weight_t (normalize: false: not divided)",
-        base="unused",
-        curvature=False,
-        parameters=frozenset({"normalize"}),
-        model_parameters=frozenset({"weight"}),
-        kernel=_weighted_mean,
-        weights=_weights,
-    )
-)
+def _fill() -> None:
+    """The rows are modules that register themselves; they need this one."""
+    from . import rows  # noqa: F401

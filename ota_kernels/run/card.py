@@ -36,9 +36,9 @@ def model_card(recipe: dict, report: dict, version: str, *, formula: str, has_co
     """
     return "\n\n".join(
         (
-            _front_matter(recipe, has_config),
+            _front_matter([_base(recipe), *(e["model"] for e in report["experts"])], has_config),
             "# Merged model",
-            _summary(recipe, version),
+            _summary(recipe, len(report["experts"]), version),
             "## Method",
             f"    out = {formula}",
             "## Models",
@@ -51,8 +51,12 @@ def model_card(recipe: dict, report: dict, version: str, *, formula: str, has_co
     )
 
 
-def _front_matter(recipe: dict, has_config: bool) -> str:
-    names = [recipe.get("base_model"), *(entry["model"] for entry in recipe["models"])]
+def _base(recipe: dict) -> str | None:
+    base = recipe.get("base_model")
+    return base["model"]["path"] if isinstance(base, dict) else base
+
+
+def _front_matter(names: list[str | None], has_config: bool) -> str:
     ids = dict.fromkeys(hub_id for name in names if name and (hub_id := _hub_id(name)))
     fields: dict[str, Any] = {}
     if ids:
@@ -70,9 +74,8 @@ def _hub_id(name: str) -> str | None:
     return shown if _HUB_ID.fullmatch(shown) else None
 
 
-def _summary(recipe: dict, version: str) -> str:
-    count = len(recipe["models"])
-    base = recipe.get("base_model")
+def _summary(recipe: dict, count: int, version: str) -> str:
+    base = _base(recipe)
     onto = f" (base model: {_escaped(_without_folders(base))})" if base else ""
     return (
         f"A merge of {count} model{'s' if count != 1 else ''}{onto}, made without training by "

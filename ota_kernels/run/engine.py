@@ -1,33 +1,31 @@
-"""Runs a merge over tensors: survey, decide, merge, settle. Knows neither files nor the command line.
+"""Runs a merge over tensors: decide, merge, settle. Knows neither files nor the command line.
 
-    tensors --units--> worker threads: terms (small tensors), kernel per tile --> sink.write --> Merged, Part
-    all parts of a group --> exact thresholds --> candidates merged again --> sink.patch --> Merged
-    a threshold outside its bracket --> exact thresholds by histograms --> the group's tiles once more
+    tensors --units--> worker threads: terms (small tensors), kernel per tile --> sink.write --> Merged,
+    Pending all tiles of a group --> exact thresholds --> undecided elements merged again --> sink.patch -->
+    Merged a threshold outside its bracket --> exact thresholds by histograms --> the group's tiles once
+    more
 
-A tensor that is one tile is decided by the worker that merges it (surveys of more than a chunk apart); a
+A tensor that is one tile is decided by the worker that merges it (statistics of more than a chunk apart); a
 larger one once, by all workers, before its first tile. A group is the whole model, or one tensor
 (`density_scope`).
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from types import ModuleType
 from typing import NamedTuple, Protocol, TypeVar
 
-from ..select.pending import Held, Store
-from ..select.settle import Group, Part
+from ..select.pending import Pending, Store
+from ..select.settle import Group
 from ..tensors import array as resident
 from ..tensors.array import Array
-from ..tensors.segment import Segment, units
+from ..tensors.result import Counts
+from ..tensors.segment import CHUNK, Segment, units
 from ..tensors.terms import Terms, close, is_open
 from ..tensors.tile import TensorInputs
-from .counts import Tally
-from .factors import CHUNK, Map
-from .pool import Pool
-from .survey import ModelDecisions, Survey
+from .decide import Decider, ModelFound
+from .rules import Rules
 
 Range = tuple[int, int, int]  # tensor number, first element, end
 
@@ -54,18 +52,7 @@ class Sink(Protocol):
 class Merged(NamedTuple):
     """Segments whose values are final."""
 
-    done: list[tuple[Segment, Tally]]
-
-
-class Open(NamedTuple):
-    """A segment that waits for thresholds; fields as in Part. To be recorded once its candidates are in the
-    store's file: then it comes a second time, if it was in memory before."""
-
-    segment: Segment
-    tally: Tally
-    reached: list[int]
-    censuses: list[list[int] | None]
-    held: Held
+    done: list[tuple[Segment, Counts]]
 
 
 class Decided(NamedTuple):
@@ -77,44 +64,31 @@ class Decided(NamedTuple):
     repeat: bool = False
 
 
-Event = Merged | Open | Decided
-
-# How much work a kill may undo. Candidates are a tenth of what is read: spilling them takes no time.
-_CHECKPOINT_SECONDS = 10.0
-_BATCH_SECONDS = 1.0
+# A Pending is to be recorded once its elements are in the store's file: then it comes a second time, if it
+# was in memory before.
+Event = Merged | Pending | Decided
 
 Result = TypeVar("Result")
 
 
-def _opened(part: Part) -> Open:
-    return Open(part.segment, part.tally, part.reached, part.censuses, part.held)
-
-
-def _in_batches(results: Iterable[Result]) -> Iterator[list[Result]]:
+def _in_batches(results: Iterable[Result], rules: Rules) -> Iterator[list[Result]]:
     """As many at a time as come within a second: recording them waits for the disk."""
     batch: list[Result] = []
-    begun = time.monotonic()
+    begun = rules.clock()
     for result in results:
         batch.append(result)
-        if time.monotonic() - begun > _BATCH_SECONDS:
+        if rules.clock() - begun > rules.batch_seconds:
             yield batch
-            batch, begun = [], time.monotonic()
+            batch, begun = [], rules.clock()
     if batch:
         yield batch
-
-
-def _owned(result: tuple[Segment, Tally] | Part) -> tuple[Segment, Tally] | Part:
-    """Candidates on the host are views until the thread's next tile."""
-    if isinstance(result, Part) and not result.held.is_resident:
-        result.held = result.held.owned()
-    return result
 
 
 class Engine:
     """Merges tensors (by number) into a sink, in units of tile_elements.
 
-    decisions: what the survey decided for the whole model; store: holds undecided elements; decided:
-    thresholds of groups that an earlier process decided.
+    found: what was found of the whole model; store: holds undecided elements; decided: thresholds of groups
+    that an earlier process decided.
     """
 
     def __init__(
@@ -122,42 +96,42 @@ class Engine:
         tensors: Mapping[int, TensorInputs],
         sink: Sink,
         *,
-        backend: ModuleType,
-        pool: Pool,
+        decider: Decider,
+        found: ModelFound,
         tile_elements: int,
-        survey: Survey,
-        decisions: ModelDecisions,
         store: Store,
         decided: Mapping[int | None, list[float | None]] | None = None,
     ) -> None:
         self._tensors, self._sink, self._store = tensors, sink, store
-        self._backend, self._pool, self._tile_elements = backend, pool, tile_elements
-        self._survey, self._decisions = survey, decisions
+        self._tile_elements, self._decider, self._found = tile_elements, decider, found
+        self._backend, self._pool = decider.backend, decider.pool
         self._groups: dict[int | None, Group] = {}
         self._decided = dict(decided or {})
-        self._checkpointed = time.monotonic()
-        # Elements of a tensor that one worker decides. A sample is quick, other surveys want all workers.
-        local = survey.brackets and not survey.model_scope
+        self._rules = decider.rules
+        self._checkpointed = self._rules.clock()
+        # Elements of a tensor that one worker decides. A sample is quick, other statistics want all workers.
+        local = decider.brackets and not decider.model_scope
         self._alone = tile_elements if local else min(CHUNK, tile_elements)
 
-    def run(self, todo: Iterable[Range] | None = None, opened: Iterable[Open] = ()) -> Iterator[Event]:
-        """Merge the ranges `todo` (default: everything) and settle what an earlier process left open. Yields
-        what happens, in an order that can be recorded. Raises InputError where an input is not finite."""
-        for event in opened:
-            yield from self._restore(event)
+    def run(self, todo: Iterable[Range] | None = None, pending: Iterable[Pending] = ()) -> Iterator[Event]:
+        """Merge the ranges `todo` (default: everything) and settle what an earlier process left pending.
+        Yields what happens, in an order that can be recorded. Raises InputError where an input is not
+        finite."""
+        for left in pending:
+            yield from self._restore(left)
         everything = ((i, 0, t.numel) for i, t in self._tensors.items())
         for results in self._merge(everything if todo is None else todo):
-            if done := [r for r in results if not isinstance(r, Part)]:
+            if done := [r for r in results if not isinstance(r[0], Pending)]:
                 yield Merged(done)
-            for part in results:
-                if isinstance(part, Part):
-                    yield from self._add(part)
+            for result in results:
+                if isinstance(result[0], Pending):
+                    yield from self._add(*result)
         for key in list(self._groups):
             yield from self._finish(key)
 
-    def _merge(self, todo: Iterable[Range]) -> Iterator[list[tuple[Segment, Tally] | Part]]:
-        """The ranges' units in order: per segment its final tally, or what it adds to its group."""
-
+    def _merge(self, todo: Iterable[Range]) -> Iterator[list[tuple]]:
+        """The ranges' units in order: per segment (it, its final counts), or (what is pending of it, tensor,
+        terms)."""
         ready: dict[int, tuple[TensorInputs, Terms]] = {}
 
         def ranges() -> Iterator[Range]:
@@ -165,7 +139,7 @@ class Engine:
                 numel = self._tensors[index].numel
                 alone = stop - start == numel <= self._alone
                 if not alone and index not in ready:
-                    ready[index] = self._decide(index, self._pool.run)
+                    ready[index] = self._decide(index)
                 yield index, start, stop
 
         def with_terms(unit: list[Segment]) -> list[tuple[Segment, tuple[TensorInputs, Terms] | None]]:
@@ -177,66 +151,75 @@ class Engine:
                     ready.pop(segment.index, None)  # units in flight hold what they need
             return given
 
-        def merge_unit(unit) -> list[tuple[Segment, Tally] | Part]:
+        def merge_unit(unit) -> list[tuple]:
             return [self._merge_segment(s, *given) if given else self._merge_alone(s) for s, given in unit]
 
-        yield from self._pool.run(merge_unit, (with_terms(u) for u in units(ranges(), self._tile_elements)))
+        def whole(index: int) -> int:
+            return ready[index][1].whole if index in ready else 1
+
+        cut = units(ranges(), self._tile_elements, whole)
+        yield from self._pool.run(merge_unit, map(with_terms, cut))
 
     def _key(self, index: int) -> int | None:
-        return None if self._survey.model_scope else index
+        return None if self._decider.model_scope else index
 
-    def _decide(self, index: int, run: Map) -> tuple[TensorInputs, Terms]:
-        tensor = self._survey.prepare(self._tensors[index], run)
-        terms = self._survey.terms(tensor, self._decisions, run)
+    def _decide(self, index: int) -> tuple[TensorInputs, Terms]:
+        tensor = self._decider.prepare(self._tensors[index])
+        terms = self._decider.terms(tensor, self._found)
         known = self._decided.get(self._key(index))
         return tensor, terms if known is None else close(terms, known)
 
-    def _merge_alone(self, segment: Segment) -> tuple[Segment, Tally] | Part:
+    def _merge_alone(self, segment: Segment) -> tuple:
         """A whole tensor in one tile: where densities are per tensor, it is settled before it is written."""
-        tensor, terms = self._decide(segment.index, map)
+        tensor, terms = self._decide(segment.index)
         room, result = self._run_kernel(segment, tensor, terms)
-        if isinstance(result, Part) and not self._survey.model_scope:
+        if isinstance(result, Pending) and not self._decider.model_scope:
             group = self._new_group(segment.index)
-            group.parts.append(result)
-            thresholds, missed = self._exact_thresholds(group, tensor, map)
+            group.add(result, tensor, terms)
+            thresholds, missed = self._exact_thresholds(group, tensor)
             if missed:
                 room, result = self._run_kernel(segment, tensor, close(terms, thresholds))
-                result[1].repeats = 1
+                result.repeats = 1
             else:
-                positions, merged, tally = self._settle(group, result, thresholds)
+                positions, merged, result = self._settle(group, result, thresholds)
                 resident.scatter(room, positions, merged, tensor.out_dtype.itemsize)
-                result = segment, tally
         self._sink.write(segment, room)
         self._sink.done_with(tensor)
-        return _owned(result)
+        return self._result(segment, result, tensor, terms)
 
-    def _merge_segment(
-        self, segment: Segment, tensor: TensorInputs, terms: Terms
-    ) -> tuple[Segment, Tally] | Part:
+    def _merge_segment(self, segment: Segment, tensor: TensorInputs, terms: Terms) -> tuple:
         room, result = self._run_kernel(segment, tensor, terms)
         self._sink.write(segment, room)
         self._sink.done_with(tensor.slice(segment.start, segment.stop))
-        return _owned(result)
+        return self._result(segment, result, tensor, terms)
+
+    def _result(
+        self, segment: Segment, result: Counts | Pending, tensor: TensorInputs, terms: Terms
+    ) -> tuple:
+        return (result.owned(), tensor, terms) if isinstance(result, Pending) else (segment, result)
 
     def _run_kernel(
         self, segment: Segment, tensor: TensorInputs, terms: Terms
-    ) -> tuple[Array, tuple[Segment, Tally] | Part]:
-        """The merged tile, and its final tally or what it adds to its group."""
+    ) -> tuple[Array, Counts | Pending]:
+        """The merged tile, and its final counts or what is pending of it."""
+        self._rules.before("tile", segment)
         tile = tensor.slice(segment.start, segment.stop)
         room = self._sink.room(segment, tile.numel * tile.out_dtype.itemsize)
         stats = self._backend.merge(tile, terms, room)
-        self._survey.check(tile, segment.start, stats.nonfinite)
-        tally = Tally.of(stats, self._saliencies(terms))
+        self._decider.check(tile, stats.nonfinite)
+        counts = Counts.of(stats, self._saliencies(tensor, terms))
         if not any(map(is_open, terms.experts)):
-            return room, (segment, tally)
-        return room, Part.of(segment, tensor, terms, stats, tally)
+            return room, counts
+        return room, Pending.of(segment, tensor, stats, counts)
 
-    def _saliencies(self, terms: Terms) -> list[float | None]:
-        return [self._survey.saliency_threshold(terms, t) for t in range(len(terms.experts))]
+    def _saliencies(self, tensor: TensorInputs, terms: Terms) -> list[float | None]:
+        return [self._decider.saliency_threshold(tensor, terms, t) for t in range(len(terms.experts))]
 
     def _new_group(self, index: int | None) -> Group:
-        elements = self._survey.elements if index is None else self._tensors[index].numel
-        return Group(self._survey.selections, elements, self._backend, self._store)
+        tensor = None if index is None else self._tensors[index]
+        elements = self._decider.elements if tensor is None else tensor.numel
+        selections, rules = self._decider.selections(tensor), self._rules
+        return Group(selections, elements, self._backend, self._store, rules.few, rules.batch)
 
     def _group(self, index: int) -> Group:
         key = self._key(index)
@@ -244,80 +227,81 @@ class Engine:
             self._groups[key] = self._new_group(key)
         return self._groups[key]
 
-    def _add(self, part: Part) -> Iterator[Event]:
-        """Keep a part until its group is complete."""
-        part.held = self._store.put(part.held.memory)
-        group = self._group(part.segment.index)
-        group.parts.append(part)
-        yield _opened(part)
-        if time.monotonic() - self._checkpointed > _CHECKPOINT_SECONDS:
+    def _add(self, pending: Pending, tensor: TensorInputs, terms: Terms) -> Iterator[Event]:
+        """Keep a tile's undecided elements until its group is complete."""
+        pending = self._store.put(pending)
+        group = self._group(pending.segment.index)
+        group.add(pending, tensor, terms)
+        yield pending
+        if self._rules.clock() - self._checkpointed > self._rules.checkpoint_seconds:
             yield from self.checkpoint()
-        yield from self._finish_if_complete(group, part.segment.index)
+        yield from self._finish_if_complete(group, pending.segment.index)
 
     def _finish_if_complete(self, group: Group, index: int) -> Iterator[Event]:
         """One tensor's group is settled after its last tile, the model's after all."""
-        if not self._survey.model_scope and group.merged == self._tensors[index].numel:
+        if not self._decider.model_scope and group.merged == self._tensors[index].numel:
             yield from self._finish(index)
 
     def checkpoint(self) -> Iterator[Event]:
-        """Move the candidates in the host's memory to the store's file: a killed merge need not find them
-        again."""
-        self._checkpointed = time.monotonic()
+        """Move the undecided elements in the host's memory to the store's file: a killed merge need not find
+        them again."""
+        self._checkpointed = self._rules.clock()
         for group in self._groups.values():
-            for part in group.parts:
-                if part.held.memory is not None and not part.held.is_resident:
-                    part.held = self._store.spill(part.held)
-                    yield _opened(part)
+            for i, pending in enumerate(group.pending):
+                if pending.memory is not None and not pending.is_resident:
+                    group.pending[i] = self._store.spill(pending)
+                    yield group.pending[i]
 
-    def _restore(self, event: Open) -> Iterator[Event]:
-        index = event.segment.index
-        tensor = self._survey.prepare(self._tensors[index], self._pool.run)
-        terms = self._survey.terms(tensor, self._decisions, self._pool.run)
-        held = self._store.restore(event.held, tensor)
-        part = Part(event.segment, tensor, terms, event.tally, event.reached, event.censuses, held)
+    def _restore(self, pending: Pending) -> Iterator[Event]:
+        index = pending.segment.index
+        tensor = self._decider.prepare(self._tensors[index])
+        terms = self._decider.terms(tensor, self._found)
+        self._store.restore(pending, tensor)
         thresholds = self._decided.get(self._key(index))
+        group = self._group(index) if thresholds is None else self._new_group(self._key(index))
+        group.add(pending, tensor, terms)
         if thresholds is None:
-            group = self._group(index)
-            group.parts.append(part)
             yield from self._finish_if_complete(group, index)
         else:
-            yield Merged([self._patch(self._new_group(self._key(index)), part, thresholds)])
+            yield Merged([self._patch(group, pending, thresholds)])
 
     def _finish(self, key: int | None) -> Iterator[Event]:
-        """All parts of a group are merged: decide, and patch their candidates or merge them again."""
+        """All tiles of a group are merged: decide, and patch what is undecided or merge them again."""
         group = self._groups.pop(key)
-        tensor = None if key is None else group.parts[0].tensor
-        thresholds, missed = self._exact_thresholds(group, tensor, self._pool.run)
+        tensor = None if key is None else group.tensor(group.pending[0])
+        thresholds, missed = self._exact_thresholds(group, tensor)
         yield Decided(key, thresholds, missed)
         if missed:
             self._decided[key] = thresholds
-            yield from map(Merged, self._merge(sorted(p.segment for p in group.parts)))
+            yield from map(Merged, self._merge(sorted(p.segment for p in group.pending)))
         else:
-            patched = self._pool.run(lambda part: self._patch(group, part, thresholds), group.parts)
-            yield from map(Merged, _in_batches(patched))
-        for part in group.parts:
-            self._store.drop(part.held)
+            patched = self._pool.run(lambda p: self._patch(group, p, thresholds), group.pending)
+            yield from map(Merged, _in_batches(patched, self._rules))
+        for pending in group.pending:
+            self._store.drop(pending)
 
-    def _exact_thresholds(
-        self, group: Group, tensor: TensorInputs | None, run: Map
-    ) -> tuple[list[float | None], bool]:
+    def _exact_thresholds(self, group: Group, tensor: TensorInputs | None) -> tuple[list[float | None], bool]:
         """The thresholds of a group, of one tensor or of all (None); and whether one lay outside its bracket,
         so that passes over the tensors had to find it, and they must be merged again."""
-        thresholds, missed = group.thresholds(run)
+        thresholds, missed = group.thresholds(self._pool.run)
         if not missed:
             return thresholds, False
-        exact = self._survey.exact_thresholds(tensor, group.parts[0].terms, missed, run)
+        self._rules.before("missed", None)
+        exact = self._decider.exact_thresholds(tensor, missed)
         return [x if e is None else e for x, e in zip(thresholds, exact, strict=True)], True
 
-    def _settle(self, group: Group, part: Part, thresholds) -> tuple[Array, Array, Tally]:
-        terms = close(part.terms, thresholds)
-        positions, merged, change = group.settle(part, terms)
-        tally = replace(part.tally)
-        tally.add(change)
-        tally.thresholds = self._saliencies(terms)
-        return positions, merged, tally
+    def _settle(self, group: Group, pending: Pending, thresholds) -> tuple[Array, Array, Counts]:
+        terms = close(group.terms(pending), thresholds)
+        positions, merged, change = group.settle(pending, terms)
+        counts = replace(pending.counts)
+        counts.add(change)
+        counts.thresholds = self._saliencies(group.tensor(pending), terms)
+        return positions, merged, counts
 
-    def _patch(self, group: Group, part: Part, thresholds: list[float | None]) -> tuple[Segment, Tally]:
-        positions, merged, tally = self._settle(group, part, thresholds)
-        self._sink.patch(part.segment, positions, merged)
-        return part.segment, tally
+    def _patch(
+        self, group: Group, pending: Pending, thresholds: list[float | None]
+    ) -> tuple[Segment, Counts]:
+        positions, merged, counts = self._settle(group, pending, thresholds)
+        self._rules.before("patch", pending.segment)
+        self._sink.patch(pending.segment, positions, merged)
+        return pending.segment, counts

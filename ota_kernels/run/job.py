@@ -25,27 +25,28 @@ from ..io.assets import Asset, plan_assets, recipe_asset, write_assets
 from ..io.pages import advise, release
 from ..io.workfolder import WorkFolder
 from ..io.writer import ShardWriter
-from ..planning.pairing import COPY, Inputs
+from ..planning.inputs import Inputs
+from ..planning.pairing import COPY
 from ..planning.plan import Plan, make_plan, memory_limit_of, thread_choices
 from ..recipe import methods
 from ..recipe.schema import Recipe, load_recipe, parse_recipe
 from ..select.pending import DEFAULT_BUDGET, Store
 from ..sizes import parse_size
-from ..tensors.buffer import Buffer
+from ..tensors.result import Counts
 from ..tensors.segment import Segment
 from ..tensors.tile import TensorInputs
 from .card import model_card
-from .counts import Tally
+from .copies import check_equal, in_type
+from .decide import Decider
 from .engine import Decided, Engine, Event, Merged
-from .pool import Pool
+from .pool import IN_PLACE, Pool
 from .readahead import ReadAhead
 from .report import REPORT_NAME, build_report
-from .state import FORMAT, Ledger, record_of
-from .survey import Survey
+from .rules import RULES, Rules
+from .state import FORMAT, State, record_of
 
 logger = logging.getLogger(__name__)
 
-_COPY_BYTES = 1 << 24
 _SPARE_BYTES = 64 << 20  # room asked for beside the tensors: config, tokenizer, report, journal
 
 
@@ -125,7 +126,7 @@ def plan(
 
     With `out`, checks too that `merge` could write there. Raises as `merge` does.
     """
-    with _Merge(as_recipe(recipe), Options.of(**options)) as job:
+    with Job(as_recipe(recipe), Options.of(**options)) as job:
         job.assets()
         if out is not None:
             job.check_output(Path(out).resolve())
@@ -145,15 +146,15 @@ def merge(
     bytes or as text ("5GB", "512MiB"). Raises RecipeError, InputError, OutputError or BackendError before
     anything is written, InputError for values that are not finite, RunError (resumable) while running.
     """
-    with _Merge(as_recipe(recipe), Options.of(**options)) as job:
+    with Job(as_recipe(recipe), Options.of(**options)) as job:
         return job.run(Path(out), progress or Silent())
 
 
-class _Merge:
+class Job:
     """One merge: open inputs, its plan, and `run`."""
 
-    def __init__(self, recipe: Recipe, options: Options) -> None:
-        self.recipe, self.options = recipe, options
+    def __init__(self, recipe: Recipe, options: Options, rules: Rules = RULES) -> None:
+        self.recipe, self.options, self._rules = recipe, options, rules
         self.backend = backends.select(options.backend, options.device)
         self.inputs = Inputs(recipe)
         try:
@@ -165,13 +166,12 @@ class _Merge:
     def _prepare(self) -> None:
         options = self.options
         entries = enumerate(self.inputs.entries)
-        self.tensors = {i: self.inputs.tensor(e) for i, e in entries if e.action != COPY}
+        self.tensors = {i: e.inputs() for i, e in entries if e.action != COPY}
         tensors = list(self.tensors.values())
         self.read_ahead = ReadAhead(tensors)
-        self.survey = Survey(self.recipe, tensors, self.backend, release, self.read_ahead)
         self.plan = make_plan(
             self.inputs,
-            self.survey,
+            self._decider(IN_PLACE),
             self.backend,
             threads=thread_choices(options.threads, self.backend),
             memory_limit=memory_limit_of(options.memory_limit, self.backend),
@@ -180,7 +180,23 @@ class _Merge:
             candidates_memory=options.candidates_memory,
         )
 
-    def __enter__(self) -> _Merge:
+    def _decider(self, pool: Pool) -> Decider:
+        tensors = list(self.tensors.values())
+        of_each = {e.name: e.settings for e in self.inputs.entries if e.action != COPY}
+        return Decider(
+            self.inputs.method,
+            tensors,
+            of_each,
+            self.backend,
+            pool,
+            release,
+            self.read_ahead,
+            positions={e.name: e.positions for e in self.inputs.entries if e.action != COPY},
+            seed=self.options.seed,
+            rules=self._rules,
+        )
+
+    def __enter__(self) -> Job:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -267,7 +283,7 @@ class _Merge:
     def _sources(self) -> dict[str, Path]:
         """Everything that is read, by what an error calls it."""
         sources = dict(self.inputs.model_folders)
-        sources |= {str(file.path): file.path for file in self.inputs.curvatures if file is not None}
+        sources |= {str(file.path): file.path for file in self.inputs.moments.values()}
         tokenizer = self.recipe.tokenizer_source
         if tokenizer not in ("base", "union"):
             sources.setdefault(tokenizer, Path(os.path.expanduser(tokenizer)))
@@ -275,7 +291,7 @@ class _Merge:
 
     def _run_in(self, work: WorkFolder, assets: list[Asset], progress: Progress) -> dict:
         started = time.perf_counter()
-        ledger = Ledger(work.journal_records(self.fingerprint), len(self.inputs.entries))
+        state = State(work.journal_records(self.fingerprint), len(self.inputs.entries))
         writer = ShardWriter(work.files, self.plan.layout)
         store = Store(self.plan.candidates_memory, work.path / "candidates.bin")
 
@@ -286,23 +302,24 @@ class _Merge:
         log = journal.Journal(work.path, sync)
         seconds = {}
         try:
-            if ledger.fresh:
+            if state.fresh:
                 log.append({"fingerprint": self.fingerprint})
-            log.append(ledger.begin(self.backend.NAME))
+            log.append(state.begin(self.backend.NAME))
             with Pool(self.plan.threads) as pool:
-                if ledger.decisions is None:
+                decider = self._decider(pool)
+                if state.found is None:
                     progress.stage("survey", 0)
-                    ledger.decisions = self.survey.decide_model(pool.run)
-                    log.append({"decisions": asdict(ledger.decisions)})
+                    state.found = decider.decide_model()
+                    log.append({"found": asdict(state.found)})
                 seconds["survey"] = time.perf_counter() - started
                 weights = self.inputs.bytes_per_element
                 progress.stage("merge", self.inputs.total_bytes)
-                progress.advance(sum(ledger.done_elements(i) * w for i, w in enumerate(weights)))
-                engine = self._engine(ledger, writer, pool, store)
+                progress.advance(sum(state.done_elements(i) * w for i, w in enumerate(weights)))
+                engine = self._engine(state, writer, decider, store)
                 try:
-                    for event in itertools.chain(self._copy(ledger, writer), self._merge(engine, ledger)):
+                    for event in itertools.chain(self._copy(state, writer), self._merge(engine, state)):
                         log.append(record_of(event), of_data=not isinstance(event, Decided))
-                        for segment in ledger.add(event):
+                        for segment in state.add(event):
                             progress.advance((segment.stop - segment.start) * weights[segment.index])
                 except (KeyboardInterrupt, RunError, BackendError):
                     with contextlib.suppress(RunError):
@@ -318,42 +335,42 @@ class _Merge:
                 writer.close()
                 store.close()
         seconds["sync"] = time.perf_counter() - started - seconds["survey"] - seconds["merge"]
-        report = build_report(self.inputs, self.plan, self.survey, ledger, self.fingerprint, seconds)
+        report = build_report(self.inputs, self.plan, decider, state, self.fingerprint, seconds)
         writer.write_index(work.files)
         write_assets(work.files, [*assets, self._card(assets, report), _json_asset(REPORT_NAME, report)])
         return report
 
-    def _engine(self, ledger: Ledger, writer: ShardWriter, pool: Pool, store: Store) -> Engine:
+    def _engine(self, state: State, writer: ShardWriter, decider: Decider, store: Store) -> Engine:
         return Engine(
             self.tensors,
             _FileSink(writer, self.plan.layout.tensors, self.read_ahead),
-            backend=self.backend,
-            pool=pool,
+            decider=decider,
+            found=state.found,
             tile_elements=self.plan.tile_elements,
-            survey=self.survey,
-            decisions=ledger.decisions,
             store=store,
-            decided=ledger.decided,
+            decided=state.decided,
         )
 
-    def _merge(self, engine: Engine, ledger: Ledger) -> Iterator[Event]:
+    def _merge(self, engine: Engine, state: State) -> Iterator[Event]:
         sizes = {index: tensor.numel for index, tensor in self.tensors.items()}
-        todo = [(index, *gap) for index, numel in sizes.items() for gap in ledger.gaps(index, numel)]
-        return engine.run(todo, ledger.open)
+        todo = [(index, *gap) for index, numel in sizes.items() for gap in state.gaps(index, numel)]
+        return engine.run(todo, state.pending)
 
-    def _copy(self, ledger: Ledger, writer: ShardWriter) -> Iterator:
-        """Tensors that are not floating point: equal in all models, or an error."""
+    def _copy(self, state: State, writer: ShardWriter) -> Iterator:
+        """Tensors that are copied: of the only source, or of several that must be equal."""
         for index, entry in enumerate(self.inputs.entries):
-            if entry.action != COPY or not ledger.gaps(index, entry.numel):
+            if entry.action != COPY or not state.gaps(index, entry.numel):
                 continue
-            step = _COPY_BYTES // entry.dtype.itemsize
+            step = self._rules.copy_bytes // entry.dtype.itemsize
+            sources = [part.source for part in entry.sources]
             for start in range(0, entry.numel, step):
-                pieces = [b.slice(start, min(start + step, entry.numel)) for b in self.inputs.buffers(entry)]
-                _check_equal(entry.name, pieces)
-                writer.write(self.plan.layout.tensors[index], start, pieces[0].data)
+                pieces = [b.slice(start, min(start + step, entry.numel)) for b in sources]
+                check_equal(entry.name, pieces)
+                data = in_type(self.backend, entry.name, pieces[0], entry.dtype)
+                writer.write(self.plan.layout.tensors[index], start, data)
                 for piece in pieces:
                     advise(piece.data, "dontneed")
-            yield Merged([(Segment(index, 0, entry.numel), Tally([]))])
+            yield Merged([(Segment(index, 0, entry.numel), Counts([]))])
 
     def _card(self, assets: list[Asset], report: dict) -> Asset:
         has_config = any(a.name == "config.json" for a in assets)
@@ -369,17 +386,6 @@ def _published_report(out: Path) -> dict:
     except (OSError, ValueError):
         return {}
     return report if isinstance(report, dict) else {}
-
-
-def _check_equal(name: str, pieces: list[Buffer]) -> None:
-    """InputError unless all models have the same values."""
-    first, *others = pieces
-    for other in others:
-        if not np.array_equal(first.data, other.data):
-            raise InputError(
-                f"{other.origin}: {name} ({other.dtype.name}) differs from {first.origin}; "
-                "only floating-point tensors are merged"
-            )
 
 
 def _json_asset(name: str, content: dict) -> Asset:

@@ -1,7 +1,9 @@
 """Operator norms of edits, for `rescale`.
 
-Embeddings and outputs: l1 -> RMS, the largest RMS of the vector that one input coordinate selects. Other
-matrices: RMS -> RMS, sqrt(d_in / d_out) times the spectral norm. Everything else: RMS.
+Embeddings and output matrices: the largest norm of a column of the stored [vocabulary, hidden] matrix over
+sqrt(rows). Of an output matrix that is l1 -> RMS, the largest RMS of what one hidden unit feeds; the
+published OTA recipes take it of embeddings too. Other matrices: RMS -> RMS, sqrt(d_in / d_out) times the
+spectral norm. Everything else: RMS.
 """
 
 from __future__ import annotations
@@ -27,9 +29,7 @@ def edit_norm(edits: Array, shape: tuple[int, ...], role: str, approximate: bool
         spectral = _power_iteration(matrix) if approximate else _spectral_norm(matrix)
         return math.sqrt(d_in / d_out) * spectral
     if role in (EMBEDDING, OUTPUT):
-        # A token selects a row of the embedding; a hidden unit feeds a column of the output matrix.
-        squares = resident.squares(edits).reshape(shape)
-        return math.sqrt(squares.mean(axis=1 if role == EMBEDDING else 0).max())
+        return math.sqrt(resident.squares(edits).reshape(shape).mean(axis=0).max())
     return math.sqrt(resident.squares(edits).mean())
 
 

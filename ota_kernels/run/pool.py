@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -17,19 +18,36 @@ def default_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+class InPlace:
+    """A Pool without threads: one task after the other on the caller's."""
+
+    threads = 1
+    run = staticmethod(map)
+
+
+IN_PLACE = InPlace()
+
+
 class Pool:
     """Threads that share the kernels' work. Kernels release the GIL, so threads are enough."""
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
-        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="ota")
+        self._workers = threading.local()
+        self._executor = ThreadPoolExecutor(
+            threads, thread_name_prefix="ota", initializer=lambda: setattr(self._workers, "busy", True)
+        )
 
     def run(self, fn: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """fn of every item, in order, with at most two tasks a thread begun or waiting.
 
-        `items` is consumed lazily by the caller's thread, which may itself use the pool. The first exception,
-        an interrupt too, cancels what has not begun and waits for what has.
+        `items` is consumed lazily by the caller's thread, which may itself use the pool. Within a task,
+        items run in its own thread: a task that waited for others could hold up all of them. The first
+        exception, an interrupt too, cancels what has not begun and waits for what has.
         """
+        if getattr(self._workers, "busy", False):
+            yield from map(fn, items)
+            return
         pending: deque = deque()
         try:
             for item in items:

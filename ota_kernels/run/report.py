@@ -8,10 +8,11 @@ import platform
 import numpy as np
 
 from .. import __version__
-from ..planning.pairing import MERGE, Inputs
+from ..planning.inputs import Inputs
+from ..planning.pairing import MERGE
 from ..planning.plan import Plan
-from .state import Ledger
-from .survey import Survey
+from .decide import Decider
+from .state import State
 
 logger = logging.getLogger(__name__)
 
@@ -21,8 +22,8 @@ REPORT_NAME = "merge_report.json"
 def build_report(
     inputs: Inputs,
     plan: Plan,
-    survey: Survey,
-    ledger: Ledger,
+    decider: Decider,
+    state: State,
     fingerprint: str,
     seconds: dict[str, float],
 ) -> dict:
@@ -32,41 +33,39 @@ def build_report(
     Thresholds are saliencies; an expert's is None where it differs between tensors, or where everything or
     nothing is kept. ties: edits kept beyond an expert's density because they equal the threshold.
     """
-    counted = [(e, ledger.tallies[i]) for i, e in enumerate(inputs.entries) if e.action == MERGE]
-    overflow = sum(tally.overflow for _, tally in counted)
+    counted = [(e, state.counts[i]) for i, e in enumerate(inputs.entries) if e.action == MERGE]
+    overflow = sum(counts.overflow for _, counts in counted)
     if overflow:
         logger.warning("%d merged values exceed the range of the output type and became infinite", overflow)
     return {
         "fingerprint": fingerprint,
         "method": inputs.recipe.merge_method,
         "experts": [
-            _expert(t, model.model, counted)
-            | {"ties": survey.ties(t, {e.name: tally.kept[t] for e, tally in counted})}
-            for t, model in enumerate(inputs.recipe.models)
+            _expert(model.model, _of_expert(model.number, counted), decider) for model in inputs.recipe.models
         ],
         "tensors": {
             entry.name: {
                 "elements": entry.numel,
-                "kept": tally.kept,
-                "unkept": tally.unkept,
-                "thresholds": tally.thresholds,
+                "kept": counts.kept,
+                "unkept": counts.unkept,
+                "thresholds": counts.thresholds,
             }
-            for entry, tally in counted
+            for entry, counts in counted
         },
         "not_merged": {e.name: e.action for e in inputs.entries if e.action != MERGE},
-        "unkept": sum(tally.unkept for _, tally in counted),
+        "unkept": sum(counts.unkept for _, counts in counted),
         "overflow": overflow,
-        "repaired": sum(tally.repaired for _, tally in counted),
+        "repaired": sum(counts.repaired for _, counts in counted),
         "bytes_read": plan.bytes_in,
         "bytes_written": plan.bytes_out,
         "passes": plan.passes,
-        "repeats": ledger.repeats + sum(tally.repeats for _, tally in counted),
+        "repeats": state.repeats + sum(counts.repeats for _, counts in counted),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "backend": plan.backend,
-        "backends": ledger.backends,
+        "backends": state.backends,
         "threads": plan.threads,
         "tile_elements": plan.tile_elements,
-        "resumed": not ledger.fresh,
+        "resumed": not state.fresh,
         "versions": {
             "ota_kernels": __version__,
             "python": platform.python_version(),
@@ -75,14 +74,22 @@ def build_report(
     }
 
 
-def _expert(t: int, model: str, counted: list) -> dict:
-    kept = sum(tally.kept[t] for _, tally in counted)
-    total = sum(entry.numel for entry, _ in counted)
-    thresholds = {tally.thresholds[t] for entry, tally in counted if entry.numel}
+def _of_expert(number: int, counted: list) -> list[tuple]:
+    """(output tensor, its counts, the expert's place there) where the expert of this number takes part."""
+    return [(e, counts, e.positions.index(number)) for e, counts in counted if number in e.positions]
+
+
+def _expert(model: str, counted: list[tuple], decider: Decider) -> dict:
+    kept = sum(counts.kept[t] for _, counts, t in counted)
+    total = sum(entry.numel for entry, _, _ in counted)
+    thresholds = {counts.thresholds[t] for entry, counts, t in counted if entry.numel}
+    places = {t for _, _, t in counted}
+    ties = sum(decider.ties(t, {e.name: c.kept[t] for e, c, own in counted if own == t}) for t in places)
     return {
         "model": model,
         "threshold": thresholds.pop() if len(thresholds) == 1 else None,
         "kept": kept,
         "total": total,
         "density": kept / total if total else 1.0,
+        "ties": ties,
     }

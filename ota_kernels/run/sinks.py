@@ -11,6 +11,7 @@ from ..tensors.array import Array
 from ..tensors.buffer import Buffer
 from ..tensors.segment import Segment
 from ..tensors.tile import TensorInputs
+from .pool import InPlace
 
 if TYPE_CHECKING:
     import torch
@@ -71,11 +72,9 @@ def _restore_bits(base: Buffer, expert: Buffer, merged: Array) -> None:
         resident.replace_changed(merged, base.data, expert.data, base.dtype.itemsize)
 
 
-class Inline:
+class Inline(InPlace):
     """A Pool for work on a device: one task after the other on the caller's thread, so that kernels are
     launched on its current stream. What goes wrong on the device is a BackendError."""
-
-    run = staticmethod(map)
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 from ..select.bracket import Bracket
-from ..select.pending import Held
+from ..select.pending import Pending
+from ..tensors.result import Counts
 from ..tensors.segment import Segment
-from .counts import Tally
-from .engine import Decided, Event, Merged, Open
-from .survey import ModelDecisions
+from .decide import ModelFound
+from .engine import Decided, Event, Merged
 
-FORMAT = 5  # of the records, of the file of candidates, and of which runs are sampled
+FORMAT = 6  # of the records, of the file of candidates, and of which runs are sampled
 
 
 def record_of(event: Event) -> dict | None:
     """The journal's record of something that happened; None for what a kill undoes."""
     if isinstance(event, Merged):
-        return {"unit": [[*segment, asdict(tally)] for segment, tally in event.done]}
-    if isinstance(event, Open):
-        if event.held.memory is not None:
+        return {"unit": [[*segment, asdict(counts)] for segment, counts in event.done]}
+    if isinstance(event, Pending):
+        if event.memory is not None:
             return None
-        held = [event.held.count, event.held.steps, event.held.alternatives, event.held.offset]
-        return {"open": [*event.segment, asdict(event.tally), event.reached, event.censuses, held]}
+        names = (f.name for f in fields(event) if f.name not in ("segment", "counts", "memory"))
+        rest = {name: getattr(event, name) for name in names}
+        return {"pending": [*event.segment, asdict(event.counts), rest]}
     return {"decided": [event.index, event.thresholds, event.repeat]}
 
 
-class Ledger:
-    """What is done of a merge: model-wide decisions, ranges that are final with their tallies, ranges that
+class State:
+    """What is done of a merge: model-wide decisions, ranges that are final with their counts, ranges that
     wait for thresholds, thresholds of groups. repeats: groups that were merged again for their thresholds;
     backends: those that ran, the first one first.
 
@@ -36,13 +37,13 @@ class Ledger:
 
     def __init__(self, records: list[dict], tensors: int) -> None:
         self.fresh = not records
-        self.decisions: ModelDecisions | None = None
-        self.tallies: list[Tally | None] = [None] * tensors
+        self.found: ModelFound | None = None
+        self.counts: list[Counts | None] = [None] * tensors
         self.decided: dict[int | None, list[float | None]] = {}
         self.repeats = 0
         self.backends: list[str] = []
         self._final: dict[int, list[tuple[int, int]]] = {}
-        self._open: dict[Segment, Open] = {}
+        self._pending: dict[Segment, Pending] = {}
         self._again: set[Segment] = set()  # merged before by this process, and to be merged once more
         for record in records:
             self._replay(record)
@@ -57,17 +58,17 @@ class Ledger:
     def _replay(self, record: dict) -> None:
         if "backend" in record:
             self.begin(record["backend"])
-        if "decisions" in record:
-            made = record["decisions"]
+        if "found" in record:
+            made = record["found"]
             brackets = tuple(None if b is None else Bracket(**b) for b in made["brackets"])
             thresholds, means = tuple(made["thresholds"]), tuple(made["mean_weights"])
-            self.decisions = ModelDecisions(thresholds, brackets, means, made["spread"])
+            self.found = ModelFound(thresholds, brackets, means, made["spread"])
         if "unit" in record:
-            self.add(Merged([(Segment(*place), Tally(**tally)) for *place, tally in record["unit"]]))
-        if "open" in record:
-            *place, tally, reached, censuses, (count, steps, alternatives, offset) = record["open"]
-            held = Held(count, tuple(steps), tuple(alternatives), offset=offset)
-            self.add(Open(Segment(*place), Tally(**tally), reached, censuses, held))
+            self.add(Merged([(Segment(*place), Counts(**counts)) for *place, counts in record["unit"]]))
+        if "pending" in record:
+            *place, counts, rest = record["pending"]
+            lists = {key: tuple(value) if isinstance(value, list) else value for key, value in rest.items()}
+            self.add(Pending(Segment(*place), Counts(**counts), **lists))
         if "decided" in record:
             self.add(Decided(*record["decided"]))
 
@@ -75,36 +76,36 @@ class Ledger:
         """Note what happened; returns the segments that were not merged before."""
         new: list[Segment] = []
         if isinstance(event, Merged):
-            new = [s for s, _ in event.done if s not in self._open and s not in self._again]
-            for segment, tally in event.done:
-                self._finish(segment, tally)
-        elif isinstance(event, Open):
-            new = [] if event.segment in self._open else [event.segment]
-            self._open[event.segment] = event
+            new = [s for s, _ in event.done if s not in self._pending and s not in self._again]
+            for segment, counts in event.done:
+                self._finish(segment, counts)
+        elif isinstance(event, Pending):
+            new = [] if event.segment in self._pending else [event.segment]
+            self._pending[event.segment] = event
         else:
             self.decided[event.index] = event.thresholds
             if event.repeat:
                 self.repeats += 1
-                self._again |= {s for s in self._open if event.index in (None, s.index)}
-                self._open = {s: o for s, o in self._open.items() if s not in self._again}
+                self._again |= {s for s in self._pending if event.index in (None, s.index)}
+                self._pending = {s: p for s, p in self._pending.items() if s not in self._again}
         return new
 
-    def _finish(self, segment: Segment, tally: Tally) -> None:
-        self._open.pop(segment, None)
+    def _finish(self, segment: Segment, counts: Counts) -> None:
+        self._pending.pop(segment, None)
         self._final.setdefault(segment.index, []).append((segment.start, segment.stop))
-        if self.tallies[segment.index] is None:
-            self.tallies[segment.index] = tally
+        if self.counts[segment.index] is None:
+            self.counts[segment.index] = counts
         else:
-            self.tallies[segment.index].add(tally)
+            self.counts[segment.index].add(counts)
 
     @property
-    def open(self) -> list[Open]:
+    def pending(self) -> list[Pending]:
         """Ranges that are merged but for their candidates."""
-        return list(self._open.values())
+        return list(self._pending.values())
 
     def _ranges(self, index: int) -> list[tuple[int, int]]:
         return sorted(
-            self._final.get(index, []) + [(s.start, s.stop) for s in self._open if s.index == index]
+            self._final.get(index, []) + [(s.start, s.stop) for s in self._pending if s.index == index]
         )
 
     def gaps(self, index: int, numel: int) -> list[tuple[int, int]]:

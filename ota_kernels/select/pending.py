@@ -1,5 +1,5 @@
-"""Holds undecided elements until their thresholds are known: in memory up to a budget, the rest in a file.
-Those on a device stay there: what holds the tensors has room for a few of their elements."""
+"""Undecided elements that wait until their thresholds are known: in memory up to a budget, the rest in a
+file. Those on a device stay there: what holds the tensors has room for a few of their elements."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import numpy as np
 from ..errors import RunError
 from ..io.offsets import read_at, write_at
 from ..tensors.array import Array
-from ..tensors.result import STEP_BYTES, Alternatives, Candidates
+from ..tensors.result import STEP_BYTES, Alternatives, Candidates, Counts, MergeStats
+from ..tensors.segment import Segment
 from ..tensors.tile import TensorInputs
 
 DEFAULT_BUDGET = 256 << 20
@@ -22,24 +23,43 @@ _LISTS = len(Alternatives._fields)  # of each expert
 
 
 @dataclass(frozen=True)
-class Held:
-    """The candidates of one tile: in memory, or at `offset` of the store's file. count: how many have their
-    operands there; steps: how many scores each expert's bracket holds of them; alternatives: how many of
-    each expert."""
+class Pending:
+    """One merged tile with what waits of it: in memory, or at `offset` of the store's file.
 
-    count: int
+    counts: of what is decided; reached, censuses: per expert, as in MergeStats; several: how many elements
+    have their operands there; steps: how many scores each expert's bracket holds of them; alternatives: how
+    many of each expert.
+    """
+
+    segment: Segment
+    counts: Counts
+    reached: tuple[int, ...]
+    censuses: tuple[list[int] | None, ...]
+    several: int
     steps: tuple[int, ...]
     alternatives: tuple[int, ...] = ()
     memory: Candidates | None = None
     offset: int = -1
 
     @classmethod
-    def of(cls, candidates: Candidates, offset: int = -1) -> Held:
-        """In memory, unless an offset is given."""
-        steps = tuple(map(len, candidates.steps))
-        alternatives = tuple(len(a.positions) for a in candidates.alternatives)
-        memory = None if offset >= 0 else candidates
-        return cls(len(candidates.positions), steps, alternatives, memory, offset)
+    def of(cls, segment: Segment, tensor: TensorInputs, stats: MergeStats, counts: Counts) -> Pending:
+        """What `stats` says of a tile merged with brackets, in memory."""
+        found = stats.candidates or Candidates.none(tensor)
+        return cls(
+            segment,
+            counts,
+            tuple(stats.reached),
+            tuple(None if c is None else c.tolist() for c in stats.censuses),
+            len(found.positions),
+            tuple(map(len, found.steps)),
+            tuple(len(a.positions) for a in found.alternatives),
+            found,
+        )
+
+    @property
+    def elements(self) -> int:
+        """Of the tile."""
+        return self.segment.stop - self.segment.start
 
     def listed(self, t: int) -> int:
         """How many scores expert t's bracket holds."""
@@ -47,94 +67,98 @@ class Held:
 
     @property
     def is_resident(self) -> bool:
-        """Whether they are on a device."""
+        """Whether the elements are on a device."""
         return self.memory is not None and self.memory.operands.is_resident
 
     def nbytes(self, tensor: TensorInputs) -> int:
-        """Bytes that they take; tensor: the one (or the tile) they are elements of."""
+        """Bytes that the elements take; tensor: the one (or the tile) they are elements of."""
         return sum(self.sizes(tensor))
 
-    def owned(self) -> Held:
-        """The same in one piece of memory of their own."""
+    def owned(self) -> Pending:
+        """The same in one piece of memory of its own: a backend's lists are views until its next tile."""
+        if self.is_resident:
+            return self
         data = np.concatenate([np.empty(0, np.uint8), *_arrays(self.memory)])
         return replace(self, memory=self.unpacked(data, self.memory.operands))
 
     def unpacked(self, data: np.ndarray, tensor: TensorInputs) -> Candidates:
-        """Candidates from their arrays one after the other; tensor: as for `nbytes`."""
+        """The elements from their arrays one after the other; tensor: as for `nbytes`."""
+        tensor = replace(tensor, start=self.segment.start, index=None)  # positions count from there
         bounds = itertools.pairwise(itertools.accumulate(self.sizes(tensor), initial=0))
         parts = iter([data[begin:end] for begin, end in bounds])
         columns = [next(parts) for _ in Candidates.columns(tensor)]
         steps = [next(parts) for _ in self.steps]
         alternatives = map(Alternatives.of, zip(*[parts] * _LISTS, strict=True))
-        return Candidates.of(tensor, columns, steps, alternatives)
+        # Positions are those in the segment, whether `tensor` is gathered elements or the whole.
+        tile = replace(tensor, start=self.segment.start, index=None)
+        return Candidates.of(tile, columns, steps, alternatives)
 
     def sizes(self, tensor: TensorInputs) -> list[int]:
         """Bytes of each array, in the order of `_arrays`."""
-        sizes = [self.count * size for size in Candidates.columns(tensor)]
+        sizes = [self.several * size for size in Candidates.columns(tensor)]
         sizes += [STEP_BYTES * n for n in self.steps]
         return sizes + [n * size for n in self.alternatives for size in Alternatives.columns(tensor)]
 
 
 class Store:
-    """Candidates of many tiles. budget: bytes held in memory at most; path: the file for the rest (None: an
-    unnamed temporary file). `get` and `sync` from any thread, the rest from one."""
+    """Pending elements of many tiles. budget: bytes held in memory at most; path: the file for the rest
+    (None: an unnamed temporary file). `get` and `sync` from any thread, the rest from one."""
 
     def __init__(self, budget: int, path: Path | None = None) -> None:
         self._budget, self._path = budget, path
         self._fd = -1
         self._end = 0
 
-    def put(self, candidates: Candidates) -> Held:
-        """Keep candidates: in memory where the budget allows it."""
-        held = Held.of(candidates)
-        if held.is_resident:
-            return held
-        size = held.nbytes(candidates.operands)
+    def put(self, pending: Pending) -> Pending:
+        """Keep its elements: in memory where the budget allows it."""
+        if pending.is_resident:
+            return pending
+        size = pending.nbytes(pending.memory.operands)
         if size > self._budget:
-            return self._write(candidates)
+            return self._write(pending)
         self._budget -= size
-        return held
+        return pending
 
-    def spill(self, held: Held) -> Held:
-        """Move candidates from the host's memory to the file. Raises RunError where it cannot be written."""
-        self.drop(held)
-        return self._write(held.memory)
+    def spill(self, pending: Pending) -> Pending:
+        """Move elements from the host's memory to the file. Raises RunError where it cannot be written."""
+        self.drop(pending)
+        return self._write(pending)
 
-    def _write(self, candidates: Candidates) -> Held:
+    def _write(self, pending: Pending) -> Pending:
         try:
             self._open()
             offset = self._end
-            for array in _arrays(candidates):
+            for array in _arrays(pending.memory):
                 write_at(self._fd, self._end, array)
                 self._end += array.size
         except OSError as error:
             raise RunError(
                 f"cannot write {self._name}: {error.strerror}; free some room and --resume"
             ) from error
-        return Held.of(candidates, offset)
+        return replace(pending, memory=None, offset=offset)
 
-    def restore(self, held: Held, tensor: TensorInputs) -> Held:
-        """Candidates of `tensor` that an earlier process put into the file."""
+    def restore(self, pending: Pending, tensor: TensorInputs) -> None:
+        """Know of elements of `tensor` that an earlier process put into the file."""
         self._open()
-        self._end = max(self._end, held.offset + held.nbytes(tensor))
-        return held
+        self._end = max(self._end, pending.offset + pending.nbytes(tensor))
 
-    def get(self, held: Held, tensor: TensorInputs) -> Candidates:
-        """The candidates; tensor: the one (or the tile) they are elements of. Raises RunError where the file
+    def get(self, pending: Pending, tensor: TensorInputs) -> Candidates:
+        """The elements; tensor: the one (or the tile) they are elements of. Raises RunError where the file
         cannot be read."""
-        if held.memory is not None:
-            return held.memory
-        return held.unpacked(self._read(held.offset, held.nbytes(tensor)), tensor)
+        if pending.memory is not None:
+            return pending.memory
+        return pending.unpacked(self._read(pending.offset, pending.nbytes(tensor)), tensor)
 
-    def steps(self, held: Held, tensor: TensorInputs, t: int) -> list[Array]:
-        """The steps of expert t, integers of 32 bits; without reading the candidates."""
-        if held.memory is not None:
-            return [held.memory.steps[t], *(a.steps for a in held.memory.alternatives[t : t + 1])]
-        sizes, of_steps = held.sizes(tensor), len(Candidates.columns(tensor))
+    def steps(self, pending: Pending, tensor: TensorInputs, t: int) -> list[Array]:
+        """The steps of expert t, integers of 32 bits; without reading the elements."""
+        found = pending.memory
+        if found is not None:
+            return [found.steps[t], *(a.steps for a in found.alternatives[t : t + 1])]
+        sizes, of_steps = pending.sizes(tensor), len(Candidates.columns(tensor))
         places = [of_steps + t]
-        if held.alternatives:
-            places.append(of_steps + len(held.steps) + _LISTS * t + Alternatives._fields.index("steps"))
-        return [self._read(held.offset + sum(sizes[:i]), sizes[i]).view(np.uint32) for i in places]
+        if pending.alternatives:
+            places.append(of_steps + len(pending.steps) + _LISTS * t + Alternatives._fields.index("steps"))
+        return [self._read(pending.offset + sum(sizes[:i]), sizes[i]).view(np.uint32) for i in places]
 
     def _read(self, offset: int, size: int) -> np.ndarray:
         data = np.empty(size, np.uint8)
@@ -146,10 +170,10 @@ class Store:
             raise RunError(f"{self._name} was cut: start again with --overwrite")
         return data
 
-    def drop(self, held: Held) -> None:
-        """The candidates will not be asked for again."""
-        if held.memory is not None and not held.is_resident:
-            self._budget += held.nbytes(held.memory.operands)
+    def drop(self, pending: Pending) -> None:
+        """The elements will not be asked for again."""
+        if pending.memory is not None and not pending.is_resident:
+            self._budget += pending.nbytes(pending.memory.operands)
 
     @property
     def _name(self) -> str:

@@ -21,11 +21,11 @@ import numpy as np
 
 from ..backends import native
 from ..errors import InputError
-from ..run.factors import CHUNK, Map
 from ..tensors import array as resident
 from ..tensors.array import Array
 from ..tensors.buffer import Buffer
-from ..tensors.terms import ExpertTerms
+from ..tensors.segment import CHUNK, Map
+from ..tensors.terms import Terms
 from ..tensors.tile import TensorInputs, concatenated
 
 if TYPE_CHECKING:
@@ -37,12 +37,11 @@ CLUSTER = RUN * RUNS  # elements of a window's runs
 _BATCH = 1 << 17  # elements that are scored by one task
 _PART = 1 << 14  # of a large sample, which all workers share
 # Elements between runs up to which mapping all pages and letting them go is faster than a read of each run.
-_NEAR = 4096
+NEAR = 4096
 _PROBES = 64  # pages that tell whether files are cached
 _STEP = 512  # elements between runs: a window spans 8192
 
-# A tensor or a tile -> the experts (number, terms) whose scores are sampled.
-Experts = Callable[[TensorInputs], Sequence[tuple[int, ExpertTerms]]]
+TermsOf = Callable[[TensorInputs], Terms]  # by which a tensor's scores are computed
 
 
 def clusters(
@@ -95,28 +94,30 @@ def _fills_lines(tensors: Sequence[TensorInputs]) -> bool:
 def sample(
     tensors: Sequence[TensorInputs],
     count: int,
-    experts: Experts,
+    experts: Sequence[int],
+    terms_of: TermsOf,
     backend: Backend,
     run: Map,
     release: Callable[[TensorInputs], None] | None = None,
     spread: bool = True,
+    near: int = NEAR,
 ) -> list[Array]:
-    """Scores of about `count` * RUNS runs over all tensors, float32[clusters, elements] per expert. backend:
-    for tensors on a device; the CPU scores others.
+    """Scores of about `count` * RUNS runs over all tensors, float32[clusters, elements] for each of `experts`
+    (numbers). backend: for tensors on a device; the CPU scores others.
 
     release: given where mapped pages may not stay. Runs that are far apart are then read from the files;
     others, and what is no file, are mapped and released piece by piece. spread: one run in a cluster; else
-    RUNS runs in a window.
+    RUNS runs in a window. near: elements between runs up to which pages are mapped rather than read.
     """
     if tensors and tensors[0].is_resident:
-        return _sample_resident(tensors, in_pairs(tensors, count * RUNS), experts, backend)
+        return _sample_resident(tensors, in_pairs(tensors, count * RUNS), experts, terms_of, backend)
     runs = 1 if spread else RUNS
     count = in_pairs(tensors, count * RUNS) if spread else count
     index, starts = _clusters_again(tuple(t.numel for t in tensors), count, runs, _fills_lines(tensors))
-    far_apart = sum(t.numel for t in tensors) > _NEAR * starts.size
+    far_apart = sum(t.numel for t in tensors) > near * starts.size
     reads = release is not None and (far_apart or not spread)
     goes = [release is not None and not (reads and all(b.offset >= 0 for b in t.buffers)) for t in tensors]
-    scores = [np.empty((*starts.shape, RUN), np.float32) for _ in experts(tensors[0])]
+    scores = [np.empty((*starts.shape, RUN), np.float32) for _ in experts]
 
     def of_batch(pieces: Sequence[tuple[int, int]]) -> None:
         with Files() if reads else contextlib.nullcontext() as files:
@@ -125,7 +126,8 @@ def sample(
                     files.ask_for(tensors[index[begin]], starts[begin:end].reshape(-1), runs)
             for begin, end in pieces:
                 tensor, places = tensors[index[begin]], starts[begin:end].reshape(-1)
-                _score_runs(tensor, experts(tensor), places, [s[begin:end] for s in scores], files, runs)
+                rooms = [s[begin:end] for s in scores]
+                _score_runs(tensor, experts, terms_of(tensor), places, rooms, files, runs)
                 if goes[index[begin]]:
                     release(tensor.slice(int(places.min()), min(int(places.max()) + RUN, tensor.numel)))
 
@@ -141,7 +143,8 @@ def sample(
 
 def _score_runs(
     tensor: TensorInputs,
-    experts: Sequence[tuple[int, ExpertTerms]],
+    experts: Sequence[int],
+    terms: Terms,
     starts: np.ndarray,
     scores: Sequence[np.ndarray],
     files: Files | None,
@@ -152,11 +155,11 @@ def _score_runs(
     outs = [s.reshape(-1) for s in scores]
     if tensor.numel < RUN:
         tile = _gathered(tensor, starts)
-        for out, (t, terms) in zip(outs, experts, strict=True):
+        for out, t in zip(outs, experts, strict=True):
             out[:] = native.scores(tile, t, terms)[0]
         return
     descriptor = None if files is None else files.descriptor
-    failed = native.run_scores(tensor, experts, starts, RUN, outs, descriptor, together)
+    failed = native.run_scores(tensor, terms, experts, starts, RUN, outs, descriptor, together)
     if failed is not None:
         raise files.failure(failed)
 
@@ -176,7 +179,11 @@ def _batches(begins: Sequence[int], most: int) -> Iterator[list[tuple[int, int]]
 
 
 def _sample_resident(
-    tensors: Sequence[TensorInputs], count: int, experts: Experts, backend: Backend
+    tensors: Sequence[TensorInputs],
+    count: int,
+    experts: Sequence[int],
+    terms_of: TermsOf,
+    backend: Backend,
 ) -> list[Array]:
     """Scores of `count` runs over tensors on a device, in one batch: a few launches for any number."""
     index, starts = _clusters_again(tuple(t.numel for t in tensors), count, 1, _fills_lines(tensors))
@@ -187,7 +194,7 @@ def _sample_resident(
     ]
     # Neighbouring tiles of a form are scored together.
     tiles = [concatenated(list(alike)) for _, alike in itertools.groupby(gathered, _form)]
-    parts = [[backend.scores(tile, t, e)[0] for t, e in experts(tile)] for tile in tiles]
+    parts = [[backend.scores(tile, t, terms_of(tile))[0] for t in experts] for tile in tiles]
     return [resident.joined(of_expert).reshape(-1, RUN) for of_expert in zip(*parts, strict=True)]
 
 

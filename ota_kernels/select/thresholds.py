@@ -9,44 +9,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..tensors.found import Selection
 from ..tensors.terms import score_of_bits
-
-if TYPE_CHECKING:
-    from ..recipe.schema import ModelParameters
 
 KEEP_ALL = 0.0
 KEEP_NOTHING = math.nan  # every comparison with it is false
 SMALLEST = float(np.float32(2.0**-149))  # keeps every score but 0
 _BINS_PER_EXPONENT = 128  # of the high 16 bits, the lower 7 belong to the significand
-
-
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """How one expert's threshold is found. rule: "all", "threshold" (an absolute saliency), "density" (share
-    of elements) or "mass" (share of the total saliency)."""
-
-    rule: str
-    value: float = 0.0
-
-    @property
-    def surveyed(self) -> bool:
-        """Whether the threshold depends on the tensors."""
-        return self.rule in ("density", "mass")
-
-
-def selection_of(parameters: ModelParameters) -> Selection:
-    """The selection that a model's parameters ask for; a density of 1 keeps everything."""
-    if parameters.precond_threshold is not None:
-        return Selection("threshold", parameters.precond_threshold)
-    if parameters.density is not None:
-        return Selection("all") if parameters.density >= 1 else Selection("density", parameters.density)
-    if parameters.saliency_mass is not None:
-        return Selection("mass", parameters.saliency_mass)
-    return Selection("all")
 
 
 def count_of_density(density: float, total: int) -> int:

@@ -13,18 +13,18 @@ import contextlib
 import itertools
 import math
 import numbers
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import InputError, RecipeError
 from ..integrations.tracing import traceable
-from ..run.factors import CHUNK
 from ..run.pool import Pool, default_threads
 from ..tensors import array as resident
 from ..tensors.array import Array
 from ..tensors.buffer import Buffer
 from ..tensors.convert import buffer_of
+from ..tensors.segment import CHUNK
 from . import order_statistics as ranks
 from .bracket import DEVIATIONS, cluster_count, error_of_sum
 from .sample import RUN, RUNS, clusters, runs_of
@@ -33,7 +33,7 @@ _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _DIRECT = 1 << 15  # scores up to which partitioning takes less time than a sample and threads
 _MANY = 16  # ranks from which sorting everything is as fast: 1.1 s against 1.3 s of 30 million float32
 _BLOCK = 1 << 16  # scores whose comparisons stay in a core's cache
-_DEVICE_BLOCK = 1 << 28  # scores whose comparisons a device holds
+DEVICE_BLOCK = 1 << 28  # scores whose comparisons a device holds
 
 
 @traceable
@@ -55,7 +55,7 @@ def topk_threshold(score: Any, k: int | Sequence[int], *, largest: bool = True) 
     several = not isinstance(k, numbers.Integral)
     wanted = [_checked(each, len(scores)) for each in (_sequence(k) if several else [k])]
     positions = {each: len(scores) - each if largest else each - 1 for each in wanted if each > 0}
-    ascending = _at_positions(scores, sorted(set(positions.values())))
+    ascending = at_positions(scores, sorted(set(positions.values())))
     nothing = math.inf if largest else -math.inf
     thresholds = [ascending[positions[each]] if each else nothing for each in wanted]
     return thresholds if several else thresholds[0]
@@ -80,34 +80,6 @@ def _not_integer(k: Any) -> RecipeError:
     return RecipeError(f"k is a {type(k).__name__}: it must be an integer, or a sequence of integers")
 
 
-def _at_positions(scores: Buffer, positions: Sequence[int]) -> dict[int, float]:
-    """The scores at these positions of the ascending order."""
-    n = len(scores)
-    if n < _DIRECT or len(positions) > _MANY:
-        _refuse_nan(scores, scores)
-        return _sorted_at(scores, positions)
-    brackets = _brackets(scores, positions)
-
-    on_device = resident.is_resident(scores.data)
-    chunk, size = (_DEVICE_BLOCK, _DEVICE_BLOCK) if on_device else (CHUNK, _BLOCK)
-
-    def of_chunk(start: int) -> list[list[_Counted]]:
-        stop = min(start + chunk, n)
-        blocks = (scores.slice(i, min(i + size, stop)) for i in range(start, stop, size))
-        values = (_refuse_nan(block, scores) for block in blocks)
-        return [[_count(block, bracket) for bracket in brackets] for block in values]
-
-    with contextlib.nullcontext() if on_device else Pool(default_threads()) as pool:
-        run = map if on_device else pool.run
-        blocks = list(itertools.chain.from_iterable(run(of_chunk, range(0, n, chunk))))
-    found = {
-        bracket.position: _exact(bracket, [block[i] for block in blocks])
-        for i, bracket in enumerate(brackets)
-    }
-    missed = [position for position, value in found.items() if value is None]
-    return found | _sorted_at(scores, missed)
-
-
 def _values(scores: Buffer) -> Array:
     """The scores as numbers that are compared fast: float64, or float32 for the narrower types."""
     wide = scores.dtype.itemsize >= 4
@@ -128,7 +100,7 @@ def _refuse_nan(part: Buffer, scores: Buffer) -> Array:
     return values
 
 
-def _sorted_at(scores: Buffer, positions: Sequence[int]) -> dict[int, float]:
+def sorted_at(scores: Buffer, positions: Sequence[int]) -> dict[int, float]:
     if not positions:
         return {}
     ascending = resident.sorted_at(_values(scores), positions)
@@ -136,7 +108,7 @@ def _sorted_at(scores: Buffer, positions: Sequence[int]) -> dict[int, float]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Bracket:
+class Bracket:
     """The score at `position` of the ascending order should be from lowest to highest, both included."""
 
     position: int
@@ -144,7 +116,7 @@ class _Bracket:
     highest: float
 
 
-def _brackets(scores: Buffer, positions: Iterable[int]) -> list[_Bracket]:
+def brackets_of(scores: Buffer, positions: Iterable[int]) -> list[Bracket]:
     """From a sample of clusters."""
     _, starts = clusters([len(scores)], RUNS * cluster_count(len(scores)), 1)
     sample = _values(runs_of(scores, starts.reshape(-1))).reshape(-1, RUN)
@@ -152,11 +124,11 @@ def _brackets(scores: Buffer, positions: Iterable[int]) -> list[_Bracket]:
     return [_bracket(ascending, sample, position, len(scores)) for position in positions]
 
 
-def _bracket(ascending: Array, sample: Array, position: int, n: int) -> _Bracket:
+def _bracket(ascending: Array, sample: Array, position: int, n: int) -> Bracket:
     target = (position + 0.5) / n * len(ascending)
     margin = DEVIATIONS * float(_standard_error(sample, ascending[int(target)])) + 1
     low, high = math.floor(target - margin), math.ceil(target + margin)
-    return _Bracket(
+    return Bracket(
         position,
         float(ascending[low]) if low >= 0 else -math.inf,
         float(ascending[high]) if high < len(ascending) else math.inf,
@@ -179,7 +151,7 @@ class _Counted:
     between: Array
 
 
-def _count(values: Array, bracket: _Bracket) -> _Counted:
+def _count(values: Array, bracket: Bracket) -> _Counted:
     lowest, highest = bracket.lowest, bracket.highest
     count = resident.library(values).count_nonzero
     below, at_lowest = int(count(values < lowest)), int(count(values == lowest))
@@ -189,7 +161,7 @@ def _count(values: Array, bracket: _Bracket) -> _Counted:
     return _Counted(below, at_lowest, int(count(values == highest)), between)
 
 
-def _exact(bracket: _Bracket, blocks: Sequence[_Counted]) -> float | None:
+def _exact(bracket: Bracket, blocks: Sequence[_Counted]) -> float | None:
     """The score at the bracket's position, None if it lies outside."""
     rest = bracket.position - sum(b.below for b in blocks)
     if rest < 0:
@@ -203,3 +175,38 @@ def _exact(bracket: _Bracket, blocks: Sequence[_Counted]) -> float | None:
         return float(resident.kth_largest(between, len(between) - rest))
     rest -= len(between)
     return bracket.highest if rest < sum(b.at_highest for b in blocks) else None
+
+
+def at_positions(
+    scores: Buffer,
+    positions: Sequence[int],
+    brackets_of: Callable[[Buffer, Sequence[int]], list[Bracket]] = brackets_of,
+    sorted_at: Callable[[Buffer, Sequence[int]], dict[int, float]] = sorted_at,
+    device_block: int = DEVICE_BLOCK,
+) -> dict[int, float]:
+    """The scores at these positions of the ascending order. brackets_of: where they should be; sorted_at:
+    finds those that are elsewhere; device_block: scores whose comparisons a device holds."""
+    n = len(scores)
+    if n < _DIRECT or len(positions) > _MANY:
+        _refuse_nan(scores, scores)
+        return sorted_at(scores, positions)
+    brackets = brackets_of(scores, positions)
+
+    on_device = resident.is_resident(scores.data)
+    chunk, size = (device_block, device_block) if on_device else (CHUNK, _BLOCK)
+
+    def of_chunk(start: int) -> list[list[_Counted]]:
+        stop = min(start + chunk, n)
+        blocks = (scores.slice(i, min(i + size, stop)) for i in range(start, stop, size))
+        values = (_refuse_nan(block, scores) for block in blocks)
+        return [[_count(block, bracket) for bracket in brackets] for block in values]
+
+    with contextlib.nullcontext() if on_device else Pool(default_threads()) as pool:
+        run = map if on_device else pool.run
+        blocks = list(itertools.chain.from_iterable(run(of_chunk, range(0, n, chunk))))
+    found = {
+        bracket.position: _exact(bracket, [block[i] for block in blocks])
+        for i, bracket in enumerate(brackets)
+    }
+    missed = [position for position, value in found.items() if value is None]
+    return found | sorted_at(scores, missed)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from . import log8
-from .array import Array, beside, raw
+from .array import Array, arange, beside, library, raw, scalar
 from .buffer import Buffer
 from .dtypes import BY_NAME
 
@@ -179,3 +179,50 @@ def _places(index: Array, columns: int) -> tuple[Array, Array]:
 
 def _full(h: Array, bias_correction: float, origin: str = Curvature.origin) -> Full:
     return Full(Buffer(raw(h), BY_NAME["float32"], origin), bias_correction)
+
+
+@dataclass(frozen=True, slots=True)
+class Floored(Curvature):
+    """max(h, floor * c) of another form with the bias correction c, a value per element in each tile: divided
+    by c it is max(h / c, floor)."""
+
+    inner: Curvature
+    floor: float
+
+    @property
+    def bias_correction(self) -> float:
+        return self.inner.bias_correction
+
+    @property
+    def origin(self) -> str:
+        return self.inner.origin
+
+    @property
+    def buffers(self) -> tuple[Buffer, ...]:
+        return self.inner.buffers
+
+    @property
+    def factors(self) -> tuple[np.ndarray, ...]:
+        return self.inner.factors
+
+    def slice(self, start: int, stop: int) -> Curvature:
+        tile = self.inner.slice(start, stop)
+        return self._raised(tile.gather(arange(stop - start, self._like())))
+
+    def gather(self, positions: Array) -> Uniform | Full:
+        return self._raised(self.inner.gather(positions))
+
+    def _like(self) -> Array:
+        return self.buffers[0].data if self.buffers else self.factors[0]
+
+    def _raised(self, full: Uniform | Full) -> Uniform | Full:
+        if isinstance(full, Uniform):
+            return full
+        h = full.float32()
+        least = scalar(self.floor * self.bias_correction, h, "float32")
+        return _full(library(h).maximum(h, least), self.bias_correction, self.origin)
+
+
+def floored(curvature: Curvature, floor: float) -> Curvature:
+    """The curvature, at least `floor`."""
+    return curvature if floor <= 0 or isinstance(curvature, Uniform) else Floored(curvature, floor)

@@ -1,11 +1,12 @@
-"""Random numbers that are the same everywhere: Philox 4x32-10 (Salmon et al., SC 2011) by (seed, tensor, expert, element).
+"""Random numbers that are the same everywhere: Philox 4x32-10 (Salmon et al., SC 2011).
 
     key = (seed mod 2^32, low half of H),   counter = (g mod 2^32, g div 2^32, expert, high half of H)
-    H: the first 8 bytes, little endian, of BLAKE2b of the tensor's name;   g = i div 4, i the flat index in the tensor
+    H: the first 8 bytes, little endian, of BLAKE2b of the tensor's name;   g = i div 4, i the flat index
     element i takes word i mod 4 of the four;   u = (word >> 8) 2^-24, a float32 in [0, 1)
 
-`random by rank` (MagPrune, arXiv 2406.11617): in a row of L elements, the one of rank j = 0 .. L-1, ascending in (|d32|, i), has
-p = float32((probability - spread) + 2 spread j / (L - 1)) in float64 arithmetic; L = 1: p = float32(probability).
+`random by rank` (MagPrune, arXiv 2406.11617): in a row of L elements, the one of rank j = 0 .. L-1,
+ascending in (|d32|, i), has p = float32((probability - spread) + 2 spread j / (L - 1)) in float64
+arithmetic; L = 1: p = float32(probability).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +31,9 @@ class NonFinite:
 # scores up to the end of the bracket and of those above it; last, how many are above.
 EXPONENTS = 256
 CENSUS = 2 * EXPONENTS + 1
+
+# Columns of `masked_sums`: edits that are kept; sums of |d|, of |m d| and of (m d)^2; kept by others too, by no other.
+SUMS = ("kept", "l1", "kept_l1", "kept_squares", "shared", "unique")
 
 STEP_BYTES = 4  # of one score that is listed
 _INDEX, _CURVATURE = 4, BY_NAME["float32"]
@@ -98,8 +101,9 @@ class Candidates(NamedTuple):
 
     @staticmethod
     def columns(tile: TensorInputs) -> list[int]:
-        """Bytes of one candidate of `tile`: index, base, each expert's weights and curvature (0: none)."""
-        weights = [0 if b is None else b.dtype.itemsize for b in (tile.base, *tile.experts)]
+        """Bytes of one candidate of `tile`: index, base, each expert's weights, origins if some expert has one, each
+        expert's curvature (0: none)."""
+        weights = [0 if b is None else b.dtype.itemsize for b in (tile.base, *tile.experts, *tile.origins)]
         return [
             _INDEX,
             *weights,
@@ -115,8 +119,11 @@ class Candidates(NamedTuple):
         alternatives: Sequence[Alternatives] = (),
     ) -> Candidates:
         """Candidates of `tile` (or of its tensor) from their columns and steps, uint8 each."""
-        index, base, *rest = columns
-        experts, curvatures = rest[: len(tile.experts)], rest[len(tile.experts) :]
+        positions, base, *rest = columns
+        n = len(tile.experts)
+        experts, origins, curvatures = rest[:n], rest[n:-n], rest[-n:]
+        index = resident.elements(positions, _INDEX)
+        places = resident.int64(index)
 
         def like(buffer: Buffer, column: Array) -> Buffer:
             return Buffer(column, buffer.dtype, buffer.origin)
@@ -131,9 +138,11 @@ class Candidates(NamedTuple):
             base=None if tile.base is None else like(tile.base, base),
             experts=tuple(map(like, tile.experts, experts)),
             curvatures=tuple(map(curvature, tile.curvatures, curvatures)),
+            origins=tuple(o and like(o, x) for o, x in zip(tile.origins, origins, strict=True)),
+            index=places + tile.start if tile.index is None else tile.index[places],
         )
         listed = tuple(resident.elements(s, STEP_BYTES) for s in steps)
-        return cls(resident.elements(index, _INDEX), operands, listed, tuple(alternatives))
+        return cls(index, operands, listed, tuple(alternatives))
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,3 +161,30 @@ class MergeStats:
     nonfinite: tuple[NonFinite, ...]
     candidates: Candidates | None = None
     censuses: tuple[np.ndarray | None, ...] = ()
+
+
+@dataclass
+class Counts:
+    """What a merge counted for one tensor or a part of it: per expert the kept edits and the saliency
+    threshold (None where everything is kept). repeats: how often a tensor of one tile was merged again
+    because a threshold lay outside its bracket."""
+
+    kept: list[int]
+    unkept: int = 0
+    overflow: int = 0
+    repaired: int = 0
+    thresholds: list[float | None] = field(default_factory=list)
+    repeats: int = 0
+
+    @classmethod
+    def of(cls, stats: MergeStats, thresholds: list[float | None]) -> Counts:
+        return cls(list(stats.kept), stats.unkept, stats.overflow, stats.repaired, thresholds)
+
+    def add(self, other: Counts, times: int = 1) -> None:
+        """Count another part of the same tensor (times -1: no longer)."""
+        self.kept = [a + times * b for a, b in zip(self.kept, other.kept, strict=True)]
+        self.unkept += times * other.unkept
+        self.overflow += times * other.overflow
+        self.repaired += times * other.repaired
+        self.repeats += times * other.repeats
+        self.thresholds = other.thresholds

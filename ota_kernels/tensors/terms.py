@@ -1,51 +1,60 @@
-"""What a kernel receives beside a tile's elements: the words that say what it computes, and their numbers.
+"""What a kernel receives beside a tile's elements: words that say what it computes, and their numbers.
 
-Per element i, in this order. Decisions (score, select, elect) are float32 operations in the order written here, without
-contraction, the same bits on every backend; values are of the type acc, float32 for 16-bit outputs and float64 for wider
-ones. w_0 is the base, 0 without one.
+Per element i, in this order. Decisions (score, select, elect) are float32 operations in the order written
+here, without contraction, the same bits on every backend; values are of the type acc, float32 for 16-bit
+outputs and float64 for wider ones. w_0 is the base, 0 without one.
 
-    d_t = w_t - o_t                     the edit; o_t: the base, or the expert's own origin. d32_t: the same in float32
-    edit    difference    y_t = d_t
-            clipped       y_t = clip(clip / max(|d_t|, 1e-6), 0, 1) d_t                                       (nearswap)
-    score   none          no score: select is all, random or random by rank
-            saliency      s_t = (h_t score_scale_t) ((2^16 d32_t) (2^16 d32_t))                               (FFG)
-            curvature     s_t = h_t score_scale_t
-            magnitude     s_t = |d32_t|
-            row magnitude s_t = |2^16 d32_t| row_scores_t[row]                                                (arcee_fusion)
-            spread        e_t = 2^16 d32_t - 2^16 d32_1; m = (sum_{t > 1} e_t) float32(1 / T); s = sum_t (e_t - m)^2, sums
-                          from 0 in recipe order: one score for all experts, 0 where edits are equal          (sce)
-    select  all           m_t = 1
-            at least      m_t = s_t > threshold_t, or s_t = threshold_t and first_t <= i <= last_t
-            between       as `at least`, and s_t < upper_t, or s_t = upper_t and i <= upto_t                  (breadcrumbs)
-            above         m_t = s_t > threshold_t                                                             (ram)
-            random        m_t = u_t(i) < probability_t, u of random.py                                        (dare)
-            random by rank  m_t = u_t(i) < p_t(rank of |d32_t| in its row), as random.py has it               (della)
-            Then |d32_t| >= trim_t too, where `trim_t` > 0: for what is elected and added, not for what counts as kept.
-    elect   none          g_t = m_t
-            sum           v_t = float32(vote_t) d32_t; E = sum_t m_t v_t; g_t = m_t and sign(v_t) = sign(E); where E is 0
-                          its sign is `tie`, 0 (nobody agrees) or 1; v_t = 0 never agrees                     (ties)
-            count         the same with E = sum_t m_t sign(v_t)
-            largest       g_t = m_t for the last t of the largest |v_t| among those with m_t                  (magmax)
-            agreement     E as in `sum`; g_t = m_t where at least `needed` experts have |v_t| > agreement |E - v_t|
-                          (float32 product) among those with m_t                                              (consensus)
-    weigh   constant      P_t = weight_scale_t
-            curvature     P_t = fma(h_t^power, weight_scale_t, epsilon)
-            alone         P_t = weight_scale_t, times alone_t where no other expert has g                     (ramplus)
-            by row        P_t = weights_t[row]; by column: P_t = weights_t[column]                            (nuslerp)
-    divide  number        D = denominator
-            weights       D = sum_t P_t
-            kept weights  D = max(sum_t g_t P_t, least)                                       (least: 0 means no floor)
-            kept count    D = max(sum_t g_t, 1)                                                               (ram)
-    N = sum_t g_t P_t (edit_scale_t y_t), each product fused into the sum; in recipe order
+    d_t = w_t - o_t       the edit; o_t: the base, or the expert's own origin. d32_t: the same in float32
+    edit
+      difference          y_t = d_t
+      clipped             y_t = clip(clip / max(|d_t|, 1e-6), 0, 1) d_t                      (nearswap)
+    score
+      none                select is all, random or random by rank
+      saliency            s_t = (h_t score_scale_t) ((2^16 d32_t) (2^16 d32_t))                   (FFG)
+      curvature           s_t = h_t score_scale_t
+      magnitude           s_t = |d32_t|
+      row magnitude       s_t = |2^16 d32_t| row_scores_t[row]                           (arcee_fusion)
+      spread              e_t = 2^16 d32_t - 2^16 d32_1; m = (sum_{t > 1} e_t) float32(1 / T);
+                          s = sum_t (e_t - m)^2, sums from 0 in recipe order: one score for all experts,
+                          0 where their edits are equal                                           (sce)
+    select
+      all                 m_t = 1
+      at least            m_t = s_t > threshold_t, or s_t = threshold_t and first_t <= i <= last_t
+      between             as `at least`, and s_t < upper_t, or s_t = upper_t and i <= upto_t (breadcrumbs)
+      above               m_t = s_t > threshold_t                                                 (ram)
+      random              m_t = u_t(i) < probability_t, u of random.py                           (dare)
+      random by rank      m_t = u_t(i) < p_t(rank of |d32_t| in its row), as random.py has it   (della)
+      Of those, where trim_t is not 0, only edits of |d32_t| >= trim_t are elected and added (NaN: none);
+      all count as kept.
+    elect
+      none                g_t = m_t
+      sum                 v_t = float32(vote_t) d32_t; E = sum_t m_t v_t; g_t = m_t and sign(v_t) = sign(E);
+                          where E is 0 its sign is `tie`, 0 (nobody agrees) or 1; v_t = 0 never agrees (ties)
+      count               the same with E = sum_t m_t sign(v_t)
+      largest             g_t = m_t for the last t of the largest |v_t| among those with m_t   (magmax)
+      agreement           E as in `sum`; g_t = m_t where at least `needed` experts with m_t have
+                          |v_t| > agreement |E - v_t|, a float32 product                    (consensus)
+    weigh
+      constant            P_t = weight_scale_t
+      curvature           P_t = fma(h_t^power, weight_scale_t, epsilon)
+      alone               P_t = weight_scale_t, times alone_t where no other expert has g     (ramplus)
+      by row, by column   P_t = weights_t[row], weights_t[column]                (nuslerp, model_stock)
+    divide
+      number              D = denominator
+      weights             D = sum_t P_t
+      kept weights        D = max(sum_t g_t P_t, least); least 0 is no floor
+      kept count          D = max(sum_t g_t, 1)                                                   (ram)
+    N = sum_t g_t P_t (edit_scale_t y_t), each product fused into the sum, in recipe order
     out = w_0 + lambda (N / D)
-    no m_t at all, or D = 0 with zero "fallback": the base (fallback "base", with one), or the mean of the w_t;
-    D = 0 with zero "one": D is 1
+    no m_t at all, or D = 0 with zero "fallback": the base (fallback "base", with one), or the mean of
+    the w_t; D = 0 with zero "one": D is 1
 
-Scales of scores are powers of two times the recipe's numbers, so that float32 neither underflows nor loses the order.
+Scales of scores are powers of two times the recipe's numbers: float32 neither underflows nor loses the order.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 
@@ -137,7 +146,8 @@ class Terms:
     """Everything a kernel needs for one tensor beside its elements, named as in the module's formulas.
 
     epsilon: scaled like the weights; fallback: "base" or "mean"; zero: "fallback" or "one"; repair: write the
-    base value where an input is not finite, instead of failing; seed, name_hash: keys of random numbers.
+    base value where an input is not finite, instead of failing; seed, name_hash: keys of random numbers;
+    ranked: rows of `random by rank`: how many elements, how far apart (1: neighbours); tiles are whole ones.
     """
 
     words: Words
@@ -156,6 +166,12 @@ class Terms:
     repair: bool = False
     seed: int = 0
     name_hash: int = 0
+    ranked: tuple[int, int] = (1, 1)
+
+    @property
+    def whole(self) -> int:
+        """A tile is a whole number of so many elements."""
+        return math.prod(self.ranked) if self.words.select == "random by rank" else 1
 
 
 def is_open(terms: ExpertTerms) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from .array import Array, is_resident, joined
 from .buffer import Buffer
+from .computed import Source, is_computed
 from .curvature import Curvature, Full, Uniform
 from .dtypes import DType
 
@@ -23,10 +24,10 @@ class TensorInputs:
     name: str
     shape: tuple[int, ...]
     out_dtype: DType
-    base: Buffer | None
-    experts: tuple[Buffer, ...]
+    base: Source | None
+    experts: tuple[Source, ...]
     curvatures: tuple[Curvature, ...]
-    origins: tuple[Buffer | None, ...] = ()
+    origins: tuple[Source | None, ...] = ()
     start: int = 0
     index: Array | None = None
 
@@ -37,11 +38,22 @@ class TensorInputs:
 
     @property
     def is_resident(self) -> bool:
-        """Whether all buffers are on a device."""
-        return is_resident(self.experts[0].data)
+        """Whether all buffers are on a device. What is computed is computed on the host."""
+        return not self.is_computed and is_resident(self.experts[0].data)
 
     @property
-    def buffers(self) -> list[Buffer]:
+    def is_computed(self) -> bool:
+        """Whether some elements are computed when they are sliced; tiles of whole rows then compute them
+        once."""
+        return any(map(is_computed, self.buffers))
+
+    @property
+    def columns(self) -> int:
+        """Elements of a row of what is computed; 1 where nothing is."""
+        return next((b.columns for b in self.buffers if is_computed(b)), 1)
+
+    @property
+    def buffers(self) -> list[Source]:
         """Every buffer that has one value per element: base, experts, curvature that is not factored."""
         weights = [b for b in (self.base, *self.experts, *self.origins) if b is not None]
         return [*weights, *(b for c in self.curvatures for b in c.buffers)]

@@ -18,6 +18,7 @@ from .tensors import Merged, Tensor, task_vector
 __all__ = [
     "METHODS",
     "Merged",
+    "Method",
     "Tensor",
     "evaluate",
     "kept_by_density",

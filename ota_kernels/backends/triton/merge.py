@@ -356,7 +356,7 @@ def _programs(device: torch.device, n_blocks: int) -> int:
 
 
 def _columns(tile: DeviceTile) -> tuple[torch.Tensor | None, ...]:
-    """Room for every element of the tile as a candidate: positions, base; weights and curvatures of each expert
+    """Room for every element of the tile as a candidate: positions, base; weights and curvatures by expert
     (None: all 1), [T, n] of whole blocks."""
     n, experts = triton.cdiv(tile.numel, BLOCK) * BLOCK, len(tile.experts)
     empty = functools.partial(torch.empty, device=tile.device)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from ... import backends
 from ...errors import RecipeError
-from ...planning.pairing import Inputs
+from ...planning.inputs import Inputs
 from ...planning.plan import memory_limit_of, worker_threads
 from ...recipe.schema import Recipe
 from ...tensors.terms import saliency_of_score

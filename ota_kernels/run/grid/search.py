@@ -19,20 +19,21 @@ import numpy as np
 from ... import backends
 from ...errors import RecipeError
 from ...io.pages import release
-from ...planning.pairing import COPY, MERGE, Inputs
+from ...planning.inputs import Inputs
+from ...planning.pairing import COPY, MERGE
 from ...planning.plan import PROCESS_BYTES, pinned_bytes
 from ...select import thresholds as decide
 from ...select.bracket import cluster_count
 from ...select.sample import CLUSTER, sample
 from ...sizes import format_bytes
 from ...tensors.segment import units
-from ...tensors.terms import ExpertTerms, score_bits
+from ...tensors.terms import Terms, score_bits
 from ...tensors.tile import TensorInputs
-from ..factors import low_rank_bytes
+from ..decide import Decider, scores_of
 from ..job import Progress
+from ..low_rank import low_rank_bytes
 from ..pool import Pool
 from ..readahead import ReadAhead
-from ..survey import Survey, score_scale_of
 from .counts import BINS, ENTRY_BYTES, Collected, Counted, Pass, low_halves
 from .expected import SampledScores
 from .groups import Groups
@@ -85,10 +86,11 @@ class Search:
         self.passes = 0
         self.experts = len(inputs.recipe.models)
         entries = [e for e in inputs.entries if e.action != COPY]
-        everything = [inputs.tensor(e) for e in entries]
-        self.survey = Survey(inputs.recipe, everything, self.backend, release)
+        everything = [e.inputs() for e in entries]
+        of_each = {e.name: e.settings for e in entries}
+        self.decider = Decider(inputs.method, everything, of_each, self.backend, pool, release)
         self.read_ahead = ReadAhead(everything)
-        part = [self.survey.takes_part(tensor) for tensor in everything]
+        part = [self.decider.takes_part(tensor) for tensor in everything]
         self.tensors = [tensor for tensor, takes_part in zip(everything, part, strict=True) if takes_part]
         self.elements = sum(t.numel for t in self.tensors)
         self.always_kept = sum(
@@ -116,7 +118,7 @@ class Search:
         widest = max((_input_bytes(t) // max(t.numel, 1) for t in self.tensors), default=0)
         in_flight = threads * (_TEMPORARY_BYTES[name] + widest) + pinned_bytes(self.backend, threads, widest)
         fixed = PROCESS_BYTES[name]
-        if any(m.rank for m in self.survey.models):
+        if self.decider.needs.svd:
             fixed += low_rank_bytes(t.shape for t in self.tensors)
         fixed += 2 * _HISTOGRAM_BYTES * (self.experts + threads)
         least = self.experts * (len(self.grid) + len(self.masses)) * _HISTOGRAM_BYTES
@@ -156,6 +158,10 @@ class Search:
             read = self._read(wanted, expected)
             self._settle(read)
 
+    def _terms(self, tile: TensorInputs) -> Terms:
+        """By which scores are computed, also where the recipe selects nothing."""
+        return scores_of(self.experts, tile)
+
     def _unsettled(self) -> list[Target]:
         return [target for target in self.targets if target.kept is None]
 
@@ -183,14 +189,13 @@ class Search:
         bytes_per_cluster = CLUSTER * (8 * self.experts + 64)
         runs = max(min(cluster_count(self.elements), self.room // 2 // bytes_per_cluster), 2)
 
-        def of_tensor(tensor: TensorInputs) -> list[tuple[int, ExpertTerms]]:
-            return [(t, _terms(tensor, t)) for t in range(self.experts)]
-
-        spread, found = self.read_ahead.is_idle, []
+        spread, found, experts = self.read_ahead.is_idle, [], range(self.experts)
         for batch in _batches(self.tensors, self.elements // _SAMPLE_BATCHES):
-            prepared = [self.survey.prepare(tensor, self.pool.run) for tensor in batch]
+            prepared = [self.decider.prepare(tensor) for tensor in batch]
             count = math.ceil(runs * sum(t.numel for t in batch) / self.elements)
-            found.append(sample(prepared, count, of_tensor, self.backend, self.pool.run, release, spread))
+            found.append(
+                sample(prepared, count, experts, self._terms, self.backend, self.pool.run, release, spread)
+            )
         return [np.concatenate(of_expert) for of_expert in zip(*found, strict=True)]
 
     def _fits(self, wanted: list[np.ndarray], expected: float) -> bool:
@@ -237,7 +242,7 @@ class Search:
 
         def ranges() -> Iterator[tuple[int, int, int]]:
             for index, tensor in enumerate(self.tensors):
-                prepared[index] = self.survey.prepare(tensor, self.pool.run)
+                prepared[index] = self.decider.prepare(tensor)
                 yield index, 0, tensor.numel
 
         for unit in units(ranges(), self.tile):
@@ -260,10 +265,10 @@ class Search:
         t: int,
     ) -> None:
         """Count expert t's scores of one tile."""
-        terms = _terms(tile, t)
+        terms = self._terms(tile)
         counts, lows = np.zeros(BINS, np.int64), np.zeros(BINS, np.int64)
         bad = self.backend.histogram(tile, t, terms, False, -1, counts, lows)
-        self.survey.check(tile, start, bad)
+        self.decider.check(tile, bad)
         above = tile.numel - np.cumsum(counts)[read.wanted[t]]
         found = None
         if counts[read.wanted[t]].any():
@@ -290,10 +295,6 @@ class Search:
             in_bin = read.sink.at_least(t, slot, target.low)
             if in_bin is not None:
                 target.kept = read.above[t][:, slot] + in_bin
-
-
-def _terms(tile: TensorInputs, t: int) -> ExpertTerms:
-    return ExpertTerms(score_scale=score_scale_of(tile, t))
 
 
 def _united(prefixes: Sequence[np.ndarray]) -> np.ndarray:

@@ -1,12 +1,12 @@
-// The formulas of the merge, one function each (README, "How it works"; arXiv 2509.11167), and the element
-// types. Compiled once per instruction set inside namespace ota::OTA_ISA, so that no inline function of a
-// wider instruction set can be linked into a narrower one. Contraction to FMA is off (CMakeLists.txt):
-// masks must come out the same everywhere.
+// Element types and forms of curvature: how they are read into float32, and results written. Compiled once per
+// instruction set inside namespace ota::OTA_ISA, so that no inline function of a wider instruction set can be linked
+// into a narrower one. Contraction to FMA is off (CMakeLists.txt): masks must come out the same everywhere.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__F16C__) || defined(__AVX512F__)
 #include <immintrin.h>
@@ -17,13 +17,12 @@
 namespace ota {
 namespace OTA_ISA {
 
-// Elements per block: numerator, denominator, base, weight and curvature rows of one block stay in the
-// first-level cache (5 x 4 KiB).
-constexpr int kBlock = 1024;
+// Elements that are merged at once: their planes (base, sums, masks) stay in the first-level cache.
+constexpr int kStrip = 256;
 
-// Elements that one inner loop covers, between two fetches ahead: a whole number of cache lines of any type.
-constexpr int kChunk = 128;
-static_assert(kBlock % kChunk == 0, "a block is a whole number of chunks");
+// Elements between two fetches ahead: a whole number of cache lines of any type.
+constexpr int kChunk = 64;
+static_assert(kStrip % kChunk == 0, "a strip is a whole number of chunks");
 
 template <typename To, typename From>
 inline To bit_cast(From value) {
@@ -31,29 +30,6 @@ inline To bit_cast(From value) {
     To out;
     std::memcpy(&out, &value, sizeof(out));
     return out;
-}
-
-// s = (h k) (2^16 d)^2 with k = 2^32 (or 2^64 and no d without a base): float32 never underflows where the
-// true saliency is above 1e-57, and powers of two keep the order exact.
-inline float saliency(float h, float d, float k) {
-    const float scaled = d * 65536.0f;
-    return (h * k) * (scaled * scaled);
-}
-
-// The score of w against base; without a base the curvature alone. Float32 throughout.
-template <bool HasBase>
-inline float score(float h, float w, float base, float k) {
-    return HasBase ? saliency(h, w - base, k) : h * k;
-}
-
-// P = a h^p + epsilon, or P = a where the weights ignore curvature (Power::none).
-enum class Power { none, half, one, general };
-
-template <Power P, typename Acc>
-inline Acc weight(Acc h, Acc a, Acc p, Acc epsilon) {
-    if (P == Power::none) return a;
-    const Acc root = P == Power::half ? std::sqrt(h) : P == Power::one ? h : std::pow(h, p);
-    return std::fma(root, a, epsilon);
 }
 
 // Small floats to float32: E exponent bits of the given bias, M mantissa bits below them.
@@ -119,19 +95,9 @@ inline const T* elements(const uint8_t* src, int n, T* room) {
     return room;
 }
 
-inline int item_size(DType dtype) {
-    switch (dtype) {
-        case DType::f64: return 8;
-        case DType::f32: return 4;
-        case DType::bf16:
-        case DType::f16: return 2;
-        default: return 1;
-    }
-}
-
-// The block after the one at `offset`, to be fetched into the second-level cache chunk by chunk between
-// computations. A tile is a dozen streams, each read for one block at a time, too short for the hardware's own
-// prefetcher; a whole block asked for at once fills the queue of outstanding lines and stalls.
+// The strip after the one at `offset`, to be fetched chunk by chunk between computations. A tile is a dozen streams,
+// each read for one strip at a time, too short for the hardware's own prefetcher; a whole strip asked for at once
+// fills the queue of outstanding lines and takes twice the time.
 class Ahead {
 public:
     Ahead() = default;
@@ -142,14 +108,14 @@ public:
     }
     void fetch(int chunk) const {
         const int end = (chunk + kChunk) * size_;
-        for (int byte = chunk * size_; byte < end; byte += 64) __builtin_prefetch(next_ + byte, 0, 2);
+        for (int byte = chunk * size_; byte < end; byte += 64) __builtin_prefetch(next_ + byte, 0, 3);
     }
 
 private:
     Ahead(const uint8_t* data, int size, int64_t offset, int64_t total) {
-        if (offset + 2 * kBlock > total) return;
+        if (data == nullptr || offset + 2 * kStrip > total) return;
         size_ = size;
-        next_ = data + (offset + kBlock) * size;
+        next_ = data + (offset + kStrip) * size;
     }
 
     const uint8_t* next_ = nullptr;
@@ -166,10 +132,10 @@ inline void decode_f16(const uint16_t* src, int n, float* dst) {
 }
 
 // Elements [offset, offset + n) as float32: in place where they are float32 already, else through `room`
-// (kBlock elements).
+// (kStrip elements).
 inline const float* load(const Operand& x, int64_t offset, int n, float* room) {
-    uint16_t halves[kBlock];
-    double doubles[kBlock];
+    uint16_t halves[kStrip];
+    double doubles[kStrip];
     switch (x.dtype) {
         case DType::f32:
             return elements(x.data + 4 * offset, n, room);
@@ -194,6 +160,20 @@ inline const float* load(const Operand& x, int64_t offset, int n, float* room) {
             break;
     }
     return room;
+}
+
+// The same in the type W: bf16 (all of them stored so), float, or double (where a sum in float64 has a use for it).
+template <typename W>
+inline const W* view(const Operand& x, int64_t offset, int n, W* room) {
+    if constexpr (std::is_same<W, float>::value) return load(x, offset, n, room);
+    else if constexpr (std::is_same<W, bf16>::value) return elements(x.data + 2 * offset, n, room);
+    else {
+        if (x.dtype == DType::f64) return elements(x.data + 8 * offset, n, room);
+        float floats[kStrip];
+        const float* values = load(x, offset, n, floats);
+        for (int i = 0; i < n; ++i) room[i] = values[i];
+        return room;
+    }
 }
 
 // What a log8 code stands for, before it is scaled: see ota_kernels/tensors/log8.py.

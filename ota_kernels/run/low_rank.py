@@ -7,21 +7,72 @@ depends on the shape alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import numpy as np
 
-from ..backends import native
+from ..backends import Backend, native
+from ..planning.roles import MATRIX, role_of
+from ..recipe.settings import Settings
 from ..tensors import array as resident
 from ..tensors.array import Array
 from ..tensors.curvature import Curvature, Full, Log8, LowRank, Rank1
+from ..tensors.segment import CHUNK, Map
+from ..tensors.tile import TensorInputs
+from .pool import Pool
 
-# Elements of one piece of work. Fixed, so that float64 sums do not depend on tiles, threads or memory.
-CHUNK = 1 << 20
-
-Map = Callable[[Callable, Iterable], Iterable]
+_CACHE_BYTES = 64 << 20
 
 
 Sums = Callable[[Curvature, np.ndarray, np.ndarray], None]  # as native.row_column_sums
+Check = Callable[[TensorInputs, int], None]  # raises for curvature of expert t that is not usable
+
+
+class LowRankForms:
+    """Low-rank curvature in place of what a tensor has, where its settings ask for it. Sums of small
+    matrices are kept: a tensor is asked for once a read."""
+
+    def __init__(self, backend: Backend, pool: Pool) -> None:
+        self._backend, self._pool = backend, pool
+        self._kept: dict[tuple[str, int], Curvature] = {}
+        self._bytes = 0
+
+    def of(self, tensor: TensorInputs, settings: Settings, check: Check) -> TensorInputs:
+        """The tensor with the curvature that its kernels read."""
+        wanted = [t for t in range(len(tensor.curvatures)) if is_factored(tensor, settings, t)]
+        if not wanted:
+            return tensor
+        found = list(tensor.curvatures)
+        for t in wanted:
+            found[t] = self._of_expert(tensor, settings, t, check)
+        return replace(tensor, curvatures=tuple(found))
+
+    def _of_expert(self, tensor: TensorInputs, settings: Settings, t: int, check: Check) -> Curvature:
+        key = (tensor.name, t)
+        if key in self._kept:
+            return self._kept[key]
+        check(tensor, t)
+        curvature, run = tensor.curvatures[t], self._pool.run
+        if settings.experts[t]["rank1_approx"]:
+            sums = self._backend.row_column_sums if tensor.is_resident else native.row_column_sums
+            form = rank1(curvature, tensor.shape, run, sums)
+        else:
+            form = low_rank(curvature, tensor.shape, settings.experts[t]["rank"], run)
+        size = sum(array.nbytes for array in form.factors)
+        if self._bytes + size <= _CACHE_BYTES:
+            self._kept[key] = form
+            self._bytes += size
+        return form
+
+
+def is_factored(tensor: TensorInputs, settings: Settings, t: int) -> bool:
+    """Whether the settings ask for a low-rank form of expert t's curvature, which is none yet. Matrices only;
+    rank r leaves embeddings and output matrices at full curvature, as the published OTA recipes do."""
+    curvature, own = tensor.curvatures[t], settings.experts[t]
+    if len(tensor.shape) != 2 or tensor.numel == 0 or not isinstance(curvature, Full | Log8):
+        return False
+    by_rank = own.get("rank") is not None and role_of(tensor.name, tensor.shape) == MATRIX
+    return bool(own.get("rank1_approx")) or by_rank
 
 
 def row_chunks(shape: tuple[int, ...], elements: int = CHUNK) -> list[tuple[int, int]]:

@@ -1,0 +1,311 @@
+// A strip of a tile's elements: what is read, and which of the edits are kept. merge.cpp adds them up, survey.cpp counts.
+#pragma once
+
+#include <new>
+
+#include "random.hpp"
+
+namespace ota {
+namespace OTA_ISA {
+
+// Experts whose sums are in registers together.
+constexpr int kGroup = 6;
+
+// Besides float, the type of weights that loops read as they are stored.
+template <typename Acc>
+using Direct = std::conditional_t<std::is_same<Acc, double>::value, double, bf16>;
+
+// Planes of the elements [offset, offset + n) of a tile, and room for what is decoded.
+template <typename Acc>
+struct alignas(64) Strip {
+    int64_t offset;
+    int n;
+    Place place;
+    bool direct;              // whether experts' weights are read as Direct<Acc>
+    const uint8_t* by_rank;   // masks of `random by rank`, n of the tile for each expert
+    Acc base[kStrip], numerator[kStrip], denominator[kStrip], origin_room[kStrip], p_room[kGroup][kStrip];
+    Acc zeros[kStrip];
+    int32_t ones[kStrip];     // -1
+    alignas(64) uint8_t w_room[kGroup][kStrip * sizeof(Acc)];
+    float h_room[kGroup][kStrip];
+    float score_room[kStrip], spread[kStrip], elected[kStrip], largest[kStrip];
+    int32_t any[kStrip], fallback[kStrip], number[kStrip];  // number: of experts that add or agree, or the winner's
+    int32_t waits[kStrip + kSpare];      // 1 where a score lies in its bracket
+    float edits[kMaxExperts][kStrip];    // d32
+    int32_t keep[kMaxExperts][kStrip];   // -1 where an edit is kept; later, where it is added
+};
+
+// Whether all experts' weights can be read in place; in float64, whether some input has use for it.
+template <typename Acc>
+bool reads_direct(const Tile& tile) {
+    bool all = true, some = false;
+    for (int t = 0; t < tile.n_experts; ++t) {
+        all &= tile.experts[t].weights.dtype == DType::bf16;
+        some |= tile.experts[t].weights.dtype == DType::f64;
+    }
+    return std::is_same<Acc, double>::value ? some : all;
+}
+
+template <typename Acc>
+void prepare(const Tile& tile, Strip<Acc>& x) {
+    x.direct = reads_direct<Acc>(tile);
+    x.by_rank = nullptr;
+    std::memset(x.zeros, 0, sizeof(x.zeros));
+    for (int i = 0; i < kStrip; ++i) x.ones[i] = -1;
+}
+
+template <typename Acc>
+void go_to(const Tile& tile, int64_t offset, Strip<Acc>& x) {
+    x.offset = offset;
+    x.n = static_cast<int>(tile.n - offset < kStrip ? tile.n - offset : kStrip);
+    x.place = {tile.start + offset, tile.index == nullptr ? nullptr : tile.index + offset, tile.columns};
+}
+
+template <typename Acc>
+void load_plane(const Operand& x, int64_t offset, int n, Acc* out) {
+    if constexpr (std::is_same<Acc, double>::value) {
+        const double* values = view<double>(x, offset, n, out);
+        if (values != out) std::memcpy(out, values, sizeof(double) * static_cast<size_t>(n));
+    } else {
+        const float* values = load(x, offset, n, out);
+        if (values != out) std::memcpy(out, values, sizeof(float) * static_cast<size_t>(n));
+    }
+}
+
+template <typename Acc>
+void load_base(const Tile& tile, Strip<Acc>& x) {
+    if (tile.has_base())
+        load_plane(tile.base, x.offset, x.n, x.base);
+    else
+        std::memset(x.base, 0, sizeof(x.base));
+}
+
+// What expert t's edits are taken from.
+template <typename Acc>
+const Acc* origin(const Tile& tile, int t, Strip<Acc>& x) {
+    if (tile.experts[t].origin.data == nullptr) return x.base;
+    load_plane(tile.experts[t].origin, x.offset, x.n, x.origin_room);
+    return x.origin_room;
+}
+
+// Calls step with expert t's weights of the strip, decoded into room number `room`.
+template <typename Acc, typename Step>
+auto with_weights(const Tile& tile, int t, int room, Strip<Acc>& x, Step step) {
+    const Operand& w = tile.experts[t].weights;
+    if (x.direct) return step(view(w, x.offset, x.n, reinterpret_cast<Direct<Acc>*>(x.w_room[room])));
+    return step(view(w, x.offset, x.n, reinterpret_cast<float*>(x.w_room[room])));
+}
+
+template <typename Acc>
+const float* curvature(const Tile& tile, int t, int room, Strip<Acc>& x) {
+    return load(tile.experts[t].curvature, x.offset, x.n, x.h_room[room]);
+}
+
+template <typename W>
+uint32_t largest_suspicion(const W* w, int n, const Ahead& next) {
+    uint32_t top = 0;
+    for (int begin = 0; begin < n; begin += kChunk) {
+        next.fetch(begin);
+        const int end = n - begin < kChunk ? n : begin + kChunk;
+        for (int i = begin; i < end; ++i) top = larger(top, suspicion(static_cast<float>(w[i])));
+    }
+    return top;
+}
+
+// Whether some input of expert t may not be usable. Has the next strip fetched.
+template <typename Acc>
+bool is_suspect(const Tile& tile, int t, Strip<Acc>& x) {
+    const Expert& e = tile.experts[t];
+    uint32_t top = with_weights(tile, t, 0, x, [&](const auto* w) {
+        return largest_suspicion(w, x.n, Ahead(e.weights, x.offset, tile.n));
+    });
+    if (e.origin.data != nullptr)
+        top = larger(top, largest_suspicion(origin(tile, t, x), x.n, Ahead(e.origin, x.offset, tile.n)));
+    if (e.curvature.kind == CurvatureKind::uniform) return top >= kSuspect;
+    const float* h = curvature(tile, t, 0, x);
+    const Ahead next(e.curvature, x.offset, tile.n);
+    for (int begin = 0; begin < x.n; begin += kChunk) {
+        next.fetch(begin);
+        const int end = x.n - begin < kChunk ? x.n : begin + kChunk;
+        for (int i = begin; i < end; ++i) top = larger(top, suspicion_of_curvature(h[i]));
+    }
+    return top >= kSuspect;
+}
+
+// Where expert t's inputs and the base are usable: -1.
+template <typename Acc>
+void find_usable(const Tile& tile, int t, Strip<Acc>& x, int32_t* usable) {
+    const bool reads = tile.experts[t].curvature.kind != CurvatureKind::uniform;
+    const Acc* o = origin(tile, t, x);
+    const float* h = reads ? curvature(tile, t, 0, x) : nullptr;
+    with_weights(tile, t, 0, x, [&](const auto* w) {
+        for (int i = 0; i < x.n; ++i)
+            usable[i] = is_finite(static_cast<float>(w[i])) && is_finite(static_cast<float>(o[i])) &&
+                                is_finite(static_cast<float>(x.base[i])) && (!reads || is_curvature(h[i]))
+                            ? -1
+                            : 0;
+    });
+}
+
+// Counts what is not usable of expert t. Returns whether something is.
+template <typename Acc>
+bool count_unusable(const Tile& tile, int t, Strip<Acc>& x, NonFinite& weights, NonFinite& curvatures) {
+    const int64_t before = weights.count + curvatures.count;
+    const bool own = tile.experts[t].origin.data != nullptr;
+    const Acc* o = origin(tile, t, x);
+    with_weights(tile, t, 0, x, [&](const auto* w) {
+        for (int i = 0; i < x.n; ++i)
+            if (!is_finite(static_cast<float>(w[i])) || (own && !is_finite(static_cast<float>(o[i]))))
+                weights.add(x.offset + i);
+    });
+    if (tile.experts[t].curvature.kind != CurvatureKind::uniform) {  // checked, also where no word reads it
+        const float* h = curvature(tile, t, 0, x);
+        for (int i = 0; i < x.n; ++i)
+            if (!is_curvature(h[i])) curvatures.add(x.offset + i);
+    }
+    return weights.count + curvatures.count > before;
+}
+
+template <typename Acc>
+bool count_unusable_base(Strip<Acc>& x, NonFinite& base) {
+    const int64_t before = base.count;
+    for (int i = 0; i < x.n; ++i)
+        if (!is_finite(static_cast<float>(x.base[i]))) base.add(x.offset + i);
+    return base.count > before;
+}
+
+template <typename Acc>
+void find_edits(const Tile& tile, int t, Strip<Acc>& x) {
+    const Acc* o = origin(tile, t, x);
+    with_weights(tile, t, 0, x, [&](const auto* w) { difference32(w, o, x.n, x.edits[t]); });
+}
+
+// What all experts' scores share: the spread of their edits.
+template <typename Acc>
+void share_scores(const Tile& tile, Strip<Acc>& x) {
+    if (tile.words.score != Score::spread) return;
+    for (int t = 0; t < tile.n_experts; ++t) find_edits(tile, t, x);
+    spread_of(x.edits, tile.n_experts, x.n, x.spread);
+}
+
+// Expert t's scores, from its edits.
+template <typename Acc>
+const float* find_scores(const Tile& tile, int t, Strip<Acc>& x) {
+    const Expert& e = tile.experts[t];
+    float* s = x.score_room;
+    switch (tile.words.score) {
+        case Score::none: std::memset(s, 0, sizeof(x.score_room)); break;
+        case Score::saliency: saliencies(curvature(tile, t, 0, x), x.edits[t], e.score_scale, x.n, s); break;
+        case Score::curvature: curvatures(curvature(tile, t, 0, x), e.score_scale, x.n, s); break;
+        case Score::magnitude: magnitudes(x.edits[t], x.n, s); break;
+        case Score::row_magnitude:
+            by_rows(x.place, x.n, [&](int begin, int end, int64_t row, int64_t) {
+                row_magnitudes(x.edits[t] + begin, e.row_scores[row], end - begin, s + begin);
+            });
+            break;
+        case Score::spread: return x.spread;
+    }
+    return s;
+}
+
+// Where first <= flat index <= last: -1.
+inline void find_between(const Place& place, int64_t first, int64_t last, int n, int32_t* inside) {
+    for (int i = 0; i < n; ++i) inside[i] = place.at(i) >= first && place.at(i) <= last ? -1 : 0;
+}
+
+constexpr int64_t kLastIndex = INT64_MAX;
+
+// Which of expert t's edits are kept: x.keep[t], from its scores.
+template <typename Acc>
+void select(const Tile& tile, int t, const float* s, Strip<Acc>& x) {
+    const Expert& e = tile.experts[t];
+    int32_t* keep = x.keep[t];
+    int32_t* tied = x.fallback;  // not yet in use
+    const int n = x.n;
+    switch (tile.words.select) {
+        case Select::all: std::memcpy(keep, x.ones, sizeof(x.ones)); break;
+        case Select::at_least:
+        case Select::between:
+            if (e.first > 0 || e.last < kLastIndex) {
+                find_between(x.place, e.first, e.last, n, tied);
+                at_least(s, e.threshold, tied, n, keep);
+            } else {
+                at_least(s, e.threshold, n, keep);
+            }
+            if (tile.words.select == Select::at_least) break;
+            find_between(x.place, 0, e.upto, n, tied);
+            at_most(s, e.upper, tied, n, keep);
+            break;
+        case Select::above: above(s, e.threshold, n, keep); break;
+        case Select::random: {
+            float u[kStrip];
+            uniform(Philox(tile.numbers, e.position), x.place, n, u);
+            below(u, static_cast<float>(e.probability), n, keep);
+            break;
+        }
+        case Select::random_by_rank: {
+            const uint8_t* kept = x.by_rank + t * tile.n + x.offset;
+            for (int i = 0; i < n; ++i) keep[i] = kept[i] ? -1 : 0;
+            break;
+        }
+    }
+}
+
+// Scores as they are counted: 0 where an input is not usable, or (a curvature above 2^96 times an edit of 0) the score
+// is no number; and no -0. usable: none where all are.
+inline void use(const float* s, const int32_t* usable, int n, float* used) {
+    for (int i = 0; i < n; ++i) {
+        const bool counts = (s[i] > 0.0f) & (usable == nullptr || usable[i] != 0);
+        used[i] = counts ? s[i] : 0.0f;
+    }
+}
+
+// Masks of `random by rank` of a tile of whole rows, for expert t: 1 where an edit is kept. room: 3 rows.
+template <typename Acc>
+void keep_by_rank(const Tile& tile, int t, Strip<Acc>& x, uint32_t* room, uint8_t* keep) {
+    const Expert& e = tile.experts[t];
+    uint32_t *bits = room, *order = room + tile.columns, *spare = order + tile.columns;
+    for (int64_t row = 0; row < tile.n; row += tile.columns) {
+        for (int64_t at = 0; at < tile.columns; at += x.n) {
+            go_to(tile, row + at, x);
+            if (x.n > tile.columns - at) x.n = static_cast<int>(tile.columns - at);
+            load_base(tile, x);
+            find_edits(tile, t, x);
+            for (int i = 0; i < x.n; ++i) bits[at + i] = suspicion(x.edits[t][i]);
+        }
+        sort_places(bits, tile.columns, order, spare);
+        for (int64_t rank = 0; rank < tile.columns; ++rank)
+            bits[order[rank]] = bit_cast<uint32_t>(probability_of_rank(e, rank, tile.columns));
+        float u[kStrip];
+        for (int64_t at = 0; at < tile.columns; at += kStrip) {
+            const int n = static_cast<int>(tile.columns - at < kStrip ? tile.columns - at : kStrip);
+            uniform(Philox(tile.numbers, e.position), {tile.start + row + at, nullptr, tile.columns}, n, u);
+            for (int i = 0; i < n; ++i) keep[row + at + i] = u[i] < bit_cast<float>(bits[at + i]) ? 1 : 0;
+        }
+    }
+}
+
+// The masks of the experts [first, last) in memory of their own; none where no word asks for them.
+struct Ranked {
+    uint8_t* masks = nullptr;
+
+    template <typename Acc>
+    Ranked(const Tile& tile, int first, int last, Strip<Acc>& x) {
+        if (tile.words.select != Select::random_by_rank || tile.n == 0) return;
+        masks = static_cast<uint8_t*>(std::malloc(static_cast<size_t>(tile.n * tile.n_experts)));
+        auto* room = static_cast<uint32_t*>(std::malloc(sizeof(uint32_t) * static_cast<size_t>(3 * tile.columns)));
+        if (masks == nullptr || room == nullptr) {
+            std::free(masks), std::free(room);
+            throw std::bad_alloc();
+        }
+        for (int t = first; t < last; ++t) keep_by_rank(tile, t, x, room, masks + t * tile.n);
+        std::free(room);
+        x.by_rank = masks;
+    }
+    ~Ranked() { std::free(masks); }
+    Ranked(const Ranked&) = delete;
+    Ranked& operator=(const Ranked&) = delete;
+};
+
+}  // namespace OTA_ISA
+}  // namespace ota

@@ -1,0 +1,72 @@
+"""What a merge takes tensors from: a checkpoint's files, or a caller's dictionary. Both are a Model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+from ..io.reader import Checkpoint
+from ..tensors.computed import Source
+from ..tensors.dtypes import DType
+
+
+class Info(NamedTuple):
+    """What is known of a tensor before any element is read. dtype: as it is stored."""
+
+    shape: tuple[int, ...]
+    dtype: DType
+
+
+class Model(Protocol):
+    """Tensors by name. label: what errors call it; tensors: shape and dtype of each, in order; config: what
+    its config.json says, None without one; tied_embeddings: whether the output matrix is the embeddings."""
+
+    label: str
+
+    @property
+    def tensors(self) -> Mapping[str, Info]: ...
+
+    @property
+    def config(self) -> dict[str, Any] | None: ...
+
+    @property
+    def tied_embeddings(self) -> bool: ...
+
+    def source(self, name: str) -> Source:
+        """Where the elements of a tensor come from."""
+
+    def bytes_per_element(self, name: str) -> int:
+        """Bytes that are read for an element."""
+
+    def what(self, name: str) -> str:
+        """What errors call a tensor."""
+
+    def fingerprint(self) -> list:
+        """Changes when the model does."""
+
+    def close(self) -> None: ...
+
+
+class Stored:
+    """The Model that a checkpoint is."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.label = checkpoint.label
+        self.tensors: Mapping[str, Info] = checkpoint.tensors
+        self.source = checkpoint.buffer
+        self.fingerprint, self.close = checkpoint.fingerprint, checkpoint.close
+
+    @property
+    def config(self) -> dict[str, Any] | None:
+        return self.checkpoint.config
+
+    @property
+    def tied_embeddings(self) -> bool:
+        return self.checkpoint.tied_embeddings
+
+    def bytes_per_element(self, name: str) -> int:
+        return self.tensors[name].dtype.itemsize
+
+    def what(self, name: str) -> str:
+        return f"{self.label}: {name}"

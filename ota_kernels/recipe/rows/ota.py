@@ -1,0 +1,233 @@
+"""OTA merging with Fast Fisher Grafting (arXiv 2509.11167).
+
+s_t = h_t d_t^2;   m_t = s_t >= theta_t;   P_t = m_t (n(g_t h_t^p) + eps)
+out = w_0 + lambda sum_t P_t d_t / sum_t P_t, or by the variants `linear` and `ties`
+"""
+
+from __future__ import annotations
+
+from ...tensors.found import Found, selection_of
+from ...tensors.terms import ExpertTerms, Terms, Words, scale_weights
+from ..methods import Method, Need, register
+from ..parameters import (
+    FINITE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    POSITIVE_INTEGER,
+    SHARE,
+    SWITCH,
+    TEXT,
+    Parameter,
+    choice,
+    number,
+)
+from ..settings import Settings
+
+_ONE = number("1.0: `ota` weights by curvature; use `scaling_factor`", at_least=1, at_most=1)
+
+# Where an expert's second moments are, and what becomes of tensors without.
+MOMENTS = (
+    Parameter(
+        "preconditioner_path",
+        TEXT,
+        None,
+        "file of the model's second moments (exp_avg_sq)",
+        "expert",
+        varies=False,
+    ),
+    Parameter(
+        "bias_correction",
+        SWITCH,
+        False,
+        "divide curvature by 1 - beta2^step, read from its file's metadata",
+        varies=False,
+    ),
+    Parameter(
+        "missing_curvature",
+        choice("error", "uniform", "base"),
+        "error",
+        "a parameter without curvature: an error, curvature 1, or the base's value",
+        varies=False,
+    ),
+)
+
+# Which edits an expert keeps: one of these.
+SELECTION = (
+    Parameter(
+        "precond_threshold",
+        NOT_NEGATIVE,
+        None,
+        "theta_t: edits of at least this saliency are kept",
+        "expert",
+    ),
+    Parameter("density", SHARE, None, "share of the edits that are kept, the most salient ones", "expert"),
+    Parameter(
+        "saliency_mass",
+        SHARE,
+        None,
+        "keep the fewest edits that hold this share of the total saliency",
+        "expert",
+    ),
+)
+
+# The parameters of `ota`, in the order in which they are shown.
+_OTA = (
+    Parameter("epsilon", NOT_NEGATIVE, 1e-26, "eps, added to each weight P_t"),
+    Parameter(
+        "normalise",
+        choice("none", "global", "model"),
+        "none",
+        "n: divide g_t * h_t^p by its mean over the tensor (global) or over the whole model (model)",
+        varies=False,
+    ),
+    Parameter("power", POSITIVE, 0.5, "p, the exponent of the curvature"),
+    Parameter("lambda", FINITE, 1.0, "the factor of the merged task vector"),
+    Parameter(
+        "fallback_to_base",
+        SWITCH,
+        True,
+        "an element that no expert keeps takes the base's value; false: the experts' mean",
+    ),
+    Parameter(
+        "density_scope",
+        choice("model", "tensor"),
+        "model",
+        "`density` and `saliency_mass` count over the model or each tensor",
+        varies=False,
+    ),
+    Parameter(
+        "mask_weights",
+        SWITCH,
+        True,
+        "masked experts leave the denominator too; false: their weights stay in it",
+    ),
+    Parameter(
+        "masked_task_vector_merge_method",
+        choice("precond", "linear", "ties"),
+        "precond",
+        "how masked task vectors are combined: by curvature, by mean, or by TIES",
+        varies=False,
+    ),
+    Parameter("ties_density", SHARE, 1.0, "the share that the ties variant keeps when it trims"),
+    Parameter("rescale", SWITCH, False, "scale masked task vectors back to the norm they had", varies=False),
+    Parameter("approximate_norm", SWITCH, False, "estimate the spectral norms that `rescale` needs"),
+    Parameter(
+        "rescale_relative_threshold",
+        NOT_NEGATIVE,
+        0.0,
+        "`rescale` zeroes a masked task vector whose norm is below this share of its former norm",
+    ),
+    *MOMENTS,
+    Parameter(
+        "on_nonfinite",
+        choice("error", "base"),
+        "error",
+        "NaN, infinity or negative curvature: an error, or the base's value there",
+        varies=False,
+    ),
+    *SELECTION,
+    Parameter("scaling_factor", POSITIVE, 1.0, "g_t, the factor of the model's curvature", "expert"),
+    Parameter(
+        "rank",
+        POSITIVE_INTEGER,
+        None,
+        "use the curvature's truncated SVD of this rank",
+        "expert",
+        varies=False,
+    ),
+    Parameter(
+        "rank1_approx", SWITCH, False, "use the curvature's row and column sums only", "expert", varies=False
+    ),
+    Parameter(
+        "weight", _ONE, 1.0, "accepted where it is 1: `ota` weights by curvature", "expert", varies=False
+    ),
+)
+
+
+def _ota_words(settings: Settings, masked: bool) -> Words:
+    variant = settings["masked_task_vector_merge_method"]
+    weighted = variant == "precond"
+    return Words(
+        score=("saliency" if settings.has_base else "curvature") if masked else "none",
+        select="at least" if masked else "all",
+        elect="sum" if variant == "ties" else "none",
+        weigh="curvature" if weighted else "constant",
+        divide=("kept weights" if settings["mask_weights"] else "weights") if weighted else "number",
+    )
+
+
+def _ota_needs(settings: Settings) -> list[Need]:
+    needs = []
+    if any(e["rank"] or e["rank1_approx"] for e in settings.experts):
+        needs.append(Need("low rank", reads=2 if any(settings.each("rank")) else 1))
+    if any(selection_of(e).surveyed for e in settings.experts):
+        needs.append(Need("thresholds", settings["density_scope"]))
+    weighted = settings["masked_task_vector_merge_method"] == "precond"
+    if weighted and settings["normalise"] != "none":
+        needs.append(Need("mean weight", "model" if settings["normalise"] == "model" else "tensor"))
+    if settings["rescale"]:
+        needs.append(Need("norms", reads=2, of_masks=True))
+    if settings["masked_task_vector_merge_method"] == "ties" and settings["ties_density"] < 1:
+        needs.append(Need("trims", reads=2, of_masks=True))
+    return needs
+
+
+def _ota_terms(settings: Settings, found: Found) -> Terms:
+    """FFG masks, then the recipe's variant of combining the masked edits (arXiv 2509.11167)."""
+    words = _ota_words(settings, any(b.masks for b in found.brackets))
+    weights, epsilon = [1.0] * len(settings.experts), settings["epsilon"]
+    if words.weigh == "curvature":
+        weights = gains(settings, found)
+        weights, epsilon = scale_weights(weights, epsilon)
+    experts = thresholds(found, weights)
+    return Terms(
+        words,
+        experts,
+        power=settings["power"],
+        epsilon=epsilon,
+        lambda_=settings["lambda"],
+        denominator=float(len(experts)),
+        fallback="base" if settings["fallback_to_base"] else "mean",
+        repair=settings["on_nonfinite"] == "base",
+    )
+
+
+def thresholds(found: Found, weights: list[float] | None = None) -> tuple[ExpertTerms, ...]:
+    """Experts with the thresholds, or brackets, that were found; weights: 1 where there are none."""
+    return tuple(
+        ExpertTerms(
+            threshold=bracket.threshold,
+            span=bracket.span,
+            census=bracket.census,
+            score_scale=found.score_scales[t],
+            weight_scale=1.0 if weights is None else weights[t],
+            edit_scale=found.edit_scales[t],
+            vote=found.edit_scales[t],
+            trim=found.trims[t],
+            position=found.positions[t],
+        )
+        for t, bracket in enumerate(found.brackets)
+    )
+
+
+def gains(settings: Settings, found: Found) -> list[float]:
+    """g_t of n(g_t h_t^p), bias correction and means divided out. Means are those of g_t h_t^p."""
+    own = settings.gains(found.bias_corrections)
+    if settings["normalise"] == "none" or found.means is None:
+        return own
+    epsilon = settings["epsilon"]
+    pairs = zip(own, found.means, strict=True)
+    return [g / (mean + epsilon) if mean + epsilon > 0 else 0.0 for g, mean in pairs]
+
+
+register(
+    Method(
+        name="ota",
+        source="arXiv 2509.11167",
+        formula="w_0 + lambda * sum_t P_t d_t / sum_t P_t, P_t = m_t * (n(g_t * h_t^p) + eps)",
+        base="optional",
+        parameters=_OTA,
+        needs=_ota_needs,
+        terms=_ota_terms,
+    )
+)

@@ -1,0 +1,35 @@
+"""Tensors that are copied: whether several are equal, and one in another type."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..backends import Backend
+from ..errors import InputError
+from ..tensors.buffer import Buffer
+from ..tensors.curvature import Uniform
+from ..tensors.dtypes import DType
+from ..tensors.terms import ExpertTerms, Terms, Words
+from ..tensors.tile import TensorInputs
+
+
+def in_type(backend: Backend, name: str, piece: Buffer, dtype: DType) -> np.ndarray:
+    """The elements in this type, rounded once; as they are where it is their own."""
+    if piece.dtype == dtype:
+        return piece.data
+    words = Words(score="none", select="all", weigh="constant", divide="number")
+    out = np.empty(len(piece) * dtype.itemsize, np.uint8)
+    tile = TensorInputs(name, (len(piece),), dtype, None, (piece,), (Uniform(),))
+    backend.merge(tile, Terms(words, (ExpertTerms(),)), out)
+    return out
+
+
+def check_equal(name: str, pieces: list[Buffer]) -> None:
+    """InputError unless all models have the same values."""
+    first, *others = pieces
+    for other in others:
+        if not np.array_equal(first.data, other.data):
+            raise InputError(
+                f"{other.origin}: {name} ({other.dtype.name}) differs from {first.origin}; "
+                "only floating-point tensors are merged"
+            )

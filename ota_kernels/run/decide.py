@@ -1,0 +1,491 @@
+"""From statistics to the terms of each tensor: what must be known before it merges, read after read.
+
+Model-wide facts (brackets or thresholds over the whole model, mean weights) are found once, before the
+merge. All others are found tensor by tensor, right before a tensor's first tile, so that nothing grows with
+the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ..backends import Backend
+from ..planning.roles import role_of
+from ..recipe.methods import Method, Need
+from ..recipe.settings import Settings
+from ..select import thresholds as decide
+from ..select.bracket import Bracket, bracket_share
+from ..select.sample import sample
+from ..tensors import array as resident
+from ..tensors.buffer import Buffer
+from ..tensors.curvature import Uniform
+from ..tensors.found import KEEP_ALL, SUMS, Found, Selection, Threshold, selection_of
+from ..tensors.random import name_hash
+from ..tensors.segment import CHUNK
+from ..tensors.terms import (
+    ExpertTerms,
+    Terms,
+    Words,
+    saliency_of_score,
+    score_of_saliency,
+    score_scale,
+)
+from ..tensors.tile import TensorInputs
+from .checks import check
+from .low_rank import LowRankForms, is_factored
+from .norms import edit_norm
+from .order import order_statistics
+from .pool import Pool
+from .rules import RULES, Rules
+from .statistics import (
+    Edits,
+    Gram,
+    Grams,
+    MaskedSums,
+    MeanWeight,
+    Reader,
+    RowDivergence,
+    ValidCurvature,
+    exact_thresholds,
+)
+
+
+@dataclass(frozen=True)
+class ModelFound:
+    """What is found once for the whole model, per expert: the score threshold (None where it is decided
+    elsewhere), or the bracket in which it is expected; the mean weight that `normalise: model` divides by.
+    spread: how large tensors are sampled. A tensor may be sampled again, by a process that resumes: it must
+    find the same bracket, whatever the page cache holds then. sums: masked sums (tensors.found.SUMS), where a
+    method needs them."""
+
+    thresholds: tuple[float | None, ...]
+    brackets: tuple[Bracket | None, ...]
+    mean_weights: tuple[float | None, ...]
+    spread: bool
+    sums: tuple[tuple[float, ...], ...] | None = None
+
+
+class Decider:
+    """Decides for one method over a list of tensors. settings: of each tensor, by its name.
+
+    release: called with each tile of a large read, whose pages may go; wants: told what will be read soon;
+    positions: the numbers in the recipe of a tensor's experts, by its name, where some do not take part;
+    seed: of random numbers.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        tensors: Sequence[TensorInputs],
+        settings: Mapping[str, Settings],
+        backend: Backend,
+        pool: Pool,
+        release: Callable[[TensorInputs], None] = lambda tile: None,
+        wants: Callable[[Iterable[Buffer]], None] = lambda buffers: None,
+        positions: Mapping[str, Sequence[int]] | None = None,
+        seed: int = 0,
+        rules: Rules = RULES,
+    ) -> None:
+        self.rules = rules
+        self.method, self.tensors, self.backend, self.pool = method, tensors, backend, pool
+        self._settings, self._release, self._wants = settings, release, wants
+        self._positions, self._seed = positions or {}, seed
+        self.needs = Needs.of(method, settings.values())
+        self.model_scope = self.needs.model_scope
+        # Curvature 1 is not comparable with second moments: where only some tensors have it, they take no
+        # part in absolute and model-wide thresholds and keep all their edits.
+        self._all_uniform = all(isinstance(c, Uniform) for t in tensors for c in t.curvatures)
+        self._forms = LowRankForms(backend, pool)
+
+    # Made for each use: kept, it would be a circle of references, and inputs would stay open until Python's
+    # collector looks for circles.
+    @property
+    def _reader(self) -> Reader:
+        return Reader(self.backend, self.pool, self.check, self._release, self._wants)
+
+    def settings(self, tensor: TensorInputs) -> Settings:
+        """What the recipe says of a tensor."""
+        return self._settings[tensor.name]
+
+    def selections(self, tensor: TensorInputs | None = None) -> list[Selection]:
+        """Per expert; of the whole model (None), where it has one threshold."""
+        settings = next(iter(self._settings.values())) if tensor is None else self.settings(tensor)
+        return [selection_of(e) for e in settings.experts]
+
+    @property
+    def brackets(self) -> bool:
+        """Whether thresholds are bracketed before the merge and decided after it."""
+        return self.needs.brackets
+
+    @property
+    def elements(self) -> int:
+        """Elements that model-wide thresholds are over."""
+        return sum(t.numel for t in self.tensors if self.takes_part(t))
+
+    def takes_part(self, tensor: TensorInputs) -> bool:
+        """Whether model-wide and absolute thresholds apply to a tensor."""
+        if self._keeps_base(tensor):
+            return False
+        return self._all_uniform or not any(isinstance(c, Uniform) for c in tensor.curvatures)
+
+    def _keeps_base(self, tensor: TensorInputs) -> bool:
+        """Whether the method leaves a tensor of this role as the base has it."""
+        return self.method.keeps_base(self.settings(tensor), role_of(tensor.name, tensor.shape))
+
+    def expected_candidates(self) -> int:
+        """Estimate of the undecided elements that are held at a time."""
+        if not self.brackets:
+            return 0
+        whole = [(self.elements, self.selections())]
+        each = {(t.numel, tuple(self.selections(t))) for t in self.tensors}
+        groups = whole if self.model_scope else each
+        return max(
+            (int(n * sum(bracket_share(s, n) for s in x if s.surveyed)) for n, x in groups if n), default=0
+        )
+
+    @property
+    def passes(self) -> int:
+        """Model-wide reads of the inputs before the merge."""
+        histograms = 0 if self.brackets else 2 * self.needs.has("thresholds", "model")
+        return histograms + self.needs.has("mean weight", "model")
+
+    @property
+    def tensor_passes(self) -> int:
+        """Further reads of each tensor right before its merge, at most."""
+        histograms = 0 if self.brackets else 2 * self.needs.has("thresholds", "tensor")
+        forms = max((n.reads for n in self.needs.everything if n.statistic == "low rank"), default=0)
+        pairs = ((t, i) for t in self.tensors for i in range(len(t.curvatures)))
+        factored = forms > 0 and any(is_factored(t, self.settings(t), i) for t, i in pairs)
+        return histograms + sum(n.reads for n in self.needs.of_tensor) + (forms if factored else 0)
+
+    # The whole model
+
+    def decide_model(self) -> ModelFound:
+        """Brackets from a sample of all tensors, or thresholds from reads of them, or nothing at all."""
+        if not self.tensors:
+            return ModelFound((), (), (), False)
+        selections, elements = self.selections(), self.elements
+        # Tensors may differ in their experts where nothing is found over the whole model.
+        experts = range(max(len(t.experts) for t in self.tensors))
+        thresholds: list[float | None] = [None for _ in experts]
+        brackets: list[Bracket | None] = [None for _ in experts]
+        spread = self.brackets and self.rules.cached([b for t in self.tensors for b in t.buffers])
+        if self.model_scope:
+            surveyed = {t: s for t, s in enumerate(selections) if s.surveyed}
+            for t, selection in list(surveyed.items()):
+                if not decide.keeps_some(selection, elements):
+                    thresholds[t] = decide.KEEP_NOTHING
+                    del surveyed[t]
+            if self.brackets and surveyed:
+                taking_part = [self.prepare(t) for t in self.tensors if self.takes_part(t)]
+                brackets = self._sampled_brackets(taking_part, selections, spread)
+                surveyed = {t: s for t, s in surveyed.items() if brackets[t] is None}
+            for t, threshold in self._model_thresholds(surveyed).items():
+                thresholds[t] = threshold
+        means = self._model_means() if self.needs.has("mean weight", "model") else [None for _ in experts]
+        sums = None
+        if self.needs.has("sums", "model"):
+            statistic = MaskedSums(len(selections), len(SUMS))
+            sums = tuple(map(tuple, self._reader.over(statistic, self.tensors, self._ready).tolist()))
+        return ModelFound(tuple(thresholds), tuple(brackets), tuple(means), spread, sums)
+
+    def _sampled_brackets(
+        self, tensors: Sequence[TensorInputs], selections: Sequence[Selection], spread: bool
+    ) -> list[Bracket | None]:
+        """Per expert, None where it needs none or none is worth it."""
+        elements = sum(t.numel for t in tensors)
+        experts = [t for t, s in enumerate(selections) if s.surveyed and decide.keeps_some(s, elements)]
+        found: list[Bracket | None] = [None] * len(selections)
+        if experts:
+            # What is sampled from a small tensor is merged next, while its pages are still mapped.
+            release = self._release if elements > self.rules.mapped else None
+            count, spread = self.rules.clusters(elements), spread or release is None
+            sampled = sample(
+                tensors, count, experts, self.score_terms, self.backend, self.pool.run, release, spread
+            )
+            of_expert = [(selections[t], s) for t, s in zip(experts, sampled, strict=True)]
+            brackets = self.pool.run(lambda pair: self.rules.bracket(*pair), of_expert)
+            for t, bracket in zip(experts, brackets, strict=True):
+                found[t] = bracket
+        return found
+
+    def score_terms(self, tensor: TensorInputs) -> Terms:
+        """Terms by which scores are computed: what they take from thresholds is not known yet."""
+        return self.method.terms(self.settings(tensor), self._unknown(tensor))
+
+    def _ready(self, tensor: TensorInputs) -> tuple[TensorInputs, Terms]:
+        prepared = self.prepare(tensor)
+        return prepared, self.score_terms(prepared)
+
+    def _model_thresholds(self, selections: dict[int, Selection]) -> dict[int, float]:
+        if not selections:
+            return {}
+        tensors = [t for t in self.tensors if self.takes_part(t)]
+        return exact_thresholds(lambda h: self._reader.over(h, tensors, self._ready), selections)
+
+    def _model_means(self) -> list[float]:
+        settings = next(iter(self._settings.values()))
+        statistic = MeanWeight(self._gains, settings.power, len(settings.experts))
+        elements = sum(t.numel for t in self.tensors)
+        totals = self._reader.over(statistic, self.tensors, self._ready)
+        return [total / max(elements, 1) for total in totals.tolist()]
+
+    def _gains(self, tile: TensorInputs) -> list[float]:
+        return self.settings(tile).gains([c.bias_correction for c in tile.curvatures])
+
+    # One tensor
+
+    def prepare(self, tensor: TensorInputs) -> TensorInputs:
+        """The tensor as its kernels see it: low-rank curvature where the recipe asks for it, and what else
+        the method makes of its inputs."""
+        settings = self.settings(tensor)
+        return self.method.view(self._forms.of(tensor, settings, self._check_curvature), settings)
+
+    def terms(self, tensor: TensorInputs, model: ModelFound) -> Terms:
+        """The kernel's numbers for one prepared tensor; open (see terms.is_open) where a threshold
+        follows."""
+        settings = self.settings(tensor)
+        found = self._unknown(tensor)
+        found.brackets = self._thresholds(tensor, model)
+        if self.needs.has("mean weight", "model"):
+            found.means = list(model.mean_weights)
+        if model.sums is not None:
+            found.model_sums = np.array(model.sums)
+        for need in self.needs.of_tensor:
+            _FINDERS[need.statistic](self, tensor, settings, found)
+        return self.method.terms(settings, found)
+
+    def _unknown(self, tensor: TensorInputs) -> Found:
+        """What is known of a tensor before anything of it is read; experts whose selection is no threshold
+        keep everything."""
+        count = len(tensor.experts)
+        corrections = [c.bias_correction for c in tensor.curvatures]
+        masks = [s.surveyed or (s.rule == "threshold" and s.value > 0) for s in self.selections(tensor)]
+        return Found(
+            name=tensor.name,
+            shape=tensor.shape,
+            positions=list(self._positions.get(tensor.name) or range(count)),
+            seed=self._seed,
+            name_hash=name_hash(tensor.name),
+            score_scales=[score_scale(tensor.base is not None, c) for c in corrections],
+            bias_corrections=corrections,
+            brackets=[Threshold(masks=m) for m in masks],
+            edit_scales=[1.0] * count,
+            trims=[0.0] * count,
+        )
+
+    def _thresholds(self, tensor: TensorInputs, model: ModelFound) -> list[Threshold]:
+        selections, brackets = self.selections(tensor), model.brackets
+        if self._keeps_base(tensor):
+            return [Threshold(decide.KEEP_NOTHING)] * len(selections)
+        if self.brackets and not self.model_scope and tensor.numel > self.rules.direct:
+            brackets = self._sampled_brackets([tensor], selections, model.spread)
+        found = []
+        for t, selection in enumerate(selections):
+            bracket = brackets[t] if self.takes_part(tensor) or not self.model_scope else None
+            if bracket is None:
+                found.append(self._threshold(tensor, t, selection, model))
+            else:
+                census = selection.rule == "mass" or bracket.span == 0
+                found.append(Threshold(bracket.lowest, bracket.span, census))
+        return found
+
+    def _threshold(self, tensor: TensorInputs, t: int, selection: Selection, model: ModelFound) -> Threshold:
+        if selection.rule == "all":
+            return KEEP_ALL
+        if selection.surveyed and not self.model_scope:
+            return Threshold(self._select(tensor, t, self.score_terms(tensor), selection))
+        if not self.takes_part(tensor):
+            return Threshold(decide.KEEP_ALL)
+        if selection.rule == "threshold":
+            return Threshold(score_of_saliency(selection.value), masks=selection.value > 0)
+        return Threshold(model.thresholds[t])
+
+    def _select(
+        self, tensor: TensorInputs, t: int, terms: Terms, selection: Selection, of_edits: bool = False
+    ) -> float:
+        """The exact threshold over one tensor: directly where it is small, else by two histogram reads."""
+        if tensor.numel == 0:
+            return decide.KEEP_NOTHING
+        # From a device, so many scores cross as histograms would.
+        if tensor.numel <= (self.rules.direct if tensor.is_resident else CHUNK):
+            read = self.backend.edits if of_edits else self.backend.scores
+            values, bad = read(tensor, t, terms)
+            self.check(tensor, bad)
+            values = resident.host(values)
+            return decide.threshold_of_scores(selection, abs(values) if of_edits else values)
+        take = self._reader.of_tensor
+        return exact_thresholds(lambda h: take(h, tensor, terms), {t: selection}, of_edits)[t]
+
+    def exact_thresholds(self, tensor: TensorInputs | None, experts: list[int]) -> list[float | None]:
+        """The thresholds of experts whose bracket missed (None for the others), by reads of one prepared
+        tensor, or of all of them (None)."""
+        selections = self.selections(tensor)
+        found: list[float | None] = [None] * len(selections)
+        if tensor is None:
+            for t, threshold in self._model_thresholds({t: selections[t] for t in experts}).items():
+                found[t] = threshold
+        else:
+            terms = self.score_terms(tensor)
+            for t in experts:
+                found[t] = self._select(tensor, t, terms, selections[t])
+        return found
+
+    # Statistics of one tensor, by name
+
+    def _find_means(self, tensor: TensorInputs, settings: Settings, found: Found) -> None:
+        statistic = MeanWeight(self._gains, settings.power, len(settings.experts))
+        totals = self._reader.of_tensor(statistic, tensor, self.score_terms(tensor))
+        found.means = [total / max(tensor.numel, 1) for total in totals.tolist()]
+
+    def _find_norms(self, tensor: TensorInputs, settings: Settings, found: Found) -> None:
+        """edit_scales: norm(d) / norm(m d); 0 where the masked norm is below the relative threshold."""
+        role = role_of(tensor.name, tensor.shape)
+        masked_terms = self.method.terms(settings, found)
+        whole = replace(found, brackets=[Threshold(masks=b.masks) for b in found.brackets])
+        whole_terms = self.method.terms(settings, whole)
+
+        def norm(t: int, terms: Terms) -> float:
+            edits = self._reader.of_tensor(Edits(t), tensor, terms)
+            return edit_norm(edits, tensor.shape, role, settings["approximate_norm"])
+
+        for t in range(len(settings.experts)):
+            of_all, of_masked = norm(t, whole_terms), norm(t, masked_terms)
+            small = of_masked == 0 or of_masked < settings["rescale_relative_threshold"] * of_all
+            found.edit_scales[t] = 0.0 if small else of_all / of_masked
+
+    def _find_trims(self, tensor: TensorInputs, settings: Settings, found: Found) -> None:
+        """The least |d| among the ties_density share of the largest masked edits."""
+        density = Selection("density", settings["ties_density"])
+        terms = self.method.terms(settings, replace(found, trims=[0.0] * len(found.trims)))
+        found.trims = [self._select(tensor, t, terms, density, True) for t in range(len(settings.experts))]
+
+    def _find_sums(self, tensor: TensorInputs, settings: Settings, found: Found) -> None:
+        statistic = MaskedSums(len(tensor.experts), len(SUMS))
+        found.sums = self._reader.of_tensor(statistic, tensor, self.method.terms(settings, found))
+
+    def _find_gram(self, tensor: TensorInputs, settings: Settings, found: Found) -> None:
+        groups = self.method.groups(settings, tensor.shape)
+        statistic = Gram(len(tensor.experts)) if groups == "tensor" else Grams(groups)
+        found.gram = self._reader.of_tensor(statistic, tensor, self.method.terms(settings, found))
+
+    def _find_row_scores(self, tensor: TensorInputs, settings: Settings, found: Found) -> None:
+        terms = self.method.terms(settings, found)
+        count = range(len(tensor.experts))
+        found.row_scores = [self._reader.of_tensor(RowDivergence(t), tensor, terms) for t in count]
+
+    def _find_ranks(self, tensor: TensorInputs, settings: Settings, found: Found) -> None:
+        """What stands at the ranks that the method asks for; of one score for all experts, found once."""
+        terms, n = self.method.terms(settings, found), tensor.numel
+        experts = [0] if terms.words.score == "spread" else list(range(len(tensor.experts)))
+        wanted = {t: lambda nonzero, t=t: self.method.ranks(settings, t, n, nonzero) for t in experts}
+        wanted = {t: ranks for t, ranks in wanted.items() if n and ranks(n)}
+        samples = (
+            self._samples(tensor, list(wanted), lambda _: terms) if n > self.rules.direct and wanted else {}
+        )
+        found.at = [[] for _ in tensor.experts]
+        for t, ranks in wanted.items():
+            found.at[t] = order_statistics(self._reader, tensor, t, terms, ranks, samples.get(t))
+        if experts == [0]:
+            found.at = found.at[:1] * len(tensor.experts)
+
+    def _samples(self, tensor: TensorInputs, experts: list[int], terms_of) -> dict[int, np.ndarray]:
+        count = self.rules.clusters(tensor.numel)
+        found = sample([tensor], count, experts, terms_of, self.backend, self.pool.run)
+        return dict(zip(experts, map(resident.host, found), strict=True))
+
+    # Inputs that are not finite
+
+    def check(self, tile: TensorInputs, nonfinite: Iterable) -> None:
+        """Raise InputError for the first unusable input, unless `on_nonfinite: base` repairs it."""
+        settings = self.settings(tile)
+        if settings.shared.get("on_nonfinite", "error") != "base":
+            check(self.tensors, self.backend, self.score_terms, tile, nonfinite)
+
+    def _check_curvature(self, tensor: TensorInputs, t: int) -> None:
+        self._reader.of_tensor(ValidCurvature(t), tensor, self.score_terms(tensor))
+
+    # What a report says
+
+    def saliency_threshold(self, tensor: TensorInputs, terms: Terms, t: int) -> float | None:
+        """Expert t's threshold as a saliency, where the recipe gives one as it stands there; None where
+        everything or nothing is kept."""
+        score = terms.experts[t].threshold
+        if score == decide.KEEP_ALL or math.isnan(score):
+            return None
+        selection = self.selections(tensor)[t]
+        return selection.value if selection.rule == "threshold" else saliency_of_score(score)
+
+    def ties(self, t: int, kept: Mapping[str, int]) -> int:
+        """How many edits expert t keeps beyond the k of its density, because they tie with the k-th. kept: by
+        tensor name."""
+        tensors = [x for x in self.tensors if x.name in kept]
+        taking_part = [[x for x in tensors if self.takes_part(x)]]
+        groups = taking_part if self.model_scope else [[x] for x in tensors]
+        beyond = 0
+        for group in groups:
+            selection = self.selections(group[0])[t] if group else Selection("all")
+            if selection.rule == "density":
+                k = decide.count_of_density(selection.value, sum(x.numel for x in group))
+                beyond += max(0, sum(kept[x.name] for x in group) - k)
+        return beyond
+
+
+_FINDERS = {
+    "mean weight": Decider._find_means,
+    "norms": Decider._find_norms,
+    "trims": Decider._find_trims,
+    "sums": Decider._find_sums,
+    "gram": Decider._find_gram,
+    "row scores": Decider._find_row_scores,
+    "ranks": Decider._find_ranks,
+}
+
+
+def scores_of(experts: int, tile: TensorInputs) -> Terms:
+    """By which the saliencies of a tile's experts are computed, whatever a recipe selects."""
+    scales = [score_scale(tile.base is not None, c.bias_correction) for c in tile.curvatures]
+    words = Words(score="curvature" if tile.base is None else "saliency")
+    return Terms(words, tuple(ExpertTerms(score_scale=scales[t]) for t in range(experts)))
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the settings of all tensors need together. of_tensor: right before a tensor merges; model:
+    once."""
+
+    everything: tuple[Need, ...]
+    model_scope: bool
+
+    @classmethod
+    def of(cls, method: Method, settings: Iterable[Settings]) -> Needs:
+        needs = dict.fromkeys(
+            need for each in {id(s): s for s in settings}.values() for need in method.needs(each)
+        )
+        model_scope = any(n.statistic == "thresholds" and n.scope == "model" for n in needs)
+        return cls(tuple(needs), model_scope)
+
+    def has(self, statistic: str, scope: str) -> bool:
+        return any(n.statistic == statistic and n.scope == scope for n in self.everything)
+
+    @property
+    def brackets(self) -> bool:
+        """Whether thresholds are settled after the merge: there are some, and nothing needs what they keep
+        before. Low-rank forms of all tensors would not fit into memory until then."""
+        names = {n.statistic for n in self.everything}
+        late = any(n.of_masks for n in self.everything) or self.svd
+        return "thresholds" in names and not late
+
+    @property
+    def svd(self) -> bool:
+        """Whether curvature is decomposed, which takes two reads."""
+        return any(n.statistic == "low rank" and n.reads > 1 for n in self.everything)
+
+    @property
+    def of_tensor(self) -> list[Need]:
+        """In order, those that are found of one tensor beside its thresholds and forms of curvature."""
+        return [n for n in self.everything if n.scope == "tensor" and n.statistic in _FINDERS]

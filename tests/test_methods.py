@@ -1,0 +1,166 @@
+"""Every row of the table against the oracle: shapes, types, numbers of experts, choices among equals."""
+
+from __future__ import annotations
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from tolerances import assert_close
+
+import ota_kernels
+from ota_kernels.recipe import methods
+
+SHAPES = {
+    "embed_tokens.weight": (40, 24),
+    "w": (33, 47),
+    "long": (203,),
+    "cube": (3, 5, 7),
+    "one": (1,),
+    "s": (),
+}
+BASE_IGNORED = ("linear", "passthrough", "karcher", "checkpoints", "fisher")
+
+# method -> settings that are tried: (experts, parameters); a list is a value per expert.
+CASES: dict[str, list[tuple[int, dict]]] = {
+    "linear": [(3, {"weight": [0.5, -0.2, 1.5]}), (2, {"normalize": False, "weight": [0.3, 0.9]})],
+    "passthrough": [(1, {}), (1, {"scale": 0.3})],
+    "task_arithmetic": [
+        (3, {"weight": [0.5, -0.2, 1.0]}),
+        (2, {"weight": [0.4, 0.9], "normalize": True, "lambda_": 1.3}),
+        (2, {"weight": [0.5, -0.5], "normalize": True}),
+    ],
+    "ties": [
+        (3, {"weight": [0.5, 0.3, 1.0], "density": 0.4}),
+        (5, {"weight": 1.0, "density": [1.0, 0.7, 0.3, 0.05, 0.0]}),
+        (3, {"weight": [1, -0.7, 0.4], "density": 0.5, "rescale": True, "normalize": False, "lambda_": 0.8}),
+        (1, {"weight": 0.7, "density": 0.5}),
+        (3, {"weight": [0.5, 0.3, 1.0], "density": 0.4, "consensus": "count"}),
+    ],
+    "dare_linear": [
+        (3, {"weight": [0.5, 0.3, 1.0], "density": 0.4}),
+        (2, {"weight": 1.0, "density": [0.9, 0.2], "rescale_by": "density"}),
+    ],
+    "dare_ties": [
+        (3, {"weight": [0.5, 0.3, 1.0], "density": 0.4}),
+        (4, {"weight": 1.0, "density": [1.0, 0.0, 0.5, 0.3], "rescale": False, "normalize": True}),
+    ],
+    "breadcrumbs": [
+        (3, {"weight": [0.5, 0.3, 1.0], "density": 0.6, "gamma": 0.1}),
+        (2, {"weight": 1.0, "density": [0.95, 0.3], "gamma": [0.2, 0.0], "rescale": True}),
+    ],
+    "breadcrumbs_ties": [(3, {"weight": [0.5, 0.3, 1.0], "density": 0.5, "gamma": 0.05})],
+    "della": [
+        (3, {"weight": [0.5, 0.3, 1.0], "density": 0.5, "epsilon": 0.2}),
+        (2, {"weight": 1.0, "density": [1.0, 0.4], "epsilon": 0.1}),
+    ],
+    "della_linear": [(2, {"weight": [0.6, 0.8], "density": 0.4, "rescale": False})],
+    "sce": [
+        (3, {"select_topk": 0.3}),
+        (3, {}),
+        (4, {"select_topk": 0.9, "lambda_": 0.5}),
+        (1, {"select_topk": 0.5}),
+    ],
+    "ram": [(3, {}), (3, {"epsilon": 0.003})],
+    "ramplus_tl": [(3, {"epsilon": 0.003}), (2, {"epsilon": 0.003, "r": 0.5, "alpha": 2.0})],
+    "ramplus": [(3, {"epsilon": 0.003})],
+    "consensus": [(4, {}), (3, {"q": 0.2, "k": 1, "lambda_": 0.5})],
+    "magmax": [(3, {}), (2, {"lambda_": 1.0})],
+    "nearswap": [(1, {"t": 0.002}), (1, {"t": 0.1})],
+    "arcee_fusion": [(1, {})],
+    "slerp": [(1, {"t": 0.3}), (1, {"t": 0.0}), (1, {"t": 1.0})],
+    "nuslerp": [
+        (2, {"weight": [0.3, 0.9]}),
+        (2, {"weight": [0.3, 0.9], "nuslerp_flatten": False}),
+        (2, {"weight": [0.3, 0.9], "nuslerp_flatten": False, "nuslerp_row_wise": True}),
+    ],
+    "multislerp": [(3, {"weight": [0.3, 0.9, 0.5]}), (2, {"weight": [1.0, 0.6], "normalize_weights": False})],
+    "karcher": [(3, {}), (2, {"max_iter": 100, "tol": 1e-9})],
+    "model_stock": [(3, {}), (2, {"filter_wise": True})],
+    "checkpoints": [
+        (5, {}),
+        (4, {"decay": "ema", "beta": 0.8}),
+        (3, {"decay": "lawa", "k": 2}),
+        (3, {"decay": "linear"}),
+    ],
+}  # fmt: skip
+GROUPED = [(name, i) for name, cases in CASES.items() for i in range(len(cases))]
+
+
+def drawn(shape: tuple[int, ...], n_experts: int, seed: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Base and experts; coarse edits, so that many magnitudes are equal, and one in eight is 0."""
+    rng = np.random.default_rng(seed)
+    base = np.asarray(rng.normal(0, 0.05, shape))
+    found = [base]
+    for _ in range(n_experts):
+        edit = np.round(rng.normal(0, 6, shape)) * 2.0**-11
+        found.append(np.where(rng.random(shape) < 0.8, base + edit, base + rng.normal(0, 0.004, shape)))
+    return [torch.from_numpy(np.asarray(x, np.float64)).to(torch.float32).to(dtype) for x in found]
+
+
+def model(n_experts: int, dtype: torch.dtype = torch.float32) -> dict[str, list[torch.Tensor]]:
+    return {name: drawn(shape, n_experts, i, dtype) for i, (name, shape) in enumerate(SHAPES.items())}
+
+
+def truths(method: str, tensors: dict, parameters: dict, with_base: bool) -> dict[str, oracle.Merged]:
+    exact = {
+        name: oracle.Tensor(
+            found[0].double().numpy() if with_base else None,
+            tuple(x.double().numpy() for x in found[1:]),
+            role="embedding" if "embed" in name else "matrix" if found[0].ndim == 2 else "vector",
+        )
+        for name, found in tensors.items()
+    }
+    keys = {key.rstrip("_"): value for key, value in parameters.items()}
+    return oracle.evaluate(exact, method, **keys)
+
+
+def check(
+    method: str, n_experts: int, parameters: dict, backend: str, out: str, dtype=torch.float32, has_base=True
+):
+    tensors = model(n_experts, dtype)
+    with_base = has_base and method not in BASE_IGNORED
+    expected = truths(method, tensors, parameters, with_base)
+    given = dict(parameters)
+    if "weight" in given and not isinstance(given["weight"], list):
+        given["weight"] = [given["weight"]] * n_experts
+    merged = ota_kernels.merge_state_dicts(
+        {name: found[0] for name, found in tensors.items()} if with_base else None,
+        [{name: found[1 + t] for name, found in tensors.items()} for t in range(n_experts)],
+        method=method,
+        out_dtype=out,
+        backend=backend,
+        **given,
+    )
+    assert merged.keys() == expected.keys()
+    for name, truth in expected.items():
+        assert_close(out, merged[name].double().numpy(), truth.out, truth.operand, n_experts)
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize(("method", "case"), GROUPED)
+def test_values(method, case, backend):
+    n_experts, parameters = CASES[method][case]
+    for out in ("float64", "float32", "bfloat16"):
+        check(method, n_experts, parameters, backend, out)
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("method", CASES)
+def test_sixteen_bit_inputs(method, backend):
+    """Whose differences are few, so that most selections are among equals."""
+    n_experts, parameters = CASES[method][0]
+    check(method, n_experts, parameters, backend, "float32", torch.bfloat16)
+    check(method, n_experts, parameters, backend, "float16", torch.float16)
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("method", ["nuslerp", "multislerp"])
+def test_without_a_base(method, backend):
+    n_experts, parameters = CASES[method][0]
+    check(method, n_experts, parameters, backend, "float32", has_base=False)
+
+
+def test_every_method_is_tried():
+    elsewhere = {"ota", "ffg", "fisher", "localize_stitch"}
+    assert set(CASES) | elsewhere == set(methods.names())
