@@ -19,9 +19,6 @@ struct Added {
     const Acc* p;
     const int32_t *keep, *counted;  // where the edit is added to N; where P is to D
     Acc weight_scale, edit_scale;
-    float threshold, score_scale;
-    uint32_t span;
-    Ahead next_w, next_h;
 };
 
 template <Form F, typename Acc>
@@ -58,51 +55,6 @@ void add(const Added<W, Acc>* experts, int n, Acc epsilon, const Acc* __restrict
         }
         numerator[i] = sum, denominator[i] = weights;
     }
-}
-
-// The common merge, of whole strips: kept are edits whose saliency reaches the threshold, D is the sum of kept P. Scores
-// are not written anywhere. kept: of each expert; returns the largest suspicion of the inputs: usable ones have a score
-// that is a number >= 0, unless it overflowed. Open: waits = 1 where a score lies in its bracket.
-template <int G, Form F, bool Open, typename W, typename Acc>
-uint32_t add_salient(const Added<W, Acc>* experts, Acc epsilon, const Acc* __restrict base, Acc* __restrict numerator,
-                     Acc* __restrict denominator, int32_t* __restrict waits, int32_t* kept_out) {
-    const W* w[G];
-    const float* h[G];
-    float threshold[G], k[G];
-    Acc a[G];
-    uint32_t lowest[G], span[G];
-    int32_t kept[G];
-    for (int g = 0; g < G; ++g) {
-        w[g] = experts[g].w, h[g] = experts[g].h, a[g] = experts[g].weight_scale;
-        threshold[g] = experts[g].threshold, k[g] = experts[g].score_scale;
-        lowest[g] = bit_cast<uint32_t>(threshold[g]), span[g] = experts[g].span, kept[g] = 0;
-    }
-    uint32_t top = 0;
-    for (int begin = 0; begin < kStrip; begin += kChunk) {
-        for (int g = 0; g < G; ++g) experts[g].next_w.fetch(begin), experts[g].next_h.fetch(begin);
-#pragma GCC ivdep
-        for (int i = begin; i < begin + kChunk; ++i) {
-            const Acc b = base[i];
-            Acc sum = numerator[i], weights = denominator[i];
-            int32_t wait = 0;
-#pragma GCC unroll 8
-            for (int g = 0; g < G; ++g) {
-                const float d32 = static_cast<float>(w[g][i]) - static_cast<float>(b);
-                const float s = saliency(h[g][i], d32, k[g]);
-                const bool keep = s >= threshold[g];
-                const Acc all = weight<F, Acc>(h[g][i], a[g], epsilon), p = keep ? all : Acc(0);
-                kept[g] += keep ? 1 : 0;
-                top = larger(top, bit_cast<uint32_t>(s));
-                if (Open) wait |= bit_cast<uint32_t>(s) - lowest[g] < span[g] ? 1 : 0;
-                weights += p;
-                sum = std::fma(p, static_cast<Acc>(w[g][i]) - b, sum);
-            }
-            numerator[i] = sum, denominator[i] = weights;
-            if (Open) waits[i] |= wait;
-        }
-    }
-    for (int g = 0; g < G; ++g) kept_out[g] += kept[g];
-    return top;
 }
 
 // Groups are as many as needed, and alike: 8 experts are 4 and 4. Calls step(first, size) for each.

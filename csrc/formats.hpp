@@ -134,8 +134,8 @@ inline void decode_f16(const uint16_t* src, int n, float* dst) {
 // Elements [offset, offset + n) as float32: in place where they are float32 already, else through `room`
 // (kStrip elements).
 inline const float* load(const Operand& x, int64_t offset, int n, float* room) {
-    uint16_t halves[kStrip];
-    double doubles[kStrip];
+    alignas(64) uint16_t halves[kStrip];
+    alignas(64) double doubles[kStrip];
     switch (x.dtype) {
         case DType::f32:
             return elements(x.data + 4 * offset, n, room);
@@ -169,7 +169,7 @@ inline const W* view(const Operand& x, int64_t offset, int n, W* room) {
     else if constexpr (std::is_same<W, bf16>::value) return elements(x.data + 2 * offset, n, room);
     else {
         if (x.dtype == DType::f64) return elements(x.data + 8 * offset, n, room);
-        float floats[kStrip];
+        alignas(64) float floats[kStrip];
         const float* values = load(x, offset, n, floats);
         for (int i = 0; i < n; ++i) room[i] = values[i];
         return room;

@@ -1,11 +1,10 @@
 // One tile in, one merged tile out, strip by strip, with nothing intermediate in memory: read, mark (which edits are
 // kept), elect (which of these are added), add, finish. Single-threaded; the engine runs one tile per thread.
 //
-// The common merge marks as it adds, and writes no masks; a strip that it finds something wrong with goes through all
-// steps after all. Both do the same operations in the same order: their results are equal bit for bit.
+// The common merge takes whole strips in one step (salient.hpp); one that it finds something wrong with goes through all
+// of them after all.
 
-#include "add.hpp"
-#include "undecided.hpp"
+#include "salient.hpp"
 
 namespace ota {
 namespace OTA_ISA {
@@ -31,24 +30,6 @@ bool has_trims(const Tile& tile) {
     return some;
 }
 
-// Whether add_salient does all of it. Every kept P is at least epsilon > 0, so that D is 0 exactly where nobody keeps
-// the element.
-template <typename Acc>
-bool is_common(const Tile& tile) {
-    const Words& words = tile.words;
-    const Numbers& x = tile.numbers;
-    bool common = words.edit == Edit::difference && words.score == Score::saliency && words.select == Select::at_least &&
-                  words.elect == Elect::none && words.weigh == Weigh::curvature && words.divide == Divide::kept_weights;
-    common &= tile.has_base() && static_cast<Acc>(x.epsilon) > 0 && (x.power == 0.5 || x.power == 1.0);
-    common &= x.least == 0 && !x.zero_is_one;
-    for (int t = 0; t < tile.n_experts; ++t) {
-        const Expert& e = tile.experts[t];
-        common &= e.origin.data == nullptr && e.first <= 0 && e.last == kLastIndex && !(e.trim > 0);
-        common &= e.weight_scale >= 0 && e.edit_scale == 1;
-    }
-    return common;
-}
-
 // Mark.
 
 // Which edits each expert keeps: x.keep, and what is counted of it.
@@ -72,8 +53,8 @@ void mark(const Merge<Acc>& m, bool bad) {
         if (masks) select(tile, t, s, x);
         if (m.flags && e.span) flag_undecided(s, e, x.n, x.waits);
         if (e.census) {
-            int32_t usable[kStrip];
-            float used[kStrip];
+            alignas(64) int32_t usable[kStrip];
+            alignas(64) float used[kStrip];
             if (bad) find_usable(tile, t, x, usable);
             use(s, bad ? usable : nullptr, x.n, used);
             take_census(used, e, x.n);
@@ -182,10 +163,10 @@ void add_group(const Tile& tile, int first, int size, Strip<Acc>& x) {
     }
     const Acc epsilon = static_cast<Acc>(tile.numbers.epsilon);
     if (tile.words.edit == Edit::clipped) {
-        Acc edit[kStrip];
+        alignas(64) Acc edit[kStrip];
         clipped(experts[0].w, from, tile.numbers.clip, x.n, edit);
         Added<Acc, Acc> one = {edit, experts[0].h, experts[0].p, experts[0].keep, experts[0].counted,
-                               experts[0].weight_scale, experts[0].edit_scale, 0, 0, 0, {}, {}};
+                               experts[0].weight_scale, experts[0].edit_scale};
         add<1, F>(&one, x.n, epsilon, x.zeros, x.numerator, x.denominator);
         return;
     }
@@ -250,7 +231,7 @@ void find_denominator(const Tile& tile, Strip<Acc>& x) {
 // The mean of the w_t where the strip falls back on it.
 template <typename Acc>
 void fall_back_to_mean(const Tile& tile, Strip<Acc>& x) {
-    Acc mean[kStrip] = {};
+    alignas(64) Acc mean[kStrip] = {};
     for (int t = 0; t < tile.n_experts; ++t)
         with_weights(tile, t, 0, x, [&](const auto* w) {
             for (int i = 0; i < x.n; ++i) mean[i] += static_cast<Acc>(w[i]);
@@ -265,7 +246,7 @@ template <typename Acc>
 void repair(const Merge<Acc>& m, const int32_t (*selected)[kStrip]) {
     const Tile& tile = m.args.tile;
     Strip<Acc>& x = m.x;
-    int32_t usable[kStrip], all[kStrip];
+    alignas(64) int32_t usable[kStrip], all[kStrip];
     std::memcpy(all, x.ones, sizeof(all));
     for (int t = 0; t < tile.n_experts; ++t) {
         find_usable(tile, t, x, usable);
@@ -321,60 +302,33 @@ void merge_strip(const Merge<Acc>& m) {
     write(m);
 }
 
-// The common merge of a whole strip. False where it is not so common.
-template <bool Open, Form F, typename W, typename Acc>
-bool merge_salient(const Merge<Acc>& m) {
-    const Tile& tile = m.args.tile;
-    Strip<Acc>& x = m.x;
-    const Ahead next(tile.base, x.offset, tile.n);
-    for (int begin = 0; begin < kStrip; begin += kChunk) next.fetch(begin);
-    load_base(tile, x);
-    clear_sums(x);
-    if (Open) std::memset(x.waits, 0, sizeof(x.waits));
-    int32_t kept[kMaxExperts] = {};
-    uint32_t top = 0;
-    by_groups(tile.n_experts, kMost<Acc>, [&](int first, int size) {
-        Added<W, Acc> experts[kGroup];
-        for (int g = 0; g < size; ++g) {
-            const Expert& e = tile.experts[first + g];
-            Added<W, Acc>& one = experts[g];
-            one.w = view(e.weights, x.offset, kStrip, reinterpret_cast<W*>(x.w_room[g]));
-            one.h = curvature(tile, first + g, g, x);
-            one.weight_scale = static_cast<Acc>(e.weight_scale);
-            one.threshold = e.threshold, one.score_scale = e.score_scale, one.span = e.span;
-            one.next_w = Ahead(e.weights, x.offset, tile.n), one.next_h = Ahead(e.curvature, x.offset, tile.n);
+// Scores of n elements from `offset` on, all usable, to the censuses.
+template <typename Acc>
+void take_censuses(const Tile& tile, int64_t offset, int n, Strip<Acc>& x) {
+    for (int t = 0; t < tile.n_experts; ++t)
+        for (int64_t at = offset; tile.experts[t].census != nullptr && at < offset + n; at += kStrip) {
+            go_to(tile, at, x);
+            load_base(tile, x);
+            find_edits(tile, t, x);
+            alignas(64) float used[kStrip];
+            use(find_scores(tile, t, x), nullptr, kStrip, used);
+            take_census(used, tile.experts[t], kStrip);
         }
-        const uint32_t found = with_size<kMost<Acc>>(size, [&](auto g) {
-            return add_salient<decltype(g)::value, F, Open>(experts, static_cast<Acc>(tile.numbers.epsilon), x.base,
-                                                            x.numerator, x.denominator, x.waits, kept + first);
-        });
-        top = larger(top, found);
-    });
-    if (top >= kSuspect) return false;
-    for (int t = 0; t < tile.n_experts; ++t) {
-        m.stats.kept[t] += kept[t];
-        if (tile.experts[t].census == nullptr) continue;
-        find_edits(tile, t, x);
-        float used[kStrip];
-        use(find_scores(tile, t, x), nullptr, kStrip, used);
-        take_census(used, tile.experts[t], kStrip);
-    }
-    divide(m, static_cast<const int32_t*>(nullptr));
-    write(m);
-    return true;
 }
 
+// The common merge of as many strips as there are, up to a span, from `offset` on. Returns their elements: 0 where it is
+// not so common.
 template <typename Acc>
-using Salient = bool (*)(const Merge<Acc>&);
-
-template <bool Open, typename Acc>
-Salient<Acc> salient(const Tile& tile) {
-    if (!is_common<Acc>(tile)) return nullptr;
-    const bool direct = reads_direct<Acc>(tile);
-    if (tile.numbers.power == 1.0)
-        return direct ? merge_salient<Open, Form::linear, Direct<Acc>, Acc>
-                      : merge_salient<Open, Form::linear, float, Acc>;
-    return direct ? merge_salient<Open, Form::root, Direct<Acc>, Acc> : merge_salient<Open, Form::root, float, Acc>;
+int merge_salient(Salient salient, const Merge<Acc>& m, int64_t offset, Waiting& waiting) {
+    const Tile& tile = m.args.tile;
+    const int64_t left = (tile.n - offset) / kStrip * kStrip;
+    const int n = left < kSpan ? static_cast<int>(left) : kSpan;
+    if (salient == nullptr || n == 0) return 0;
+    const int nobody = salient(m.args, offset, n, m.stats.kept, waiting);
+    if (nobody < 0) return 0;
+    m.stats.unkept += nobody;
+    take_censuses(tile, offset, n, m.x);
+    return n;
 }
 
 // Undecided elements.
@@ -401,8 +355,8 @@ struct Resolver {
 // What is known of each of at most kStrip undecided elements. brackets: how many hold its score; expert, step: whose it
 // is where it is one, and how far it lies above the lowest; stays: a candidate, no alternative.
 struct Undecided {
-    int32_t brackets[kStrip] = {}, expert[kStrip] = {}, keepers[kStrip] = {}, usable[kStrip];
-    int32_t kept[kStrip] = {};  // by somebody, as it was merged
+    alignas(64) int32_t brackets[kStrip] = {}, expert[kStrip] = {}, keepers[kStrip] = {}, usable[kStrip];
+    alignas(64) int32_t kept[kStrip] = {};  // by somebody, as it was merged
     uint32_t step[kStrip] = {};
     bool stays[kStrip];
 };
@@ -415,13 +369,13 @@ void look(const Tile& tile, bool bad, Strip<Acc>& x, Undecided& u) {
     share_scores(tile, x);
     for (int t = 0; t < tile.n_experts; ++t) {
         const Expert& e = tile.experts[t];
-        int32_t usable[kStrip];
+        alignas(64) int32_t usable[kStrip];
         std::memcpy(usable, x.ones, sizeof(usable));
         if (bad) find_usable(tile, t, x, usable);
         if (tile.words.score != Score::spread) find_edits(tile, t, x);
         const float* s = find_scores(tile, t, x);
         select(tile, t, s, x);
-        float used[kStrip];
+        alignas(64) float used[kStrip];
         use(s, usable, x.n, used);
         std::memcpy(x.edits[t], used, sizeof(used));
         const uint32_t lowest = bit_cast<uint32_t>(e.threshold);
@@ -508,7 +462,7 @@ void merge_tile(const MergeArgs& args, MergeStats& stats) {
     prepare(tile, x);
     const Ranked ranked(tile, 0, tile.n_experts, x);
     const bool open = args.candidates != nullptr && has_spans(tile);
-    const Salient<Acc> common = open ? salient<true, Acc>(tile) : salient<false, Acc>(tile);
+    const Salient common = salient(args, open);
     const Merge<Acc> m{args, stats, x, open};
     Waiting waiting;
     Resolver* resolver = nullptr;
@@ -516,14 +470,17 @@ void merge_tile(const MergeArgs& args, MergeStats& stats) {
         resolver = new Resolver{tile, tile, {}, {}};
         close_brackets(resolver->closed);
     }
-    for (int64_t offset = 0; offset < tile.n; offset += kStrip) {
-        go_to(tile, offset, x);
-        if (common == nullptr || x.n < kStrip || !common(m)) merge_strip(m);
-        if (!open) continue;
-        waiting.add(x.waits, offset, x.n);
-        if (!waiting.are_many(offset)) continue;
-        resolve(args, waiting, x, *resolver, stats);
-        waiting.since = offset;
+    int64_t offset = 0, retry = 0;  // where the common merge is tried again
+    while (offset < tile.n) {
+        const int merged = offset >= retry ? merge_salient(common, m, offset, waiting) : 0;
+        if (merged == 0) {
+            if (offset >= retry) retry = offset + kSpan;
+            go_to(tile, offset, x);
+            merge_strip(m);
+            if (open) waiting.add(x.waits, offset, x.n);
+        }
+        offset += merged > 0 ? merged : x.n;
+        if (open && waiting.count >= Waiting::kMany) resolve(args, waiting, x, *resolver, stats);
     }
     if (open) resolve(args, waiting, x, *resolver, stats);
     delete resolver;

@@ -18,11 +18,13 @@ constexpr double kExp2[] = {
     0x1.ffffffffa70c0p-1, 0x1.62e42fef84cd0p-1, 0x1.ebfbe0aa0c7ebp-3, 0x1.c6b08dd700d7fp-5,
     0x1.3b29d8b54c796p-7, 0x1.5d8745a361d4dp-10, 0x1.446c7dc4a4d0ap-13, 0x1.00dc4c8772621p-16};
 
-template <int N>
+// c[I] + c[I + 1] x + ...: a recursion, since a loop would keep the loop around it from being vectorised.
+template <int I = 0, int N>
 inline double polynomial(const double (&c)[N], double x) {
-    double y = c[N - 1];
-    for (int i = N - 2; i >= 0; --i) y = std::fma(y, x, c[i]);
-    return y;
+    if constexpr (I == N - 1)
+        return c[I];
+    else
+        return std::fma(polynomial<I + 1>(c, x), x, c[I]);
 }
 
 // h at least 0 and finite; the rest gives numbers without meaning.

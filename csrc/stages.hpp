@@ -53,7 +53,7 @@ inline void row_magnitudes(const float* __restrict d, float of_row, int n, float
 
 // One score of all experts' edits d[t].
 inline void spread_of(const float (*d)[kStrip], int n_experts, int n, float* __restrict s) {
-    float mean[kStrip];
+    alignas(64) float mean[kStrip];
     const float share = static_cast<float>(1.0 / n_experts);
     for (int i = 0; i < n; ++i) mean[i] = s[i] = 0.0f;
     for (int t = 1; t < n_experts; ++t)

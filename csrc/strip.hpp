@@ -15,7 +15,8 @@ constexpr int kGroup = 6;
 template <typename Acc>
 using Direct = std::conditional_t<std::is_same<Acc, double>::value, double, bf16>;
 
-// Planes of the elements [offset, offset + n) of a tile, and room for what is decoded.
+// Planes of the elements [offset, offset + n) of a tile, and room for what is decoded. All are aligned to cache lines:
+// split accesses cost half of the speed.
 template <typename Acc>
 struct alignas(64) Strip {
     int64_t offset;
@@ -23,13 +24,13 @@ struct alignas(64) Strip {
     Place place;
     bool direct;              // whether experts' weights are read as Direct<Acc>
     const uint8_t* by_rank;   // masks of `random by rank`, n of the tile for each expert
-    Acc base[kStrip], numerator[kStrip], denominator[kStrip], origin_room[kStrip], p_room[kGroup][kStrip];
-    Acc zeros[kStrip];
-    int32_t ones[kStrip];     // -1
-    alignas(64) uint8_t w_room[kGroup][kStrip * sizeof(Acc)];
+    alignas(64) Acc base[kStrip], numerator[kStrip], denominator[kStrip], origin_room[kStrip], p_room[kGroup][kStrip];
+    alignas(64) Acc zeros[kStrip];
+    alignas(64) int32_t ones[kStrip];     // -1
+    uint8_t w_room[kGroup][kStrip * sizeof(Acc)];
     float h_room[kGroup][kStrip];
-    float score_room[kStrip], spread[kStrip], elected[kStrip], largest[kStrip];
-    int32_t any[kStrip], fallback[kStrip], number[kStrip];  // number: of experts that add or agree, or the winner's
+    alignas(64) float score_room[kStrip], spread[kStrip], elected[kStrip], largest[kStrip];
+    alignas(64) int32_t any[kStrip], fallback[kStrip], number[kStrip];  // number: of experts that add or agree, or the winner's
     int32_t waits[kStrip + kSpare];      // 1 where a score lies in its bracket
     float edits[kMaxExperts][kStrip];    // d32
     int32_t keep[kMaxExperts][kStrip];   // -1 where an edit is kept; later, where it is added
@@ -101,41 +102,48 @@ const float* curvature(const Tile& tile, int t, int room, Strip<Acc>& x) {
     return load(tile.experts[t].curvature, x.offset, x.n, x.h_room[room]);
 }
 
-template <typename W>
-uint32_t largest_suspicion(const W* w, int n, const Ahead& next) {
-    uint32_t top = 0;
-    for (int begin = 0; begin < n; begin += kChunk) {
-        next.fetch(begin);
-        const int end = n - begin < kChunk ? n : begin + kChunk;
-        for (int i = begin; i < end; ++i) top = larger(top, suspicion(static_cast<float>(w[i])));
+// The largest of some suspicions of each place in a chunk: in vectors, so that chunks need no sum of their own.
+struct Suspicions {
+    uint32_t top[kChunk] = {};
+
+    template <typename T, typename Of>
+    void look(const T* values, int n, const Ahead& next, Of of) {
+        int i = 0;
+        for (; i + kChunk <= n; i += kChunk) {
+            next.fetch(i);
+            for (int j = 0; j < kChunk; ++j) top[j] = larger(top[j], of(values[i + j]));
+        }
+        for (int j = 0; i + j < n; ++j) top[j] = larger(top[j], of(values[i + j]));
     }
-    return top;
-}
+
+    bool any() const {
+        uint32_t all = 0;
+        for (uint32_t one : top) all = larger(all, one);
+        return all >= kSuspect;
+    }
+};
 
 // Whether some input of expert t may not be usable. Has the next strip fetched.
 template <typename Acc>
 bool is_suspect(const Tile& tile, int t, Strip<Acc>& x) {
     const Expert& e = tile.experts[t];
-    uint32_t top = with_weights(tile, t, 0, x, [&](const auto* w) {
-        return largest_suspicion(w, x.n, Ahead(e.weights, x.offset, tile.n));
+    Suspicions found;
+    const auto of_weight = [](auto w) { return suspicion(static_cast<float>(w)); };
+    with_weights(tile, t, 0, x, [&](const auto* w) {
+        found.look(w, x.n, Ahead(e.weights, x.offset, tile.n), of_weight);
     });
     if (e.origin.data != nullptr)
-        top = larger(top, largest_suspicion(origin(tile, t, x), x.n, Ahead(e.origin, x.offset, tile.n)));
-    if (e.curvature.kind == CurvatureKind::uniform) return top >= kSuspect;
-    const float* h = curvature(tile, t, 0, x);
-    const Ahead next(e.curvature, x.offset, tile.n);
-    for (int begin = 0; begin < x.n; begin += kChunk) {
-        next.fetch(begin);
-        const int end = x.n - begin < kChunk ? x.n : begin + kChunk;
-        for (int i = begin; i < end; ++i) top = larger(top, suspicion_of_curvature(h[i]));
-    }
-    return top >= kSuspect;
+        found.look(origin(tile, t, x), x.n, Ahead(e.origin, x.offset, tile.n), of_weight);
+    if (tile.words.read_curvature() && e.curvature.kind != CurvatureKind::uniform)
+        found.look(curvature(tile, t, 0, x), x.n, Ahead(e.curvature, x.offset, tile.n),
+                   [](float h) { return suspicion_of_curvature(h); });
+    return found.any();
 }
 
 // Where expert t's inputs and the base are usable: -1.
 template <typename Acc>
 void find_usable(const Tile& tile, int t, Strip<Acc>& x, int32_t* usable) {
-    const bool reads = tile.experts[t].curvature.kind != CurvatureKind::uniform;
+    const bool reads = tile.words.read_curvature();
     const Acc* o = origin(tile, t, x);
     const float* h = reads ? curvature(tile, t, 0, x) : nullptr;
     with_weights(tile, t, 0, x, [&](const auto* w) {
@@ -158,7 +166,7 @@ bool count_unusable(const Tile& tile, int t, Strip<Acc>& x, NonFinite& weights, 
             if (!is_finite(static_cast<float>(w[i])) || (own && !is_finite(static_cast<float>(o[i]))))
                 weights.add(x.offset + i);
     });
-    if (tile.experts[t].curvature.kind != CurvatureKind::uniform) {  // checked, also where no word reads it
+    if (tile.words.read_curvature()) {
         const float* h = curvature(tile, t, 0, x);
         for (int i = 0; i < x.n; ++i)
             if (!is_curvature(h[i])) curvatures.add(x.offset + i);
@@ -238,7 +246,7 @@ void select(const Tile& tile, int t, const float* s, Strip<Acc>& x) {
             break;
         case Select::above: above(s, e.threshold, n, keep); break;
         case Select::random: {
-            float u[kStrip];
+            alignas(64) float u[kStrip];
             uniform(Philox(tile.numbers, e.position), x.place, n, u);
             below(u, static_cast<float>(e.probability), n, keep);
             break;
@@ -276,7 +284,7 @@ void keep_by_rank(const Tile& tile, int t, Strip<Acc>& x, uint32_t* room, uint8_
         sort_places(bits, tile.columns, order, spare);
         for (int64_t rank = 0; rank < tile.columns; ++rank)
             bits[order[rank]] = bit_cast<uint32_t>(probability_of_rank(e, rank, tile.columns));
-        float u[kStrip];
+        alignas(64) float u[kStrip];
         for (int64_t at = 0; at < tile.columns; at += kStrip) {
             const int n = static_cast<int>(tile.columns - at < kStrip ? tile.columns - at : kStrip);
             uniform(Philox(tile.numbers, e.position), {tile.start + row + at, nullptr, tile.columns}, n, u);

@@ -54,8 +54,8 @@ void for_scores(const Tile& tile, int t, SurveyStats& stats, Step step) {
     Strip<float> x;
     prepare(tile, x);
     by_strips(tile, x, [&] {
-        int32_t usable[kStrip];
-        float used[kStrip];
+        alignas(64) int32_t usable[kStrip];
+        alignas(64) float used[kStrip];
         score(tile, t, x, stats, usable, used);
         step(x.offset, x.n, used);
     });
@@ -68,8 +68,8 @@ void for_kept(const Tile& tile, int t, SurveyStats& stats, Step step) {
     prepare(tile, x);
     const Ranked ranked(tile, t, t + 1, x);
     by_strips(tile, x, [&] {
-        int32_t usable[kStrip];
-        float used[kStrip];
+        alignas(64) int32_t usable[kStrip];
+        alignas(64) float used[kStrip];
         score(tile, t, x, stats, usable, used);
         select(tile, t, used, x);
         for (int i = 0; i < x.n; ++i) x.edits[t][i] = x.keep[t][i] ? x.edits[t][i] : 0.0f;
@@ -123,7 +123,7 @@ bool gather(const RunArgs& args, Curvature& c, const FilePlace& file, int64_t fi
         run.start += args.starts[first + i];
         run.codes = has_codes ? codes + i * args.length : nullptr;
         for (int done = 0; done < args.length; done += kStrip) {
-            float strip[kStrip];
+            alignas(64) float strip[kStrip];
             const int some = args.length - done < kStrip ? args.length - done : kStrip;
             std::memcpy(h + done, load(run, done, some, strip), sizeof(float) * static_cast<size_t>(some));
         }
@@ -239,7 +239,7 @@ void histogram(const Tile& tile, int t, bool of_edits, int64_t prefix, int64_t* 
 // Sums of curvature.
 
 double power_sum(const Curvature& curvature, int64_t total, double p, NonFinite& bad) {
-    float room[kStrip];
+    alignas(64) float room[kStrip];
     double lanes[kLanes] = {};
     for (int64_t offset = 0; offset < total; offset += kStrip) {
         const int n = static_cast<int>(total - offset < kStrip ? total - offset : kStrip);
@@ -247,7 +247,7 @@ double power_sum(const Curvature& curvature, int64_t total, double p, NonFinite&
         if (any_bad_curvature(h, n))
             for (int i = 0; i < n; ++i)
                 if (!is_curvature(h[i])) bad.add(offset + i);
-        double x[kStrip] = {};
+        alignas(64) double x[kStrip] = {};
         for (int i = 0; i < n; ++i) {
             const double v = is_curvature(h[i]) ? static_cast<double>(h[i]) : 0.0;
             x[i] = p == 0.5 ? std::sqrt(v) : p == 1.0 ? v : std::pow(v, p);
@@ -259,7 +259,7 @@ double power_sum(const Curvature& curvature, int64_t total, double p, NonFinite&
 
 void row_column_sums(const Curvature& v, int64_t rows, int64_t columns, double* row_sums, double* column_sums,
                      NonFinite& bad) {
-    float room[kStrip];
+    alignas(64) float room[kStrip];
     for (int64_t row = 0; row < rows; ++row) {
         double lanes[kLanes] = {};
         for (int64_t column = 0; column < columns; column += kStrip) {
@@ -268,7 +268,7 @@ void row_column_sums(const Curvature& v, int64_t rows, int64_t columns, double* 
             if (any_bad_curvature(h, n))
                 for (int i = 0; i < n; ++i)
                     if (!is_curvature(h[i])) bad.add(row * columns + column + i);
-            double x[kStrip] = {};
+            alignas(64) double x[kStrip] = {};
             for (int i = 0; i < n; ++i) x[i] = is_curvature(h[i]) ? static_cast<double>(h[i]) : 0.0;
             for (int i = 0; i < n; ++i) column_sums[column + i] += x[i];
             add_to_lanes(x, n, lanes);
@@ -354,12 +354,12 @@ void masked_sums(const Tile& tile, MaskedSums* out) {
     const Ranked ranked(tile, 0, tile.n_experts, x);
     double lanes[kMaxExperts][3][kLanes] = {};
     by_strips(tile, x, [&] {
-        int32_t keepers[kStrip] = {}, usable[kStrip];
-        double d[kStrip], size[kStrip], kept[kStrip], squares[kStrip];
+        alignas(64) int32_t keepers[kStrip] = {}, usable[kStrip];
+        alignas(64) double d[kStrip], size[kStrip], kept[kStrip], squares[kStrip];
         share_scores(tile, x);
         for (int t = 0; t < tile.n_experts; ++t) {
             SurveyStats unused;
-            float used[kStrip];
+            alignas(64) float used[kStrip];
             const bool bad = score(tile, t, x, unused, usable, used) != nullptr;
             select(tile, t, used, x);
             find_edits64(tile, t, x, d);
@@ -404,7 +404,7 @@ Softmax softmax_of(int64_t columns, Load values) {
     for (int64_t at = 0; at < columns; at += kStrip) {
         int n;
         const double* x = values(at, n);
-        double shifted[kStrip] = {};
+        alignas(64) double shifted[kStrip] = {};
         for (int i = 0; i < n; ++i) shifted[i] = std::exp(x[i] - found.largest);
         add_to_lanes(shifted, n, lanes);
     }
@@ -416,7 +416,7 @@ Softmax softmax_of(int64_t columns, Load values) {
 // rows keep their digits.
 void row_divergence(const Tile& tile, int t, double* out) {
     Strip<double> x;
-    double room[kStrip], other[kStrip];
+    alignas(64) double room[kStrip], other[kStrip];
     prepare(tile, x);
     const Operand &w = tile.experts[t].weights, &o = tile.origin(t);
     for (int64_t row = 0; row < tile.n; row += tile.columns) {
@@ -432,7 +432,7 @@ void row_divergence(const Tile& tile, int t, double* out) {
         for (int64_t at = 0; at < tile.columns; at += kStrip) {
             int n;
             const double *a = ours(at, n), *b = theirs(at, n);
-            double terms[kStrip] = {};
+            alignas(64) double terms[kStrip] = {};
             for (int i = 0; i < n; ++i) {
                 const double one = std::exp(a[i] - p.largest) / p.sum + 1e-8;
                 const double two = std::exp(b[i] - q.largest) / q.sum + 1e-8;

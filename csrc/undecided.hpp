@@ -9,15 +9,15 @@ namespace OTA_ISA {
 // Elements of a tile whose indices leave the highest bit free.
 constexpr int64_t kFlag = int64_t{1} << 31;
 
+// Elements that the common merge takes at once.
+constexpr int kSpan = 16 * kStrip;
+
 // Undecided elements that have yet to be resolved: while their inputs are in the second-level cache, and enough of
 // them for whole vectors.
 struct Waiting {
-    static constexpr int kMany = 192, kFar = 4096;  // elements that wait; elements since the last ones were resolved
+    static constexpr int kMany = 192;
     int count = 0;
-    int64_t since = 0;
-    uint32_t at[kMany + kStrip];
-
-    bool are_many(int64_t offset) const { return count >= kMany || (count > 0 && offset - since >= kFar); }
+    uint32_t at[kMany + kSpan];
 
     // Appends where flags of a strip (0 or 1, of which there are kSpare more) are 1.
     void add(const int32_t* flags, int64_t offset, int n) {

@@ -37,3 +37,8 @@ class RunError(OtaError):
     """The merge failed while running; the work folder is kept, so that `--resume` can go on."""
 
     exit_code = 1
+
+
+def one_line(text: str) -> str:
+    """`text` with what would break a line or steer a terminal written as Python escapes it."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -64,3 +64,19 @@ def assert_extracted(out, expected):
 def metadata_of(out):
     with safe_open(out, "pt") as file:
         return file.metadata()
+
+
+def adam_state(shape=(4, 5), **more):
+    """One parameter's entry as torch.optim.Adam keeps it, with further keys."""
+    return {
+        "step": torch.tensor(float(STEPS)),
+        "exp_avg": torch.randn(shape),
+        "exp_avg_sq": torch.rand(shape),
+    } | more
+
+
+def saved_states(path, states, **settings):
+    """A torch file of these states by name, in one group with `settings`."""
+    group = {"params": list(states), "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8} | settings
+    torch.save({"state": states, "param_groups": [group]}, path)
+    return path

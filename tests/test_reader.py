@@ -434,7 +434,7 @@ def save_moments(path: Path, key: str, moments: torch.Tensor, **metadata: str) -
     if path.suffix == ".safetensors":
         save_file({key: moments}, path, metadata=metadata or None)
     else:
-        torch.save({"state": {key: {"exp_avg": torch.ones(1), "exp_avg_sq": moments}}}, path)
+        torch.save({"state": {key: {"exp_avg": torch.zeros_like(moments), "exp_avg_sq": moments}}}, path)
     return path
 
 

@@ -14,7 +14,9 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
+import jobs
 import numpy as np
 import pytest
 import torch
@@ -24,7 +26,7 @@ from tolerances import assert_close
 from ota_kernels import InputError, RunError, merge, plan
 from ota_kernels.backends import triton
 from ota_kernels.moments.compress import compress
-from ota_kernels.run.engine import Engine
+from ota_kernels.run.rules import Rules
 from ota_kernels.select.bracket import Bracket
 from ota_kernels.tensors.terms import score_bits
 
@@ -75,15 +77,13 @@ def models(tmp_path_factory):
     return make_set(tmp_path_factory.mktemp("models"), SHAPES, experts=2)
 
 
-@pytest.fixture
-def wide_brackets(monkeypatch):
-    """Every threshold is bracketed, between the scores at which densities 0.5 and 0.1 begin."""
+def _wide(selection, scores):
+    low, high = (float(np.float32(np.quantile(np.asarray(scores), q))) for q in (0.5, 0.9))
+    return Bracket(low, score_bits(high) - score_bits(low))
 
-    def bracket(selection, scores):
-        low, high = (float(np.float32(np.quantile(np.asarray(scores), q))) for q in (0.5, 0.9))
-        return Bracket(low, score_bits(high) - score_bits(low))
 
-    monkeypatch.setattr("ota_kernels.run.survey.bracket_of", bracket)
+# Every threshold is bracketed, between the scores at which densities 0.5 and 0.1 begin.
+WIDE = Rules(bracket=_wide)
 
 
 def assert_agree(models, one, other) -> None:
@@ -100,6 +100,11 @@ def assert_agree(models, one, other) -> None:
 def recorded(out) -> list[dict]:
     path = out.parent / f".{out.name}.ota-merge" / "journal.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def waiting(out) -> int:
+    """Undecided elements with operands that the journal knows of."""
+    return sum(record["pending"][-1]["several"] for record in recorded(out) if "pending" in record)
 
 
 class TestMergesOnTheDevice:
@@ -126,15 +131,15 @@ class TestMergesOnTheDevice:
         assert bytes_of_tiles(backend="triton", threads=4) == 2 * native_tiles
         assert [plan(models.recipe(), backend="triton", threads=n).threads for n in (1, 3, 5)] == [3, 3, 5]
 
-    def test_of_log8_with_brackets_are_those_of_native(self, models, tmp_path, wide_brackets):
+    def test_of_log8_with_brackets_are_those_of_native(self, models, tmp_path):
         compressed = [tmp_path / f"{t}.safetensors" for t in range(2)]
         for source, file in zip(models.curvature_files, compressed, strict=True):
             compress(source, file, "log8")
         recipe = models.recipe(density=0.3)
         for model, file in zip(recipe["models"], compressed, strict=True):
             model["parameters"]["preconditioner_path"] = str(file)
-        found = merge(recipe, tmp_path / "triton", backend="triton", **OPTIONS)
-        truth = merge(recipe, tmp_path / "native", backend="native", **OPTIONS)
+        found = jobs.merge(recipe, tmp_path / "triton", WIDE, backend="triton", **OPTIONS)
+        truth = jobs.merge(recipe, tmp_path / "native", WIDE, backend="native", **OPTIONS)
         assert (found["tensors"], found["experts"]) == (truth["tensors"], truth["experts"])
         assert_agree(models, tmp_path / "triton", tmp_path / "native")
 
@@ -152,28 +157,18 @@ class TestMergesOnTheDevice:
         assert found["tensors"] == truth["tensors"]
         assert_agree(models, tmp_path / "triton", tmp_path / "native")
 
-    def test_go_on_with_another_backend(self, models, tmp_path, monkeypatch, wide_brackets):
+    def test_go_on_with_another_backend(self, models, tmp_path):
         """Masks do not depend on the backend: native settles what triton left undecided."""
         recipe = models.recipe(density=0.3)
         for backend in ("triton", "native"):
-            merge(recipe, tmp_path / backend, backend=backend, **OPTIONS)
-        truth = merge(recipe, tmp_path / "truth", backend="native")
+            jobs.merge(recipe, tmp_path / backend, WIDE, backend=backend, **OPTIONS)
+        truth = jobs.merge(recipe, tmp_path / "truth", WIDE, backend="native")
 
-        out, run_kernel, left = tmp_path / "out", Engine._run_kernel, [3]
-
-        def stopping(self, *arguments):
-            left[0] -= 1
-            if left[0] < 0:
-                raise KeyboardInterrupt
-            return run_kernel(self, *arguments)
-
-        monkeypatch.setattr(Engine, "_run_kernel", stopping)
+        out, stopping = tmp_path / "out", replace(WIDE, before=jobs.Interrupt("tile", 4))
         with pytest.raises(KeyboardInterrupt):
-            merge(recipe, out, backend="triton", tile_elements=700, threads=3)
-        monkeypatch.setattr(Engine, "_run_kernel", run_kernel)
-        opened = [record["open"] for record in recorded(out) if "open" in record]
-        assert sum(held[0] for *_, held in opened) > 0  # candidates wait in the file
-        found = merge(recipe, out, backend="native", resume=True)
+            jobs.merge(recipe, out, stopping, backend="triton", tile_elements=700, threads=3)
+        assert waiting(out) > 0  # in the file
+        found = jobs.merge(recipe, out, WIDE, backend="native", resume=True)
         assert found["backends"] == ["triton", "native"]
         assert (found["tensors"], found["experts"]) == (truth["tensors"], truth["experts"])
         alone = [load_merged(tmp_path / backend) for backend in ("triton", "native")]
@@ -286,9 +281,7 @@ class TestFaultsOnTheDevice:
         assert report["tensors"] == truth["tensors"]
         assert_agree(models, out, tmp_path / "native")
 
-    def test_what_waits_for_thresholds_outlives_a_fault(
-        self, models, tmp_path, failing_launches, wide_brackets
-    ):
+    def test_what_waits_for_thresholds_outlives_a_fault(self, models, tmp_path, failing_launches):
         def fault(number, elements):
             if number > 4:
                 raise RuntimeError(LOST)
@@ -296,11 +289,10 @@ class TestFaultsOnTheDevice:
         failing_launches += [fault]
         recipe, out = models.recipe(density=0.3), tmp_path / "out"
         with pytest.raises(RunError, match="illegal memory access"):
-            merge(recipe, out, backend="triton", tile_elements=400, threads=3)
-        opened = [record["open"] for record in recorded(out) if "open" in record]
-        assert sum(held[0] for *_, held in opened) > 0
-        report = merge(recipe, out, backend="native", resume=True)
-        truth = merge(recipe, tmp_path / "native", backend="native")
+            jobs.merge(recipe, out, WIDE, backend="triton", tile_elements=400, threads=3)
+        assert waiting(out) > 0
+        report = jobs.merge(recipe, out, WIDE, backend="native", resume=True)
+        truth = jobs.merge(recipe, tmp_path / "native", WIDE, backend="native")
         assert (report["tensors"], report["experts"]) == (truth["tensors"], truth["experts"])
 
     def test_a_survey_that_fails_is_an_error_too(self, models, tmp_path, monkeypatch):

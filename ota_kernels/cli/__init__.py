@@ -10,13 +10,13 @@ import traceback
 
 import click
 
-from ..errors import OtaError
+from ..errors import OtaError, one_line
 
 _COMMANDS = {
     "run": "Merge models as a recipe says.",
     "plan": "Show what a merge would read, write and hold in memory.",
     "densities": "Show what each density would keep of each expert, and where.",
-    "moments": "Get second moments: extract, compress, show, estimate.",
+    "moments": "Get second moments: extract, compress, show, lift, estimate.",
     "demo": "Train small experts on digits, merge them, print what came out.",
 }
 INTERRUPTED = 130
@@ -62,7 +62,7 @@ def main() -> None:
         click.echo("interrupted", err=True)
         sys.exit(INTERRUPTED)
     except click.ClickException as error:
-        _fail(error.format_message(), error.exit_code)
+        _fail(" ".join(error.format_message().split()), error.exit_code)
     except OtaError as error:
         _fail(str(error), error.exit_code)
     except OSError as error:
@@ -74,5 +74,5 @@ def main() -> None:
 def _fail(message: str, code: int) -> None:
     if logging.getLogger("ota_kernels").isEnabledFor(logging.INFO):
         traceback.print_exc()
-    click.echo(f"error: {message}", err=True)
+    click.echo(f"error: {one_line(message)}", err=True)
     sys.exit(code)

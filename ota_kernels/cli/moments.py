@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
 
+from ..errors import one_line
 from .moments_compress import compress
 from .moments_estimate import estimate
+from .moments_lift import lift
 
 if TYPE_CHECKING:
     from ..moments import Overview, Summary
@@ -20,12 +24,22 @@ _FORMATS = ("auto", "torch", "trainer", "deepspeed", "deepspeed-universal", "dcp
 
 
 @click.group()
-def moments() -> None:
-    """Get second moments out of checkpoints, shrink them, look at them, or estimate them."""
+@click.pass_context
+def moments(context: click.Context) -> None:
+    """Get second moments out of checkpoints, shrink them, look at them, lift or estimate them."""
+    with contextlib.suppress(ValueError):  # not in the main thread
+        before = signal.signal(signal.SIGTERM, _terminated)
+        context.call_on_close(lambda: signal.signal(signal.SIGTERM, before))
+
+
+def _terminated(number: int, _frame: object) -> None:
+    """End as on an error, so that unfinished files are removed at once."""
+    raise SystemExit(128 + number)
 
 
 moments.add_command(compress)
 moments.add_command(estimate)
+moments.add_command(lift)
 
 
 @moments.command(short_help="Write a checkpoint's second moments to one file.")
@@ -45,8 +59,29 @@ moments.add_command(estimate)
     show_default=True,
     help="What CHECKPOINT is.",
 )
+@click.option(
+    "--base",
+    type=click.Path(),
+    metavar="DIR",
+    help="What the model was trained from: parameters that equal it were frozen.",
+)
+@click.option(
+    "--names",
+    type=click.Path(),
+    metavar="FILE",
+    help="The parameters' names, one a line, as model.named_parameters() goes; a blank line between groups.",
+)
+@click.option(
+    "--prefix",
+    default="",
+    metavar="TEXT",
+    help="Take only what CHECKPOINT names TEXT..., without TEXT: one of several models in it.",
+)
+@click.option(
+    "--as-adam", is_flag=True, help="Take keys and settings of the optimizer that are unknown for Adam's."
+)
 @click.option("--overwrite", is_flag=True, help="Replace OUT.")
-def extract(checkpoint: str, out: str, model: str | None, format_name: str, overwrite: bool) -> None:
+def extract(checkpoint: str, out: str, model: str | None, format_name: str, **options) -> None:
     """Write Adam's second moments in CHECKPOINT, a folder or a file, to OUT.safetensors.
 
     OUT is what `preconditioner_path` in a recipe takes; it appears only when it is complete and every value
@@ -55,7 +90,7 @@ def extract(checkpoint: str, out: str, model: str | None, format_name: str, over
     """
     from .. import moments as package
 
-    summary = package.extract(checkpoint, out, model, format_name, overwrite)
+    summary = package.extract(checkpoint, out, model, format_name, **options)
     for line in _summary_lines(summary, out):
         click.echo(line)
 
@@ -89,9 +124,14 @@ def _summary_lines(summary: Summary, out: str) -> list[str]:
         lines.append(
             f"  no second moments for {len(names)} of {summary.parameters} parameters: {_listed(names)}"
         )
+    if summary.zeros:
+        lines.append(
+            f"  all 0 for {len(summary.zeros)} of {summary.tensors} parameters, about which they say "
+            f"nothing: {_listed(summary.zeros)}"
+        )
     if summary.extra:
-        lines.append(f"  not in the model: {_listed(summary.extra)}")
-    return lines
+        lines.append(f"  not in the model, left out: {_listed(summary.extra)}")
+    return [one_line(line) for line in lines + [f"  {note}" for note in summary.notes]]
 
 
 def _number(name: str, summary: Summary) -> str:
@@ -125,7 +165,7 @@ def _print_table(overview: Overview, file: str) -> None:
     facts = [f"{name} {_fact(value)}" for name, value in said if value is not None]
     size = format_bytes(sum(tensor.nbytes for tensor in overview.tensors))
     header = ", ".join([f"{file}: {len(overview.tensors)} tensors", size, *facts])
-    console.print(escape(header), soft_wrap=True)
+    console.print(escape(one_line(header)), soft_wrap=True)
     table = Table(box=None, padding=(0, 0, 0, 1), pad_edge=False)
     table.add_column("tensor", overflow="fold")
     for heading in ("shape", "form", "min", "median", "max", "zeros", "size"):
@@ -133,7 +173,7 @@ def _print_table(overview: Overview, file: str) -> None:
     for tensor in overview.tensors:
         values = (tensor.minimum, tensor.median, tensor.maximum)
         table.add_row(
-            escape(tensor.name),
+            escape(one_line(tensor.name)),
             " x ".join(map(str, tensor.shape)) or "scalar",
             tensor.form,
             *("-" if value is None else f"{value:.3g}" for value in values),

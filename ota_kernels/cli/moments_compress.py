@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..errors import one_line
+
 if TYPE_CHECKING:
     from ..moments.compress import Summary
 
@@ -77,7 +79,7 @@ def _print(summary: Summary, agreement: dict[float, float], out: str) -> None:
     for density, index in agreement.items():
         table.add_row(f"Jaccard index of masks, density {density:g}", f"{index:.4f}")
     console = Console(highlight=False)
-    console.print(f"compressed into {escape(out)} ({summary.format})", soft_wrap=True)
+    console.print(f"compressed into {escape(one_line(out))} ({summary.format})", soft_wrap=True)
     console.print(table)
     if summary.step is None:
         console.print("step and beta2 are not known, or differ: `bias_correction` cannot use this file")

@@ -51,7 +51,8 @@ _LINE_SECONDS = 10.0  # between lines where there is no terminal
 def estimate(model: str, data: str, out: str, **options) -> None:
     """Estimate the curvature of MODEL_DIR on texts: the mean of their squared gradients (empirical Fisher).
 
-    MODEL_DIR is a causal language model that transformers loads, with its tokenizer. DATA.jsonl has one JSON
+    MODEL_DIR is a causal language model that transformers loads, with its tokenizer, or BASE+ADAPTER with a
+    LoRA adapter. DATA.jsonl has one JSON
     object a line. OUT.safetensors is what `preconditioner_path` in a recipe takes; it appears only when it is
     complete. An estimate that was stopped, however hard, goes on with --resume.
     """

@@ -134,6 +134,12 @@ class CurvatureFile(ABC):
         return self._metadata(self.keys_of(name)[0])
 
     @property
+    def source_format(self) -> str | None:
+        """Where the second moments are from, as the file says for all of them; None where it does not."""
+        said = {self.metadata(name).get("source_format") for name in self.names}
+        return said.pop() if len(said) == 1 else None
+
+    @property
     @abstractmethod
     def total_bytes(self) -> int:
         """Bytes of curvature data."""
@@ -241,6 +247,7 @@ class _TorchCurvature(CurvatureFile):
             raise InputError(f"{label}: {path}: its optimizer state holds no {MOMENT}")
         for name, moment in self._moments.items():
             self._check_plain(name, moment)
+            self._check_kind(name)
 
     @property
     def total_bytes(self) -> int:
@@ -276,6 +283,18 @@ class _TorchCurvature(CurvatureFile):
         """Only a dense tensor in one piece of the file can be viewed without a copy."""
         if not torchfile.is_plain(moment):
             raise InputError(f"{self.where}: {MOMENT} of {quoted(name)} is not a plain contiguous tensor")
+
+    def _check_kind(self, name: str) -> None:
+        """Raise InputError for a state that is another optimizer's than Adam, or that must be converted."""
+        from ..moments.readers.kinds import accept
+        from ..moments.readers.state import State
+
+        groups = self._groups if isinstance(self._groups, list) else []
+        group = next((g for g in groups if isinstance(g, dict) and name in (g.get("params") or ())), None)
+        where = f"{self.where}: state[{quoted(name)}]"
+        accepted = accept(State(self._states[name], self.path, where, group))
+        if accepted is not None and accepted.factor != 1.0:
+            raise InputError(f"{where}: is of {accepted.kind.name}: `ota-merge moments extract` converts it")
 
     def keys(self) -> Iterable[str]:
         return self._moments

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from ..errors import InputError
-from ..tensors.dtypes import BY_TAG, DType
+from ..tensors.dtypes import BY_TAG, PACKED_BY_TAG, DType
 
 PREFIX_BYTES = 8
 # The cap of the safetensors library: a longer header is a lie or an attack, never a model.
@@ -89,7 +89,7 @@ def parse_header(text: bytes, file_size: int, path: Path) -> Header:
     if not text.startswith(b"{"):
         raise InputError(f"{path}: the header is not a JSON object: not a safetensors file, or a damaged one")
     entries = parse_json_object(text, f"{path}: the header")
-    metadata = _check_metadata(entries.pop(_METADATA_KEY, {}), path)
+    metadata = _check_metadata(entries.pop(_METADATA_KEY, None), path)
     data_start = PREFIX_BYTES + len(text)
     if b"\\u" in text:  # without escapes, what is UTF-8 is valid Unicode
         for name in entries:
@@ -170,6 +170,8 @@ def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_metadata(metadata: Any, path: Path) -> dict[str, str]:
+    if metadata is None:  # some writers say null where they have none
+        return {}
     if not isinstance(metadata, dict):
         raise InputError(f"{path}: {_METADATA_KEY} must map strings to strings, not {quoted(metadata)}")
     for key, value in metadata.items():
@@ -195,7 +197,7 @@ def _parse_entry(name: str, entry: Any, data_start: int, path: Path) -> TensorIn
         dtype = _parse_dtype(entry["dtype"])
         shape, numel = _parse_shape(entry["shape"])
         begin, end = _parse_offsets(entry["data_offsets"])
-        expected = numel * dtype.itemsize
+        expected = dtype.nbytes(numel)
         if end - begin != expected:
             raise ValueError(
                 f"{dtype.tag} of shape {quoted(list(shape))} takes {expected} bytes, "
@@ -211,7 +213,7 @@ def _parse_entry(name: str, entry: Any, data_start: int, path: Path) -> TensorIn
 
 
 def _parse_dtype(tag: Any) -> DType:
-    dtype = BY_TAG.get(tag) if isinstance(tag, str) else None
+    dtype = BY_TAG.get(tag) or PACKED_BY_TAG.get(tag) if isinstance(tag, str) else None
     if dtype is None:
         raise ValueError(f"unknown dtype {quoted(tag)}; known: {', '.join(BY_TAG)}")
     return dtype

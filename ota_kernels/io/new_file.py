@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import re
 import secrets
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,8 @@ from .assets import sync_folder
 from .header import build_header
 from .offsets import write_at
 from .reader import FILE_SUFFIX
+
+_TOKEN_BYTES = 4
 
 Entry = tuple[str, DType, tuple[int, ...]]  # name, type, shape of a tensor
 
@@ -55,20 +59,51 @@ class NewFile:
 @contextmanager
 def new_file(out: Path, entries: Sequence[Entry], metadata: dict[str, str]) -> Iterator[NewFile]:
     """A file of these tensors under a hidden name beside `out`: synced and renamed to `out` at the end, or
-    removed on any exception. Raises OutputError where the disk refuses."""
-    hidden = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
+    removed on any exception; what a killed process left there is removed first. Raises OutputError where the
+    disk refuses."""
+    hidden = None
     try:
-        descriptor = os.open(hidden, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        _remove_left(out)
+        hidden, descriptor = _open_hidden(out)
         try:
             yield NewFile(descriptor, entries, metadata)
             os.fsync(descriptor)
+            os.replace(hidden, out)
         finally:
             os.close(descriptor)
-        os.replace(hidden, out)
         sync_folder(out.parent)
     except OSError as error:
         raise OutputError(
             f"{out}: cannot be written: {error.strerror}: make room there, or name another folder"
         ) from error
     finally:
-        hidden.unlink(missing_ok=True)
+        if hidden is not None:
+            hidden.unlink(missing_ok=True)
+
+
+def _open_hidden(out: Path) -> tuple[Path, int]:
+    """A new hidden file, locked as long as its descriptor is open."""
+    while True:
+        hidden = out.with_name(f".{out.name}.{secrets.token_hex(_TOKEN_BYTES)}")
+        descriptor = os.open(hidden, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        with suppress(OSError):  # not every file system has locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        # Between the two calls another process may have taken it for one that was left.
+        if hidden.exists():
+            return hidden, descriptor
+        os.close(descriptor)
+
+
+def _remove_left(out: Path) -> None:
+    """Remove hidden files of `out` whose process is gone: those that nobody holds a lock of."""
+    name = re.compile(re.escape(f".{out.name}.") + f"[0-9a-f]{{{2 * _TOKEN_BYTES}}}")
+    for path in out.parent.iterdir():
+        if name.fullmatch(path.name) is None:
+            continue
+        with suppress(OSError):
+            descriptor = os.open(path, os.O_RDWR)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+            finally:
+                os.close(descriptor)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import zipfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +19,11 @@ if TYPE_CHECKING:
     import torch
 
 
-def load(path: Path, label: str, allowed: Sequence[Any] = ()) -> Any:
+def load(path: Path, label: str) -> Any:
     """The content of a torch file; its tensors are views of the mapped file, on the CPU.
 
-    label: what errors call the file; allowed: classes and functions that its pickle may name besides what
-    torch allows with `weights_only=True`. Raises InputError for a file that is missing, damaged, compressed,
-    in the format of torch < 1.6, or that names anything else.
+    label: what errors call the file. Raises InputError for a file that is missing, damaged, compressed, in
+    the format of torch < 1.6, or that names anything besides what torch allows with `weights_only=True`.
     """
     import torch
 
@@ -33,10 +31,22 @@ def load(path: Path, label: str, allowed: Sequence[Any] = ()) -> Any:
         raise InputError(f"{label}: {path}: no such file")
     try:
         _check_archive(path)
-        with torch.serialization.safe_globals(list(allowed)):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         # A hostile pickle or archive can fail anywhere inside torch or zipfile, with any exception.
+        raise InputError(f"{label}: {path}: {_load_failure(error)}") from error
+
+
+def load_stored(path: Path, label: str) -> Any:
+    """As `load`, but what a file names besides tensors and containers becomes an inert stand-in (inert.py):
+    nothing is imported or called, so a training run's own objects do no harm."""
+    from .inert import load_inert
+
+    if not os.path.isfile(path):
+        raise InputError(f"{label}: {path}: no such file")
+    try:
+        return load_inert(path)
+    except Exception as error:  # as above
         raise InputError(f"{label}: {path}: {_load_failure(error)}") from error
 
 
@@ -68,4 +78,4 @@ def _load_failure(error: Exception) -> str:
         return f"would run code to load ({refused[1]}): save plain tensors, or use safetensors"
     if isinstance(error, zipfile.BadZipFile):
         return "not a complete, uncompressed torch file: torch.save it again, or use safetensors"
-    return f"torch cannot load it: {' '.join(text.split())[:200]}"
+    return f"cannot be read, it is damaged or no torch file ({type(error).__name__}): save it again"

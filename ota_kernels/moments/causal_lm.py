@@ -135,4 +135,6 @@ def _quiet(transformers: ModuleType) -> Iterator[None]:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    """The first sentence of what a library says, which may go on for paragraphs."""
+    text = " ".join(str(error).split()).partition(". ")[0]
+    return text[:160] or type(error).__name__

@@ -10,6 +10,8 @@ from ..errors import InputError
 from ..io.header import quoted
 from ..io.reader import Checkpoint
 from ..planning.roles import OUTPUT, role_of
+from .readers.content import BUFFER
+from .readers.kinds import nothing
 from .source import Source
 
 
@@ -27,11 +29,12 @@ def check_source(source: Source, model: Checkpoint | None, where: str) -> Covera
     """Compare names and shapes with the model; reads no moments.
 
     Without a model, `missing` is what the checkpoint itself knows of. Raises InputError where there are no
-    second moments, a shape differs, or no parameter of the model is covered.
+    second moments, a shape differs, no parameter of the model is covered, or where the checkpoint has second
+    moments of parameters that the model lacks while the model has parameters without.
     """
     names = [moment.name for moment in source.moments]
     if not names:
-        raise InputError(f"{where}: holds no second moments: extract from a checkpoint of Adam or Adafactor")
+        raise nothing(source.skipped.values(), where)
     if model is None:
         return Coverage(len(names) + len(source.skipped), source.skipped, ())
     for moment in source.moments:
@@ -45,24 +48,34 @@ def check_source(source: Source, model: Checkpoint | None, where: str) -> Covera
     expected = [
         name
         for name, info in model.tensors.items()
-        if name in covered or (info.dtype.is_float and not _is_tied(name, model))
+        if name in covered or (info.dtype.is_float and not _is_tied(name, model) and not BUFFER.search(name))
     ]
     if covered.isdisjoint(expected):
         raise InputError(
             f"{where}: has no second moments of any parameter of {model.root}; its names are like "
             f"{quoted(names[0])}: give --model the folder of the model that was trained"
         )
-    return Coverage(
-        len(expected),
-        {name: source.skipped.get(name, "not in the optimizer") for name in expected if name not in covered},
-        tuple(name for name in names if name not in model.tensors),
-    )
+    missing = {n: source.skipped.get(n, "not in the optimizer") for n in expected if n not in covered}
+    extra = tuple(name for name in names if name not in model.tensors)
+    unknown = [name for name, reason in missing.items() if name not in source.skipped]
+    if extra and unknown:
+        raise InputError(
+            f"{where}: covers {len(covered) - len(extra)} of {len(expected)} parameters of {model.root}: it "
+            f"has {len(extra)} that the model lacks, like {quoted(extra[0])}, while the model has "
+            f"{len(unknown)} without second moments, like {quoted(unknown[0])}: give --model the folder of "
+            "the model that was trained, or --names with the names in the optimizer's order"
+        )
+    return Coverage(len(expected), missing, extra)
 
 
 class ValueCheck:
-    """Whether the second moments of one parameter are finite and >= 0, seen piece by piece."""
+    """Whether the second moments of one parameter are finite and >= 0, seen piece by piece.
+
+    some: whether one is not 0.
+    """
 
     def __init__(self) -> None:
+        self.some = False
         self._seen = 0
         self._wrong = 0
         self._first: tuple[int, float] | None = None
@@ -76,6 +89,7 @@ class ValueCheck:
             i = int(np.argmax(wrong))
             self._first = self._seen + i, float(values[i])
         self._wrong += count
+        self.some = self.some or bool(values.any())
         self._seen += values.size
 
     def finish(self, what: str) -> None:

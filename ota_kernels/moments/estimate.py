@@ -38,6 +38,8 @@ from ..io.header import read_header
 from ..io.hub import resolve_model
 from ..io.reader import FILE_SUFFIX, Checkpoint
 from . import causal_lm
+from .adapter_weights import add_adapter
+from .readers.adapter import config_of
 from .samples import Drawn, Sample, draw
 from .sums import Sums, check_unfinished, remove_finished
 
@@ -85,7 +87,8 @@ def estimate(
 ) -> Summary:
     """Write the empirical Fisher diagonal of `model` on texts of `data` to `out`, as curvature for a merge.
 
-    model: a folder that transformers loads, with its tokenizer, or a hub id; data: JSON lines with a string
+    model: a folder that transformers loads, with its tokenizer, or a hub id, or "base+adapter" of two of
+    them, the second a LoRA adapter; data: JSON lines with a string
     under text_key, of which `samples` are drawn at random by `seed` (all, where there are less) and cut after
     max_length tokens; out: a .safetensors file: float32 >= 0, named as the model's tensors. Its metadata has
     neither step nor beta2, because nothing decays in a mean: `bias_correction` in a recipe is an error for
@@ -101,14 +104,14 @@ def estimate(
     target, out, data = _device(device), Path(out).resolve(), Path(data)
     _check_out(out, resume=resume, overwrite=overwrite)
     transformers = causal_lm.import_transformers()
-    folder = resolve_model(os.fspath(model))
+    folder, adapter = _models(os.fspath(model))
     checkpoint = Checkpoint.open(folder, str(model))
-    _check_apart(out, [*checkpoint.files, data])
+    _check_apart(out, [*checkpoint.files, *(adapter.files if adapter else ()), data])
     tokenize = causal_lm.load_tokenizer(transformers, folder)
     drawn = draw(data, tokenize, count=samples, max_length=max_length, text_key=text_key, seed=seed)
     causal_lm.check_samples(causal_lm.load_config(transformers, folder), drawn, folder, data)
 
-    fingerprint = _fingerprint(checkpoint, drawn, dtype, target.type)
+    fingerprint = _fingerprint(checkpoint, adapter, drawn, dtype, target.type)
     if resume and _metadata(out).get("fingerprint") == fingerprint:
         remove_finished(out, fingerprint)
         elements = sum(info.numel for info in read_header(out).tensors.values())
@@ -120,6 +123,8 @@ def estimate(
         try:
             loaded = causal_lm.load_model(transformers, folder, getattr(torch, dtype)).to(target)
             parameters = causal_lm.named_as_stored(loaded, checkpoint)
+            if adapter is not None:
+                add_adapter(parameters, adapter)
             shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
             sums.allocate(shapes, _new_metadata(len(drawn.samples), fingerprint))
             _add_all(loaded, parameters, drawn.samples, sums, data, progress or _silent)
@@ -168,9 +173,20 @@ def _check_apart(out: Path, inputs: list[Path]) -> None:
         raise OutputError(f"the output {out} is an input too: choose another name")
 
 
-def _fingerprint(checkpoint: Checkpoint, drawn: Drawn, dtype: str, device: str) -> str:
+def _models(text: str) -> tuple[Path, Checkpoint | None]:
+    """The folder of the model, and the adapter of "base+adapter"."""
+    base, plus, adapter = text.rpartition("+")
+    if not plus or os.path.exists(os.path.expanduser(text)):
+        return resolve_model(text), None
+    return resolve_model(base), Checkpoint.open(resolve_model(adapter), f"adapter {adapter}")
+
+
+def _fingerprint(
+    checkpoint: Checkpoint, adapter: Checkpoint | None, drawn: Drawn, dtype: str, device: str
+) -> str:
     """Changes whenever the result might: the weights' files, the samples' tokens, how they are computed."""
     parts = [__version__, checkpoint.fingerprint(), checkpoint.config, dtype, device]
+    parts += [adapter.fingerprint(), config_of(adapter.root)] if adapter is not None else []
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
     for sample in drawn.samples:
         digest.update(len(sample.ids).to_bytes(8, "little") + sample.ids.tobytes())

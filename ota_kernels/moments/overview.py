@@ -67,7 +67,7 @@ def show(file: str | Path) -> Overview:
             raise InputError(f"{opened.where}: holds no second moments")
         said = [_step_and_beta2(opened, name) for name in opened.names]
         step, beta2 = map(only, zip(*said, strict=True))
-        source_format = only(opened.metadata(name).get("source_format") for name in opened.names)
+        source_format = opened.source_format
         return Overview(source_format, step, beta2, tuple(_overview(opened, name) for name in opened.names))
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -15,7 +15,7 @@ T = TypeVar("T")
 class Piece:
     """Elements [start, start + numel) of a parameter in row-major order.
 
-    read: returns them as float32[numel]; called once, and its result is dropped once it is written.
+    read: returns them as float32[numel]; its result is dropped once it is written.
     """
 
     start: int
@@ -58,12 +58,15 @@ class Source:
     """All second moments of one checkpoint.
 
     format: the name of `--format` that read it; skipped: parameters that the checkpoint knows but has no
-    second moments for, with the reason ("frozen", "never stepped").
+    second moments for, with the reason ("frozen", "never stepped"); aliases: name -> the name of the
+    parameter whose values it shares; notes: what the user must know of values, or of how names were found.
     """
 
     format: str
     moments: tuple[Moment | FactoredMoment, ...]
     skipped: dict[str, str]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def only(values: Iterable[T]) -> T | None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from ..errors import InputError, RecipeError
+from ..io.header import quoted
 from ..io.curvature import Held
 from ..recipe.recipe import ModelEntry, Recipe, Slice
 from ..recipe.reference import Reference
@@ -314,6 +315,11 @@ class Pairing:
         if not experts:
             return self._copied(named, parts[0])
         positions = tuple(entry.number for entry in entries)
+        if dtype.bits:
+            raise InputError(
+                f"{parts[0].model.label}: {quoted(named.name)} is {dtype.tag}, whose elements are parts of a byte: such a model cannot be "
+                "merged; use the one that it was quantized from"
+            )
         if not dtype.is_float:
             return OutputTensor(named.name, shape, dtype, COPY, base, experts, positions, None)
         settings = self._resolver(named.part).settings(named.name, own, named.position, present)

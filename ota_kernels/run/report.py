@@ -9,8 +9,9 @@ import numpy as np
 
 from .. import __version__
 from ..planning.inputs import Inputs
-from ..planning.pairing import MERGE
+from ..planning.pairing import MERGE, moments_key
 from ..planning.plan import Plan
+from ..recipe.recipe import ModelEntry
 from .decide import Decider
 from .state import State
 
@@ -41,7 +42,9 @@ def build_report(
         "fingerprint": fingerprint,
         "method": inputs.recipe.merge_method,
         "experts": [
-            _expert(model.model, _of_expert(model.number, counted), decider) for model in inputs.recipe.models
+            _expert(model.model, _of_expert(model.number, counted), decider)
+            | {"curvature": _curvature(inputs, model)}
+            for model in inputs.recipe.models
         ],
         "tensors": {
             entry.name: {
@@ -72,6 +75,12 @@ def build_report(
             "numpy": np.__version__,
         },
     }
+
+
+def _curvature(inputs: Inputs, model: ModelEntry) -> str | None:
+    """Where an expert's second moments are from: "lora-lift (an estimate)" is no optimizer's."""
+    file = inputs.moments.get(moments_key(model))
+    return None if file is None else file.source_format
 
 
 def _of_expert(number: int, counted: list) -> list[tuple]:

@@ -305,7 +305,7 @@ def merge(tile: DeviceTile, terms: Terms, out: torch.Tensor, exact_roots: bool =
     n, n_experts, n_blocks = tile.numel, len(tile.experts), triton.cdiv(tile.numel, BLOCK)
     chances = ()
     if variant.select == "random by rank":
-        chances = tuple(chances_of(given, e, t) for t, e in enumerate(terms.experts))
+        chances = tuple(chances_of(given, terms, t) for t in range(len(terms.experts)))
     columns = _columns(tile) if variant.brackets else ()
     asked = _scaled(terms) if variant.power == "scaled" else terms
     table, numbers = operands(tile, asked, variant.acc, chances, columns)

@@ -13,7 +13,7 @@ import torch
 import triton.language as tl
 
 from ...tensors import random
-from ...tensors.terms import LAST_INDEX, ExpertTerms, Terms
+from ...tensors.terms import LAST_INDEX, Terms
 from . import loads
 from .tiles import BLOCK, DeviceTile, Log8, Place, Rank1, addressed, written_out
 
@@ -150,14 +150,15 @@ def _upload(data: bytes, device: torch.device, stream: int) -> torch.Tensor:
     return found
 
 
-def chances_of(tile: DeviceTile, e: ExpertTerms, t: int) -> torch.Tensor:
+def chances_of(tile: DeviceTile, terms: Terms, t: int) -> torch.Tensor:
     """p of each element of whole rows by the rank of its edit in its row: float32[n]; see
     tensors/random.py."""
-    n = tile.place.columns
+    (n, stride), e = terms.ranked, terms.experts[t]
     if tile.numel == 0:
         return torch.empty(0, dtype=torch.float32, device=tile.device)
-    rows = tile.edit(t, torch.float32).abs().view(-1, n)
+    rows = tile.edit(t, torch.float32).abs().view(-1, n, stride)
     order = rows.sort(dim=1, stable=True).indices
     of_rank = torch.from_numpy(random.probability_of_rank(e.probability, e.spread, np.arange(n), n))
     found = torch.empty(rows.shape, dtype=torch.float32, device=tile.device)
-    return found.scatter_(1, order, of_rank.to(tile.device).expand_as(rows)).view(-1)
+    of_rank = of_rank.to(tile.device).view(1, n, 1)
+    return found.scatter_(1, order, of_rank.expand_as(rows)).view(-1)

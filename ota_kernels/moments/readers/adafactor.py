@@ -13,16 +13,12 @@ from collections.abc import Callable
 import numpy as np
 
 from ...errors import InputError
-from ...tensors.buffer import Buffer
-from ..source import FactoredMoment, Moment
-from .state import State, pieces, read_once
+from ..source import FactoredMoment
+from .state import State
+from .values import Values
 
 _ROWS, _COLUMNS = "exp_avg_sq_row", "exp_avg_sq_col"
 _TORCH_ROWS, _TORCH_COLUMNS, _TORCH_FULL = "row_var", "col_var", "variance"
-
-
-def fits(state: State) -> bool:
-    return _ROWS in state or _TORCH_ROWS in state or _TORCH_FULL in state
 
 
 def shape(state: State) -> tuple[int, ...]:
@@ -34,26 +30,27 @@ def shape(state: State) -> tuple[int, ...]:
     return (*state.shape(_ROWS), *state.shape(_COLUMNS)[-1:])
 
 
-def moment(state: State, name: str, beta2: float | None) -> Moment | FactoredMoment:
+def values(state: State) -> Values | None:
+    """The elements of a vector; None for a matrix, which is kept as factors."""
+    return state.values(_TORCH_FULL) if _TORCH_FULL in state else None
+
+
+def factored(state: State, name: str, step: float | None, beta2: float | None) -> FactoredMoment:
     """Raises InputError for more than two dimensions, which Adafactor factors matrix by matrix."""
     found = shape(state)
-    if _TORCH_FULL in state:
-        return Moment(name, found, pieces(state.buffer(_TORCH_FULL)), state.step, beta2)
     if len(found) != 2:
         raise InputError(
             f"{state.where}: Adafactor's factors of shape {list(found)} are one pair per matrix; "
             "only matrices and vectors can be extracted"
         )
-    rows, columns = (_TORCH_ROWS, _TORCH_COLUMNS) if _TORCH_ROWS in state else (_ROWS, _COLUMNS)
+    keys = (_TORCH_ROWS, _TORCH_COLUMNS) if _TORCH_ROWS in state else (_ROWS, _COLUMNS)
     m, n = found
-    buffers = state.buffer(rows), state.buffer(columns)
-    if (len(buffers[0]), len(buffers[1])) != found:
-        raise InputError(
-            f"{state.where}: {len(buffers[0])} x {len(buffers[1])} factors do not fit {list(found)}"
-        )
-    return FactoredMoment(name, (m, n), _sums(buffers[0], n), _sums(buffers[1], m), state.step, beta2)
+    rows, columns = map(state.values, keys)
+    if (rows.numel, columns.numel) != found:
+        raise InputError(f"{state.where}: {rows.numel} x {columns.numel} factors do not fit {list(found)}")
+    return FactoredMoment(name, (m, n), _sums(rows, n), _sums(columns, m), step, beta2)
 
 
-def _sums(means: Buffer, count: int) -> Callable[[], np.ndarray]:
+def _sums(means: Values, count: int) -> Callable[[], np.ndarray]:
     """Sums of `count` elements each, from their means."""
-    return lambda: read_once(means) * np.float32(count)
+    return lambda: means.all() * np.float32(count)

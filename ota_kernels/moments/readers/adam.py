@@ -1,15 +1,11 @@
-"""Adam and its kin (AdamW, NAdam, RAdam): exp_avg_sq, one value per element, as it is stored."""
+"""Adam and its kin (AdamW, AMSGrad, NAdam, LAMB, ScheduleFree): exp_avg_sq, one value per element."""
 
 from __future__ import annotations
 
-from ..source import Moment
-from .state import State, pieces
+from .state import State
+from .values import Values
 
 _KEY = "exp_avg_sq"
-
-
-def fits(state: State) -> bool:
-    return _KEY in state
 
 
 def shape(state: State) -> tuple[int, ...]:
@@ -17,6 +13,6 @@ def shape(state: State) -> tuple[int, ...]:
     return state.shape(_KEY)
 
 
-def moment(state: State, name: str, beta2: float | None) -> Moment:
+def values(state: State) -> Values:
     """Raises InputError for a tensor that is not of floating point, or not plain."""
-    return Moment(name, shape(state), pieces(state.buffer(_KEY)), state.step, beta2)
+    return state.values(_KEY)

@@ -6,7 +6,6 @@ import io
 import math
 import os
 import pathlib
-import pickle
 from collections import OrderedDict
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -28,6 +27,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from ...errors import InputError
 from ...io.header import quoted
+from ...io.inert import InertUnpickler, load_inert
 
 LABEL = "checkpoint"
 METADATA_FILE = ".metadata"
@@ -60,15 +60,11 @@ _CLASSES: dict[tuple[str, str], Any] = {
 }
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    """Builds the classes that torch writes into .metadata, and nothing else."""
+class _MetadataUnpickler(InertUnpickler):
+    """Builds the classes that torch writes into .metadata; all else is inert."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _CLASSES:
-            return _CLASSES[module, name]
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        raise pickle.UnpicklingError(f"would run code to load ({module}.{name})")
+        return _CLASSES.get((module, name)) or super().find_class(module, name)
 
 
 class _BoxPlanner(DefaultLoadPlanner):
@@ -89,14 +85,14 @@ class _BoxPlanner(DefaultLoadPlanner):
         return box
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        self.value = torch.load(value, map_location="cpu", weights_only=True)
+        self.value = load_inert(value.read())
 
 
 class Storage:
     """The checkpoint in `folder`.
 
     shapes: of its tensors by key; objects: keys of what is no tensor.
-    Raises InputError for metadata that is missing, damaged or would run code.
+    Raises InputError for metadata that is missing or damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -110,6 +106,11 @@ class Storage:
             if isinstance(entry, TensorStorageMetadata)
         }
         self.objects = {key for key, entry in entries.items() if isinstance(entry, BytesStorageMetadata)}
+
+    def dtype(self, key: str) -> str:
+        """The name of a tensor's type; float32 where the metadata, of an older torch, does not say it."""
+        found = getattr(self._metadata.state_dict_metadata[key].properties, "dtype", None)
+        return str(found).removeprefix("torch.") if isinstance(found, torch.dtype) else "float32"
 
     def boxes(self, key: str) -> list[Box]:
         """(offsets, sizes) of the stored parts of a tensor.
@@ -142,7 +143,8 @@ class Storage:
         return planner.target.numpy()
 
     def read_object(self, key: str) -> Any:
-        """What torch.save was given for `key`. Raises InputError for damaged files and for code."""
+        """What torch.save was given for `key`, inert where it is no number or container. Raises InputError
+        for damaged files."""
         index = MetadataIndex(key)
         self._check_file(index, f"{self.where}: {quoted(key)}")
         nowhere = torch.Size((0,))
@@ -158,7 +160,9 @@ class Storage:
             reader.read_data(LoadPlan(items), planner).wait()
         except Exception as error:
             # Damaged bytes can fail anywhere inside torch, with any exception.
-            raise InputError(f"{self.where}: {quoted(key)}: cannot be read: {quoted(str(error))}") from error
+            raise InputError(
+                f"{self.where}: {quoted(key)}: cannot be read ({type(error).__name__}): a file is damaged"
+            ) from error
 
     def _check_file(self, index: MetadataIndex, what: str) -> None:
         info = self._metadata.storage_data.get(index)
@@ -187,7 +191,9 @@ def _read_metadata(path: Path) -> Metadata:
             metadata = _MetadataUnpickler(stream).load()
     except Exception as error:
         # A hostile pickle can fail with any exception.
-        raise InputError(f"{LABEL}: {path}: cannot be read: {quoted(str(error))}") from error
+        raise InputError(
+            f"{LABEL}: {path}: cannot be read ({type(error).__name__}): it is damaged, copy the folder again"
+        ) from error
     if (
         not isinstance(metadata, Metadata)
         or not isinstance(metadata.state_dict_metadata, dict)

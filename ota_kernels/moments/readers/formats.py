@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
 from ...errors import InputError, RecipeError
-from ...io.reader import Checkpoint
 from ..source import Source
+from .request import Request
 
 AUTO = "auto"
+_STEP = re.compile(r"(?:checkpoint|global_step|step)[-_]?(\d+)")
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,10 @@ class Format:
         recogniser: Callable[[Path], bool] = getattr(self._module(), self.recogniser)
         return recogniser(path)
 
-    def read(self, path: Path, model: Checkpoint | None) -> Source:
+    def read(self, path: Path, request: Request) -> Source:
         """All second moments of `path`; the reader's errors."""
-        reader: Callable[[Path, Checkpoint | None], Source] = getattr(self._module(), self.reader)
-        return reader(path, model)
+        reader: Callable[[Path, Request], Source] = getattr(self._module(), self.reader)
+        return reader(path, request)
 
     def _module(self):
         return import_module(f".{self.module}", __package__)
@@ -85,8 +87,9 @@ FORMATS = {
 }
 
 
-def choose(path: Path, name: str) -> Format:
-    """The format called `name`, or for "auto" the one that recognises `path`.
+def choose(path: Path, name: str) -> tuple[Path, Format]:
+    """The format called `name`, or for "auto" the one that recognises `path`; and the checkpoint: `path`, or
+    the only checkpoint-N folder in it.
 
     Raises RecipeError for an unknown name, InputError where there is nothing at `path`, where no format
     recognises it, or where several do.
@@ -96,15 +99,30 @@ def choose(path: Path, name: str) -> Format:
     if not os.path.exists(path):
         raise InputError(f"checkpoint: {path}: no such file or folder")
     if name != AUTO:
-        return FORMATS[name]
+        return path, FORMATS[name]
     found = [row for row in FORMATS.values() if row.recognises(path)]
     if not found:
-        looked_for = "; ".join(f"{row.holds} ({row.name})" for row in FORMATS.values())
-        raise InputError(
-            f"checkpoint: {path}: holds no optimizer state that is known. Looked for: {looked_for}"
-        )
+        return _choose_within(path)
     particular = [row for row in found if not row.general] or found
     if len(particular) > 1:
         names = " or ".join(row.name for row in particular)
         raise InputError(f"checkpoint: {path}: holds several optimizer states: add --format {names}")
-    return particular[0]
+    return path, particular[0]
+
+
+def _choose_within(path: Path) -> tuple[Path, Format]:
+    """As `choose`, of the folder of a run that holds its checkpoints."""
+    numbered = sorted((int(m[1]), m[0]) for m in map(_STEP.fullmatch, _names(path)) if m)
+    if len(numbered) == 1:
+        return choose(path / numbered[0][1], AUTO)
+    if numbered:
+        raise InputError(
+            f"checkpoint: {path}: holds {len(numbered)} checkpoints of a run: name one, like "
+            f"{path / numbered[-1][1]}"
+        )
+    looked_for = "; ".join(f"{row.holds} ({row.name})" for row in FORMATS.values())
+    raise InputError(f"checkpoint: {path}: holds no optimizer state that is known. Looked for: {looked_for}")
+
+
+def _names(path: Path) -> list[str]:
+    return os.listdir(path) if os.path.isdir(path) else []

@@ -26,14 +26,19 @@ _SKIPPED = -1
 
 
 def match_in_order(
-    groups: Groups, parameters: Mapping[str, Shape], where: str, rules: Sequence[Collection[str]] = ()
+    groups: Groups,
+    parameters: Mapping[str, Shape],
+    where: str,
+    rules: Sequence[Collection[str]] = (),
+    trained: Collection[str] = (),
 ) -> list[list[str]]:
     """Names of each group's parameters, if exactly one interleaving of the groups fits the model.
 
     groups: shapes in the order of each group, None where unknown (a parameter that was never stepped);
     parameters: shapes by name in the model's order; where: what errors call the optimizer; rules: names of
     the first of two groups, by each rule that the writer may have followed: where several interleavings fit,
-    all rules that fit must agree on one. Raises InputError where no mapping fits, or more than one does.
+    all rules that fit must agree on one; trained: names that cannot be left out. Raises InputError where no
+    mapping fits, AmbiguousError where more than one does.
     """
     spare = len(parameters) - sum(map(len, groups))
     if spare < 0:
@@ -41,7 +46,7 @@ def match_in_order(
             f"{where}: its optimizer has {len(parameters) - spare} parameters, the model {len(parameters)}: "
             "give --model the folder of the model that was trained"
         )
-    fit = _fit(groups, parameters)
+    fit = _fit(groups, parameters, trained)
     if fit.ways == 1:
         return fit.names
     if fit.ways == 0:
@@ -50,11 +55,38 @@ def match_in_order(
             f"{quoted(fit.stuck)} {list(parameters[fit.stuck])} on: "
             "give --model the folder of the model that was trained"
         )
-    by_rule = [_fit_by_rule(groups, parameters, rule) for rule in rules] if len(groups) == 2 else []
+    by_rule = [_fit_by_rule(groups, parameters, rule, trained) for rule in rules] if len(groups) == 2 else []
     fitting = [fit for fit in by_rule if fit.ways > 0]
     if not fitting or any(fit.ways > 1 or fit.names != fitting[0].names for fit in fitting):
         raise _ambiguous(where)
     return fitting[0].names
+
+
+def match_group_by_group(groups: Groups, parameters: Mapping[str, Shape]) -> list[list[str]] | None:
+    """Names where the groups follow one another in the model's order, or in its reverse: one group for each
+    tensor or layer, as layer-wise rates make them. None where neither fits the shapes, or both do.
+
+    An assumption, which shapes can refute but not prove.
+    """
+    sizes = list(map(len, groups))
+    if sum(sizes) != len(parameters):
+        return None
+    names = list(parameters)
+    fitting = []
+    for backwards in (False, True):
+        order = range(len(groups) - 1, -1, -1) if backwards else range(len(groups))
+        named: list[list[str]] = [[] for _ in groups]
+        at = 0
+        for number in order:
+            named[number] = names[at : at + sizes[number]]
+            at += sizes[number]
+        if named not in fitting and all(
+            shape in (None, parameters[name])
+            for group, taken in zip(groups, named, strict=True)
+            for shape, name in zip(group, taken, strict=True)
+        ):
+            fitting.append(named)
+    return fitting[0] if len(fitting) == 1 else None
 
 
 def match_by_shape(
@@ -81,6 +113,10 @@ def match_by_shape(
     return [[None if shape is None else names[shape][0] for shape in group] for group in groups]
 
 
+class AmbiguousError(InputError):
+    """More than one mapping fits."""
+
+
 @dataclass(frozen=True)
 class _Fit:
     """ways: how many mappings there are, 2 for more; names: of each group, for a single way; stuck: the first
@@ -91,16 +127,20 @@ class _Fit:
     stuck: str = ""
 
 
-def _fit_by_rule(groups: Groups, parameters: Mapping[str, Shape], first: Collection[str]) -> _Fit:
+def _fit_by_rule(
+    groups: Groups, parameters: Mapping[str, Shape], first: Collection[str], trained: Collection[str]
+) -> _Fit:
     """Each group by itself, with the parameters that the rule gives it."""
     fits = [
-        _fit([group], {name: shape for name, shape in parameters.items() if (name in first) == chosen})
+        _fit(
+            [group], {name: shape for name, shape in parameters.items() if (name in first) == chosen}, trained
+        )
         for group, chosen in zip(groups, (True, False), strict=True)
     ]
     return _Fit(math.prod(fit.ways for fit in fits), [names for fit in fits for names in fit.names])
 
 
-def _fit(groups: Groups, parameters: Mapping[str, Shape]) -> _Fit:
+def _fit(groups: Groups, parameters: Mapping[str, Shape], trained: Collection[str]) -> _Fit:
     spare = len(parameters) - sum(map(len, groups))
     # Per parameter: positions (taken of each group) -> how many ways lead there (2 means several), and the
     # group that took the parameter on one of them.
@@ -108,7 +148,9 @@ def _fit(groups: Groups, parameters: Mapping[str, Shape]) -> _Fit:
     for i, (name, shape) in enumerate(parameters.items()):
         found: dict[tuple[int, ...], tuple[int, int]] = {}
         for positions, (ways, _) in layers[-1].items():
-            for group in _takers(groups, positions, shape, i - sum(positions) < spare):
+            for group in _takers(
+                groups, positions, shape, name not in trained and i - sum(positions) < spare
+            ):
                 after = _advanced(positions, group)
                 found[after] = (min(2, ways + found.get(after, (0, 0))[0]), group)
         if not found:
@@ -150,9 +192,10 @@ def _trace(
     return [taken[::-1] for taken in result]
 
 
-def _ambiguous(where: str, otherwise: str = "") -> InputError:
-    return InputError(
+def _ambiguous(where: str, otherwise: str = "") -> AmbiguousError:
+    return AmbiguousError(
         f"{where}: its optimizer state is keyed by number, and more than one mapping to the model's "
-        "parameters fits the shapes: save it with names, as AdamW(model.named_parameters()) does "
-        f"with torch >= 2.7{otherwise}"
+        "parameters fits the shapes: add --base with the model that was trained from (what equals it was "
+        "frozen), or --names with a file of the names in the model's order, a blank line between groups"
+        f"{otherwise}"
     )

@@ -1,32 +1,36 @@
-"""A file of `torch.save(optimizer.state_dict())`, as the Hugging Face Trainer and accelerate write it too."""
+"""A file of `torch.save(optimizer.state_dict())`, as the Hugging Face Trainer and accelerate write it too.
+
+file --> content.py: optimizers and weights in it --> kinds.py: whose states --> numbered.py: whose names
+"""
 
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from ...errors import InputError
-from ...io import torchfile
 from ...io.header import quoted
-from ...io.reader import Checkpoint
 from ..source import Source
-from . import adafactor, adam, eight_bit
-from .matching import match_by_shape, match_in_order
-from .order import UnknownOrderError, parameter_order
-from .state import State, as_number
+from . import kinds
+from .content import Optimizer, load, optimizers, weight_shapes
+from .eight_bit import NESTED
+from .kinds import Accepted
+from .numbered import Entry, find_names
+from .request import Request
+from .sharded import first_rank_file, join, rank_files
+from .state import State
 
 _FILES = ("optimizer.pt", "optimizer.bin", "optimizer.pth")
 _SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _TRAINER_FILE = "trainer_state.json"
-_HOLDERS = ("optimizer", "optimizer_state_dict")
+_FURTHER = re.compile(r"optimizer_\d+\.(bin|pt)")
 _LABEL = "checkpoint"
-# What torch.compile, FSDP and activation checkpointing put into parameter names.
-_WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-_PARALLEL = "module."  # DistributedDataParallel, which a model may also call a part of its own
+# Weights beside an optimizer's file, in the model's order as torch saves them.
+_WEIGHTS = ("pytorch_model.bin", "model.pt", "model.pth")
 
 Key = int | str
 
@@ -37,10 +41,7 @@ class _Group:
 
     keys: tuple[Key, ...]
     names: tuple[str, ...] | None
-    beta2: float | None
-
-
-_LAYOUTS = (adam, eight_bit, adafactor)
+    settings: Mapping[str, Any]
 
 
 def recognise_trainer(path: Path) -> bool:
@@ -51,91 +52,121 @@ def recognise_trainer(path: Path) -> bool:
 
 def recognise_torch(path: Path) -> bool:
     """Whether `path` is a torch file, or a folder with an optimizer's."""
-    return path.suffix in _SUFFIXES if path.is_file() else _file(path) is not None
+    if path.is_file():
+        return path.suffix in _SUFFIXES or zipfile.is_zipfile(path)
+    return _file(path) is not None
 
 
-def read_trainer(path: Path, model: Checkpoint | None) -> Source:
+def read_trainer(path: Path, request: Request) -> Source:
     """As `read_torch`; the Trainer's rules for groups tell mappings apart that shapes do not."""
-    return _read("trainer", path, model)
+    return _read("trainer", path, request)
 
 
-def read_torch(path: Path, model: Checkpoint | None) -> Source:
-    """The second moments in a torch file, or in the optimizer file of a folder.
+def read_torch(path: Path, request: Request) -> Source:
+    """The second moments in a torch file, or in the optimizer file of a folder; of all optimizers in it.
 
-    model: needed where the state is keyed by number. Raises InputError for a file that holds no optimizer
-    state or no second moments, or where it is not certain which parameter a state belongs to.
+    Raises InputError for a file that holds no optimizer state or no second moments, where a state is not
+    known to be Adam's or its kin's, or where it is not certain which parameter a state belongs to.
     """
-    return _read("torch", path, model)
+    return _read("torch", path, request)
 
 
 def _file(path: Path) -> Path | None:
-    return next((path / name for name in _FILES if (path / name).is_file()), None)
+    named = next((path / name for name in _FILES if (path / name).is_file()), None)
+    return named or first_rank_file(path)
 
 
-def _read(format_name: str, path: Path, model: Checkpoint | None) -> Source:
+def _read(format_name: str, path: Path, request: Request) -> Source:
     file = path if path.is_file() else _file(path)
     if file is None:
         raise InputError(f"{_LABEL}: {path}: holds none of {', '.join(_FILES)}")
-    where = f"{_LABEL}: {file}"
-    content = _optimizer_state(torchfile.load(file, _LABEL), where)
-    states = _states(content["state"], file, where)
-    if not any(map(_layout, states.values())):
-        kept = sorted({key for state in states.values() for key in state.keys})
-        raise InputError(f"{where}: holds no second moments, only {quoted(kept)}: was it trained with Adam?")
-    groups = _groups(content, states, where)
-    named = _names(groups, states, model, where, by_trainer=format_name == "trainer")
+    files = rank_files(file)
+    content = load(files[0], _LABEL)
+    found = optimizers(content, f"{_LABEL}: {file}")
+    if len(files) > 1:
+        found = _joined(files, found)
+    weights = weight_shapes(content) or _weights_beside(file)
+    read = [_read_one(one, file, weights, request, by_trainer=format_name == "trainer") for one in found]
+    moments = tuple(moment for source in read for moment in source.moments)
+    covered = {moment.name for moment in moments}
+    skipped = {n: why for source in read for n, why in source.skipped.items() if n not in covered}
+    notes = [note for source in read for note in source.notes] + _further_files(file)
+    return Source(format_name, moments, skipped, notes=tuple(dict.fromkeys(notes)))
+
+
+def _joined(files: list[Path], first: list[Optimizer]) -> list[Optimizer]:
+    """The optimizers in the files of all ranks, of which rank 0's are read already."""
+    others = [optimizers(load(file, _LABEL), f"{_LABEL}: {file}") for file in files[1:]]
+    if any(len(one) != len(first) for one in others):
+        raise InputError(f"{first[0].where}: the files of its ranks hold different optimizers")
+    return [
+        replace(one, state=join([one.state, *(other[i].state for other in others)], one.where))
+        for i, one in enumerate(first)
+    ]
+
+
+def _read_one(
+    optimizer: Optimizer,
+    file: Path,
+    weights: dict[str, tuple[int, ...]],
+    request: Request,
+    *,
+    by_trainer: bool,
+) -> Source:
+    where = optimizer.where
+    groups = _groups(optimizer, where)
+    states = _states(optimizer, groups, file, where)
+    accepted = {key: kinds.accept(state, as_adam=request.as_adam) for key, state in states.items()}
+    entries = [
+        [
+            Entry(key, None if group.names is None else group.names[i], _shape(accepted.get(key)))
+            for i, key in enumerate(group.keys)
+        ]
+        for group in groups
+    ]
+    if not any(accepted.values()):
+        return Source("torch", (), {str(key): kinds.absence(state) for key, state in states.items()})
+    named, notes = find_names(entries, weights, request, where, by_trainer=by_trainer)
     moments, skipped = [], {}
     for group, names in zip(groups, named, strict=True):
         for key, name in zip(group.keys, names, strict=True):
-            state = states.get(key)
-            layout = _layout(state)
-            if layout is not None:
-                moments.append(layout.moment(state, name, group.beta2))
+            found = accepted.get(key)
+            if found is not None:
+                moments.append(found.moment(name))
+                notes = [*notes, found.note] if found.note else notes
             elif name is not None:
-                skipped[name] = "never stepped" if state is None else f"only {', '.join(state.keys)}"
-    return Source(format_name, tuple(moments), skipped)
+                skipped[name] = kinds.absence(states.get(key))
+    return Source("torch", tuple(moments), skipped, notes=tuple(dict.fromkeys(notes)))
 
 
-def _optimizer_state(content: Any, where: str) -> dict[str, Any]:
-    """The state dict of the optimizer, which may lie in a dict of other things."""
-    if isinstance(content, dict):
-        for candidate in (content, *(content.get(holder) for holder in _HOLDERS)):
-            if isinstance(candidate, dict) and isinstance(candidate.get("state"), dict):
-                return candidate
-    raise InputError(
-        f'{where}: not an optimizer\'s state: it has no dict "state", alone or under {" or ".join(_HOLDERS)}'
-    )
-
-
-def _states(entries: dict[Any, Any], file: Path, where: str) -> dict[Key, State]:
+def _states(optimizer: Optimizer, groups: list[_Group], file: Path, where: str) -> dict[Key, State]:
+    settings = {key: group.settings for group in groups for key in group.keys}
     states = {}
-    for key, values in entries.items():
+    for key, values in optimizer.state.items():
         entry = f"{where}: state[{quoted(key)}]"
         if not isinstance(key, (int, str)) or not isinstance(values, dict):
             raise InputError(f"{entry}: is not a dict under a parameter's number or name")
-        nested = values.get(eight_bit.NESTED)
+        nested = values.get(NESTED)
+        if isinstance(nested, dict):
+            values = {k: v for k, v in values.items() if k != NESTED} | nested
         if values:
-            states[key] = State(values | nested if isinstance(nested, dict) else values, file, entry)
+            states[key] = State(values, file, entry, settings.get(key))
     return states
 
 
-def _layout(state: State | None) -> ModuleType | None:
-    """The module of _LAYOUTS that reads `state`; None for a parameter without second moments."""
-    return next((layout for layout in _LAYOUTS if state is not None and layout.fits(state)), None)
-
-
-def _groups(content: Mapping[str, Any], states: Mapping[Key, State], where: str) -> list[_Group]:
+def _groups(optimizer: Optimizer, where: str) -> list[_Group]:
     """param_groups; where there are none, one group of the names in the state."""
-    found = content.get("param_groups")
-    if found is None and all(isinstance(key, str) for key in states):
-        return [_Group(tuple(states), None, None)]
+    keys = [key for key, values in optimizer.state.items() if values]
+    found = optimizer.groups
+    if found is None and all(isinstance(key, str) for key in keys):
+        return [_Group(tuple(keys), None, {})]
     if not isinstance(found, list):
         raise InputError(f"{where}: has no list of param_groups: save the whole optimizer.state_dict()")
     groups = [_group(group, f"{where}: param_groups[{i}]") for i, group in enumerate(found)]
-    keys = {key for group in groups for key in group.keys}
-    if len(keys) < sum(len(group.keys) for group in groups):
+    listed = {key for group in groups for key in group.keys}
+    if len(listed) < sum(len(group.keys) for group in groups):
         raise InputError(f"{where}: param_groups list a parameter twice")
-    stray = next((key for key in states if key not in keys), None)
+    stray = next((key for key in keys if key not in listed), None)
     if stray is not None:
         raise InputError(f"{where}: state[{quoted(stray)}] is in none of the param_groups")
     return groups
@@ -150,45 +181,29 @@ def _group(group: Any, where: str) -> _Group:
         isinstance(names, list) and len(names) == len(keys) and all(isinstance(name, str) for name in names)
     ):
         raise InputError(f"{where}: param_names are not one name for each of its {len(keys)} parameters")
-    betas = group.get("betas")
-    beta2 = betas[1] if isinstance(betas, (list, tuple)) and len(betas) > 1 else None
-    return _Group(tuple(keys), None if names is None else tuple(names), as_number(beta2, f"{where}: beta2"))
+    return _Group(tuple(keys), None if names is None else tuple(names), group)
 
 
-def _names(
-    groups: list[_Group],
-    states: Mapping[Key, State],
-    model: Checkpoint | None,
-    where: str,
-    *,
-    by_trainer: bool,
-) -> list[list[str | None]]:
-    """The name of each group's parameters; None where nobody can tell and none is needed."""
-    if all(group.names is not None for group in groups):
-        return [[_unwrapped(name, model) for name in group.names] for group in groups]
-    if all(isinstance(key, str) for group in groups for key in group.keys):
-        return [[_unwrapped(key, model) for key in group.keys] for group in groups]
-    if model is None:
-        raise InputError(
-            f"{where}: its optimizer state is keyed by number, not by name: "
-            "add --model with the folder of the model that was trained"
-        )
-    shapes = [[_shape(states.get(key)) for key in group.keys] for group in groups]
-    try:
-        order = parameter_order(model)
-    except UnknownOrderError as missing:
-        stored = {name: info.shape for name, info in model.tensors.items() if info.dtype.is_float}
-        return match_by_shape(shapes, stored, where, str(missing))
-    return match_in_order(shapes, order.shapes, where, order.decaying if by_trainer else ())
+def _shape(accepted: Accepted | None) -> tuple[int, ...] | None:
+    return None if accepted is None else accepted.shape
 
 
-def _unwrapped(name: str, model: Checkpoint | None) -> str:
-    """The model's name of a parameter that wrappers may have renamed."""
-    name = _WRAPPERS.sub("", name)
-    inner = name.removeprefix(_PARALLEL)
-    return inner if model is not None and name not in model.tensors and inner in model.tensors else name
+def _weights_beside(file: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights in a torch file beside an optimizer's file, in its order; none where it cannot be
+    read, for then it says nothing."""
+    ranked = [file.name.replace("optim", "model", 1)] if len(rank_files(file)) > 1 else []
+    for name in ranked or (_WEIGHTS if file.name in _FILES else ()):
+        if (file.parent / name).is_file():
+            try:
+                return weight_shapes(load(file.parent / name, _LABEL))
+            except InputError:
+                continue
+    return {}
 
 
-def _shape(state: State | None) -> tuple[int, ...] | None:
-    layout = _layout(state)
-    return None if layout is None else layout.shape(state)
+def _further_files(file: Path) -> list[str]:
+    """accelerate numbers the optimizers after the first."""
+    further = sorted(path.name for path in file.parent.iterdir() if _FURTHER.fullmatch(path.name))
+    if file.name not in _FILES or not further:
+        return []
+    return [f"{', '.join(further)} beside {file.name} holds another optimizer: name it to extract that, too"]

@@ -6,68 +6,70 @@ does. transformers builds it from config.json on the meta device, without memory
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 from ...io.header import quoted
 from ...io.reader import Checkpoint
+from ..arrangement import Arrangement
+from .adapter import adapter_order, is_adapter
 from .decay import decay_rules
 from .matching import Shape
+from .transformers_layout import UnknownOrderError, build, stored_layout
 
-
-class UnknownOrderError(Exception):
-    """The order of a model's parameters cannot be had; its text says why and what to do."""
+__all__ = ["Order", "UnknownOrderError", "parameter_order"]
 
 
 @dataclass(frozen=True)
 class Order:
-    """shapes: of the parameters by name, in the order of `named_parameters`, tied ones once; decaying: the
-    names with weight decay, by each rule that some version of the Hugging Face Trainer had."""
+    """shapes: of the parameters by name, in the order of `named_parameters`, tied ones once; source: what
+    notes call it; decaying: the names with weight decay, by each rule that some version of the Hugging Face
+    Trainer had."""
 
     shapes: dict[str, Shape]
-    decaying: list[frozenset[str]]
+    source: str
+    decaying: list[frozenset[str]] = field(default_factory=list)
 
 
-def parameter_order(model: Checkpoint) -> Order:
-    """The order of the model's parameters, as transformers builds it.
+def parameter_order(model: Checkpoint, base: Checkpoint | None = None) -> Order:
+    """The order of the model's parameters, as transformers builds it, or of an adapter's for `base`.
 
     Raises UnknownOrderError without transformers, without a config.json of a class that it knows, or where
-    that class does not have the parameters that the files hold.
+    that class does not store the tensors that the files hold.
     """
-    built = _build(model)
+    if is_adapter(model.tensors):
+        return Order(adapter_order(model, base), "the order in which PEFT puts an adapter into its base")
+    built = build(model)
     shapes = {name: tuple(p.shape) for name, p in built.named_parameters()}
-    for name, shape in shapes.items():
-        stored = model.tensors.get(name)
-        if stored is None or stored.shape != shape:
-            found = "lack it" if stored is None else f"hold {list(stored.shape)}"
+    lacking = {n: s for n, s in shapes.items() if n not in model.tensors or model.tensors[n].shape != s}
+    if lacking:
+        _check_stored(lacking, stored_layout(built), model)
+    return Order(shapes, "the order in which transformers builds the model", decay_rules(built))
+
+
+def _check_stored(lacking: dict[str, Shape], layout: dict[str, Arrangement], model: Checkpoint) -> None:
+    """Raise UnknownOrderError for a parameter that the files do not hold as transformers would save it."""
+    stored = {source: name for name, one in layout.items() for source in one.sources if name != source}
+    wrong = {
+        source
+        for name, one in layout.items()
+        for source in one.sources
+        if name not in model.tensors or model.tensors[name].shape != one.shape
+    }
+    for name, shape in lacking.items():
+        if name in wrong or name not in stored:
+            found = model.tensors.get(name)
+            fault = "lack it" if found is None else f"hold {list(found.shape)}"
             raise UnknownOrderError(
                 f"transformers builds parameter {quoted(name)} {list(shape)} from {model.root}/config.json, "
-                f"but the files {found}: use the transformers version that the model was trained with"
+                f"but the files {fault}: {_advice(model)}"
             )
-    return Order(shapes, decay_rules(built))
 
 
-def _build(model: Checkpoint) -> Any:
-    """The model on the meta device, by the class that config.json names; the folder's own code never runs."""
-    if model.config is None:
-        raise UnknownOrderError(f"give --model a folder with config.json; {model.root} has none")
-    try:
-        import torch
-        import transformers
-    except ImportError:
-        raise UnknownOrderError("install transformers (pip install transformers)") from None
-    architectures = model.config.get("architectures")
-    name = architectures[0] if isinstance(architectures, list) and architectures else None
-    known = getattr(transformers, name, None) if isinstance(name, str) else None
-    if not (isinstance(known, type) and issubclass(known, transformers.PreTrainedModel)):
-        raise UnknownOrderError(
-            f"transformers has no model class {quoted(name)}, which {model.root}/config.json names"
-        )
-    try:
-        config = known.config_class.from_pretrained(model.root, local_files_only=True)
-        with torch.device("meta"):
-            return known(config)
-    except Exception as error:
-        # A config that does not fit its class fails anywhere inside transformers, with any exception.
-        reason = " ".join(str(error).split())[:200]
-        raise UnknownOrderError(f"transformers cannot build {name} from {model.root}: {reason}") from error
+def _advice(model: Checkpoint) -> str:
+    """What to do where the installed transformers does not build what the files hold."""
+    import transformers
+
+    written = (model.config or {}).get("transformers_version")
+    if isinstance(written, str) and written != transformers.__version__:
+        return f"config.json is of transformers {written[:20]}, {transformers.__version__} is installed"
+    return "config.json is of another model than the files"

@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ....errors import InputError
 from ....io import torchfile
 from ....io.header import quoted
-from ....io.reader import Checkpoint
-from ...source import Moment
 
 LABEL = "checkpoint"
 _OPTIMIZER_SUFFIX = "_optim_states.pt"
@@ -22,29 +20,6 @@ _OPTIMIZER_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_
 _MODEL_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
 
 Shape = tuple[int, ...]
-
-
-class FragmentAddress:
-    """Stands in for DeepSpeed's fragment_address, whose attributes start and numel it takes."""
-
-
-class _Inert:
-    """Stands in for a DeepSpeed object that nothing here asks about."""
-
-    def __init__(self, *arguments: object) -> None:
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
-_ALLOWED = (
-    (FragmentAddress, "deepspeed.utils.tensor_fragment.fragment_address"),
-    (_Inert, "deepspeed.runtime.zero.config.ZeroStageEnum"),
-    (_Inert, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
-    (_Inert, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
-    (_Inert, "deepspeed.checkpoint.universal_checkpoint.SubparamShape"),
-)
 
 
 @dataclass(frozen=True)
@@ -70,7 +45,7 @@ class ModelStates:
 
 def load(path: Path) -> dict[str, Any]:
     """The dict in a file of the checkpoint, its tensors mapped. Raises InputError for anything else."""
-    content = torchfile.load(path, LABEL, _ALLOWED)
+    content = load_value(path)
     if not isinstance(content, dict):
         raise InputError(f"{LABEL}: {path}: holds a {type(content).__name__}, not a dict: is it DeepSpeed's?")
     return content
@@ -78,7 +53,7 @@ def load(path: Path) -> dict[str, Any]:
 
 def load_value(path: Path) -> Any:
     """The content of a file of the checkpoint. Raises InputError where torchfile.load does."""
-    return torchfile.load(path, LABEL, _ALLOWED)
+    return torchfile.load_stored(path, LABEL)
 
 
 def latest_folder(path: Path, pointer: str) -> Path:
@@ -98,6 +73,12 @@ def latest_folder(path: Path, pointer: str) -> Path:
 def has_optimizer_files(folder: Path) -> bool:
     """Whether some rank's optimizer file lies in `folder` itself."""
     return any(_OPTIMIZER_FILE.fullmatch(name) for name in _names(folder))
+
+
+def has_whole_optimizer(folder: Path) -> bool:
+    """Whether `folder` is of stage 0 without parallelism: one model file, which holds the optimizer, too."""
+    names = _names(folder)
+    return "zero" not in names and [n for n in names if n.endswith("_model_states.pt")] == [_MODEL_FILES[0]]
 
 
 def optimizer_files(folder: Path) -> list[Path]:
@@ -177,19 +158,6 @@ def is_round_robin(content: Mapping[str, Any]) -> bool:
     config = content.get("ds_config")
     zero = config.get("zero_optimization") if isinstance(config, dict) else None
     return isinstance(zero, dict) and bool(zero.get("round_robin_gradients"))
-
-
-def with_aliases(
-    moments: Mapping[str, Moment], states: ModelStates, model: Checkpoint | None
-) -> tuple[Moment, ...]:
-    """The moments, and those of parameters that share another's values where the model stores them too."""
-    stored = () if model is None else model.tensors
-    shared = (
-        replace(moments[name], name=alias)
-        for alias, name in states.aliases.items()
-        if alias in stored and alias not in moments and name in moments
-    )
-    return (*moments.values(), *shared)
 
 
 def _names(folder: Path) -> list[str]:

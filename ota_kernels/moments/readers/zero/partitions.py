@@ -10,17 +10,19 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 from ....errors import InputError
 from ....io.header import quoted
-from ....io.reader import Checkpoint
-from ....tensors.buffer import Buffer
 from ...source import Moment, Piece, Source
-from ..state import State, cut, read_once
+from .. import kinds
+from ..kinds import Accepted
+from ..optimizer_file import read_torch
+from ..request import Request
+from ..values import Values
 from . import files
-from .files import LABEL, ModelStates, Shape, with_aliases
+from .files import LABEL, ModelStates, Shape
 from .flat import Fragment, concatenated, share_size, spread
 from .rank import Rank
 
@@ -29,31 +31,39 @@ _POINTER = "latest"
 
 
 def recognise_zero(path: Path) -> bool:
-    """Whether `path` holds ZeRO optimizer files, or a file `latest` that names the folder of them."""
-    return files.has_optimizer_files(path) or os.path.isfile(path / _POINTER)
+    """Whether `path` holds DeepSpeed's optimizer files, or a file `latest` that names the folder of them."""
+    return (
+        files.has_optimizer_files(path) or os.path.isfile(path / _POINTER) or files.has_whole_optimizer(path)
+    )
 
 
-def read_zero(path: Path, model: Checkpoint | None) -> Source:
+def read_zero(path: Path, request: Request | None) -> Source:
     """The second moments of a checkpoint folder, or of the step that its file `latest` names.
 
-    model: a parameter that shares another's values gets moments of its own where the model stores it too.
     Raises InputError for files that are missing, damaged or of different steps, for tensor, pipeline and
-    expert parallelism, and where sizes do not fit.
+    expert parallelism, where sizes do not fit, and for states that are not known to be Adam's or its kin's.
     """
-    folder = path if files.has_optimizer_files(path) else files.latest_folder(path, _POINTER)
+    here = files.has_optimizer_files(path) or not os.path.isfile(path / _POINTER)
+    folder = path if here and os.path.isdir(path) else files.latest_folder(path, _POINTER)
+    if not files.has_optimizer_files(folder) and files.has_whole_optimizer(folder):
+        # Stage 0: one file holds the weights and the optimizer as torch does.
+        return replace(read_torch(files.model_file(folder), request or Request()), format="deepspeed")
     ranks = [Rank.load(file) for file in files.optimizer_files(folder)]
     states = files.model_states(folder)
     _check_ranks(ranks, states, folder)
     moments: dict[str, Moment] = {}
     skipped = dict.fromkeys(states.frozen, "frozen")
+    notes = []
+    as_adam = request is not None and request.as_adam
     for index, shapes in enumerate(states.groups):
         partitions = [rank.partition(index) for rank in ranks]
-        reason = _absence(partitions, index, folder)
-        if reason is None:
-            moments |= _group_moments(ranks, partitions, index, shapes)
+        accepted = [None if one is None else kinds.accept(one, as_adam=as_adam) for one in partitions]
+        if any(accepted):
+            moments |= _group_moments(ranks, _present(accepted, index, folder), index, shapes)
+            notes += [accepted[0].note] if accepted[0].note else []
         else:
-            skipped |= dict.fromkeys(shapes, reason)
-    return Source("deepspeed", with_aliases(moments, states, model), skipped)
+            skipped |= dict.fromkeys(shapes, kinds.absence(partitions[0]))
+    return Source("deepspeed", tuple(moments.values()), skipped, states.aliases, tuple(dict.fromkeys(notes)))
 
 
 def _check_ranks(ranks: Sequence[Rank], states: ModelStates, folder: Path) -> None:
@@ -76,32 +86,33 @@ def _check_ranks(ranks: Sequence[Rank], states: ModelStates, folder: Path) -> No
             )
 
 
-def _absence(partitions: Sequence[State | None], index: int, folder: Path) -> str | None:
-    """Why a group has no second moments; None where it has. Raises InputError where the ranks differ."""
-    present = {partition is not None and _MOMENT in partition for partition in partitions}
-    if len(present) > 1:
+def _present(accepted: Sequence[Accepted | None], index: int, folder: Path) -> list[Accepted]:
+    """Those of all ranks. Raises InputError where only some have second moments, or their kinds differ."""
+    if None in accepted or len({one.kind for one in accepted}) > 1:
         raise InputError(f"{LABEL}: {folder}: only some ranks have {_MOMENT} of group {index}: save it again")
-    if present == {True}:
-        return None
-    return "never stepped" if partitions[0] is None else f"only {', '.join(partitions[0].keys)}"
+    return list(accepted)
 
 
 def _group_moments(
-    ranks: Sequence[Rank], partitions: Sequence[State], index: int, shapes: Mapping[str, Shape]
+    ranks: Sequence[Rank], accepted: Sequence[Accepted], index: int, shapes: Mapping[str, Shape]
 ) -> dict[str, Moment]:
     """The moments of flat group `index`, by name. Raises InputError where sizes or steps do not fit."""
-    buffers = [partition.buffer(_MOMENT) for partition in partitions]
-    sizes = [len(buffer) for buffer in buffers]
+    flat = [one.values() for one in accepted]
+    sizes = [values.numel for values in flat]
     numels = {name: math.prod(shape) for name, shape in shapes.items()}
     locate = _locate_spread if ranks[0].spreads else _locate_concatenated
     fragments = locate(ranks, index, numels, sizes)
-    step, *others = (rank.step(index, partition) for rank, partition in zip(ranks, partitions, strict=True))
+    step, *others = (
+        one.step if one.step is not None else rank.common_step
+        for rank, one in zip(ranks, accepted, strict=True)
+    )
     if any(other != step for other in others):
         raise InputError(
             f"{ranks[0].where}: other ranks' files are of another step: save the checkpoint again"
         )
+    factor, beta2 = accepted[0].factor, accepted[0].beta2
     return {
-        name: Moment(name, shape, tuple(_pieces(fragments[name], buffers)), step, ranks[0].beta2(index))
+        name: Moment(name, shape, tuple(_pieces(fragments[name], flat, factor)), step, beta2)
         for name, shape in shapes.items()
     }
 
@@ -164,9 +175,9 @@ def _misfit(rank: Rank, index: int, size: int, expected: str) -> InputError:
     )
 
 
-def _pieces(fragments: Sequence[Fragment], buffers: Sequence[Buffer]) -> Iterator[Piece]:
+def _pieces(fragments: Sequence[Fragment], flat: Sequence[Values], factor: float) -> Iterator[Piece]:
     """Pieces of one parameter, in its order."""
     for part in fragments:
-        stored = buffers[part.rank].slice(part.offset, part.offset + part.numel)
-        for start, stop in cut(part.numel):
-            yield Piece(part.start + start, stop - start, partial(read_once, stored.slice(start, stop)))
+        values = flat[part.rank].part(part.offset, part.numel)
+        for piece in values.pieces(factor):
+            yield Piece(part.start + piece.start, piece.numel, piece.read)

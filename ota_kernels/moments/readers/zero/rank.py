@@ -9,6 +9,8 @@ from typing import Any
 
 from ....errors import InputError
 from ....io.header import quoted
+from ....io.inert import Inert
+from ..eight_bit import NESTED
 from ..state import State, as_number
 from . import files
 from .files import LABEL
@@ -78,20 +80,17 @@ class Rank:
         where = f"{self.where}: group {index}"
         if values is not None and not isinstance(values, dict):
             raise InputError(f"{where}: is not a dict of an optimizer's state")
-        return State(values, self.path, where) if values else None
+        if not values:
+            return None
+        nested = values.get(NESTED)
+        values = values | nested if isinstance(nested, dict) else values
+        kept = {key: value for key, value in values.items() if key != NESTED}
+        return State(kept, self.path, where, param_group(self.base["param_groups"], index))
 
-    def step(self, index: int, partition: State) -> float | None:
-        """Steps taken; some optimizers keep the number with the group, lean checkpoints for all groups."""
-        if partition.step is not None:
-            return partition.step
-        step = param_group(self.base["param_groups"], index).get("step")
-        if step is None:
-            step = self.state.get("base_optimizer_state_step")
-        return as_number(step, f"{self.where}: step of group {index}")
-
-    def beta2(self, index: int) -> float | None:
-        """Of flat group `index`; None where the file does not say, as lean ones do not."""
-        return beta2_of(self.base["param_groups"], index, self.where)
+    @property
+    def common_step(self) -> float | None:
+        """Steps taken, which lean checkpoints say for all groups."""
+        return as_number(self.state.get("base_optimizer_state_step"), f"{self.where}: step")
 
     def padding(self, index: int) -> int | None:
         """Elements at the end of the partition that are no parameter's; None where the file does not say."""
@@ -118,7 +117,7 @@ class Rank:
         mapping = None if self.round_robin else self._of_group("param_slice_mappings", index, dict)
         if mapping is None:
             return None
-        places = {name: vars(address) for name, address in mapping.items() if hasattr(address, "__dict__")}
+        places = {name: address.attributes for name, address in mapping.items() if isinstance(address, Inert)}
         return {name: (place.get("start"), place.get("numel")) for name, place in places.items()}
 
     def _of_group(self, key: str, index: int, kind: type) -> Any:
@@ -144,10 +143,3 @@ def check_param_groups(groups: Any, where: str) -> None:
 def param_group(groups: list[dict[str, Any]], index: int) -> dict[str, Any]:
     """The one of param_groups that holds flat group `index`; empty where none does."""
     return next((group for group in groups if index in group["params"]), {})
-
-
-def beta2_of(groups: list[dict[str, Any]], index: int, where: str) -> float | None:
-    """beta2 of flat group `index`, or None. Raises InputError if it is not a number."""
-    betas = param_group(groups, index).get("betas")
-    beta2 = betas[1] if isinstance(betas, (tuple, list)) and len(betas) > 1 else None
-    return as_number(beta2, f"{where}: beta2 of group {index}")

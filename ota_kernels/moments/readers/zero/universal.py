@@ -5,17 +5,21 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ....errors import InputError
 from ....io.reader import Checkpoint
-from ...source import Moment, Source
-from ..state import State, as_number, pieces
+from ...source import FactoredMoment, Moment, Source
+from .. import kinds
+from ..kinds import Accepted
+from ..naming import unwrapped
+from ..request import Request
+from ..state import State, as_number
 from . import files
-from .files import LABEL, ModelStates, Shape, with_aliases
-from .rank import beta2_of, check_param_groups, param_group
+from .files import LABEL, ModelStates, Shape
+from .rank import check_param_groups, param_group
 
 _MOMENT = "exp_avg_sq"
 _FOLDER = "zero"
@@ -27,12 +31,14 @@ def recognise_universal(path: Path) -> bool:
     return os.path.isdir(path / _FOLDER) or os.path.isfile(path / _POINTER)
 
 
-def read_universal(path: Path, model: Checkpoint | None) -> Source:
+def read_universal(path: Path, request: Request | None) -> Source:
     """The second moments of a universal checkpoint, or of the one that its file `latest_universal` names.
 
-    model: gives the shapes of parameters stored flat (from ZeRO-3) where the model's file was not kept.
-    Raises InputError for files that are missing or damaged, and where sizes do not fit.
+    The request's model gives the shapes of parameters stored flat (from ZeRO-3) where the model's file was
+    not kept. Raises InputError for files that are missing or damaged, where sizes do not fit, and for states
+    that are not known to be Adam's or its kin's.
     """
+    request = request or Request()
     folder = path if os.path.isdir(path / _FOLDER) else files.latest_folder(path, _POINTER)
     parameters = folder / _FOLDER
     names = [
@@ -47,12 +53,15 @@ def read_universal(path: Path, model: Checkpoint | None) -> Source:
             "extract from the checkpoint that was converted"
         )
     optimizer = _Optimizer.load(parameters / "optimizer_state.pt", states)
+    accepted = {name: _accepted(parameters / name, optimizer, request) for name in names}
     moments = {
-        name: _moment(parameters / name, _known_shape(name, states, model), optimizer) for name in names
+        name: _moment(name, _known_shape(name, states, request.model), one, is_flat, optimizer)
+        for name, (one, is_flat) in accepted.items()
     }
     skipped = dict.fromkeys(states.frozen, "frozen")
     skipped |= {name: "never stepped" for name in states.shapes if name not in moments}
-    return Source("deepspeed-universal", with_aliases(moments, states, model), skipped)
+    notes = tuple(dict.fromkeys(one.note for one, _ in accepted.values() if one.note))
+    return Source("deepspeed-universal", tuple(moments.values()), skipped, states.aliases, notes)
 
 
 @dataclass(frozen=True)
@@ -80,16 +89,15 @@ class _Optimizer:
         groups = {name: index for index, group in enumerate(states.groups) for name in group}
         return cls(where, groups, param_groups, kept if isinstance(kept, dict) else {})
 
+    def group(self, name: str) -> Mapping[str, Any]:
+        """Settings of the parameter's group."""
+        return param_group(self.param_groups, self.groups.get(name))
+
     def step(self, name: str) -> float | None:
         index = self.groups.get(name)
         state = self.states.get(index)
         step = state.get("step") if isinstance(state, dict) else None
-        if step is None:
-            step = param_group(self.param_groups, index).get("step")
         return as_number(step, f"{self.where}: step of group {index}")
-
-    def beta2(self, name: str) -> float | None:
-        return beta2_of(self.param_groups, self.groups.get(name), self.where)
 
 
 _NO_STATES = ModelStates(Path(), [], {}, {})
@@ -100,34 +108,40 @@ def _moment_file(folder: Path) -> Path:
 
 
 def _known_shape(name: str, states: ModelStates, model: Checkpoint | None) -> Shape | None:
-    if name in states.shapes or model is None or name not in model.tensors:
-        return states.shapes.get(name)
-    return model.tensors[name].shape
+    if name in states.shapes:
+        return states.shapes[name]
+    stored = None if model is None else model.tensors.get(unwrapped(name))
+    return None if stored is None else stored.shape
 
 
-def _moment(folder: Path, known: Shape | None, optimizer: _Optimizer) -> Moment:
-    """The moments in one parameter's folder. known: its shape, which is not with ZeRO-3's values."""
-    path = _moment_file(folder)
-    content = files.load_value(path)
-    is_flat = not isinstance(content, dict)
-    state = State(
-        {_MOMENT: content} if is_flat else {_MOMENT: content.get("param")}, path, f"{LABEL}: {path}"
-    )
-    shape = state.shape(_MOMENT)
-    if is_flat:
-        if known is None:
-            raise InputError(
-                f"{LABEL}: {path}: is flat, and no *_model_states.pt has its shape: "
-                "add --model with the folder of the model that was trained"
-            )
-        if math.prod(known) != math.prod(shape):
-            raise InputError(f"{LABEL}: {path}: has {list(shape)} elements, the parameter {list(known)}")
-        shape = known
-    step = _step(folder / "step.pt")
-    if step is None:
-        step = optimizer.step(folder.name)
-    return Moment(folder.name, shape, pieces(state.buffer(_MOMENT)), step, optimizer.beta2(folder.name))
+def _accepted(folder: Path, optimizer: _Optimizer, request: Request) -> tuple[Accepted, bool]:
+    """What lies in one parameter's folder: a file for each key of its state, and its weights in fp32.pt; and
+    whether the values are flat, as ZeRO-3's are."""
+    values, is_flat = {}, False
+    for file in sorted(folder.glob("*.pt")):
+        if file.stem != "fp32":
+            content = files.load_value(file)
+            if file.stem == _MOMENT:
+                is_flat = not isinstance(content, dict)
+            values[file.stem] = content.get("param", content) if isinstance(content, dict) else content
+    state = State(values, _moment_file(folder), f"{LABEL}: {folder}", optimizer.group(folder.name))
+    state.shape(_MOMENT)
+    return kinds.accept(state, as_adam=request.as_adam), is_flat
 
 
-def _step(path: Path) -> float | None:
-    return as_number(files.load_value(path), f"{LABEL}: {path}") if os.path.isfile(path) else None
+def _moment(
+    name: str, known: Shape | None, accepted: Accepted, is_flat: bool, optimizer: _Optimizer
+) -> Moment | FactoredMoment:
+    """The moments of one parameter. known: its shape, which is not with ZeRO-3's values, that are flat."""
+    found = accepted.moment(name, optimizer.step(name))
+    if not is_flat:
+        return found
+    path = f"{accepted.state.where}/{_MOMENT}.pt"
+    if known is None:
+        raise InputError(
+            f"{path}: is flat, and no *_model_states.pt has its shape: "
+            "add --model with the folder of the model that was trained"
+        )
+    if math.prod(known) != math.prod(found.shape):
+        raise InputError(f"{path}: has {list(found.shape)} elements, the parameter {list(known)}")
+    return replace(found, shape=known)
