@@ -128,7 +128,7 @@ QUICK = {
     "ties": ("sm_90",),
     "random": ("sm_90",),
 }
-# Most instructions per element, of sm_90: above, they bind and not the memory.
+# Most instructions per element, of sm_90 with triton 3.7: above, they bind and not the memory.
 BUDGETS = {
     "ota": 130,
     "ota, bfloat16 curvature": 130,

@@ -138,7 +138,9 @@ class Candidates(NamedTuple):
             base=None if tile.base is None else like(tile.base, base),
             experts=tuple(map(like, tile.experts, experts)),
             curvatures=tuple(map(curvature, tile.curvatures, curvatures)),
-            origins=tuple(o and like(o, x) for o, x in zip(tile.origins, origins, strict=True)),
+            origins=tuple(
+                None if o is None else like(o, x) for o, x in zip(tile.origins, origins, strict=True)
+            ),
             index=places + tile.start if tile.index is None else tile.index[places],
         )
         listed = tuple(resident.elements(s, STEP_BYTES) for s in steps)

@@ -90,7 +90,7 @@ class TensorInputs:
             None if self.base is None else self.base.slice(start, stop),
             tuple(e.slice(start, stop) for e in self.experts),
             tuple(c.slice(start, stop) for c in self.curvatures),
-            tuple(o and o.slice(start, stop) for o in self.origins),
+            tuple(None if o is None else o.slice(start, stop) for o in self.origins),
             self.start + start,
             None if self.index is None else self.index[start:stop],
         )
@@ -103,7 +103,7 @@ class TensorInputs:
             base=None if self.base is None else self.base.gather(positions),
             experts=tuple(e.gather(positions) for e in self.experts),
             curvatures=tuple(c.gather(positions) for c in self.curvatures),
-            origins=tuple(o and o.gather(positions) for o in self.origins),
+            origins=tuple(None if o is None else o.gather(positions) for o in self.origins),
             index=positions + self.start if self.index is None else self.index[positions],
         )
 
@@ -128,6 +128,8 @@ def concatenated(tiles: Sequence[TensorInputs]) -> TensorInputs:
         base=None if tiles[0].base is None else together(t.base for t in tiles),
         experts=tuple(map(together, zip(*(t.experts for t in tiles), strict=True))),
         curvatures=tuple(map(curvature, zip(*(t.curvatures for t in tiles), strict=True))),
-        origins=tuple(o[0] and together(o) for o in zip(*(t.origins for t in tiles), strict=True)),
+        origins=tuple(
+            None if o[0] is None else together(o) for o in zip(*(t.origins for t in tiles), strict=True)
+        ),
         index=joined([t.index for t in tiles]),
     )
