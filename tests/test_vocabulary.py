@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from ota_kernels import merge
-from ota_kernels.errors import RecipeError
+from ota_kernels.errors import InputError, RecipeError
 from ota_kernels.io.vocabulary import joined, read_tokens, stripped
 from ota_kernels.planning.inputs import Inputs
 from ota_kernels.recipe.schema import parse_recipe
@@ -271,3 +271,19 @@ def test_no_tokenizer_json_at_all(pair):
     (pair / "a" / "tokenizer.json").unlink()
     with pytest.raises(RecipeError, match=r"has no tokenizer\.json: save it with transformers"):
         rows_of(recipe(pair, tokenizer={"pad_to_multiple_of": 8}))
+
+
+# Without tokenizers
+
+
+def test_cut_to_the_smallest(pair, tmp_path, caplog):
+    data = recipe(pair)
+    with pytest.raises(InputError, match="the vocabularies differ"):
+        merge(data, tmp_path / "refused", backend="reference")
+    merge(data, tmp_path / "out", backend="reference", unsafe_truncate_embeddings=True)
+    merged = load_merged(tmp_path / "out")
+    for name, sign in (("model.embed_tokens.weight", 1), ("lm_head.weight", -1)):
+        assert merged[name].shape == (11, 3)
+        assert merged[name][:, 0].tolist() == [sign * (150.0 + i) for i in range(11)]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 11
+    assert sum("are cut to 11 rows" in line for line in caplog.messages) == 1

@@ -109,6 +109,11 @@ _MERGING = (
         is_flag=True,
         help="Models may differ in the tensors they have, and in architecture.",
     ),
+    click.option(
+        "--unsafe-truncate-embeddings",
+        is_flag=True,
+        help="Cut vocabularies of unlike sizes to the smallest; tokens beyond it are lost.",
+    ),
     _VERBOSE,
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from .compat import mergekit_flags
 from .options import merging
 
 
@@ -27,6 +28,7 @@ from .options import merging
     help="Of a RECIPE of several documents: where named results go.  [default: OUT.stages]",
 )
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
+@mergekit_flags
 def run(recipe: str, out: str, dry_run: bool, intermediate_dir: str | None, quiet: bool, **options) -> None:
     """Merge the models of RECIPE (YAML) into the folder OUT.
 

@@ -20,26 +20,31 @@ from .models import Model, Stored
 from .outputs import OutputTensor
 from .pairing import Pairing, moments_key
 from .restack import restacked
-from .vocabulary import Aligned, AlignedMoments, Alignment
+from .truncation import cut
+from .vocabulary import Aligned, AlignedMoments, Alignment, with_rows
 
 _ADVICE = "; --allow-crimes merges what there is"
 
 
 class Inputs:
-    """The open files of a recipe; a context manager. allow_crimes: models may differ in what they have.
+    """The open files of a recipe; a context manager. allow_crimes: models may differ in what they have;
+    truncate: vocabulary tensors are cut to the fewest rows of any model.
 
     entries: output tensors in the order in which they are written; models: by their references; untied: the
     output has an output matrix of its own although some model ties it to the embeddings; model_folders: every
     folder by its name in the recipe, the base first.
     """
 
-    def __init__(self, recipe: Recipe, *, allow_crimes: bool = False) -> None:
+    def __init__(self, recipe: Recipe, *, allow_crimes: bool = False, truncate: bool = False) -> None:
         self.recipe = recipe
         self.method = recipe.method
         self._files = contextlib.ExitStack()
         try:
             self._open()
             self._align()
+            self._cut_rows: int | None = None
+            if truncate and self.alignment is None:
+                self.models, self.moments, self._cut_rows = cut(self.models, self.moments)
             self.pairing = Pairing(recipe, self.models, self.moments, allow_crimes, _ADVICE)
         except BaseException:
             self.close()
@@ -125,6 +130,7 @@ class Inputs:
         origins = [(model.config, number) for model, number in self.pairing.donors]
         found = restacked(config, origins) if origins else config
         found = found if self.alignment is None else self.alignment.edited_config(found)
+        found = found if self._cut_rows is None else with_rows(found, self._cut_rows)
         architecture = self.recipe.references[0].architecture
         return found if architecture is None else found | {"architectures": [architecture]}
 

@@ -149,14 +149,19 @@ class Alignment:
 
     def edited_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """With the number of rows."""
-        inner = config.get("text_config")
-        if "vocab_size" not in config and isinstance(inner, Mapping) and "vocab_size" in inner:
-            return config | {"text_config": dict(inner) | {"vocab_size": self.size}}
-        return config | {"vocab_size": self.size}
+        return with_rows(config, self.size)
 
     def fingerprint(self) -> list:
         """Changes with the tokenizers."""
         return list(self._fingerprint)
+
+
+def with_rows(config: dict[str, Any], rows: int) -> dict[str, Any]:
+    """config.json of a model whose vocabulary has so many rows."""
+    inner = config.get("text_config")
+    if "vocab_size" not in config and isinstance(inner, Mapping) and "vocab_size" in inner:
+        return config | {"text_config": dict(inner) | {"vocab_size": rows}}
+    return config | {"vocab_size": rows}
 
 
 def vocabulary_rows(model: Model) -> int:
@@ -173,6 +178,11 @@ def vocabulary_rows(model: Model) -> int:
     return min(known)
 
 
+def is_vocabulary(name: str, info: Info) -> bool:
+    """Whether a tensor has a row for each token, as far as its name tells."""
+    return _VOCABULARY.search(name) is not None and bool(info.shape) and info.dtype.is_float
+
+
 class Aligned:
     """A Model: another one whose vocabulary tensors have the rows of the alignment."""
 
@@ -184,10 +194,7 @@ class Aligned:
         self.rows = {
             name: i.shape[0]
             for name, i in model.tensors.items()
-            if _VOCABULARY.search(name)
-            and i.shape
-            and i.dtype.is_float
-            and i.shape[0] >= vocabulary_rows(model)
+            if is_vocabulary(name, i) and i.shape[0] >= vocabulary_rows(model)
         }
         self.tensors = {
             name: Info((alignment.size, *i.shape[1:]) if name in self.rows else tuple(i.shape), i.dtype)
@@ -244,6 +251,11 @@ class Gathered(Computed):
     ) -> None:
         super().__init__(shape, BY_NAME[dtype], origin, BY_NAME[dtype].itemsize)
         self._stored, self._index, self._of_others = stored, index, defaults
+
+    @classmethod
+    def first(cls, stored: Computed, shape: tuple[int, ...]) -> Gathered:
+        """The first rows of what is computed."""
+        return cls(shape, stored, np.arange(shape[0]), {}, stored.dtype.name, stored.origin)
 
     def rows(self, first: int, stop: int) -> np.ndarray:
         index = self._index[first:stop]
@@ -317,6 +329,11 @@ class AlignedMoments:
         self.where, self.what = file.where, file.what
         self._file, self._reference, self._aligned = file, reference, aligned
         self._alignment, self._files = alignment, files
+
+    @property
+    def source_format(self) -> str | None:
+        """Where they are from, as the file says."""
+        return self._file.source_format
 
     def held(self, name: str, bias_correction: bool = False) -> Held | None:
         found = self._file.held(name, bias_correction)

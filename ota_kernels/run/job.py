@@ -82,7 +82,8 @@ class Options:
     1 GiB, on a GPU 4 GiB; shard_size: bytes of one output file at most; threads: None for every processor;
     seed: of methods that draw random numbers; tile_elements: None for what fits the limit;
     candidates_memory: bytes of undecided elements held in memory at most, the rest goes to the work folder;
-    allow_crimes: models may differ in the tensors they have.
+    allow_crimes: models may differ in the tensors they have; unsafe_truncate_embeddings: vocabulary tensors
+    are cut to the fewest rows of any model; copy_tokenizer, write_model_card: whether they are written.
     """
 
     backend: str = "auto"
@@ -96,6 +97,9 @@ class Options:
     tile_elements: int | None = None
     candidates_memory: int = DEFAULT_BUDGET
     allow_crimes: bool = False
+    unsafe_truncate_embeddings: bool = False
+    copy_tokenizer: bool = True
+    write_model_card: bool = True
 
     def __post_init__(self) -> None:
         backends.check_device(self.device)
@@ -158,7 +162,9 @@ class Job:
     def __init__(self, recipe: Recipe, options: Options, rules: Rules = RULES) -> None:
         self.recipe, self.options, self._rules = recipe, options, rules
         self.backend = backends.select(options.backend, options.device)
-        self.inputs = Inputs(recipe, allow_crimes=options.allow_crimes)
+        self.inputs = Inputs(
+            recipe, allow_crimes=options.allow_crimes, truncate=options.unsafe_truncate_embeddings
+        )
         try:
             self._prepare()
         except BaseException:
@@ -215,6 +221,7 @@ class Job:
             self.recipe.as_dict(),
             self.options.seed,
             self.options.allow_crimes,
+            self.options.unsafe_truncate_embeddings,
             self.inputs.fingerprint(),
             [asdict(shard) | {"header": shard.header.hex()} for shard in self.plan.layout.shards],
         ]
@@ -229,10 +236,16 @@ class Job:
                 untied=self.inputs.untied,
                 edit=self.inputs.edited_config,
                 chat_template=self.recipe.chat_template,
-                tokenizer=None if self.inputs.alignment is None else self.inputs.alignment.files,
+                tokenizer=self._tokenizer_files(),
             ),
             recipe_asset(self.recipe.as_dict()),
         ]
+
+    def _tokenizer_files(self) -> dict | None:
+        """Of a tokenizer that was built; None for those of `tokenizer_source`."""
+        if not self.options.copy_tokenizer:
+            return {}
+        return None if self.inputs.alignment is None else self.inputs.alignment.files
 
     def run(self, out: Path, progress: Progress) -> dict:
         out = out.resolve()
@@ -343,7 +356,8 @@ class Job:
         seconds["sync"] = time.perf_counter() - started - seconds["survey"] - seconds["merge"]
         report = build_report(self.inputs, self.plan, decider, state, self.fingerprint, seconds)
         writer.write_index(work.files)
-        write_assets(work.files, [*assets, self._card(assets, report), _json_asset(REPORT_NAME, report)])
+        cards = [self._card(assets, report)] if self.options.write_model_card else []
+        write_assets(work.files, [*assets, *cards, _json_asset(REPORT_NAME, report)])
         return report
 
     def _engine(self, state: State, writer: ShardWriter, decider: Decider, store: Store) -> Engine:
