@@ -292,7 +292,7 @@ def test_a_folder_that_is_no_adapter(model, tmp_path):
 @pytest.mark.parametrize("scope", ["model", "tensor"])
 @pytest.mark.parametrize("backend", ["reference", "native"])
 def test_selection_sees_what_a_merged_folder_would_hold(model, tmp_path, backend, scope):
-    """The same bytes as from files of the computed values, whatever the tiles: samples, brackets, candidates and
+    """The same bytes as from files of the computed values, for all tiles: samples, brackets, candidates and
     tiles are of one kind."""
     save_adapter(tmp_path / "adapter", lora(Q, 4, 10) | lora(UP, 4, 20) | lora(CONV, 4, 30))
     with Inputs(parse_recipe(recipe(tmp_path))) as inputs:
