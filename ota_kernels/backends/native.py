@@ -88,7 +88,7 @@ def merge(tile: TensorInputs, terms: Terms, out: np.ndarray) -> MergeStats:
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """Lists that hold a whole tile of `numel` elements as candidates, of which only what is used becomes memory;
+    """Lists that hold a tile of `numel` elements as candidates, of which only what is used becomes memory;
     uint8 arrays, one for each expert but of positions and base. sizes: bytes of an element of each list."""
 
     sizes: list[int]
