@@ -20,11 +20,12 @@ from .planning.models import Info
 from .planning.outputs import COPY, OutputTensor
 from .planning.pairing import Pairing, moments_key
 from .planning.plan import TILE_ELEMENTS
+from .processors import default_threads
 from .recipe import methods
 from .recipe.schema import Recipe, parse_recipe
 from .run.decide import Decider
 from .run.engine import Engine
-from .run.pool import Pool, default_threads
+from .run.pool import Pool
 from .run.sinks import GraftSink, Inline, MemorySink
 from .select.pending import Store
 from .tensors import array as resident

@@ -11,10 +11,11 @@ from .. import backends
 from ..io.pages import release
 from ..planning.inputs import Inputs
 from ..planning.outputs import COPY
+from ..processors import default_threads
 from ..recipe.schema import parse_recipe
 from ..run.decide import scores_of
 from ..run.grid.densities import densities as thresholds_of
-from ..run.pool import Pool, default_threads
+from ..run.pool import Pool
 from ..select import thresholds as decide
 from ..tensors.curvature import Uniform
 from ..tensors.segment import units

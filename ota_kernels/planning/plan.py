@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from ..backends import Backend
 from ..backends.triton import LEAST_SLOTS, MOST_SLOTS
 from ..errors import RecipeError
 from ..io.writer import Layout, layout
-from ..run.low_rank import low_rank_bytes
-from ..run.pool import default_threads
-from ..select.pending import DEFAULT_BUDGET
+from ..processors import default_threads
+from ..recipe.needs import Needs
 from ..sizes import format_bytes
 from ..tensors.result import STEP_BYTES, Alternatives, Candidates
 from ..tensors.segment import CHUNK
@@ -21,8 +20,25 @@ from ..tensors.tile import TensorInputs
 from .inputs import Inputs
 from .outputs import COPY, OutputTensor
 
-if TYPE_CHECKING:
-    from ..run.decide import Decider
+
+class Work(Protocol):
+    """What a plan asks of what will decide (run/decide.py): tensors; reads of the model, and of each tensor,
+    before it merges; whether thresholds are settled after the merge, over the model; how many elements then
+    wait."""
+
+    tensors: Sequence[TensorInputs]
+    needs: Needs
+    passes: int
+    tensor_passes: int
+    brackets: bool
+    model_scope: bool
+
+    def expected_candidates(self) -> int: ...
+
+    def selections(self, tensor: TensorInputs | None = None) -> list: ...
+
+
+DEFAULT_BUDGET = 256 << 20  # bytes of undecided elements that are held in memory
 
 # Elements of a tile: large enough that a tile costs far more than its Python (2 ms against 0.1), small enough
 # that the tiles in flight stay a few percent of the memory limit.
@@ -108,7 +124,7 @@ def pinned_bytes(backend: Backend, threads: int, per_element: int) -> int:
 
 def make_plan(
     inputs: Inputs,
-    decider: Decider,
+    decider: Work,
     backend: Backend,
     *,
     threads: Sequence[int],
@@ -188,7 +204,7 @@ def _factor_bytes(tensor: TensorInputs) -> int:
     return sum(array.nbytes for c in tensor.curvatures for array in c.factors)
 
 
-def _survey_bytes(tensors: list[TensorInputs], decider: Decider, threads: int, per_element: int) -> int:
+def _survey_bytes(tensors: list[TensorInputs], decider: Work, threads: int, per_element: int) -> int:
     """What surveys hold beside tiles: histograms, score chunks, the matrices of `rescale` and `rank`."""
     if not (decider.passes or decider.tensor_passes or decider.brackets):
         return 0
@@ -200,3 +216,9 @@ def _survey_bytes(tensors: list[TensorInputs], decider: Decider, threads: int, p
     if decider.needs.svd:
         size += low_rank_bytes(t.shape for t in tensors)
     return size
+
+
+def low_rank_bytes(shapes: Iterable[tuple[int, ...]]) -> int:
+    """What run/low_rank.py holds at most, for the largest matrix among tensors of these shapes."""
+    matrices = (shape for shape in shapes if len(shape) == 2)
+    return max((16 * rows * columns + 16 * min(rows, columns) ** 2 for rows, columns in matrices), default=0)

@@ -27,10 +27,10 @@ from ..io.workfolder import WorkFolder
 from ..io.writer import ShardWriter
 from ..planning.inputs import Inputs
 from ..planning.outputs import COPY
-from ..planning.plan import Plan, make_plan, memory_limit_of, thread_choices
+from ..planning.plan import DEFAULT_BUDGET, Plan, make_plan, memory_limit_of, thread_choices
 from ..recipe import methods
 from ..recipe.schema import Recipe, load_recipe, parse_recipe
-from ..select.pending import DEFAULT_BUDGET, Store
+from ..select.pending import Store
 from ..sizes import parse_size
 from ..tensors.result import Counts
 from ..tensors.segment import Segment
