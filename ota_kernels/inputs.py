@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,12 +15,12 @@ from .errors import InputError
 from .io.curvature import CurvatureFile
 from .io.hub import resolve_file, resolve_model
 from .io.reader import Checkpoint
+from .models.match import listing, match
 from .recipe import Recipe
-from .roles import EMBEDDING, OUTPUT, embedding_for, role_of
+from .roles import EMBEDDING, OUTPUT, role_of
 from .tensors import Curvature, Rank1, TensorInputs, Uniform
 
 MERGE, COPY, KEEP_BASE = "merge", "copy", "keep base"
-_LISTED = 8  # names an error lists before it says how many more there are
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,9 @@ class Inputs:
     """The open files of a recipe.
 
     checkpoints: the base first where the method uses one, then the experts; entries: output tensors in the
-    order of the first checkpoint; untied: the output has an output matrix of its own although some model ties
-    it to the embeddings; model_folders: every folder by its name in the recipe, the base first.
+    order of the first checkpoint; matched: how tensors were paired, and what is left out; untied: the output
+    has an output matrix of its own although some model ties it to the embeddings; notes: what a user should
+    know of what was understood; model_folders: every folder by its name in the recipe, the base first.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -59,8 +61,9 @@ class Inputs:
         self._files = contextlib.ExitStack()
         try:
             self._open()
-            self.untied = False
-            self._names = self._output_names()
+            self.matched = match(self.checkpoints)
+            self.untied = self.matched.untied
+            self.notes = list(self.matched.notes)
             self.entries = self._entries()
         except BaseException:
             self.close()
@@ -160,36 +163,13 @@ class Inputs:
         source = entry.sources[t + self.has_base]
         return next((name for name in (entry.name, source) if file.find(name) is not None), None)
 
-    def _is_tied(self, checkpoint: Checkpoint, name: str) -> bool:
-        """Whether `name` is an output matrix that this model takes from its embeddings."""
-        if embedding_for(name, checkpoint.tensors) is None:
-            return False
-        absent = name not in checkpoint.tensors
-        return checkpoint.tied_embeddings or (absent and checkpoint.config is None)
-
-    def _output_names(self) -> list[str]:
-        names = list(dict.fromkeys(name for c in self.checkpoints for name in c.tensors))
-        kept = []
-        for name in names:
-            tied = [self._is_tied(c, name) for c in self.checkpoints]
-            if all(tied):
-                continue
-            self.untied = self.untied or any(tied)
-            kept.append(name)
-        return kept
-
-    def _source(self, checkpoint: Checkpoint, name: str) -> str | None:
-        if self._is_tied(checkpoint, name):
-            return embedding_for(name, checkpoint.tensors)
-        return name if name in checkpoint.tensors else None
-
     def _entries(self) -> list[TensorEntry]:
-        sources = {name: [self._source(c, name) for c in self.checkpoints] for name in self._names}
+        sources = self.matched.sources
         self._check_present(sources)
-        entries = [self._entry(name, tuple(found)) for name, found in sources.items()]
+        entries = [self._entry(name, found) for name, found in sources.items()]
         return self._with_curvature(entries)
 
-    def _check_present(self, sources: dict[str, list[str | None]]) -> None:
+    def _check_present(self, sources: Mapping[str, tuple[str | None, ...]]) -> None:
         lacking = {
             name: [c.label for c, source in zip(self.checkpoints, found, strict=True) if source is None]
             for name, found in sources.items()
@@ -197,8 +177,14 @@ class Inputs:
         }
         if lacking:
             name, labels = next(iter(lacking.items()))
-            more = f" ({len(lacking)} such tensors: {_listing(lacking)})" if len(lacking) > 1 else ""
-            raise InputError(f"{', '.join(labels)}: has no tensor {name}, which other models have{more}")
+            more = f" ({len(lacking)} such tensors: {listing(lacking)})" if len(lacking) > 1 else ""
+            changes = "".join(
+                f"; names differ by prefix: {label} has {change}"
+                for label, change in self.matched.renamed.items()
+            )
+            raise InputError(
+                f"{', '.join(labels)}: has no tensor {name}, which other models have{more}{changes}"
+            )
 
     def _entry(self, name: str, sources: tuple[str, ...]) -> TensorEntry:
         infos = [c.tensors[source] for c, source in zip(self.checkpoints, sources, strict=True)]
@@ -275,9 +261,3 @@ class Inputs:
                     "`rank`, or give a file of all second moments"
                 )
         return lacking
-
-
-def _listing(names) -> str:
-    names = list(names)
-    shown = ", ".join(names[:_LISTED])
-    return shown if len(names) <= _LISTED else f"{shown}, and {len(names) - _LISTED} more"

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -127,7 +127,7 @@ def plan(
         job.assets()
         if out is not None:
             job.check_output(Path(out).resolve())
-        return job.plan
+        return replace(job.plan, notes=tuple(job.notes))
 
 
 def merge(
@@ -209,6 +209,11 @@ class _Merge:
             ),
             recipe_asset(self.recipe.as_dict()),
         ]
+
+    @property
+    def notes(self) -> list[str]:
+        """What was understood of the inputs and is not self-evident."""
+        return self.inputs.notes
 
     def run(self, out: Path, progress: Progress) -> dict:
         out = out.resolve()
@@ -317,6 +322,7 @@ class _Merge:
                 store.close()
         seconds["sync"] = time.perf_counter() - started - seconds["survey"] - seconds["merge"]
         report = build_report(self.inputs, self.plan, self.survey, ledger, self.fingerprint, seconds)
+        report["notes"] = self.notes
         writer.write_index(work.files)
         write_assets(work.files, [*assets, self._card(assets, report), _json_asset(REPORT_NAME, report)])
         return report

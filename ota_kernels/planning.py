@@ -42,7 +42,7 @@ class Plan:
     passes: times the inputs are read; bytes_in: bytes of all passes; bytes_out: bytes of all shards;
     candidate_bytes: estimate of what waits for exact thresholds, of which candidates_memory are held in
     memory at most and the rest in the work folder; peak_memory: bytes resident at most; seconds: estimate
-    when the files are in the page cache.
+    when the files are in the page cache; notes: what was understood of the inputs and is not self-evident.
     """
 
     layout: Layout
@@ -60,6 +60,7 @@ class Plan:
     candidates_memory: int
     peak_memory: int
     seconds: float
+    notes: tuple[str, ...] = ()
 
     @property
     def spilled_bytes(self) -> int:
@@ -71,7 +72,8 @@ class Plan:
         names = ("backend", "threads", "tile_elements", "tensors", "parameters", "experts", "tiles", "passes")
         more = ("bytes_in", "bytes_out", "candidate_bytes", "candidates_memory", "peak_memory", "seconds")
         shards = [{"name": s.name, "bytes": s.size} for s in self.layout.shards]
-        return {name: getattr(self, name) for name in names + more} | {"shards": shards}
+        numbers = {name: getattr(self, name) for name in names + more}
+        return numbers | {"shards": shards, "notes": list(self.notes)}
 
 
 def memory_limit_of(asked: int | None, backend: Backend) -> int:

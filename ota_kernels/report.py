@@ -30,7 +30,8 @@ def build_report(
     backends: all that took part, where a merge was resumed.
 
     Thresholds are saliencies; an expert's is None where it differs between tensors, or where everything or
-    nothing is kept. ties: edits kept beyond an expert's density because they equal the threshold.
+    nothing is kept. left_out: stored tensors that are not written, with the reason. ties: edits kept beyond
+    an expert's density because they equal the threshold.
     """
     counted = [(e, ledger.tallies[i]) for i, e in enumerate(inputs.entries) if e.action == MERGE]
     overflow = sum(tally.overflow for _, tally in counted)
@@ -54,6 +55,7 @@ def build_report(
             for entry, tally in counted
         },
         "not_merged": {e.name: e.action for e in inputs.entries if e.action != MERGE},
+        "left_out": inputs.matched.left_out,
         "unkept": sum(tally.unkept for _, tally in counted),
         "overflow": overflow,
         "repaired": sum(tally.repaired for _, tally in counted),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 
 EMBEDDING, OUTPUT, MATRIX, VECTOR = "embedding", "output", "matrix", "vector"
 
@@ -57,11 +56,3 @@ def role_of(name: str, shape: tuple[int, ...]) -> str:
     if _EMBEDDING.search(name):
         return EMBEDDING
     return OUTPUT if _OUTPUT.search(name) else MATRIX
-
-
-def embedding_for(output_name: str, names: Iterable[str]) -> str | None:
-    """The embedding that a tied output matrix shares its weights with, if the model has exactly one."""
-    if not _OUTPUT.search(output_name):
-        return None
-    found = [name for name in names if _EMBEDDING.search(name)]
-    return found[0] if len(found) == 1 else None

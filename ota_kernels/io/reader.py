@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
+from ..models.tied import has_tied_embeddings
 from ..tensors import Buffer
 from .header import Header, TensorInfo, parse_json_object, quoted, read_header
 
@@ -28,7 +29,6 @@ INDEX_SUFFIX = ".safetensors.index.json"
 _MODEL_FILE = "model" + FILE_SUFFIX
 _MODEL_INDEX = "model" + INDEX_SUFFIX
 _FOREIGN_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz"}
-_OUTPUT_HEAD = "lm_head.weight"
 
 
 class MappedFile:
@@ -129,17 +129,8 @@ class Checkpoint:
 
     @property
     def tied_embeddings(self) -> bool:
-        """Whether the output head shares the input embedding.
-
-        As config.json says; where it does not say (tied is the default of transformers, and defaults are left
-        out), whether no lm_head.weight is stored. False without a config.json.
-        """
-        if self.config is None:
-            return False
-        for section in (self.config, self.config.get("text_config")):
-            if isinstance(section, dict) and isinstance(section.get("tie_word_embeddings"), bool):
-                return section["tie_word_embeddings"]
-        return not any(name.endswith(_OUTPUT_HEAD) for name in self.tensors)
+        """Whether the output head shares the input embedding, as `models.tied.has_tied_embeddings` tells."""
+        return has_tied_embeddings(self.config, self.tensors)
 
     def fingerprint(self) -> list[list[str | int]]:
         """[name relative to root, bytes, mtime in ns] of each file, to tell whether an input has changed."""

@@ -1,0 +1,176 @@
+"""Which stored tensors are copies of others: output matrices tied to the embeddings, and aliases.
+
+A name proves nothing: a reward model's `score`, a layer's `attention.output` or the head of a language model
+inside of a larger one are tensors of their own. A stored tensor counts as a copy only when configuration and
+values, or all values, say so.
+
+Functions take a model: `label`, `tensors` (name -> shape and dtype), `config` (a dictionary or None) and
+`buffer(name)`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..roles import EMBEDDING, role_of
+
+# The head of a language model, by itself or under modules that have no number: layers have one.
+_HEAD = re.compile(r"(?:[A-Za-z_]\w*\.)*(?:lm_head|embed_out|output|output_layer)\.weight")
+_NUMBER = re.compile(r"(^|\.)\d+\.")
+# Their tie keys, if any, speak of other embeddings or are defaults that somebody wrote out.
+_OTHER_SECTIONS = re.compile(r"vision|visual|audio|image|speech|vq|quanti|compression", re.IGNORECASE)
+
+_SAMPLES, _SAMPLE_BYTES = 256, 64
+_WHOLE_BYTES = 1 << 20  # tensors up to this size are compared as a whole
+_STEP_BYTES = 1 << 24
+_MOST_ALIASES = 64  # more tensors that some models lack are no aliases: the models differ
+
+
+def is_head(name: str) -> bool:
+    """Whether a model may tie the tensor of this name to its embeddings."""
+    return _HEAD.fullmatch(name) is not None
+
+
+def tie_in_config(config: Mapping[str, Any] | None) -> bool | None:
+    """What config.json, nested configurations of language models included, says about `tie_word_embeddings`;
+    None where it is silent or contradicts itself."""
+    said = set(_tie_values(config or {}))
+    return said.pop() if len(said) == 1 else None
+
+
+def _tie_values(config: Mapping[str, Any]) -> Iterator[bool]:
+    value = config.get("tie_word_embeddings")
+    if isinstance(value, bool):
+        yield value
+    for key, section in config.items():
+        if isinstance(section, Mapping) and not _OTHER_SECTIONS.search(str(key)):
+            yield from _tie_values(section)
+
+
+def has_tied_embeddings(config: Mapping[str, Any] | None, names: Iterable[str]) -> bool:
+    """Whether a model of this configuration takes its output matrix from its embeddings.
+
+    As config.json says; where it does not say (tied is the default of transformers, and defaults are left
+    out), whether no output matrix is stored. False without a config.json.
+    """
+    if config is None:
+        return False
+    said = tie_in_config(config)
+    return said if said is not None else not any(map(is_head, names))
+
+
+def embedding_of(head: str, tensors: Mapping[str, Any], shape: tuple[int, ...] | None = None) -> str | None:
+    """The embedding that the output matrix `head` shares its weights with where it is tied.
+
+    shape: of the output matrix, where it is known; an embedding of another shape then is none. Of several,
+    the one whose modules are nearest; None where there is none or two are as near.
+    """
+    if not is_head(head):
+        return None
+    found = [
+        name
+        for name, info in tensors.items()
+        if name != head
+        and role_of(name, info.shape) == EMBEDDING
+        and not _NUMBER.search(name)
+        and shape in (None, tuple(info.shape))
+    ]
+    near = [_shared_modules(head, name) for name in found]
+    best = [name for name, shared in zip(found, near, strict=True) if shared == max(near)]
+    return best[0] if len(best) == 1 else None
+
+
+def _shared_modules(first: str, second: str) -> int:
+    shared = 0
+    for one, other in zip(first.split("."), second.split("."), strict=False):
+        if one != other:
+            break
+        shared += 1
+    return shared
+
+
+def head_source(
+    model: Any, head: str, shape: tuple[int, ...], others_lack_it: bool
+) -> tuple[str | None, bool]:
+    """(where the model has the values of an output matrix, whether that is its embedding).
+
+    shape: of the matrix in a model that stores it; others_lack_it: some model stores none. A stored matrix is
+    the model's own unless it is a copy of the embedding: config.json says so and the values agree wherever
+    they are looked at, or config.json is silent, another model stores none, and all values agree.
+    """
+    said = tie_in_config(model.config)
+    if head in model.tensors:
+        shape = tuple(model.tensors[head].shape)
+        embedding = None if said is False else embedding_of(head, model.tensors, shape)
+        if embedding is None or model.tensors[head].dtype != model.tensors[embedding].dtype:
+            return head, False
+        if said is None and not others_lack_it:
+            return head, False
+        pair = model.buffer(head).data, model.buffer(embedding).data
+        same = look_equal(*pair) if said else are_equal(*pair)
+        return (embedding, True) if same else (head, False)
+    if said is False:
+        return None, False
+    embedding = embedding_of(head, model.tensors, shape) or embedding_of(head, model.tensors)
+    return embedding, embedding is not None
+
+
+def are_equal(first: np.ndarray, second: np.ndarray) -> bool:
+    """Whether two arrays of bytes (uint8[n]) are equal; reads them up to the first difference."""
+    if first.size != second.size:
+        return False
+    steps = range(0, first.size, _STEP_BYTES)
+    return all(np.array_equal(first[i : i + _STEP_BYTES], second[i : i + _STEP_BYTES]) for i in steps)
+
+
+def look_equal(first: np.ndarray, second: np.ndarray) -> bool:
+    """Whether two arrays of bytes agree: all of them up to 1 MiB, at 256 places beyond."""
+    if first.size != second.size or first.size <= _WHOLE_BYTES:
+        return are_equal(first, second)
+    last = first.size - _SAMPLE_BYTES
+    places = (last * i // (_SAMPLES - 1) for i in range(_SAMPLES))
+    return all(np.array_equal(first[p : p + _SAMPLE_BYTES], second[p : p + _SAMPLE_BYTES]) for p in places)
+
+
+def aliases(models: Sequence[Any], sources: Mapping[str, tuple[str | None, ...]]) -> dict[str, str]:
+    """Tensors that some models lack and that are, in every model that has them, copies of one tensor that all
+    models have: name -> that tensor. Matrices only, value by value; constant ones are none.
+
+    sources: output name -> its name in each model, None where a model lacks it.
+    """
+    lacking = [name for name, found in sources.items() if None in found]
+    if len(lacking) > _MOST_ALIASES:
+        return {}
+    shared = [name for name, found in sources.items() if None not in found]
+    found = {name: _copied_from(models, name, shared, sources) for name in lacking}
+    return {name: source for name, source in found.items() if source is not None}
+
+
+def _copied_from(
+    models: Sequence[Any], name: str, shared: Iterable[str], sources: Mapping[str, tuple[str | None, ...]]
+) -> str | None:
+    owners = [t for t, own in enumerate(sources[name]) if own is not None]
+    first = models[owners[0]]
+    info = first.tensors[sources[name][owners[0]]]
+    if len(info.shape) < 2:
+        return None
+    data = first.buffer(sources[name][owners[0]]).data
+    size = info.dtype.itemsize
+    if data.size == 0 or are_equal(data[size:], data[:-size]):
+        return None
+    for other in shared:
+        like = first.tensors[sources[other][owners[0]]]
+        if (like.shape, like.dtype) == (info.shape, info.dtype) and all(
+            _holds_copy(models[t], sources[name][t], sources[other][t]) for t in owners
+        ):
+            return other
+    return None
+
+
+def _holds_copy(model: Any, name: str, other: str) -> bool:
+    one, two = model.buffer(name).data, model.buffer(other).data
+    return look_equal(one, two) and are_equal(one, two)
