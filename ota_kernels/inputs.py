@@ -14,7 +14,7 @@ from .dtypes import BY_NAME, OUTPUT_NAMES, DType
 from .errors import InputError
 from .io.curvature import CurvatureFile
 from .io.hub import resolve_file, resolve_model
-from .io.reader import Checkpoint
+from .io.reader import Checkpoint, open_model
 from .models.match import listing, match
 from .recipe import Recipe
 from .roles import EMBEDDING, OUTPUT, role_of
@@ -76,7 +76,7 @@ class Inputs:
         self.model_folders: dict[str, Path] = {label: resolve_model(label) for label in labels}
         used = labels if self.has_base else [m.model for m in recipe.models]
         self.checkpoints = [
-            self._files.enter_context(contextlib.closing(Checkpoint.open(self.model_folders[label], label)))
+            self._files.enter_context(contextlib.closing(open_model(self.model_folders[label], label)))
             for label in used
         ]
         self.curvatures = [

@@ -117,7 +117,7 @@ BAD_FILES = {
     "trailing bytes": (json_file({"w": entry()}, 11), "3 bytes follow the last tensor"),
     "trailing bytes, no tensors": (json_file({}, 5), "5 bytes follow the last tensor"),
     "metadata is a list": (json_file({"__metadata__": ["pt"]}), "must map strings to strings"),
-    "metadata is null": (json_file({"__metadata__": None}), "must map strings to strings"),
+    "metadata is a number": (json_file({"__metadata__": 0}), "must map strings to strings"),
     "metadata value is a number": (json_file({"__metadata__": {"step": 3}}), "__metadata__['step'] must be"),
     "metadata value is no text": (json_file({"__metadata__": {"a": "\ud800"}}), "not valid Unicode"),
 }

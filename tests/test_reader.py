@@ -185,7 +185,8 @@ class TestCheckpoint:
         assert Checkpoint.open(tmp_path / "x.safetensors", "models[0]").tensors.keys() == {"w"}
 
     def test_model_safetensors_wins_over_other_files(self, tmp_path):
-        make_sharded(tmp_path)
+        save_file({"w": torch.zeros(4), "v": torch.ones(1)}, tmp_path / "consolidated.safetensors")
+        save_file({"w": torch.zeros(4)}, tmp_path / "model.fp16.safetensors")
         save_file({"w": torch.ones(4)}, tmp_path / "model.safetensors")
         assert Checkpoint.open(tmp_path, "base_model").tensors.keys() == {"w"}
 

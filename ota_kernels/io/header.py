@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 from ..dtypes import BY_TAG, DType
 from ..errors import InputError
+from .signature import HEAD_BYTES, not_weights
 
 PREFIX_BYTES = 8
 # The cap of the safetensors library: a longer header is a lie or an attack, never a model.
@@ -89,7 +90,9 @@ def parse_header(text: bytes, file_size: int, path: Path) -> Header:
     if not text.startswith(b"{"):
         raise InputError(f"{path}: the header is not a JSON object: not a safetensors file, or a damaged one")
     entries = parse_json_object(text, f"{path}: the header")
-    metadata = _check_metadata(entries.pop(_METADATA_KEY, {}), path)
+    # null, as a published model has it, is none to the safetensors library too.
+    metadata = entries.pop(_METADATA_KEY, None)
+    metadata = {} if metadata is None else _check_metadata(metadata, path)
     data_start = PREFIX_BYTES + len(text)
     tensors = [_parse_entry(name, entry, data_start, path) for name, entry in entries.items()]
     tensors.sort(key=lambda info: (info.begin, info.end))
@@ -141,6 +144,10 @@ def quoted(value: object) -> str:
 
 def _read_header_from(stream: BinaryIO, path: Path) -> Header:
     file_size = os.fstat(stream.fileno()).st_size
+    instead = not_weights(stream.read(HEAD_BYTES), file_size)
+    if instead is not None:
+        raise InputError(f"{path}: is {instead}")
+    stream.seek(0)
     prefix = stream.read(PREFIX_BYTES)
     if len(prefix) < PREFIX_BYTES:
         raise InputError(f"{path}: {file_size} bytes are too few for a safetensors file; fetch it again")

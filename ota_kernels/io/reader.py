@@ -21,14 +21,19 @@ import numpy as np
 from ..errors import InputError
 from ..models.tied import has_tied_embeddings
 from ..tensors import Buffer
+from .folder import (
+    FILE_SUFFIX,
+    INDEX_SUFFIX,
+    check_is_model,
+    foreign_format,
+    kind_by_names,
+    refuse_kind,
+    unfinished,
+    weight_files,
+    where,
+)
 from .header import Header, TensorInfo, parse_json_object, quoted, read_header
-
-FILE_SUFFIX = ".safetensors"
-INDEX_SUFFIX = ".safetensors.index.json"
-# What transformers writes, and so what wins where a folder holds other safetensors files besides.
-_MODEL_FILE = "model" + FILE_SUFFIX
-_MODEL_INDEX = "model" + INDEX_SUFFIX
-_FOREIGN_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz"}
+from .signature import check_real
 
 
 class MappedFile:
@@ -85,7 +90,7 @@ class Checkpoint:
     def open(cls, path: Path, label: str) -> Checkpoint:
         """Open a folder, one .safetensors file or one .safetensors.index.json; reads headers only.
 
-        In a folder, model.safetensors wins, then an index, then all .safetensors files together.
+        What a folder's weights are, `folder.weight_files` says.
         Raises InputError for whatever is missing, malformed or contradictory.
         """
         files = _entry_files(path, label)
@@ -154,6 +159,16 @@ class Checkpoint:
             self.tensors[name] = info
 
 
+def open_model(path: Path, label: str) -> Checkpoint:
+    """A checkpoint that is a model: InputError, by its name, for an adapter and other kinds."""
+    check_is_model(path, label)
+    checkpoint = Checkpoint.open(path, label)
+    kind = kind_by_names(checkpoint.tensors)
+    if kind is not None:
+        raise refuse_kind(kind, label, path)
+    return checkpoint
+
+
 def fingerprint(files: Iterable[Path], root: Path) -> list[list[str | int]]:
     """[name relative to root, bytes, mtime in ns] of each file. Raises InputError if one is gone."""
     result: list[list[str | int]] = []
@@ -196,36 +211,12 @@ def _entry_files(path: Path, label: str) -> list[Path]:
     """The index alone, or the safetensors files, that `path` stands for; at least one."""
     # os.path, unlike Path, also answers for names that are too long or that may not be looked up.
     if os.path.isdir(path):
-        return _folder_files(path, label)
+        return weight_files(path, label)
     if not os.path.exists(path):
-        raise InputError(f"{label}: {path}: no such file or folder")
+        raise InputError(f"{where(label, path)}: no such file or folder")
     if not path.name.endswith((FILE_SUFFIX, INDEX_SUFFIX)):
-        raise InputError(f"{label}: {path}: not a {FILE_SUFFIX} file; convert it to safetensors")
+        raise InputError(f"{where(label, path)}: not a {FILE_SUFFIX} file{foreign_format(path)}")
     return [path]
-
-
-def _folder_files(folder: Path, label: str) -> list[Path]:
-    try:
-        # Hidden files are the leavings of file managers and of unfinished downloads.
-        files = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
-    except OSError as error:
-        raise InputError(f"{label}: {folder}: cannot be read: {error.strerror}") from error
-    shards = [p for p in files if p.name.endswith(FILE_SUFFIX)]
-    indexes = [p for p in files if p.name.endswith(INDEX_SUFFIX)]
-    for preferred in (_MODEL_FILE, _MODEL_INDEX):
-        if folder / preferred in files:
-            return [folder / preferred]
-    if len(indexes) > 1:
-        names = ", ".join(p.name for p in indexes)
-        raise InputError(f"{label}: {folder}: several indexes ({names}): name the one that is meant")
-    if not indexes and not shards:
-        raise InputError(f"{label}: {folder}: holds no {FILE_SUFFIX} file{_foreign_advice(files)}")
-    return indexes or shards
-
-
-def _foreign_advice(files: list[Path]) -> str:
-    foreign = [p.name for p in files if p.suffix in _FOREIGN_SUFFIXES]
-    return f", only {', '.join(foreign[:3])}: convert it to safetensors" if foreign else ""
 
 
 def _read_weight_map(index: Path) -> dict[str, Path]:
@@ -238,6 +229,7 @@ def _read_weight_map(index: Path) -> dict[str, Path]:
         if not os.path.isfile(path):
             raise InputError(
                 f"{index}: names shard {quoted(str(path.name))}, which is missing from the folder"
+                f"{unfinished(index.parent)}: fetch it again"
             )
     return shards
 
@@ -259,6 +251,7 @@ def _check_weight_map(weight_map: dict[str, Path], headers: dict[Path, Header], 
 
 
 def _read_json_object(path: Path) -> dict[str, Any]:
+    check_real(path)
     try:
         text = path.read_bytes()
     except OSError as error:

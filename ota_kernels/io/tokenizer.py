@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ..errors import InputError, RecipeError
+from .signature import check_real
 
 # Vocabularies whose format is not read here; two of them are equal when their bytes are.
 _OPAQUE_VOCABULARIES = (
@@ -51,16 +52,9 @@ def files_in(folder: Path, patterns: Iterable[str]) -> dict[str, Path]:
         for name in names:
             if fnmatchcase(name, name_pattern):
                 path = directory / name
-                _check_readable(path)
+                check_real(path)
                 found[path.relative_to(folder).as_posix()] = path
     return found
-
-
-def _check_readable(path: Path) -> None:
-    try:
-        path.open("rb").close()
-    except OSError as error:
-        raise _unreadable(path, error) from error
 
 
 def read_bytes(path: Path) -> bytes:
