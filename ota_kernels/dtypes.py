@@ -32,6 +32,7 @@ _ALL = (
     DType("float8_e4m3fn", "F8_E4M3", 1, 4),
     DType("float8_e5m2", "F8_E5M2", 1, 5),
     DType("bool", "BOOL", 1),
+    DType("float8_e8m0fnu", "F8_E8M0", 1),  # powers of two: scales of quantised weights
     DType("uint8", "U8", 1),
     DType("int8", "I8", 1),
     DType("uint16", "U16", 2),

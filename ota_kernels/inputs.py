@@ -14,6 +14,7 @@ from .dtypes import BY_NAME, OUTPUT_NAMES, DType
 from .errors import InputError
 from .io.curvature import CurvatureFile
 from .io.hub import resolve_file, resolve_model
+from .io.quantised import quantisation_of, refuse_quantised
 from .io.reader import Checkpoint, open_model
 from .models.match import listing, match
 from .recipe import Recipe
@@ -79,6 +80,10 @@ class Inputs:
             self._files.enter_context(contextlib.closing(open_model(self.model_folders[label], label)))
             for label in used
         ]
+        for checkpoint in self.checkpoints:
+            quantised = quantisation_of(checkpoint)
+            if quantised is not None:
+                raise refuse_quantised(checkpoint.label, quantised)
         self.curvatures = [
             self._open_curvature(m.parameters.preconditioner_path, m.model) if self.method.curvature else None
             for m in recipe.models

@@ -97,8 +97,14 @@ def planned_config(folder, **options):
         pytest.param(
             {"quantization_config": {"dtype": "int8"}, "dtype": "float32"},
             {"dtype": "bfloat16"},
-            {"quantization_config": {"dtype": "int8"}, "dtype": "bfloat16"},
-            id="quantization is left alone",
+            {"dtype": "bfloat16"},
+            id="quantization is not claimed",
+        ),
+        pytest.param(
+            {"text_config": {"quantization_config": {"quant_method": "fp8"}, "a": 1}, "quantization": None},
+            {},
+            {"text_config": {"a": 1}},
+            id="quantization, nested",
         ),
     ],
 )

@@ -11,6 +11,7 @@ from pathlib import Path
 import yaml
 
 from ..errors import RecipeError, RunError
+from .quantised import method_in_config, without_claims
 from .tokenizer import (
     check_equal_vocabularies,
     files_in,
@@ -60,8 +61,10 @@ def plan_assets(
     tokenizer_folder = _tokenizer_folder(models, tokenizer_source)
     contents: dict[str, bytes | Path] = {}
     contents |= files_in(config_folder, (_CONFIG, *_CONFIG_COMPANIONS))
-    if _CONFIG in contents and (dtype is not None or untied):
-        contents[_CONFIG] = _merged_config(config_folder / _CONFIG, dtype, untied)
+    if _CONFIG in contents:
+        config = read_json(config_folder / _CONFIG)
+        if dtype is not None or untied or method_in_config(config) is not None:
+            contents[_CONFIG] = _merged_config(config, dtype, untied)
     contents |= tokenizer_files(tokenizer_folder)
     contents |= _code_files(config_folder, tokenizer_folder)
     return [Asset(name, content) for name, content in contents.items()]
@@ -85,8 +88,9 @@ def _tokenizer_folder(models: Mapping[str, Path], source: str) -> Path:
     return folder
 
 
-def _merged_config(path: Path, dtype: str | None, untied: bool) -> bytes:
-    config = _restated(read_json(path), dtype, untied)
+def _merged_config(config: dict, dtype: str | None, untied: bool) -> bytes:
+    # No merged tensor is quantised, so nothing may say so.
+    config = _restated(without_claims(config), dtype, untied)
     if dtype is not None and not any(key in config for key in _DTYPE_KEYS):
         config["torch_dtype"] = dtype
     if untied:
@@ -102,7 +106,7 @@ def _restated(config: dict, dtype: str | None, untied: bool) -> dict:
             restated[key] = dtype
         elif key == "tie_word_embeddings" and untied:
             restated[key] = False
-        elif key.endswith("_config") and key != "quantization_config" and isinstance(value, dict):
+        elif key.endswith("_config") and isinstance(value, dict):
             restated[key] = _restated(value, dtype, untied)
     return restated
 

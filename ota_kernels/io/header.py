@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 from ..dtypes import BY_TAG, DType
 from ..errors import InputError
+from .quantised import FOREIGN_TAGS
 from .signature import HEAD_BYTES, not_weights
 
 PREFIX_BYTES = 8
@@ -211,6 +212,11 @@ def _parse_entry(name: str, entry: Any, data_start: int, path: Path) -> TensorIn
 
 def _parse_dtype(tag: Any, where: str) -> DType:
     dtype = BY_TAG.get(tag) if isinstance(tag, str) else None
+    if isinstance(tag, str) and tag in FOREIGN_TAGS:
+        raise InputError(
+            f"{where}: is quantised, of {FOREIGN_TAGS[tag]} (type {tag}), which cannot be merged: give the "
+            "model in 16 or 32 bits that it was made from"
+        )
     if dtype is None:
         raise InputError(f"{where}: unknown dtype {quoted(tag)}; known: {', '.join(BY_TAG)}")
     return dtype
