@@ -12,10 +12,12 @@ from pathlib import Path
 from . import methods
 from .dtypes import BY_NAME, OUTPUT_NAMES, DType
 from .errors import InputError
+from .io.assets import tokenizer_folder
 from .io.curvature import CurvatureFile
 from .io.hub import resolve_file, resolve_model
 from .io.quantised import quantisation_of, refuse_quantised
 from .io.reader import Checkpoint, open_model
+from .models.check import compare
 from .models.match import listing, match
 from .recipe import Recipe
 from .roles import EMBEDDING, OUTPUT, role_of
@@ -47,7 +49,7 @@ class TensorEntry:
 
 
 class Inputs:
-    """The open files of a recipe.
+    """The open files of a recipe. allow_crimes: what differs between models is a note, not an error.
 
     checkpoints: the base first where the method uses one, then the experts; entries: output tensors in the
     order of the first checkpoint; matched: how tensors were paired, and what is left out; untied: the output
@@ -55,7 +57,7 @@ class Inputs:
     know of what was understood; model_folders: every folder by its name in the recipe, the base first.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, allow_crimes: bool = False) -> None:
         self.recipe = recipe
         self.method = methods.get(recipe.merge_method)
         self.has_base = recipe.base_model is not None and self.method.base != "unused"
@@ -66,6 +68,9 @@ class Inputs:
             self.untied = self.matched.untied
             self.notes = list(self.matched.notes)
             self.entries = self._entries()
+            shapes = {entry.name: entry.shape for entry in self.entries}
+            source = tokenizer_folder(self.model_folders, recipe.tokenizer_source)
+            self.notes += compare(self.model_folders, shapes, source, allow_crimes)
         except BaseException:
             self.close()
             raise

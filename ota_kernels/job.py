@@ -78,7 +78,8 @@ class Options:
     device: "auto", "cpu", "cuda" or "cuda:N"; memory_limit: bytes resident on the host at most, None for
     1 GiB, on a GPU 4 GiB; shard_size: bytes of one output file at most; threads: None for every processor;
     seed: of methods that draw random numbers; tile_elements: None for what fits the limit;
-    candidates_memory: bytes of undecided elements held in memory at most, the rest goes to the work folder.
+    candidates_memory: bytes of undecided elements held in memory at most, the rest goes to the work folder;
+    allow_crimes: merge models whose configurations or vocabularies differ, and say so.
     """
 
     backend: str = "auto"
@@ -91,6 +92,7 @@ class Options:
     resume: bool = False
     tile_elements: int | None = None
     candidates_memory: int = DEFAULT_BUDGET
+    allow_crimes: bool = False
 
     def __post_init__(self) -> None:
         backends.check_device(self.device)
@@ -153,7 +155,7 @@ class _Merge:
     def __init__(self, recipe: Recipe, options: Options) -> None:
         self.recipe, self.options = recipe, options
         self.backend = backends.select(options.backend, options.device)
-        self.inputs = Inputs(recipe)
+        self.inputs = Inputs(recipe, options.allow_crimes)
         try:
             self._prepare()
         except BaseException:

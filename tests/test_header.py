@@ -72,7 +72,7 @@ BAD_FILES = {
     "entry is a number": (json_file({"w": 3}), "needs exactly dtype, shape and data_offsets"),
     "no shape": (json_file({"w": {"dtype": "F32", "data_offsets": [0, 8]}}, 8), "needs exactly"),
     "unknown field": (json_file({"w": entry() | {"scale": 2}}, 8), "needs exactly"),
-    "unknown dtype": (json_file({"w": entry("F4")}, 8), "unknown dtype 'F7'; known: F32, BF16"),
+    "unknown dtype": (json_file({"w": entry("F7")}, 8), "unknown dtype 'F7'; known: F32, BF16"),
     "dtype is a list": (json_file({"w": entry(["F32"])}, 8), "unknown dtype ['F32']"),
     "shape is a number": (json_file({"w": entry() | {"shape": 2}}, 8), "shape 2 is not a list"),
     "negative size": (json_file({"w": entry(shape=(-2,))}, 8), "shape [-2] is not a list"),

@@ -102,6 +102,11 @@ _MERGING = (
         help="Bytes of one output file at most.",
     ),
     click.option(
+        "--allow-crimes",
+        is_flag=True,
+        help="Merge models whose configurations or vocabularies differ, and say what differs.",
+    ),
+    click.option(
         "--seed", type=int, default=0, show_default=True, help="Of methods that draw random numbers."
     ),
     _VERBOSE,

@@ -58,19 +58,20 @@ def plan_assets(
     Raises RecipeError for a tokenizer_source that cannot be served, InputError for a malformed file.
     """
     config_folder = next(iter(models.values()))
-    tokenizer_folder = _tokenizer_folder(models, tokenizer_source)
+    tokens_from = tokenizer_folder(models, tokenizer_source)
     contents: dict[str, bytes | Path] = {}
     contents |= files_in(config_folder, (_CONFIG, *_CONFIG_COMPANIONS))
     if _CONFIG in contents:
         config = read_json(config_folder / _CONFIG)
         if dtype is not None or untied or method_in_config(config) is not None:
             contents[_CONFIG] = _merged_config(config, dtype, untied)
-    contents |= tokenizer_files(tokenizer_folder)
-    contents |= _code_files(config_folder, tokenizer_folder)
+    contents |= tokenizer_files(tokens_from)
+    contents |= _code_files(config_folder, tokens_from)
     return [Asset(name, content) for name, content in contents.items()]
 
 
-def _tokenizer_folder(models: Mapping[str, Path], source: str) -> Path:
+def tokenizer_folder(models: Mapping[str, Path], source: str) -> Path:
+    """The folder whose tokenizer is copied; models and source as for `plan_assets`."""
     first = next(iter(models.values()))
     if source == "base":
         return first

@@ -1,0 +1,59 @@
+"""Whether models may be merged: what differs between them is an error, or a note where that is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from ..io.tokenizer import files_in, read_json
+from .compare import config_differences, contradictions, vocabulary_rows
+from .vocabulary import token_differences
+
+_SHOWN = 4
+
+
+def config_of(folder: Path) -> dict[str, Any] | None:
+    """config.json of a folder, None where it has none."""
+    found = files_in(folder, ["config.json"])
+    return read_json(found["config.json"]) if found else None
+
+
+def differences(
+    folders: Mapping[str, Path], shapes: Mapping[str, tuple[int, ...]], tokenizer: Path
+) -> list[str]:
+    """What differs between models of equal shapes, in lines: configurations, then the written configuration
+    against the written tensors, then vocabularies.
+
+    folders: by label, the first gives the configuration; shapes: of the output's tensors; tokenizer: the
+    folder whose tokenizer is written.
+    """
+    configs = {label: config_of(folder) for label, folder in folders.items()}
+    found = config_differences(configs)
+    donor = next(iter(configs))
+    found += [f"config.json of {donor}: {line}" for line in contradictions(configs[donor], shapes)]
+    rows = vocabulary_rows(shapes)
+    if rows:
+        owners = dict(folders)
+        if tokenizer not in owners.values():
+            owners[str(tokenizer)] = tokenizer
+        found += token_differences(owners, max(rows.values()))
+    return found
+
+
+def compare(
+    folders: Mapping[str, Path],
+    shapes: Mapping[str, tuple[int, ...]],
+    tokenizer: Path,
+    allow: bool = False,
+) -> list[str]:
+    """`differences` as notes where they are allowed; else InputError where there are any."""
+    found = differences(folders, shapes, tokenizer)
+    if found and not allow:
+        more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        raise InputError(
+            f"the models differ in what they compute: {'; '.join(found[:_SHOWN])}{more}: give models of one "
+            "kind and vocabulary, or add --allow-crimes to merge them all the same"
+        )
+    return [f"the models differ, merged all the same: {line}" for line in found]
