@@ -6,6 +6,7 @@ calling thread's current stream.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -19,12 +20,15 @@ from .engine import Engine
 from .errors import BackendError, InputError, RecipeError
 from .interchange import array_like, buffer_of, device_of, numpy_dtype
 from .memory import GraftSink, Inline, MemorySink
+from .models import buffers
 from .planning import TILE_ELEMENTS
 from .pool import Pool, default_threads
 from .recipe import Recipe, parse_recipe
 from .survey import Survey
 from .tensors import Buffer, Curvature, Full, TensorInputs, Uniform
 from .tracing import traceable
+
+logger = logging.getLogger(__name__)
 
 _UNLIMITED = 1 << 62  # inputs in memory leave room for their few candidates
 
@@ -87,9 +91,10 @@ def merge_state_dicts(
 ) -> dict[str, Tensor]:
     """Merge dictionaries of tensors; densities are over all of them (`density_scope: model`) unless told.
 
-    Arguments and errors as for `merge_tensors`; all dictionaries have the same names. Tensors that are not
-    floating point are copied when all models agree. A name without curvature is an error unless
-    `missing_curvature` says otherwise.
+    Arguments and errors as for `merge_tensors`. Tensors that are not floating point, and buffers that no
+    optimizer trained (`inv_freq`, masks, counters), are copied in their own type when all models agree. Names
+    that only some dictionaries have are an error unless `extra_tensors` says otherwise; of buffers, the first
+    one's is taken. A name without curvature is an error unless `missing_curvature` says otherwise.
     """
     recipe = _recipe(base is not None, len(experts), curvatures is not None, method, out_dtype, parameters)
     return _merge_models(base, experts, curvatures, recipe, backend, threads, MemorySink)
@@ -145,7 +150,7 @@ def graft(
     whole = kinds == {True}
     base, expert, *curvatures = models if whole else [{"weight": model} for model in models]
     merged = _merge_models(base, [expert], curvatures or None, recipe, backend, threads, GraftSink)
-    return merged if whole else merged["weight"]
+    return {name: merged[name] for name in base if name in merged} if whole else merged["weight"]
 
 
 def _merge_models(
@@ -164,29 +169,36 @@ def _merge_models(
     has_base = base is not None and methods.get(recipe.merge_method).base != "unused"
     models = {"base": base} if has_base else {}
     models |= {f"experts[{t}]": expert for t, expert in enumerate(experts)}
-    first_label, first = next(iter(models.items()))
-    for label, model in models.items():
-        if odd := set(first) ^ set(model):
-            raise InputError(
-                f"{label} and {first_label} differ in the tensors they have: {min(odd)!r} is in one only"
-            )
-
-    if not first:
+    names = list(dict.fromkeys(name for model in models.values() for name in model))
+    if not names:
         return {}
+    found_in = {name: next(label for label, model in models.items() if name in model) for name in names}
+    first = {name: models[label][name] for name, label in found_in.items()}
     name, tensor = next(iter(first.items()))
-    chosen, read = _serving(backend, tensor, f"{first_label}[{name!r}]")
+    chosen, read = _serving(backend, tensor, f"{found_in[name]}[{name!r}]")
 
     merged: dict[str, Tensor] = {}
     tensors = []
     for tensor_name, like in first.items():
-        buffers = [read(model[tensor_name], f"{label}[{tensor_name!r}]") for label, model in models.items()]
+        own = {
+            label: read(model[tensor_name], f"{label}[{tensor_name!r}]")
+            for label, model in models.items()
+            if tensor_name in model
+        }
+        choice = _choice(tensor_name, own, models, recipe, has_base)
+        if choice.action == buffers.DROP:
+            continue
+        if choice.action in (buffers.TAKE, buffers.AVERAGE):
+            merged[tensor_name] = _untrained(tensor_name, own, models, recipe, choice)
+            continue
         _check_alike(tensor_name, like, models)
-        if not all(b.dtype.is_float for b in buffers):
-            merged[tensor_name] = _agreed(tensor_name, like, buffers)
+        weights = list(own.values())
+        if not all(b.dtype.is_float for b in weights):
+            merged[tensor_name] = _agreed(tensor_name, like, weights)
             continue
         kept, found = _curvatures(tensor_name, tuple(like.shape), len(experts), curvatures, recipe, read)
-        weights = buffers if not kept else [buffers[0]] * len(buffers)
-        out = _output_dtype(recipe, like, buffers[0])
+        out = choice.dtype or _output_dtype(recipe, like, weights[0])
+        weights = weights if not kept else [weights[0]] * len(weights)
         tensors.append(
             TensorInputs(
                 tensor_name,
@@ -197,11 +209,54 @@ def _merge_models(
                 found,
             )
         )
-    return (
-        {name: merged[name] for name in first}
-        if not tensors
-        else _merge(first, tensors, merged, recipe, chosen, threads, sink)
-    )
+    if tensors:
+        _merge(first, tensors, merged, recipe, chosen, threads, sink)
+    return {name: merged[name] for name in names if name in merged}
+
+
+def _choice(
+    name: str, own: Mapping[str, Buffer], models: Mapping[str, Any], recipe: Recipe, has_base: bool
+) -> buffers.Choice:
+    """What is written for a tensor; own: by label, in the models that have it."""
+    if len(own) == len(models) and not buffers.may_be_buffer(name):
+        return buffers.PLAIN
+    held = [
+        buffers.Held(label, own[label].dtype, tuple(models[label][name].shape), _reader(own[label]))
+        if label in own
+        else None
+        for label in models
+    ]
+    choice = buffers.choose(name, held, recipe.parameters.extra_tensors, has_base)
+    if choice.action == buffers.MISSING:
+        there, lacking = next(iter(own)), next(label for label in models if label not in own)
+        raise InputError(
+            f"{there} and {lacking} differ in the tensors they have: {name!r} is in one only; "
+            "`extra_tensors: take`, `drop` or `average` merges the others"
+        )
+    if choice.reason:
+        logger.info("%s: %s", choice.reason, name)
+    return choice
+
+
+def _reader(buffer: Buffer) -> Callable[[], np.ndarray]:
+    """Reads its bytes into host memory."""
+    return lambda: buffer.data.cpu().numpy() if resident.is_resident(buffer.data) else buffer.data
+
+
+def _untrained(
+    name: str, own: Mapping[str, Buffer], models: Mapping[str, Any], recipe: Recipe, choice: buffers.Choice
+) -> Tensor:
+    """A tensor that is taken from one model, or the mean of those that have it."""
+    if choice.action == buffers.TAKE:
+        taken = list(models.values())[choice.taken][name]
+        return taken.copy() if isinstance(taken, np.ndarray) else taken.detach().clone()
+    label, first = next(iter(own.items()))
+    like = models[label][name]
+    out = _output_dtype(recipe, like, first)
+    data = buffers.average([(_reader(b)(), b.dtype) for b in own.values()], out)
+    if resident.is_resident(first.data):
+        data = resident.on_cpu(data).to(first.data.device)
+    return array_like(like, data, out, tuple(like.shape))
 
 
 Read = Callable[[Any, str], Buffer]  # a tensor and what an error calls it
@@ -239,8 +294,8 @@ def _merge(
     backend: Backend,
     threads: int | None,
     sink_of: type[MemorySink],
-) -> dict[str, Tensor]:
-    """Merge the tensors that are floating point, and return all.
+) -> None:
+    """Merge the tensors that a backend computes, into `merged`.
 
     With T experts, the host waits for a device at most 3 T + 3 times per tensor whose densities are its own:
     for scores of the sample (T) and brackets (T); the merge's counts (1) and which candidates have a score in
@@ -268,7 +323,6 @@ def _merge(
             pass
     for tensor, data in zip(tensors, sink.outputs, strict=True):
         merged[tensor.name] = array_like(first[tensor.name], data, tensor.out_dtype, tensor.shape)
-    return {name: merged[name] for name in first}
 
 
 def _recipe(
@@ -328,6 +382,8 @@ def _curvatures(
     if curvatures is None or not methods.get(recipe.merge_method).curvature:
         return False, uniform
     lacking = [t for t, c in enumerate(curvatures) if name not in c]
+    if lacking and buffers.needs_no_curvature(name, shape):
+        return False, uniform
     if lacking:
         policy = recipe.parameters.missing_curvature
         if policy == "error":

@@ -17,13 +17,14 @@ from .io.curvature import CurvatureFile
 from .io.hub import resolve_file, resolve_model
 from .io.quantised import quantisation_of, refuse_quantised
 from .io.reader import Checkpoint, open_model
+from .models import buffers
 from .models.check import compare
 from .models.match import listing, match
 from .recipe import Recipe
 from .roles import EMBEDDING, OUTPUT, role_of
 from .tensors import Curvature, Rank1, TensorInputs, Uniform
 
-MERGE, COPY, KEEP_BASE = "merge", "copy", "keep base"
+MERGE, COPY, KEEP_BASE, TAKE, AVERAGE = "merge", "copy", "keep base", "take", "average"
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,21 @@ class TensorEntry:
     """One output tensor.
 
     action: MERGE; COPY where the models must agree (integers, booleans); KEEP_BASE where the base's values
-    are taken (`missing_curvature: base`). sources: the tensor's name in each checkpoint; dtype: the output's.
+    are taken (`missing_curvature: base`); TAKE: one checkpoint's values as they are; AVERAGE: the mean over
+    those that have the tensor. sources: the tensor's name in each checkpoint that is read; dtype: the
+    output's.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: DType
     action: str
-    sources: tuple[str, ...]
+    sources: tuple[str | None, ...]
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether it goes through a backend."""
+        return self.action in (MERGE, KEEP_BASE)
 
     @property
     def numel(self) -> int:
@@ -122,7 +130,7 @@ class Inputs:
     def _bytes_per_element(self, entry: TensorEntry) -> int:
         if entry.action == KEEP_BASE:
             return self.checkpoints[0].tensors[entry.sources[0]].dtype.itemsize
-        pairs = zip(self.checkpoints, entry.sources, strict=True)
+        pairs = [pair for pair in zip(self.checkpoints, entry.sources, strict=True) if pair[1] is not None]
         size = sum(checkpoint.tensors[source].dtype.itemsize for checkpoint, source in pairs)
         if entry.action == MERGE:
             names = [self._curvature_name(t, entry) for t in range(len(self.experts))]
@@ -141,11 +149,12 @@ class Inputs:
         return files + [f.fingerprint() for f in self.curvatures if f is not None]
 
     def buffers(self, entry: TensorEntry) -> list:
-        """The tensor in every checkpoint, mapped."""
-        return [c.buffer(source) for c, source in zip(self.checkpoints, entry.sources, strict=True)]
+        """The tensor in every checkpoint that is read, mapped."""
+        pairs = zip(self.checkpoints, entry.sources, strict=True)
+        return [c.buffer(source) for c, source in pairs if source is not None]
 
     def tensor(self, entry: TensorEntry) -> TensorInputs:
-        """The mapped inputs of an entry that is not COPY. Under KEEP_BASE every expert is the base itself."""
+        """The mapped inputs of an entry that is computed. Under KEEP_BASE every expert is the base itself."""
         found = self.buffers(entry)
         if entry.action == KEEP_BASE:
             found = [found[0]] * len(found)
@@ -175,11 +184,42 @@ class Inputs:
 
     def _entries(self) -> list[TensorEntry]:
         sources = self.matched.sources
-        self._check_present(sources)
-        entries = [self._entry(name, found) for name, found in sources.items()]
+        choices = {name: self._choice(name, found) for name, found in sources.items()}
+        self._check_present({n: s for n, s in sources.items() if choices[n].action == buffers.MISSING})
+        self._note(choices)
+        entries = [
+            self._entry(name, found, choices[name])
+            for name, found in sources.items()
+            if choices[name].action != buffers.DROP
+        ]
         return self._with_curvature(entries)
 
+    def _choice(self, name: str, sources: tuple[str | None, ...]) -> buffers.Choice:
+        if None not in sources and not buffers.may_be_buffer(name):
+            return buffers.PLAIN
+        held = [
+            None if source is None else self._held(checkpoint, source)
+            for checkpoint, source in zip(self.checkpoints, sources, strict=True)
+        ]
+        return buffers.choose(name, held, self.recipe.parameters.extra_tensors, self.has_base)
+
+    @staticmethod
+    def _held(checkpoint: Checkpoint, source: str) -> buffers.Held:
+        info = checkpoint.tensors[source]
+        return buffers.Held(checkpoint.label, info.dtype, info.shape, lambda: checkpoint.buffer(source).data)
+
+    def _note(self, choices: Mapping[str, buffers.Choice]) -> None:
+        """One note for all tensors of one reason."""
+        reasons: dict[str, list[str]] = {}
+        for name, choice in choices.items():
+            if choice.reason:
+                reasons.setdefault(choice.reason, []).append(name)
+            if choice.action == buffers.DROP:
+                self.matched.left_out[name] = choice.reason
+        self.notes += [f"{reason}: {listing(names)}" for reason, names in reasons.items()]
+
     def _check_present(self, sources: Mapping[str, tuple[str | None, ...]]) -> None:
+        """InputError where tensors that some models lack are left."""
         lacking = {
             name: [c.label for c, source in zip(self.checkpoints, found, strict=True) if source is None]
             for name, found in sources.items()
@@ -193,11 +233,20 @@ class Inputs:
                 for label, change in self.matched.renamed.items()
             )
             raise InputError(
-                f"{', '.join(labels)}: has no tensor {name}, which other models have{more}{changes}"
+                f"{', '.join(labels)}: has no tensor {name}, which other models have{more}{changes}; "
+                "`extra_tensors: take`, `drop` or `average` merges without it"
             )
 
-    def _entry(self, name: str, sources: tuple[str, ...]) -> TensorEntry:
-        infos = [c.tensors[source] for c, source in zip(self.checkpoints, sources, strict=True)]
+    def _entry(self, name: str, sources: tuple[str | None, ...], choice: buffers.Choice) -> TensorEntry:
+        if choice.action == buffers.TAKE:
+            info = self.checkpoints[choice.taken].tensors[sources[choice.taken]]
+            only = tuple(source if t == choice.taken else None for t, source in enumerate(sources))
+            return TensorEntry(name, info.shape, info.dtype, TAKE, only)
+        pairs = zip(self.checkpoints, sources, strict=True)
+        infos = [c.tensors[source] for c, source in pairs if source is not None]
+        if choice.action == buffers.AVERAGE:
+            dtype = self._output_dtype(name, infos[0].dtype)
+            return TensorEntry(name, infos[0].shape, dtype, AVERAGE, sources)
         shapes = [info.shape for info in infos]
         if len(set(shapes)) > 1:
             self._raise_shapes(name, shapes)
@@ -209,7 +258,8 @@ class Inputs:
             raise InputError(f"{name}: types that cannot be merged ({listed})")
         if not all(floats):
             return TensorEntry(name, shapes[0], infos[0].dtype, COPY, sources)
-        return TensorEntry(name, shapes[0], self._output_dtype(name, infos[0].dtype), MERGE, sources)
+        dtype = choice.dtype or self._output_dtype(name, infos[0].dtype)
+        return TensorEntry(name, shapes[0], dtype, MERGE, sources)
 
     def _raise_shapes(self, name: str, shapes: list[tuple[int, ...]]) -> None:
         listed = ", ".join(
@@ -237,7 +287,9 @@ class Inputs:
         missing: dict[str, list[str]] = {}
         checked = []
         for entry in entries:
-            lacking = [] if entry.action == COPY else self._check_curvature(entry)
+            lacking = self._check_curvature(entry) if entry.is_computed else []
+            if lacking and buffers.needs_no_curvature(entry.name, entry.shape):
+                lacking = []  # all experts weigh alike there
             if lacking:
                 missing[entry.name] = lacking
             kept = lacking and policy == "base"

@@ -23,13 +23,14 @@ from .candidates import DEFAULT_BUDGET, Store
 from .card import model_card
 from .engine import Decided, Engine, Event, Merged
 from .errors import BackendError, InputError, OutputError, RecipeError, RunError
-from .inputs import COPY, Inputs
+from .inputs import AVERAGE, COPY, Inputs
 from .io import journal
 from .io.assets import Asset, plan_assets, recipe_asset, write_assets
 from .io.pages import advise, release
 from .io.workfolder import WorkFolder
 from .io.writer import ShardWriter
 from .ledger import FORMAT, Ledger, record_of
+from .models.buffers import average
 from .planning import Plan, make_plan, memory_limit_of, thread_choices
 from .pool import Pool
 from .readahead import ReadAhead
@@ -165,7 +166,7 @@ class _Merge:
     def _prepare(self) -> None:
         options = self.options
         entries = enumerate(self.inputs.entries)
-        self.tensors = {i: self.inputs.tensor(e) for i, e in entries if e.action != COPY}
+        self.tensors = {i: self.inputs.tensor(e) for i, e in entries if e.is_computed}
         tensors = list(self.tensors.values())
         self.read_ahead = ReadAhead(tensors)
         self.survey = Survey(self.recipe, tensors, self.backend, release, self.read_ahead)
@@ -348,15 +349,19 @@ class _Merge:
         return engine.run(todo, ledger.open)
 
     def _copy(self, ledger: Ledger, writer: ShardWriter) -> Iterator:
-        """Tensors that are not floating point: equal in all models, or an error."""
+        """Tensors that no backend computes. COPY: equal in all models, or an error."""
         for index, entry in enumerate(self.inputs.entries):
-            if entry.action != COPY or not ledger.gaps(index, entry.numel):
+            if entry.is_computed or not ledger.gaps(index, entry.numel):
                 continue
             step = _COPY_BYTES // entry.dtype.itemsize
             for start in range(0, entry.numel, step):
                 pieces = [b.slice(start, min(start + step, entry.numel)) for b in self.inputs.buffers(entry)]
-                _check_equal(entry.name, pieces)
-                writer.write(self.plan.layout.tensors[index], start, pieces[0].data)
+                if entry.action == COPY:
+                    _check_equal(entry.name, pieces)
+                data = pieces[0].data
+                if entry.action == AVERAGE:
+                    data = average([(piece.data, piece.dtype) for piece in pieces], entry.dtype)
+                writer.write(self.plan.layout.tensors[index], start, data)
                 for piece in pieces:
                     advise(piece.data, "dontneed")
             yield Merged([(Segment(index, 0, entry.numel), Tally([]))])

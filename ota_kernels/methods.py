@@ -121,6 +121,7 @@ register(
                 "bias_correction",
                 "missing_curvature",
                 "on_nonfinite",
+                "extra_tensors",
             }
         ),
         model_parameters=frozenset(
@@ -143,7 +144,7 @@ register(
         formula="sum_t weight_t w_t / sum_t weight_t (normalize: false: not divided)",
         base="unused",
         curvature=False,
-        parameters=frozenset({"normalize"}),
+        parameters=frozenset({"normalize", "extra_tensors"}),
         model_parameters=frozenset({"weight"}),
         kernel=_weighted_mean,
         weights=_weights,

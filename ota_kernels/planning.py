@@ -12,7 +12,7 @@ from .backends.triton import LEAST_SLOTS, MOST_SLOTS
 from .candidates import DEFAULT_BUDGET
 from .errors import RecipeError
 from .factors import CHUNK, low_rank_bytes
-from .inputs import COPY, Inputs
+from .inputs import Inputs
 from .io.writer import Layout, layout
 from .pool import default_threads
 from .survey import Survey
@@ -144,7 +144,7 @@ def make_plan(
         threads=number,
         tile_elements=tile,
         tensors=len(inputs.entries),
-        parameters=sum(e.numel for e in inputs.entries if e.action != COPY),
+        parameters=sum(e.numel for e in inputs.entries if e.is_computed),
         experts=len(inputs.experts),
         tiles=sum(-(-t.numel // tile) for t in tensors),
         passes=passes,

@@ -184,6 +184,12 @@ class Parameters:
         _choice("error", "base"),
         "NaN, infinity or negative curvature: an error, or the base's value there",
     )
+    extra_tensors: str = _parameter(
+        "error",
+        _choice("error", "take", "drop", "average"),
+        "tensors that only some models have: an error (buffers are taken), or take the first model's, drop "
+        "them, or their average",
+    )
     normalize: bool = _parameter(True, _SWITCH, "divide by the sum of the weights")
 
 

@@ -21,7 +21,7 @@ from ..bracket import cluster_count
 from ..errors import RecipeError
 from ..factors import low_rank_bytes
 from ..formula import ExpertTerms, score_bits
-from ..inputs import COPY, MERGE, Inputs
+from ..inputs import MERGE, Inputs
 from ..io.pages import release
 from ..job import Progress
 from ..planning import PROCESS_BYTES, pinned_bytes
@@ -83,7 +83,7 @@ class Search:
         self.backend = backend
         self.passes = 0
         self.experts = len(inputs.recipe.models)
-        entries = [e for e in inputs.entries if e.action != COPY]
+        entries = [e for e in inputs.entries if e.is_computed]
         everything = [inputs.tensor(e) for e in entries]
         self.survey = Survey(inputs.recipe, everything, self.backend, release)
         self.read_ahead = ReadAhead(everything)

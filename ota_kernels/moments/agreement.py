@@ -10,7 +10,7 @@ import numpy as np
 from .. import backends, decide
 from ..formula import ExpertTerms, score_of_saliency
 from ..grid.densities import densities as thresholds_of
-from ..inputs import COPY, Inputs
+from ..inputs import Inputs
 from ..io.pages import release
 from ..pool import Pool, default_threads
 from ..recipe import parse_recipe
@@ -82,7 +82,7 @@ def _score(threshold: float | None) -> np.float32:
 
 def _tiles(inputs: Inputs, backend) -> Iterator[list[TensorInputs]]:
     """Units of work over the tensors that model-wide thresholds are over."""
-    tensors = [inputs.tensor(entry) for entry in inputs.entries if entry.action != COPY]
+    tensors = [inputs.tensor(entry) for entry in inputs.entries if entry.is_computed]
     survey = Survey(inputs.recipe, tensors, backend)
     ranges = ((i, 0, t.numel) for i, t in enumerate(tensors) if survey.takes_part(t))
     for unit in units(ranges, _TILE_ELEMENTS):
