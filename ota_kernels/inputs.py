@@ -5,21 +5,24 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import methods
-from .dtypes import BY_NAME, OUTPUT_NAMES, DType
+from .dtypes import OUTPUT_NAMES, DType
 from .errors import InputError
 from .io.assets import tokenizer_folder
 from .io.curvature import CurvatureFile
+from .io.header import TensorInfo
 from .io.hub import resolve_file, resolve_model
 from .io.quantised import quantisation_of, refuse_quantised
 from .io.reader import Checkpoint, open_model
 from .models import buffers
 from .models.check import compare
+from .models.identity import twins, without_base
 from .models.match import listing, match
+from .models.precision import Precision
 from .recipe import Recipe
 from .roles import EMBEDDING, OUTPUT, role_of
 from .tensors import Curvature, Rank1, TensorInputs, Uniform
@@ -59,10 +62,11 @@ class TensorEntry:
 class Inputs:
     """The open files of a recipe. allow_crimes: what differs between models is a note, not an error.
 
-    checkpoints: the base first where the method uses one, then the experts; entries: output tensors in the
-    order of the first checkpoint; matched: how tensors were paired, and what is left out; untied: the output
-    has an output matrix of its own although some model ties it to the embeddings; notes: what a user should
-    know of what was understood; model_folders: every folder by its name in the recipe, the base first.
+    recipe: without models that are the base itself; checkpoints: the base first where the method uses one,
+    then the experts; entries: output tensors in the order of the first checkpoint; matched: how tensors were
+    paired, and what is left out; untied: the output has an output matrix of its own although some model ties
+    it to the embeddings; notes: what a user should know of what was understood; model_folders: every folder
+    by its name in the recipe, the base first.
     """
 
     def __init__(self, recipe: Recipe, allow_crimes: bool = False) -> None:
@@ -74,8 +78,10 @@ class Inputs:
             self._open()
             self.matched = match(self.checkpoints)
             self.untied = self.matched.untied
-            self.notes = list(self.matched.notes)
+            self.notes = [*twins(self.experts), *self.matched.notes]
+            self._precision = Precision(self.checkpoints, recipe.dtype, recipe.out_dtype)
             self.entries = self._entries()
+            self.notes += self._precision.notes(listing)
             shapes = {entry.name: entry.shape for entry in self.entries}
             source = tokenizer_folder(self.model_folders, recipe.tokenizer_source)
             self.notes += compare(self.model_folders, shapes, source, allow_crimes)
@@ -93,13 +99,17 @@ class Inputs:
             self._files.enter_context(contextlib.closing(open_model(self.model_folders[label], label)))
             for label in used
         ]
+        if self.has_base:
+            base, *experts = self.checkpoints
+            self.recipe, kept = without_base(recipe, base, experts)
+            self.checkpoints = [base, *(experts[t] for t in kept)]
         for checkpoint in self.checkpoints:
             quantised = quantisation_of(checkpoint)
             if quantised is not None:
                 raise refuse_quantised(checkpoint.label, quantised)
         self.curvatures = [
             self._open_curvature(m.parameters.preconditioner_path, m.model) if self.method.curvature else None
-            for m in recipe.models
+            for m in self.recipe.models
         ]
 
     def _open_curvature(self, path: str | None, label: str) -> CurvatureFile | None:
@@ -245,7 +255,7 @@ class Inputs:
         pairs = zip(self.checkpoints, sources, strict=True)
         infos = [c.tensors[source] for c, source in pairs if source is not None]
         if choice.action == buffers.AVERAGE:
-            dtype = self._output_dtype(name, infos[0].dtype)
+            dtype = self._output_dtype(name, infos)
             return TensorEntry(name, infos[0].shape, dtype, AVERAGE, sources)
         shapes = [info.shape for info in infos]
         if len(set(shapes)) > 1:
@@ -258,7 +268,7 @@ class Inputs:
             raise InputError(f"{name}: types that cannot be merged ({listed})")
         if not all(floats):
             return TensorEntry(name, shapes[0], infos[0].dtype, COPY, sources)
-        dtype = choice.dtype or self._output_dtype(name, infos[0].dtype)
+        dtype = choice.dtype or self._output_dtype(name, infos)
         return TensorEntry(name, shapes[0], dtype, MERGE, sources)
 
     def _raise_shapes(self, name: str, shapes: list[tuple[int, ...]]) -> None:
@@ -270,9 +280,11 @@ class Inputs:
             advice = "; the vocabularies differ: resize the models' embeddings to one tokenizer first"
         raise InputError(f"{name}: shapes differ ({listed}){advice}")
 
-    def _output_dtype(self, name: str, own: DType) -> DType:
-        if self.recipe.output_dtype is not None:
-            return BY_NAME[self.recipe.output_dtype]
+    def _output_dtype(self, name: str, infos: Sequence[TensorInfo]) -> DType:
+        asked = self._precision.of(name, [info.dtype for info in infos])
+        if asked is not None:
+            return asked
+        own = infos[0].dtype
         if own.name not in OUTPUT_NAMES:
             raise InputError(
                 f"{self.checkpoints[0].label}: {name} is {own.name}, which a merge cannot be written in; "

@@ -154,9 +154,10 @@ class _Merge:
     """One merge: open inputs, its plan, and `run`."""
 
     def __init__(self, recipe: Recipe, options: Options) -> None:
-        self.recipe, self.options = recipe, options
+        self.options = options
         self.backend = backends.select(options.backend, options.device)
         self.inputs = Inputs(recipe, options.allow_crimes)
+        self.recipe = self.inputs.recipe
         try:
             self._prepare()
         except BaseException:

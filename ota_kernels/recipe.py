@@ -527,7 +527,8 @@ def _parse_model(
 
 
 def _same_place(first: str, second: str) -> bool:
-    return os.path.abspath(first) == os.path.abspath(second)
+    one, other = (os.path.realpath(os.path.expanduser(text)) for text in (first, second))
+    return one == other
 
 
 def _check_base(recipe: Recipe, method: Method) -> None:
