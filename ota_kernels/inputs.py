@@ -84,7 +84,7 @@ class Inputs:
             self.notes += self._precision.notes(listing)
             shapes = {entry.name: entry.shape for entry in self.entries}
             source = tokenizer_folder(self.model_folders, recipe.tokenizer_source)
-            self.notes += compare(self.model_folders, shapes, source, allow_crimes)
+            self.notes += compare(self.model_folders, shapes, source, allow_crimes, filter(None, self.stems))
         except BaseException:
             self.close()
             raise
@@ -127,6 +127,11 @@ class Inputs:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def stems(self) -> dict[str, str]:
+        """What names of output files begin with, by part of the model: as the first checkpoint has them."""
+        return self.checkpoints[0].stems
 
     @property
     def experts(self) -> list[Checkpoint]:

@@ -26,6 +26,7 @@ from .errors import BackendError, InputError, OutputError, RecipeError, RunError
 from .inputs import AVERAGE, COPY, Inputs
 from .io import journal
 from .io.assets import Asset, plan_assets, recipe_asset, write_assets
+from .io.leftovers import asset_notes
 from .io.pages import advise, release
 from .io.workfolder import WorkFolder
 from .io.writer import ShardWriter
@@ -80,7 +81,8 @@ class Options:
     1 GiB, on a GPU 4 GiB; shard_size: bytes of one output file at most; threads: None for every processor;
     seed: of methods that draw random numbers; tile_elements: None for what fits the limit;
     candidates_memory: bytes of undecided elements held in memory at most, the rest goes to the work folder;
-    allow_crimes: merge models whose configurations or vocabularies differ, and say so.
+    allow_crimes: merge models whose configurations or vocabularies differ, and say so; trust_remote_code:
+    copy the Python files that a model loads its classes from (none is ever run).
     """
 
     backend: str = "auto"
@@ -94,6 +96,7 @@ class Options:
     tile_elements: int | None = None
     candidates_memory: int = DEFAULT_BUDGET
     allow_crimes: bool = False
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         backends.check_device(self.device)
@@ -210,14 +213,17 @@ class _Merge:
                 tokenizer_source=self.recipe.tokenizer_source,
                 dtype=self.recipe.output_dtype,
                 untied=self.inputs.untied,
+                copy_code=self.options.trust_remote_code,
             ),
             recipe_asset(self.recipe.as_dict()),
         ]
 
-    @property
+    @functools.cached_property
     def notes(self) -> list[str]:
         """What was understood of the inputs and is not self-evident."""
-        return self.inputs.notes
+        names = [asset.name for asset in self.assets()]
+        source = self.recipe.tokenizer_source
+        return [*self.inputs.notes, *asset_notes(self.inputs.model_folders, names, source)]
 
     def run(self, out: Path, progress: Progress) -> dict:
         out = out.resolve()
@@ -227,6 +233,7 @@ class _Merge:
             work.remove_if_published()
             return finished
         assets = self.assets()
+        self.notes  # noqa: B018 - of the folders as they are now
         with work:
             try:
                 report = self._run_in(work, assets, progress)

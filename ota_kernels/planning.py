@@ -135,7 +135,7 @@ def make_plan(
             f"a memory limit of {format_bytes(memory_limit)} is too small for this merge on {on}: "
             f"give it --memory-limit {math.ceil(need / 1e6)}MB{' or lower --threads' if fewer else ''}"
         )
-    output = layout([(e.name, e.dtype, e.shape) for e in inputs.entries], shard_size)
+    output = layout([(e.name, e.dtype, e.shape) for e in inputs.entries], shard_size, inputs.stems)
     passes = 1 + survey.passes + survey.tensor_passes
     total = inputs.total_bytes
     return Plan(

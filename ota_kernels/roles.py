@@ -10,9 +10,9 @@ EMBEDDING, OUTPUT, MATRIX, VECTOR = "embedding", "output", "matrix", "vector"
 DETAILED_ROLES = ("q", "k", "v", "o", "gate", "up", "down", "embeddings", "norms", "output", "other")
 
 _EMBEDDING = re.compile(
-    r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|embeddings?)\.weight$"
+    r"(^|[./])(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|embeddings?)\.weight$"
 )
-_OUTPUT = re.compile(r"(^|\.)(lm_head|embed_out|output|score)\.weight$")
+_OUTPUT = re.compile(r"(^|[./])(lm_head|embed_out|output|score)\.weight$")
 
 # By the name of the module, or of it and the module it lies in: Llama, Mistral, Qwen; Meta's own names and
 # Mixtral's experts (w1, w2, w3); GPT-2; GPT-NeoX; Phi. Fused matrices (c_attn, query_key_value) are "other".

@@ -90,15 +90,6 @@ class TestKinds:
         save_model(tmp_path, TENSORS | {"attn.alpha": torch.ones(1)})
         assert "attn.alpha" in open_model(tmp_path, "x").tensors
 
-    def test_a_pipeline_names_its_models(self, tmp_path):
-        write(tmp_path, model_index__json={"_class_name": "StableDiffusionPipeline"})
-        for part in ("unet", "vae", "scheduler"):
-            (tmp_path / part).mkdir()
-        for part in ("unet", "vae"):
-            save_file(TENSORS, tmp_path / part / "diffusion_pytorch_model.safetensors")
-        assert "a diffusers pipeline of several models (unet, vae)" in refusal(tmp_path)
-        assert open_model(tmp_path / "unet", "x").tensors.keys() == TENSORS.keys()
-
     @pytest.mark.parametrize(
         "name", ["optimizer.pt", "optimizer_0.bin", "bf16_zero_pp_rank_0_optim_states.pt", "__0_0.distcp"]
     )

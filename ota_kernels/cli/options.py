@@ -107,6 +107,11 @@ _MERGING = (
         help="Merge models whose configurations or vocabularies differ, and say what differs.",
     ),
     click.option(
+        "--trust-remote-code",
+        is_flag=True,
+        help="Copy Python files that the model loads its classes from; none is run.",
+    ),
+    click.option(
         "--seed", type=int, default=0, show_default=True, help="Of methods that draw random numbers."
     ),
     _VERBOSE,

@@ -6,11 +6,13 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import yaml
 
 from ..errors import RecipeError, RunError
+from .folder import holds_weights
+from .parts import whole_files
 from .quantised import method_in_config, without_claims
 from .tokenizer import (
     check_equal_vocabularies,
@@ -22,11 +24,26 @@ from .tokenizer import (
 )
 
 _CONFIG = "config.json"
+_GENERATION = "generation_config.json"
 _CONFIG_COMPANIONS = (
-    "generation_config.json",
+    _GENERATION,
     "preprocessor_config.json",
     "processor_config.json",
     "video_preprocessor_config.json",
+    "image_processor_config.json",
+    "feature_extractor_config.json",
+    "preprocessor.json",
+    "processor.json",
+    "normalizer.json",
+    "audio_config.json",
+    "configuration.json",
+    "params.json",
+    "open_clip_config.json",
+    "label_map.json",
+    "labels.txt",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
 )
 # transformers writes "dtype" from version 5 on, "torch_dtype" before; every version reads the latter.
 _DTYPE_KEYS = ("dtype", "torch_dtype")
@@ -46,32 +63,48 @@ def plan_assets(
     tokenizer_source: str = "base",
     dtype: str | None = None,
     untied: bool = False,
+    copy_code: bool = False,
 ) -> list[Asset]:
-    """Configuration, tokenizer and remote-code files of the merged model; writes nothing.
+    """Configuration, tokenizer, processor and module files of the merged model; writes nothing.
 
     models: folders by their names in the recipe, the base first if there is one: the first gives the
     configuration. tokenizer_source: "base" (the first model, which may have no tokenizer), "union"
     (all vocabularies must be equal), or a name or folder of a model that has a tokenizer. dtype: the
     torch name that config.json must state, None to leave it. untied: the output has an output matrix of
-    its own, so config.json must say that embeddings are not tied.
+    its own, so config.json must say that embeddings are not tied. copy_code: copy Python files that the
+    configuration loads its classes from, too.
 
     Raises RecipeError for a tokenizer_source that cannot be served, InputError for a malformed file.
     """
-    config_folder = next(iter(models.values()))
+    config_folder = home(next(iter(models.values())))
     tokens_from = tokenizer_folder(models, tokenizer_source)
-    contents: dict[str, bytes | Path] = {}
+    contents: dict[str, bytes | Path] = dict(whole_files(config_folder))
     contents |= files_in(config_folder, (_CONFIG, *_CONFIG_COMPANIONS))
-    if _CONFIG in contents:
-        config = read_json(config_folder / _CONFIG)
-        if dtype is not None or untied or method_in_config(config) is not None:
-            contents[_CONFIG] = _merged_config(config, dtype, untied)
+    for name in [name for name in contents if PurePosixPath(name).name == _CONFIG]:
+        config = read_json(config_folder / name)
+        has_weights = name == _CONFIG or holds_weights((config_folder / name).parent)
+        if method_in_config(config) is not None or (has_weights and (dtype is not None or untied)):
+            # Only the model's own configuration knows of ties; modules and components have dtypes.
+            contents[name] = _merged_config(
+                config, dtype if has_weights else None, untied and name == _CONFIG, name == _CONFIG
+            )
     contents |= tokenizer_files(tokens_from)
-    contents |= _code_files(config_folder, tokens_from)
+    if _GENERATION not in contents:  # its token ids are the tokenizer's
+        contents |= files_in(tokens_from, [_GENERATION])
+    if copy_code:
+        contents |= code_files(config_folder, tokens_from)
     return [Asset(name, content) for name, content in contents.items()]
+
+
+def home(model: Path) -> Path:
+    """The folder of a model's files beside its weights: of a weight file, its own, where that has a
+    config.json."""
+    return model.parent if model.is_file() and (model.parent / _CONFIG).is_file() else model
 
 
 def tokenizer_folder(models: Mapping[str, Path], source: str) -> Path:
     """The folder whose tokenizer is copied; models and source as for `plan_assets`."""
+    models = {label: home(folder) for label, folder in models.items()}
     first = next(iter(models.values()))
     if source == "base":
         return first
@@ -89,10 +122,10 @@ def tokenizer_folder(models: Mapping[str, Path], source: str) -> Path:
     return folder
 
 
-def _merged_config(config: dict, dtype: str | None, untied: bool) -> bytes:
+def _merged_config(config: dict, dtype: str | None, untied: bool, add: bool = True) -> bytes:
     # No merged tensor is quantised, so nothing may say so.
     config = _restated(without_claims(config), dtype, untied)
-    if dtype is not None and not any(key in config for key in _DTYPE_KEYS):
+    if add and dtype is not None and not any(key in config for key in _DTYPE_KEYS):
         config["torch_dtype"] = dtype
     if untied:
         config["tie_word_embeddings"] = False
@@ -112,7 +145,7 @@ def _restated(config: dict, dtype: str | None, untied: bool) -> dict:
     return restated
 
 
-def _code_files(config_folder: Path, tokenizer_folder: Path) -> dict[str, Path]:
+def code_files(config_folder: Path, tokenizer_folder: Path) -> dict[str, Path]:
     """Python files of the folders whose configuration loads its classes from them (`auto_map`)."""
     code: dict[str, Path] = {}
     for folder, name in ((config_folder, _CONFIG), (tokenizer_folder, "tokenizer_config.json")):

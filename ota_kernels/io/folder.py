@@ -58,7 +58,6 @@ _FORMATS = {
 _TO_DO = {
     ADAPTER: "{kind}, not a full model: merge it into its base model first (PEFT's merge_and_unload) and "
     "give that folder; the means of A and of B are not the mean of B A",
-    PIPELINE: "a diffusers pipeline of several models ({parts}): name one of its folders",
     OPTIMIZER: "optimizer states, not a model: `ota-merge moments extract` reads them; give the folder of "
     "the weights here",
 }
@@ -118,8 +117,7 @@ def check_is_model(path: Path, label: str) -> None:
         return
     found = contents_of(path, label)
     if found.kind in _TO_DO:
-        parts = ", ".join(p.name for p in sorted(path.iterdir()) if p.is_dir() and _holds_weights(p))
-        text = _TO_DO[found.kind].format(kind=found.named, parts=parts)
+        text = _TO_DO[found.kind].format(kind=found.named)
         raise InputError(f"{where(label, path)}: is {text}")
 
 
@@ -137,7 +135,7 @@ def kind_by_names(names: Iterable[str]) -> str | None:
 def refuse_kind(kind: str, label: str, path: Path) -> InputError:
     """The error about a file of this kind."""
     named = "a LoRA adapter" if kind == ADAPTER else kind
-    return InputError(f"{where(label, path)}: holds {_TO_DO[kind].format(kind=named, parts='')}")
+    return InputError(f"{where(label, path)}: holds {_TO_DO[kind].format(kind=named)}")
 
 
 def weight_files(folder: Path, label: str) -> list[Path]:
@@ -254,7 +252,7 @@ def _advice(folder: Path, names: list[str]) -> str:
         return f", only {foreign}"
     if unfinished(folder):
         return f"{unfinished(folder)}: fetch it again"
-    inside = [name for name in names if _holds_weights(folder / name)]
+    inside = [name for name in names if holds_weights(folder / name)]
     return f"; its folders {', '.join(inside[:4])} do: name one" if inside else ""
 
 
@@ -273,5 +271,11 @@ def foreign_format(path: Path) -> str:
     return f", but one of {found}" if found else "; convert it to safetensors"
 
 
-def _holds_weights(path: Path) -> bool:
+def foreign_weights(folder: Path) -> str:
+    """Weights of a folder in formats that are not read, and what to do; "" where there are none."""
+    return _foreign(_listed(folder))
+
+
+def holds_weights(path: Path) -> bool:
+    """Whether a folder holds safetensors files."""
     return path.is_dir() and any(name.endswith(FILE_SUFFIX) for name in _listed(path))

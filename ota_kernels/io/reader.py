@@ -11,7 +11,7 @@ import os
 import resource
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -33,6 +33,7 @@ from .folder import (
     where,
 )
 from .header import Header, TensorInfo, parse_json_object, quoted, read_header
+from .parts import Part, parts_of
 from .signature import check_real
 
 
@@ -71,15 +72,20 @@ class Checkpoint:
     """A model as its safetensors files hold it; safe to use from several threads.
 
     label: what errors call it ("base_model", "models[2]"); root: the folder it lies in; files: its shards;
-    tensors: name -> TensorInfo over all shards, in file order.
+    tensors: name -> TensorInfo over all shards, in file order; of a folder of several models with the part's
+    prefix ("unet/"); stems: by prefix, what names of weight files begin with.
     """
 
-    def __init__(self, label: str, root: Path, headers: dict[Path, Header]):
+    def __init__(
+        self, label: str, root: Path, headers: dict[Path, Header], parts: Mapping[Path, Part] | None = None
+    ):
         self.label = label
         self.root = root
         self.files = list(headers)
         self.tensors: dict[str, TensorInfo] = {}
         self._headers = headers
+        self._parts = parts or {}
+        self.stems = {part.prefix: part.stem for part in self._parts.values()} or {"": "model"}
         self._paths: dict[str, Path] = {}
         self._maps: dict[Path, MappedFile] = {}
         self._lock = threading.Lock()
@@ -94,13 +100,7 @@ class Checkpoint:
         Raises InputError for whatever is missing, malformed or contradictory.
         """
         files = _entry_files(path, label)
-        if not files[0].name.endswith(INDEX_SUFFIX):
-            return cls(label, files[0].parent, {file: read_header(file) for file in files})
-        (index,) = files
-        weight_map = _read_weight_map(index)
-        headers = {file: read_header(file) for file in dict.fromkeys(weight_map.values())}
-        _check_weight_map(weight_map, headers, index)
-        return cls(label, index.parent, headers)
+        return cls(label, files[0].parent, _headers_of(files))
 
     def buffer(self, name: str) -> Buffer:
         """A zero-copy view of tensor `name`; maps its shard first where that has not been done.
@@ -111,7 +111,10 @@ class Checkpoint:
         with self._lock:
             if path not in self._maps:
                 self._maps[path] = MappedFile(path, self._headers[path])
-            return self._maps[path].buffer(name)
+            return self._maps[path].buffer(name.removeprefix(self._prefix(path)))
+
+    def _prefix(self, path: Path) -> str:
+        return self._parts[path].prefix if path in self._parts else ""
 
     def path_of(self, name: str) -> Path:
         """The file that holds tensor `name`."""
@@ -149,7 +152,8 @@ class Checkpoint:
             self._maps.clear()
 
     def _add_shard(self, path: Path, header: Header) -> None:
-        for name, info in header.tensors.items():
+        for own, info in header.tensors.items():
+            name = self._prefix(path) + own
             if name in self._paths:
                 raise InputError(
                     f"{self.label}: tensor {quoted(name)} is in two files, "
@@ -159,10 +163,27 @@ class Checkpoint:
             self.tensors[name] = info
 
 
+def _headers_of(files: Sequence[Path]) -> dict[Path, Header]:
+    """The headers of weight files, or of the shards that an index names."""
+    if not files[0].name.endswith(INDEX_SUFFIX):
+        return {file: read_header(file) for file in files}
+    (index,) = files
+    weight_map = _read_weight_map(index)
+    headers = {file: read_header(file) for file in dict.fromkeys(weight_map.values())}
+    _check_weight_map(weight_map, headers, index)
+    return headers
+
+
 def open_model(path: Path, label: str) -> Checkpoint:
     """A checkpoint that is a model: InputError, by its name, for an adapter and other kinds."""
     check_is_model(path, label)
-    checkpoint = Checkpoint.open(path, label)
+    headers: dict[Path, Header] = {}
+    parts: dict[Path, Part] = {}
+    for part in parts_of(path, label):
+        found = _headers_of(part.files)
+        headers |= found
+        parts |= dict.fromkeys(found, part)
+    checkpoint = Checkpoint(label, path, headers, parts) if headers else Checkpoint.open(path, label)
     kind = kind_by_names(checkpoint.tensors)
     if kind is not None:
         raise refuse_kind(kind, label, path)

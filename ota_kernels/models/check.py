@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..io.assets import home
 from ..io.tokenizer import files_in, read_json
 from .compare import config_differences, contradictions, vocabulary_rows
 from .vocabulary import token_differences
@@ -21,21 +22,27 @@ def config_of(folder: Path) -> dict[str, Any] | None:
 
 
 def differences(
-    folders: Mapping[str, Path], shapes: Mapping[str, tuple[int, ...]], tokenizer: Path
+    folders: Mapping[str, Path],
+    shapes: Mapping[str, tuple[int, ...]],
+    tokenizer: Path,
+    parts: Iterable[str] = (),
 ) -> list[str]:
     """What differs between models of equal shapes, in lines: configurations, then the written configuration
     against the written tensors, then vocabularies.
 
     folders: by label, the first gives the configuration; shapes: of the output's tensors; tokenizer: the
-    folder whose tokenizer is written.
+    folder whose tokenizer is written; parts: subfolders with a model of their own.
     """
-    configs = {label: config_of(folder) for label, folder in folders.items()}
+    configs = {label: config_of(home(folder)) for label, folder in folders.items()}
     found = config_differences(configs)
     donor = next(iter(configs))
     found += [f"config.json of {donor}: {line}" for line in contradictions(configs[donor], shapes)]
+    for part in parts:
+        configs = {label: config_of(folder / part) for label, folder in folders.items()}
+        found += [f"{part.rstrip('/')}: {line}" for line in config_differences(configs)]
     rows = vocabulary_rows(shapes)
     if rows:
-        owners = dict(folders)
+        owners = {label: home(folder) for label, folder in folders.items()}
         if tokenizer not in owners.values():
             owners[str(tokenizer)] = tokenizer
         found += token_differences(owners, max(rows.values()))
@@ -47,9 +54,10 @@ def compare(
     shapes: Mapping[str, tuple[int, ...]],
     tokenizer: Path,
     allow: bool = False,
+    parts: Iterable[str] = (),
 ) -> list[str]:
     """`differences` as notes where they are allowed; else InputError where there are any."""
-    found = differences(folders, shapes, tokenizer)
+    found = differences(folders, shapes, tokenizer, parts)
     if found and not allow:
         more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         raise InputError(
