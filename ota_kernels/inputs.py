@@ -19,12 +19,11 @@ from .io.hub import resolve_file, resolve_model
 from .io.quantised import quantisation_of, refuse_quantised
 from .io.reader import Checkpoint, open_model
 from .models import buffers
-from .models.check import compare
+from .models.check import compare, shape_advice
 from .models.identity import twins, without_base
 from .models.match import listing, match
 from .models.precision import Precision
 from .recipe import Recipe
-from .roles import EMBEDDING, OUTPUT, role_of
 from .tensors import Curvature, Rank1, TensorInputs, Uniform
 
 MERGE, COPY, KEEP_BASE, TAKE, AVERAGE = "merge", "copy", "keep base", "take", "average"
@@ -280,10 +279,7 @@ class Inputs:
         listed = ", ".join(
             f"{c.label}: {list(shape)}" for c, shape in zip(self.checkpoints, shapes, strict=True)
         )
-        advice = ""
-        if role_of(name, shapes[0]) in (EMBEDDING, OUTPUT):
-            advice = "; the vocabularies differ: resize the models' embeddings to one tokenizer first"
-        raise InputError(f"{name}: shapes differ ({listed}){advice}")
+        raise InputError(f"{name}: shapes differ ({listed}){shape_advice(name, shapes)}")
 
     def _output_dtype(self, name: str, infos: Sequence[TensorInfo]) -> DType:
         asked = self._precision.of(name, [info.dtype for info in infos])

@@ -45,6 +45,11 @@ _UNSUPPORTED_TOP_KEYS = {
     "name": "remove it; the output folder names the merge",
 }
 
+_NO_EFFECT = {
+    "int8_mask": "it saved memory in other tools",
+    "embed_slerp": "no tool reads it",
+}
+
 # Of each group a model may have one; what a model says itself replaces the whole group of the global default.
 _EXCLUSIVE = (("precond_threshold", "density", "saliency_mass"), ("rank", "rank1_approx"))
 
@@ -413,8 +418,21 @@ def _check_keys(
 
 
 def _unknown_key(key: Any, value: Any, where: str, known: Iterable[str]) -> RecipeError:
-    hint = methods.suggest(key if isinstance(key, str) else "", known)
+    hint = _place_of(key, where) or methods.suggest(key if isinstance(key, str) else "", known)
     return RecipeError(f"unknown key {_show(key)} (value {_show(value)}) in {where}; {hint}")
+
+
+def _place_of(key: Any, where: str) -> str | None:
+    """Where a key belongs that recipes often have at another level; None for a key that stands nowhere."""
+    if key in _NO_EFFECT:
+        return f"it has no effect on values: remove it ({_NO_EFFECT[key]})"
+    if "parameters" in where:
+        return (
+            "move it to the top level of the recipe" if key in (*_TOP_KEYS, *_UNSUPPORTED_TOP_KEYS) else None
+        )
+    if key in _FIELDS:
+        return "move it under `parameters`" + ("" if where == "the recipe" else " of that model")
+    return "move it to the top level of the recipe" if key in _TOP_KEYS else None
 
 
 def _parse_value(value: Any, name: str, kind: _Kind) -> Any:

@@ -722,12 +722,19 @@ class TestHub:
             ("org/name", ("org/name", None)),
             ("meta-llama/Llama-3.2-1B", ("meta-llama/Llama-3.2-1B", None)),
             ("org/name@v1.0", ("org/name", "v1.0")),
+            ("org/name@refs/pr/1", ("org/name", "refs/pr/1")),
         ],
     )
     @pytest.mark.parametrize("resolve", [hub.resolve_model, hub.resolve_file])
     def test_a_model_is_fetched(self, fake, tmp_path, resolve, text, call):
         assert resolve(text) == tmp_path / "snapshot"
         assert fake.calls == [call]
+
+    @pytest.mark.parametrize("text", ["gpt2", "bert-base-uncased", "gpt2@main"])
+    def test_a_model_without_an_organisation_is_fetched(self, fake, tmp_path, text):
+        assert hub.resolve_model(text) == tmp_path / "snapshot"
+        name, _, revision = text.partition("@")
+        assert fake.calls == [(name, revision or None)]
 
     @pytest.mark.parametrize(
         ("file", "fetched"),
@@ -758,6 +765,7 @@ class TestHub:
             ("org/name:deep/v.pt", ("org/name", None, "deep/v.pt")),
             ("org/name@v1/deep/v.pt", ("org/name", "v1", "deep/v.pt")),
             ("org/name@v1:v.pt", ("org/name", "v1", "v.pt")),
+            ("org/name@refs/pr/1:deep/v.pt", ("org/name", "refs/pr/1", "deep/v.pt")),
         ],
     )
     def test_a_file_is_fetched(self, fake, tmp_path, text, call):
@@ -765,7 +773,8 @@ class TestHub:
         assert fake.calls == [call]
 
     @pytest.mark.parametrize(
-        "text", ["", "name", "./a", "../a/b", "/a/b", "a/b/c", "a//b", "a\0/b", "~nobody/x"]
+        "text",
+        ["", "x.safetensors", "./a", "../a/b", "/a/b", "a/b/c", "a//b", "a\0/b", "~nobody/x", "a/b@x/../y"],
     )
     def test_what_is_no_hub_model_is_refused_without_asking(self, fake, text):
         with pytest.raises(InputError, match="not a local folder, and not a hub id") as caught:

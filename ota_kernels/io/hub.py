@@ -9,9 +9,14 @@ from types import ModuleType
 
 from ..errors import InputError
 
-_REPOSITORY = r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w.-]+))?"
-_MODEL = re.compile(_REPOSITORY)
-_FILE = re.compile(_REPOSITORY + "[:/](?P<file>[^:@]+)")
+_NAME = r"[A-Za-z0-9][\w.-]*"
+# The first models of the hub have no organisation (gpt2); a revision may be a path (refs/pr/1).
+_MODEL = re.compile(rf"(?P<repo>(?:{_NAME}/)?{_NAME})(?:@(?P<revision>\w[\w./-]*))?")
+_FILE = re.compile(rf"(?P<repo>{_NAME}/{_NAME})(?:@(?P<revision>[\w.-]+))?[:/](?P<file>[^:@]+)")
+_FILE_OF_REF = re.compile(rf"(?P<repo>{_NAME}/{_NAME})@(?P<revision>\w[\w./-]*):(?P<file>[^:@]+)")
+_FILE_NAME = re.compile(
+    r"[^/@]*\.(safetensors|bin|pt|pth|ckpt|gguf|json|ya?ml|npz|h5)"
+)  # a file's, no model's
 _MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "tokenizer*"]
 # Copies of the same weights in the formats of other tools, each as large as the model.
 _NOT_MODEL_FILES = ["*/*.safetensors", "consolidated*.safetensors"]
@@ -25,7 +30,7 @@ def resolve_model(text: str) -> Path:
     path = os.path.expanduser(text)
     if os.path.exists(path):
         return Path(path)
-    match = _MODEL.fullmatch(text)
+    match = _model_id(text)
     if match is None:
         raise InputError(f"{text!r} is not a local folder, and not a hub id (org/name or org/name@revision)")
     hub = _import_hub(text, "folder")
@@ -42,6 +47,13 @@ def resolve_model(text: str) -> Path:
         raise _not_fetched(text, "folder", error) from error
 
 
+def _model_id(text: str) -> re.Match | None:
+    """The parts of a hub id of a model; None for what is none."""
+    match = _MODEL.fullmatch(text)
+    good = match is not None and not _FILE_NAME.fullmatch(text) and ".." not in (match["revision"] or "")
+    return match if good else None
+
+
 def resolve_file(text: str) -> Path:
     """The local file or folder `text`, or the cached copy of a hub file.
 
@@ -51,8 +63,12 @@ def resolve_file(text: str) -> Path:
     path = os.path.expanduser(text)
     if os.path.exists(path):
         return Path(path)
-    match = _FILE.fullmatch(text)
-    is_model = _MODEL.fullmatch(text) is not None
+    match = _FILE_OF_REF.fullmatch(text) or _FILE.fullmatch(text)
+    model = _model_id(text)
+    # A path after a revision is that of a file: org/name@v1/deep/v.pt.
+    is_model = (
+        model is not None and "/" in text and "/" not in (model["revision"] or "").removeprefix("refs/pr/")
+    )
     if not is_model and (match is None or ".." in PurePosixPath(match["file"]).parts):
         raise InputError(f"{text!r} is not a local file, and not a hub file (org/name/path or org/name:path)")
     if os.path.isdir(os.path.dirname(path)):  # a name mistyped, not a name of the hub

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
 from ..io.assets import home
 from ..io.tokenizer import files_in, read_json
+from ..roles import EMBEDDING, OUTPUT, role_of
 from .compare import config_differences, contradictions, vocabulary_rows
 from .vocabulary import token_differences
 
@@ -19,6 +20,21 @@ def config_of(folder: Path) -> dict[str, Any] | None:
     """config.json of a folder, None where it has none."""
     found = files_in(folder, ["config.json"])
     return read_json(found["config.json"]) if found else None
+
+
+def shape_advice(name: str, shapes: Sequence[tuple[int, ...]]) -> str:
+    """The end of an error about one tensor's shapes: what kind of difference it is, and what to do."""
+    if len({len(shape) for shape in shapes}) > 1 or not shapes[0]:
+        return ""
+    if role_of(name, shapes[0]) in (EMBEDDING, OUTPUT):
+        widths = {shape[1:] for shape in shapes}
+        if len(widths) == 1:
+            return "; the vocabularies differ: resize the models' embeddings to one tokenizer first"
+        shown = " and ".join(str(width[0]) for width in sorted(widths))
+        return (
+            f"; the models are of other sizes (hidden sizes {shown}): only models of one size can be merged"
+        )
+    return ""
 
 
 def differences(
