@@ -89,6 +89,7 @@ def pair(**extra):
         ("model_ema.decay", (), EMA),
         ("rope.freqs", (4,), CONSTANT),
         ("x.causal_attention_mask", (4,), CONSTANT),
+        ("feed_forward.input_max", (), CONSTANT),
         ("mask_token", (4,), None),
         ("masked_spec_embed", (4,), None),
         ("schema.weight", (4,), None),

@@ -101,6 +101,11 @@ def test_labels_of_classifiers():
     [
         ({"vocab_size": 12, "num_hidden_layers": 1}, []),
         ({"vocab_size": 10}, ["vocab_size is 10, but model.embed_tokens.weight has 12 rows"]),
+        ({"vocab_size": 10, "model_type": "mllama"}, []),
+        (
+            {"vocab_size": 14, "model_type": "mllama"},
+            ["vocab_size is 14, but model.embed_tokens.weight has 12 rows"],
+        ),
         (
             {"text_config": {"vocab_size": 14}},
             ["vocab_size is 14, but model.embed_tokens.weight has 12 rows"],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,22 +22,24 @@ _DEFAULT_BLOCK = 128  # DeepSeek's, and what transformers takes where the config
 
 # Formats that are refused: what names of their tensors end in, all of which must be there.
 _FORMATS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("bitsandbytes 4-bit", (r"\.quant_state\.bitsandbytes__\w+",)),
-    ("bitsandbytes 4-bit", (r"\.absmax", r"\.quant_map")),
-    ("bitsandbytes 8-bit", (r"\.SCB",)),
-    ("GPTQ", (r"\.qweight", r"\.g_idx")),
-    ("GPTQ or AWQ", (r"\.qweight", r"\.qzeros")),
-    ("GPTQ or AWQ", (r"\.qweight", r"\.scales")),
-    ("MXFP4", (r"_blocks", r"_scales")),
-    ("NVFP4", (r"\.weight_scale_2",)),
-    ("compressed-tensors", (r"\.weight_packed",)),
-    ("AQLM", (r"\.codebooks", r"\.codes")),
-    ("VPTQ", (r"\.centroids\.weight", r"\.indices")),
-    ("QuIP#", (r"\.Qidxs",)),
-    ("HQQ", (r"\.W_q",)),
-    ("Quanto", (r"\.weight\._data", r"\.weight\._scale")),
-    ("MLX", (r"\.scales", r"\.biases")),
+    ("bitsandbytes 4-bit", ("bitsandbytes__nf4",)),
+    ("bitsandbytes 4-bit", ("bitsandbytes__fp4",)),
+    ("bitsandbytes 4-bit", (".absmax", ".quant_map")),
+    ("bitsandbytes 8-bit", (".SCB",)),
+    ("GPTQ", (".qweight", ".g_idx")),
+    ("GPTQ or AWQ", (".qweight", ".qzeros")),
+    ("GPTQ or AWQ", (".qweight", ".scales")),
+    ("MXFP4", ("_blocks", "_scales")),
+    ("NVFP4", (".weight_scale_2",)),
+    ("compressed-tensors", (".weight_packed",)),
+    ("AQLM", (".codebooks", ".codes")),
+    ("VPTQ", (".centroids.weight", ".indices")),
+    ("QuIP#", (".Qidxs",)),
+    ("HQQ", (".W_q",)),
+    ("Quanto", (".weight._data", ".weight._scale")),
+    ("MLX", (".scales", ".biases")),
 )
+_ENDS = tuple({end for _, ends in _FORMATS for end in ends})
 # Beside float8 weights; they go when the weights are dequantised.
 _SCALE_ENDS = (("weight", "weight_scale_inv"), ("weight", "weight_scale"), ("weight", "scale_weight"))
 _SCALE_ENDS += (("weight", "qscale_weight"), ("", "_scale_inv"), ("", "_scale"))
@@ -90,8 +92,9 @@ def quantisation_of(model: Any) -> Quantised | None:
     """How the tensors of a model (`tensors`: name -> shape and dtype; `config`) are quantised; None where
     they are plain numbers, whatever the configuration says."""
     method = method_in_config(model.config)
-    for name, ends in _FORMATS:
-        found = [_first_ending(end, model.tensors) for end in ends]
+    ending = [name for name in model.tensors if name.endswith(_ENDS)]
+    for name, ends in _FORMATS if ending else ():
+        found = [next((n for n in ending if n.endswith(end)), None) for end in ends]
         if all(found) and _are_codes(found, model.tensors):
             return Quantised(_refined(name, method), _evidence(found, method))
     scaled = _scaled_float8(model)
@@ -146,11 +149,6 @@ def without_claims(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration, nested ones too, without what claims a quantisation."""
     kept = {k: v for k, v in config.items() if not (k in CONFIG_KEYS and isinstance(v, Mapping | None))}
     return {key: without_claims(value) if isinstance(value, dict) else value for key, value in kept.items()}
-
-
-def _first_ending(end: str, names: Iterable[str]) -> str | None:
-    pattern = re.compile(f".*{end}$")
-    return next((name for name in names if pattern.fullmatch(name)), None)
 
 
 def _are_codes(found: list[str], tensors: Mapping[str, Any]) -> bool:

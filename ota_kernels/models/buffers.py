@@ -6,6 +6,7 @@ in its own type, where the models agree, and refused where they do not. The same
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ _KINDS = (
         CONSTANT,
         re.compile(
             r"(^|\.)(freqs|token_type_ids|mask|\w+_mask|tril|triu|relative_coords_table|mel_filters|window"
-            r"|betas|sigmas|alphas_cumprod\w*|sqrt_\w*alphas_cumprod\w*|rotary_emb\.\w+)$"
+            r"|betas|sigmas|(in|out)put_(min|max)|alphas_cumprod\w*|sqrt_\w*alphas_cumprod\w*|rotary_emb\.\w+)$"
         ),
     ),
 )
@@ -77,7 +78,7 @@ PLAIN = Choice(MERGE)  # of a parameter that all models have
 
 def kind_of(name: str, shape: tuple[int, ...] = ()) -> str | None:
     """Which kind of buffer a tensor is by its name (and shape), None for a parameter."""
-    if not _ANY.search(name):
+    if not may_be_buffer(name):
         return None
     if _ATTENTION_BIAS.search(name):
         return FIXED if len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3] else None
@@ -91,7 +92,13 @@ def needs_no_curvature(name: str, shape: tuple[int, ...] = ()) -> bool:
 
 def may_be_buffer(name: str) -> bool:
     """Whether `kind_of` could know the tensor, whatever its shape."""
-    return _ANY.search(name) is not None
+    return _may_end(".".join(name.rsplit(".", 2)[-2:])) or ("ema" in name and _ANY.search(name) is not None)
+
+
+@functools.cache
+def _may_end(tail: str) -> bool:
+    """`may_be_buffer` by the last two modules of a name, of which a model has few."""
+    return _ANY.search(tail) is not None
 
 
 def written_type(name: str, shape: tuple[int, ...], dtypes: Sequence[DType]) -> DType | None:
