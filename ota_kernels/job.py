@@ -223,7 +223,8 @@ class _Merge:
         """What was understood of the inputs and is not self-evident."""
         names = [asset.name for asset in self.assets()]
         source = self.recipe.tokenizer_source
-        return [*self.inputs.notes, *asset_notes(self.inputs.model_folders, names, source)]
+        read = [path for checkpoint in self.inputs.checkpoints for path in checkpoint.files]
+        return [*self.inputs.notes, *asset_notes(self.inputs.model_folders, names, source, read)]
 
     def run(self, out: Path, progress: Progress) -> dict:
         out = out.resolve()

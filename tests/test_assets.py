@@ -408,6 +408,32 @@ def test_files_that_stay_behind_are_named(tmp_path):
     assert asset_notes({"m": make_folder(tmp_path / "bare", config__json={})}, ["config.json"]) == []
 
 
+def test_other_weights_are_named_where_some_are_merged(tmp_path):
+    folder = make_folder(
+        tmp_path / "m",
+        model__safetensors="x",
+        pytorch_model__bin="x",
+        optimizer__pt="x",
+        consolidated__safetensors="x",
+    )
+    read = [folder / "model.safetensors"]
+    assert asset_notes({"m": folder}, [], read=read) == [
+        "other weights of m that stay behind: consolidated.safetensors, pytorch_model.bin"
+    ]
+    assert asset_notes({"m": folder}, []) == []  # a base that is not merged gives no weights
+
+
+def test_a_chat_template_of_another_model_is_hinted_at(tmp_path):
+    base, chat = (
+        make_folder(tmp_path / "base"),
+        make_folder(tmp_path / "chat", vocab__txt="a", chat_template__jinja="x"),
+    )
+    models = {"base": base, "chat": chat}
+    (note,) = asset_notes(models, [])
+    assert note.startswith("chat has chat_template.jinja, which the output lacks: `tokenizer_source: chat`")
+    assert asset_notes(models, ["vocab.txt", "chat_template.jinja"], "chat") == []
+
+
 def test_a_generation_config_comes_with_the_tokenizer_where_the_first_model_has_none(tmp_path):
     base = make_folder(tmp_path / "base", config__json={})
     chat = make_folder(tmp_path / "chat", vocab__txt="a", generation_config__json={"eos_token_id": 7})

@@ -28,7 +28,7 @@ MODEL, ADAPTER, PIPELINE, STACK, OPTIMIZER, FOREIGN, EMPTY = (
 _STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{3,6})-of-(?P<count>\d{3,6})\.safetensors")
 # Beside a model's weights, not part of them; alone, they are what the folder is.
-_BESIDE = re.compile(r"adapter_model|pytorch_lora_weights|optimizer|scheduler|random_states|exp_avg_sq")
+BESIDE = re.compile(r"adapter_model|pytorch_lora_weights|optimizer|scheduler|random_states|exp_avg_sq")
 _ADAPTER_FILE = re.compile(r"adapter_config\.json|(adapter_model|pytorch_lora_weights)\..+")
 _OPTIMIZER_FILE = re.compile(
     r"optimizer(_\d+)?\.(pt|bin|safetensors)|.*_optim_states\.pt|.*\.distcp|global_step\d+|zero_to_fp32\.py"
@@ -88,7 +88,7 @@ def contents_of(folder: Path, label: str) -> Contents:
     if "modules.json" in names:
         return Contents(STACK, f"a {STACK}", *_own_weights(folder, names, label))
     weights, stem = _own_weights(folder, names, label)
-    only_beside = all(_BESIDE.match(path.name) for path in weights)
+    only_beside = all(BESIDE.match(path.name) for path in weights)
     if weights and not only_beside:
         return Contents(MODEL, "a model", weights, stem)
     if any(_ADAPTER_FILE.fullmatch(name) for name in names):
@@ -178,7 +178,7 @@ def _own_weights(folder: Path, names: list[str], label: str) -> tuple[tuple[Path
         )
     if indexes:
         return (folder / indexes[0],), indexes[0].removesuffix(INDEX_SUFFIX)
-    own = [name for name in files if not _BESIDE.match(name)] or files
+    own = [name for name in files if not BESIDE.match(name)] or files
     stems = {match["stem"] for name in own if (match := _SHARD.fullmatch(name))}
     for stem in sorted(stems):
         _shards(folder, stem, own, label)
