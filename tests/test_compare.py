@@ -80,6 +80,60 @@ def test_what_may_differ(change):
     assert config_differences({"a": LLAMA, "b": LLAMA | change, "c": None}) == []
 
 
+GEMMA = {"model_type": "gemma3_text", "rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": None}
+LLAMA3 = {"factor": 8.0, "rope_type": "llama3", "low_freq_factor": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("older", "newer"),
+    [
+        pytest.param(
+            GEMMA,
+            {
+                "model_type": "gemma3_text",
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 10000},
+                },
+            },
+            id="an entry per type of layer",
+        ),
+        pytest.param(
+            {"rope_theta": 5e5, "rope_scaling": LLAMA3},
+            {"rope_parameters": LLAMA3 | {"rope_theta": 5e5}},
+            id="llama3",
+        ),
+        pytest.param(
+            {"rope_theta": 1e4, "partial_rotary_factor": 0.5},
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            id="partial",
+        ),
+        pytest.param(
+            {"rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3]}},
+            {"rope_theta": 1e6, "rope_scaling": {"rope_type": "default", "mrope_section": [2, 3]}},
+            id="mrope",
+        ),
+        pytest.param(
+            {"model_type": "gemma", "hidden_act": "gelu"},
+            {"model_type": "gemma", "hidden_act": "gelu_pytorch_tanh"},
+            id="gemma's activation",
+        ),
+    ],
+)
+def test_configurations_of_other_versions_are_the_same(older, newer):
+    assert config_differences({"a": older, "b": newer}) == []
+
+
+def test_other_rotary_embeddings_of_other_versions_differ():
+    newer = {"rope_parameters": LLAMA3 | {"rope_theta": 5e5, "factor": 32.0}}
+    (line,) = config_differences({"a": {"rope_theta": 5e5, "rope_scaling": LLAMA3}, "b": newer})
+    assert line.startswith("rope_scaling: ")
+    (line,) = config_differences({"a": {"rope_theta": 5e5}, "b": {"rope_theta": 5e5, "rope_scaling": LLAMA3}})
+    assert line.startswith("rope_scaling: 'none' in a, {")
+    other = GEMMA | {"rope_local_base_freq": 2e4}
+    assert config_differences({"a": GEMMA, "b": other}) == ["rope_local_base_freq: 10000 in a, 20000 in b"]
+
+
 def test_nested_and_flat_configurations_are_compared():
     flat = {"model_type": "qwen2_5_vl", "rope_theta": 1e6, "vision_config": {"patch_size": 14}}
     nested = {"model_type": "qwen2_5_vl", "text_config": {"model_type": "qwen2_5_vl_text", "rope_theta": 1e6}}

@@ -85,8 +85,9 @@ def plan_assets(
         has_weights = name == _CONFIG or holds_weights((config_folder / name).parent)
         if method_in_config(config) is not None or (has_weights and (dtype is not None or untied)):
             # Only the model's own configuration knows of ties; modules and components have dtypes.
+            is_main = name == _CONFIG
             contents[name] = _merged_config(
-                config, dtype if has_weights else None, untied and name == _CONFIG, name == _CONFIG
+                config, dtype if has_weights else None, untied and is_main, is_main
             )
     contents |= tokenizer_files(tokens_from)
     if _GENERATION not in contents:  # its token ids are the tokenizer's
@@ -125,6 +126,8 @@ def tokenizer_folder(models: Mapping[str, Path], source: str) -> Path:
 def _merged_config(config: dict, dtype: str | None, untied: bool, add: bool = True) -> bytes:
     # No merged tensor is quantised, so nothing may say so.
     config = _restated(without_claims(config), dtype, untied)
+    # diffusers, whose configurations have a `_class_name`, knows no such key.
+    add = add and "_class_name" not in config
     if add and dtype is not None and not any(key in config for key in _DTYPE_KEYS):
         config["torch_dtype"] = dtype
     if untied:

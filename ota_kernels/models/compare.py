@@ -90,6 +90,8 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """The compared keys in one form: nested ones as `section.key`, those of the language part without it."""
     own = {key: value for key, value in config.items() if key in _KEYS and value is not None}
     _unify_rope(own, config)
+    if str(own.get("model_type")).startswith("gemma") and own.get("hidden_act") == "gelu":
+        own["hidden_act"] = "gelu_pytorch_tanh"  # what was meant, and what transformers takes
     if own.get("num_attention_heads"):
         own.setdefault("num_key_value_heads", own["num_attention_heads"])
         if isinstance(own.get("hidden_size"), int) and isinstance(own["num_attention_heads"], int):
@@ -113,23 +115,30 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _unify_rope(own: dict[str, Any], config: Mapping[str, Any]) -> None:
-    """transformers 5 has `rope_parameters` for `rope_theta` and `rope_scaling`, with a type for none."""
+    """transformers 5 has `rope_parameters`, with a type for none and for some models an entry per type of
+    layer, in place of `rope_theta`, `rope_local_base_freq`, `partial_rotary_factor` and `rope_scaling`."""
     scaling = own.pop("rope_scaling", None)
     parameters = config.get("rope_parameters")
     if isinstance(parameters, Mapping):
         scaling = parameters
+    if isinstance(scaling, Mapping) and isinstance(scaling.get("full_attention"), Mapping):
+        local = scaling.get("sliding_attention")
+        if isinstance(local, Mapping) and "rope_theta" in local:
+            own.setdefault("rope_local_base_freq", local["rope_theta"])
+        scaling = scaling["full_attention"]
     if isinstance(scaling, Mapping):
-        rest = {k: v for k, v in scaling.items() if k not in ("rope_theta", "type", "rope_type")}
+        rest = {k: v for k, v in scaling.items() if k not in ("type", "rope_type") and v is not None}
+        for key in ("rope_theta", "partial_rotary_factor"):
+            if key in rest:
+                own.setdefault(key, rest.pop(key))
         kind = scaling.get("rope_type", scaling.get("type", "default"))
-        if "rope_theta" in scaling:
-            own.setdefault("rope_theta", scaling["rope_theta"])
-        if all(isinstance(value, Mapping) for value in rest.values()) and rest:  # one entry per layer type
-            own["rope_scaling"] = rest
-        elif kind != "default" or "mrope_section" in rest:
+        kind = "default" if kind == "mrope" else kind  # its sections say so
+        if kind != "default" or "mrope_section" in rest:
             own["rope_scaling"] = {"rope_type": kind} | rest
     default = _ROPE_THETA.get(str(own.get("model_type")))
     if default is not None:
         own.setdefault("rope_theta", default)
+    if "rope_theta" in own:
         own.setdefault("rope_scaling", "none")
 
 
