@@ -21,7 +21,7 @@ from .io.reader import Checkpoint, open_model
 from .models import buffers
 from .models.check import compare, shape_advice
 from .models.identity import twins, without_base
-from .models.match import listing, match
+from .models.match import lacking_error, listing, match
 from .models.precision import Precision
 from .recipe import Recipe
 from .tensors import Curvature, Rank1, TensorInputs, Uniform
@@ -240,16 +240,7 @@ class Inputs:
             if None in found
         }
         if lacking:
-            name, labels = next(iter(lacking.items()))
-            more = f" ({len(lacking)} such tensors: {listing(lacking)})" if len(lacking) > 1 else ""
-            changes = "".join(
-                f"; names differ by prefix: {label} has {change}"
-                for label, change in self.matched.renamed.items()
-            )
-            raise InputError(
-                f"{', '.join(labels)}: has no tensor {name}, which other models have{more}{changes}; "
-                "`extra_tensors: take`, `drop` or `average` merges without it"
-            )
+            raise lacking_error(lacking, self.matched.renamed, self.checkpoints[0].label)
 
     def _entry(self, name: str, sources: tuple[str | None, ...], choice: buffers.Choice) -> TensorEntry:
         if choice.action == buffers.TAKE:

@@ -209,7 +209,9 @@ class TestPrefixes:
             pytest.param(lambda n: n.removeprefix("model."), True, id="model. taken away"),
             pytest.param(lambda n: n.replace("model.", "model.language_model.", 1), True, id="inserted"),
             pytest.param(lambda n: "language_model." + n, True, id="language_model"),
+            pytest.param(lambda n: n.replace("model.", "transformer.", 1), True, id="another wrapper"),
             pytest.param(lambda n: n.replace("model.", "decoder.", 1), False, id="another module"),
+            pytest.param(lambda n: n.replace("model.layers.", "transformer.h."), False, id="other layers"),
         ],
     )
     def test_one_change(self, change, safe):
@@ -253,5 +255,5 @@ class TestPrefixes:
         one, other = (random_tensors(SHAPES, seed) for seed in (1, 2))
         save(tmp_path, "a", one)
         save(tmp_path, "b", {n.replace("model.", "decoder."): t for n, t in other.items()})
-        with pytest.raises(InputError, match=r"differ by prefix: .*b has `decoder\.` for `model\.`"):
+        with pytest.raises(InputError, match=r"differ by a prefix: .*b has `decoder\.` for `model\.` of .*a"):
             plan(linear(tmp_path, "a", "b"))

@@ -14,6 +14,7 @@ import numpy as np
 from ..dtypes import BY_NAME
 from ..errors import InputError
 from ..tensors import Buffer
+from .folder import where
 from .pages import MappedMemory
 
 if TYPE_CHECKING:
@@ -30,14 +31,14 @@ def load(path: Path, label: str, allowed: Sequence[Any] = ()) -> Any:
     import torch
 
     if not os.path.isfile(path):
-        raise InputError(f"{label}: {path}: no such file")
+        raise InputError(f"{where(label, path)}: no such file")
     try:
         _check_archive(path)
         with torch.serialization.safe_globals(list(allowed)):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         # A hostile pickle or archive can fail anywhere inside torch or zipfile, with any exception.
-        raise InputError(f"{label}: {path}: {_load_failure(error)}") from error
+        raise InputError(f"{where(label, path)}: {_load_failure(error)}") from error
 
 
 def is_plain(tensor: Any) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..errors import InputError
 from . import tied
 from .prefixes import Renaming, renaming
 
@@ -93,6 +94,29 @@ def _head(models: Sequence[Any], head: str, found: tuple[str | None, ...]) -> li
         tied.head_source(model, name or head, shape, lacked)
         for model, name in zip(models, found, strict=True)
     ]
+
+
+def lacking_error(
+    lacking: Mapping[str, Sequence[str]], renamed: Mapping[str, Renaming], first: str
+) -> InputError:
+    """The error about tensors that some models lack: by name, with the labels of the models. Where a change
+    of prefix explains all of them, the error is about that."""
+    name, labels = next(iter(lacking.items()))
+    explained = {n for change in renamed.values() for pair in change.names.items() for n in pair}
+    if explained.issuperset(lacking):
+        shown = "; ".join(f"{label} has {change} of {first}" for label, change in renamed.items())
+        return InputError(
+            f"names differ by a prefix: {shown}: these may be other modules, so that nothing is matched; "
+            f"rename the tensors where they are the same ({len(lacking)} names, such as {name})"
+        )
+    more = f" ({len(lacking)} such tensors: {listing(lacking)})" if len(lacking) > 1 else ""
+    changes = "".join(
+        f"; names differ by a prefix: {label} has {change}" for label, change in renamed.items()
+    )
+    return InputError(
+        f"{', '.join(labels)}: has no tensor {name}, which other models have{more}{changes}; "
+        "`extra_tensors: take`, `drop` or `average` merges without it"
+    )
 
 
 def listing(names) -> str:

@@ -6,6 +6,13 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+# Modules that hold a whole model, and say nothing of what is in it.
+_WRAPPERS = frozenset(
+    {
+        *("model", "transformer", "language_model", "text_model", "base_model", "backbone", "net"),
+        *("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"),
+    }
+)
 _MOST_RULES = 4  # prefixes that one model changes: language part, vision part, head, ...
 
 
@@ -14,8 +21,9 @@ class Renaming:
     """How the names of one model become another's.
 
     names: its name -> the other's, of those that differ; rules: the prefixes that change, (its, the other's);
-    safe: whether every rule puts wrappers around modules or takes them away, or reorders them. `encoder.` in
-    place of `decoder.` is not: other tensors may have those names with equal shapes.
+    safe: whether every rule puts modules around others, takes them away or reorders them, or changes one
+    wrapper for another (`transformer.` for `model.`). `encoder.` in place of `decoder.` is not: other tensors
+    may have those names with equal shapes.
     """
 
     names: dict[str, str]
@@ -97,7 +105,8 @@ def _apply(rules: list[tuple[str, str]], only_theirs: list[str], only_ours: set[
 
 def _is_wrapper(theirs: str, ours: str) -> bool:
     one, other = theirs.split(".")[:-1], ours.split(".")[:-1]
-    return sorted(one) == sorted(other) or _within(one, other) or _within(other, one)
+    named = _WRAPPERS.issuperset(one) and _WRAPPERS.issuperset(other)
+    return named or sorted(one) == sorted(other) or _within(one, other) or _within(other, one)
 
 
 def _within(short: list[str], long: list[str]) -> bool:
