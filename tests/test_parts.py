@@ -177,3 +177,17 @@ def test_a_file_becomes_a_model(tmp_path):
         save_file(random_tensors(UNET, seed), tmp_path / f"{name}.safetensors")
     merge(linear(tmp_path, "a.safetensors", "b.safetensors"), tmp_path / "out")
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == UNET.keys()
+
+
+def test_custom_code_is_copied_where_it_is_told_and_named_otherwise(tmp_path):
+    for seed, name in enumerate("ab"):
+        save_model(
+            tmp_path / name, random_tensors(UNET, seed), config={"auto_map": {"AutoModel": "modeling_x.X"}}
+        )
+        put(tmp_path / name / "modeling_x.py", "class X: pass")
+    report = merge(linear(tmp_path, "a", "b"), tmp_path / "out")
+    assert not (tmp_path / "out" / "modeling_x.py").exists()
+    assert any("modeling_x.py" in note for note in report["notes"])
+    report = merge(linear(tmp_path, "a", "b"), tmp_path / "told", trust_remote_code=True)
+    assert (tmp_path / "told" / "modeling_x.py").read_text() == "class X: pass"
+    assert report["notes"] == []

@@ -13,7 +13,7 @@ from models import buffer
 
 from ota_kernels import InputError, merge, plan
 from ota_kernels.dtypes import BY_NAME
-from ota_kernels.io.float8 import ScaledFloat8, code_values
+from ota_kernels.io.float8 import ScaledFloat8, code_values, source_of
 from ota_kernels.io.quantised import block_shape, method_in_config, quantisation_of
 from ota_kernels.io.reader import Checkpoint
 from ota_kernels.tensors import Buffer
@@ -285,6 +285,20 @@ class TestFloat8:
         name = str(dtype).removeprefix("torch.")
         source = ScaledFloat8(buffer(codes), (2, 4), Buffer(raw, BY_NAME[name], "s"), (2, 2))
         np.testing.assert_array_equal(source.tile(0, 8).data.view(np.float32), [0.5, 0.5, 4, 4] * 2)
+
+    def test_the_weights_of_a_stored_model(self, tmp_path):
+        codes = torch.randn(256, 130, generator=torch.Generator().manual_seed(0)).to(torch.float8_e4m3fn)
+        scales = torch.tensor([[0.5, 3.0], [0.001, 7.0]])
+        save_model(tmp_path, NORM | {P + "weight": codes, P + "weight_scale_inv": scales})
+        with opened(tmp_path) as checkpoint:
+            found = quantisation_of(checkpoint)
+            source = source_of(checkpoint, P + "weight", found.scaled[P + "weight"])
+            tile = source.tile(100, 20_000).data.view(np.float32)
+        spread = scales.repeat_interleave(128, 0).repeat_interleave(128, 1)[:, :130]
+        expected = (codes.double() * spread.double()).float().reshape(-1)[100:20_000]
+        np.testing.assert_array_equal(tile, expected.numpy())
+        assert found.note.startswith("float8 with scales is read as weights, code x scale")
+        assert found.note.endswith("1 tensors; 1 scales and markers go")
 
     def test_scales_that_do_not_fit_are_refused(self):
         codes, scales = buffer(torch.ones(4, 4).to(torch.float8_e5m2)), buffer(torch.ones(3))

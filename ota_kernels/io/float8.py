@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import numpy as np
 
 from ..dtypes import BY_NAME, DType
 from ..errors import InputError
 from ..tensors import Buffer
+from .quantised import Scaled
 
 _FORMS = {"float8_e4m3fn": (4, 3, 7), "float8_e5m2": (5, 2, 15)}  # bits of exponent and mantissa, bias
 
@@ -40,6 +42,12 @@ def scale_values(scales: Buffer) -> np.ndarray:
     if scales.dtype.name not in ("float32", "bfloat16", "float16"):
         raise InputError(f"{scales.origin}: scales of type {scales.dtype.name} are not known")
     return scales.float32()
+
+
+def source_of(model: Any, name: str, scaled: Scaled) -> ScaledFloat8:
+    """The weights of a model's float8 tensor, as `quantised.quantisation_of` found it."""
+    shape = tuple(model.tensors[name].shape)
+    return ScaledFloat8(model.buffer(name), shape, model.buffer(scaled.name), scaled.block)
 
 
 class ScaledFloat8:

@@ -84,6 +84,14 @@ class Quantised:
     scaled: dict[str, Scaled] = field(default_factory=dict)
     helpers: frozenset[str] = frozenset()
 
+    @property
+    def note(self) -> str:
+        """What a plan and a report say where the tensors are dequantised."""
+        return (
+            f"{self.format} is read as weights, code x scale, and written without scales: {len(self.scaled)} "
+            f"tensors; {len(self.helpers)} scales and markers go"
+        )
+
     def __str__(self) -> str:
         return f"quantised: {self.format} ({self.evidence})"
 
