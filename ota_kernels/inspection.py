@@ -18,6 +18,7 @@ from .io.folder import contents_of
 from .io.hub import resolve_model
 from .io.quantised import method_in_config, quantisation_of, refuse_quantised
 from .io.reader import Checkpoint, open_model
+from .io.ties import is_head, tie_in_config
 from .io.tokenizer import has_tokenizer, tokenizer_files, vocabulary_of
 from .models import buffers, tied
 from .models.check import config_of, differences
@@ -75,8 +76,8 @@ def _of_tensors(checkpoint: Checkpoint) -> dict[str, Any]:
         "bytes": checkpoint.total_bytes,
         "types": dict(types.most_common()),
         "buffers": dict(kinds),
-        "output_matrices": {name: _head(checkpoint, name) for name in infos if tied.is_head(name)},
-        "tied_in_config": tied.tie_in_config(checkpoint.config),
+        "output_matrices": {name: _head(checkpoint, name) for name in infos if is_head(name)},
+        "tied_in_config": tie_in_config(checkpoint.config),
         "rows": vocabulary_rows({name: info.shape for name, info in infos.items()}),
     }
 

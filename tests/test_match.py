@@ -9,8 +9,9 @@ import torch
 from checkpoints import load_merged, random_tensors, save_model
 
 from ota_kernels import InputError, merge, plan
+from ota_kernels.io.ties import has_tied_embeddings, is_head, tie_in_config
 from ota_kernels.models.prefixes import renaming
-from ota_kernels.models.tied import embedding_of, has_tied_embeddings, is_head, look_equal, tie_in_config
+from ota_kernels.models.tied import embedding_of, look_equal
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SHAPES = {EMBED: (12, 4), "model.layers.0.mlp.up_proj.weight": (6, 4), "model.norm.weight": (4,)}

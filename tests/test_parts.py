@@ -191,3 +191,29 @@ def test_custom_code_is_copied_where_it_is_told_and_named_otherwise(tmp_path):
     report = merge(linear(tmp_path, "a", "b"), tmp_path / "told", trust_remote_code=True)
     assert (tmp_path / "told" / "modeling_x.py").read_text() == "class X: pass"
     assert report["notes"] == []
+
+
+class Stopped:
+    """A progress at which somebody loses patience."""
+
+    def stage(self, name, total_bytes):
+        pass
+
+    def advance(self, nbytes):
+        if nbytes:
+            raise KeyboardInterrupt
+
+
+def test_a_stopped_merge_of_a_pipeline_goes_on(tmp_path):
+    for seed, name in enumerate("ab"):
+        pipeline(tmp_path / name, seed)
+    recipe = linear(tmp_path, "a", "b")
+    with pytest.raises(KeyboardInterrupt):
+        merge(recipe, tmp_path / "out", progress=Stopped(), shard_size=64)
+    assert not (tmp_path / "out").exists()
+    assert merge(recipe, tmp_path / "out", resume=True, shard_size=64)["resumed"]
+    merge(recipe, tmp_path / "whole", shard_size=64)
+    files = {p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("*.safetensors*")}
+    assert len(files) > 4
+    for file in files:
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from ..models.tied import has_tied_embeddings
 from ..tensors import Buffer
 from .folder import (
     FILE_SUFFIX,
@@ -35,6 +34,7 @@ from .folder import (
 from .header import Header, TensorInfo, parse_json_object, quoted, read_header
 from .parts import Part, parts_of
 from .signature import check_real
+from .ties import has_tied_embeddings
 
 
 class MappedFile:
@@ -137,7 +137,7 @@ class Checkpoint:
 
     @property
     def tied_embeddings(self) -> bool:
-        """Whether the output head shares the input embedding, as `models.tied.has_tied_embeddings` tells."""
+        """Whether the output head shares the input embedding, as `ties.has_tied_embeddings` tells."""
         return has_tied_embeddings(self.config, self.tensors)
 
     def fingerprint(self) -> list[list[str | int]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import InputError
+from ..io.ties import is_head, tie_in_config
 from . import tied
 from .prefixes import Renaming, renaming
 
@@ -37,7 +38,7 @@ def match(models: Sequence[Any]) -> Matched:
     sources = {name: tuple(own.get(name) for own in names) for name in ordered}
     left_out: dict[str, str] = {}
     untied = False
-    for head in [name for name in sources if tied.is_head(name)]:
+    for head in [name for name in sources if is_head(name)]:
         found = _head(models, head, sources[head])
         if all(is_embedding for _, is_embedding in found):
             left_out[head] = f"a copy of {found[0][0]}, to which it is tied"
@@ -80,9 +81,7 @@ def _renamed(models: Sequence[Any]) -> tuple[list[dict[str, str]], dict[str, Ren
 
 def _tied_on_paper(model: Any, head: str) -> bool:
     shape = tuple(model.tensors[head].shape)
-    return (
-        bool(tied.tie_in_config(model.config)) and tied.embedding_of(head, model.tensors, shape) is not None
-    )
+    return bool(tie_in_config(model.config)) and tied.embedding_of(head, model.tensors, shape) is not None
 
 
 def _head(models: Sequence[Any], head: str, found: tuple[str | None, ...]) -> list[tuple[str | None, bool]]:

@@ -11,56 +11,20 @@ Functions take a model: `label`, `tensors` (name -> shape and dtype), `config` (
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from ..io.ties import is_head, tie_in_config
 from ..roles import EMBEDDING, role_of
 
-# The head of a language model, by itself or under modules that have no number: layers have one.
-_HEAD = re.compile(r"(?:[A-Za-z_]\w*\.)*(?:lm_head|embed_out|output|output_layer)\.weight")
 _NUMBER = re.compile(r"(^|\.)\d+\.")
-# Their tie keys, if any, speak of other embeddings or are defaults that somebody wrote out.
-_OTHER_SECTIONS = re.compile(r"vision|visual|audio|image|speech|vq|quanti|compression", re.IGNORECASE)
 
 _SAMPLES, _SAMPLE_BYTES = 256, 64
 _WHOLE_BYTES = 1 << 20  # tensors up to this size are compared as a whole
 _STEP_BYTES = 1 << 24
 _MOST_ALIASES = 64  # more tensors that some models lack are no aliases: the models differ
-
-
-def is_head(name: str) -> bool:
-    """Whether a model may tie the tensor of this name to its embeddings."""
-    return _HEAD.fullmatch(name) is not None
-
-
-def tie_in_config(config: Mapping[str, Any] | None) -> bool | None:
-    """What config.json, nested configurations of language models included, says about `tie_word_embeddings`;
-    None where it is silent or contradicts itself."""
-    said = set(_tie_values(config or {}))
-    return said.pop() if len(said) == 1 else None
-
-
-def _tie_values(config: Mapping[str, Any]) -> Iterator[bool]:
-    value = config.get("tie_word_embeddings")
-    if isinstance(value, bool):
-        yield value
-    for key, section in config.items():
-        if isinstance(section, Mapping) and not _OTHER_SECTIONS.search(str(key)):
-            yield from _tie_values(section)
-
-
-def has_tied_embeddings(config: Mapping[str, Any] | None, names: Iterable[str]) -> bool:
-    """Whether a model of this configuration takes its output matrix from its embeddings.
-
-    As config.json says; where it does not say (tied is the default of transformers, and defaults are left
-    out), whether no output matrix is stored. False without a config.json.
-    """
-    if config is None:
-        return False
-    said = tie_in_config(config)
-    return said if said is not None else not any(map(is_head, names))
 
 
 def embedding_of(head: str, tensors: Mapping[str, Any], shape: tuple[int, ...] | None = None) -> str | None:
