@@ -102,6 +102,38 @@ def test_modules_stay_inside(tmp_path, path):
         plan(linear(tmp_path, "a", "b"))
 
 
+def test_a_module_whose_weights_are_missing_is_refused(tmp_path):
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Dense": "Dense"}
+    for seed, name in enumerate("ab"):
+        stack(tmp_path / name, seed)
+        modules = [
+            {"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in kinds.items()
+        ]
+        put(tmp_path / name / "modules.json", modules)
+    assert plan(linear(tmp_path, "a", "b")).tensors == len(BERT) + len(DENSE)
+    for name in "ab":
+        (tmp_path / name / "2_Dense" / "model.safetensors").unlink()
+    with pytest.raises(
+        InputError, match=r"incomplete: modules\.json names 2_Dense \(Dense\), which holds no"
+    ):
+        plan(linear(tmp_path, "a", "b"))
+
+
+def test_a_component_whose_weights_are_missing_is_refused(tmp_path):
+    index = {
+        "_class_name": "X",
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "safety_checker": [None, None],
+    }
+    for seed, name in enumerate("ab"):
+        pipeline(tmp_path / name, seed)
+        put(tmp_path / name / "model_index.json", index)
+    with pytest.raises(InputError, match=r"incomplete: model_index\.json names vae \(AutoencoderKL\)"):
+        plan(linear(tmp_path, "a", "b"))
+
+
 def test_a_stack_and_a_plain_model_do_not_fit(tmp_path):
     stack(tmp_path / "a", 1)
     save_model(tmp_path / "b", random_tensors(BERT, 2), config={"model_type": "bert"})

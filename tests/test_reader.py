@@ -730,6 +730,16 @@ class TestHub:
         assert resolve(text) == tmp_path / "snapshot"
         assert fake.calls == [call]
 
+    def test_of_a_stack_the_weights_of_its_modules_are_fetched_too(self, fake, tmp_path):
+        folder = tmp_path / "snapshot"
+        folder.mkdir()
+        (folder / "modules.json").write_text(json.dumps([{"path": ""}, {"path": "2_Dense"}]))
+        assert hub.resolve_model("org/name") == folder
+        assert fake.calls == [("org/name", None)] * 2
+        allowed, ignored = fake.patterns
+        assert allowed == ["2_Dense/*.safetensors"]
+        assert not any(fnmatch("2_Dense/model.safetensors", pattern) for pattern in ignored)
+
     @pytest.mark.parametrize("text", ["gpt2", "bert-base-uncased", "gpt2@main"])
     def test_a_model_without_an_organisation_is_fetched(self, fake, tmp_path, text):
         assert hub.resolve_model(text) == tmp_path / "snapshot"

@@ -28,7 +28,9 @@ MODEL, ADAPTER, PIPELINE, STACK, OPTIMIZER, FOREIGN, EMPTY = (
 _STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{3,6})-of-(?P<count>\d{3,6})\.safetensors")
 # Beside a model's weights, not part of them; alone, they are what the folder is.
-BESIDE = re.compile(r"adapter_model|pytorch_lora_weights|optimizer|scheduler|random_states|exp_avg_sq")
+BESIDE = re.compile(
+    r"adapter_model|pytorch_lora_weights|optimizer|scheduler|random_states|rng_state|training_args|exp_avg_sq"
+)
 _ADAPTER_FILE = re.compile(r"adapter_config\.json|(adapter_model|pytorch_lora_weights)\..+")
 _OPTIMIZER_FILE = re.compile(
     r"optimizer(_\d+)?\.(pt|bin|safetensors)|.*_optim_states\.pt|.*\.distcp|global_step\d+|zero_to_fp32\.py"

@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from types import ModuleType
 
 from ..errors import InputError
+from .parts import part_patterns
 
 _NAME = r"[A-Za-z0-9][\w.-]*"
 # The first models of the hub have no organisation (gpt2); a revision may be a path (refs/pr/1).
@@ -35,7 +36,7 @@ def resolve_model(text: str) -> Path:
         raise InputError(f"{text!r} is not a local folder, and not a hub id (org/name or org/name@revision)")
     hub = _import_hub(text, "folder")
     try:
-        return Path(
+        folder = Path(
             hub.snapshot_download(
                 match["repo"],
                 revision=match["revision"],
@@ -43,6 +44,17 @@ def resolve_model(text: str) -> Path:
                 ignore_patterns=_NOT_MODEL_FILES,
             )
         )
+        parts = part_patterns(folder)
+        if parts:  # a stack or pipeline, whose weights are in folders
+            hub.snapshot_download(
+                match["repo"],
+                revision=match["revision"],
+                allow_patterns=parts,
+                ignore_patterns=_NOT_MODEL_FILES[1:],
+            )
+        return folder
+    except InputError:
+        raise
     except Exception as error:  # the hub fails in the manner of many libraries: requests, OS, its own
         raise _not_fetched(text, "folder", error) from error
 

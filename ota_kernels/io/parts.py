@@ -5,12 +5,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ..errors import InputError
-from .folder import FILE_SUFFIX, INDEX_SUFFIX, MODEL, PIPELINE, STACK, contents_of, foreign_weights, where
+from .folder import (
+    FILE_SUFFIX,
+    INDEX_SUFFIX,
+    MODEL,
+    PIPELINE,
+    STACK,
+    contents_of,
+    foreign_weights,
+    unfinished,
+    where,
+)
 from .signature import check_real
+from .tokenizer import read_json
 
 _ROOT_FILES = {
     STACK: ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"),
@@ -19,6 +31,10 @@ _ROOT_FILES = {
 # Weights, in whatever format: what is merged is written anew, the rest would be another model's.
 _WEIGHTS = (FILE_SUFFIX, INDEX_SUFFIX, ".bin", ".pt", ".pth", ".ckpt", ".bin.index.json", ".h5", ".msgpack")
 _WEIGHTS += (".onnx", ".onnx_data", ".gguf", ".npz", ".xml", ".mlmodel", ".tflite", ".ot")
+_WEIGHTED_MODULE = re.compile(r"Transformer|Dense|CNN|LSTM|WeightedLayerPooling")
+_WEIGHTED_COMPONENT = re.compile(
+    r"Model$|Autoencoder|Transformer\d?D|UNet|ControlNet|SafetyChecker$|WithProjection$"
+)
 _MOST_BYTES = 256 << 20  # a tokenizer has 30 MB; more is weights under another name
 
 
@@ -51,7 +67,39 @@ def parts_of(path: Path, label: str) -> list[Part]:
             parts.append(Part(f"{name}/", inside.weights, inside.stem))
         elif lost := foreign_weights(path / name):
             raise InputError(f"{where(label, path)}: {name} holds {lost}")
+    there = {part.prefix.rstrip("/") for part in parts}
+    for name, what in _with_weights(path, found.kind):
+        if name not in there:
+            listed = _ROOT_FILES[found.kind][0]
+            raise InputError(
+                f"{where(label, path)}: incomplete: {listed} names {name or 'the folder'} ({what}), which holds "
+                f"no weights; fetch it again{unfinished(path / name)}"
+            )
     return parts
+
+
+def part_patterns(folder: Path) -> list[str]:
+    """Of a folder whose parts are still to be fetched from the hub: the patterns of their weight files."""
+    if (folder / "model_index.json").is_file():
+        return [f"*/*{FILE_SUFFIX}"]
+    if not (folder / "modules.json").is_file():
+        return []
+    return [f"{path}/*{FILE_SUFFIX}" for path in _module_paths(folder / "modules.json") if path]
+
+
+def _with_weights(folder: Path, kind: str) -> list[tuple[str, str]]:
+    """(subfolder, class) of the parts that have weights, as the list of modules or components says."""
+    if kind == STACK:
+        modules = json.loads((folder / "modules.json").read_bytes())
+        named = [(module["path"], str(module.get("type")).rpartition(".")[2]) for module in modules]
+        return [pair for pair in named if _WEIGHTED_MODULE.fullmatch(pair[1])]
+    check_real(folder / "model_index.json")
+    named = [
+        (name, str(value[1]))
+        for name, value in read_json(folder / "model_index.json").items()
+        if not name.startswith("_") and isinstance(value, list) and len(value) == 2
+    ]
+    return [pair for pair in named if _WEIGHTED_COMPONENT.search(pair[1])]
 
 
 def _inner(folder: Path, kind: str, label: str) -> list[str]:
