@@ -252,6 +252,25 @@ class TestVocabularies:
         with pytest.raises(InputError, match=r"row 1 is 'b' in .*a and 'c' in .*t"):
             plan(recipe | {"tokenizer_source": str(tmp_path / "t")})
 
+    def test_tokens_that_two_models_add_to_a_base_are_compared_with_each_other(self, tmp_path):
+        words = [f"t{i}" for i in range(10)]
+        for name, added in (("base", []), ("a", ["<x>"]), ("b", ["<x>", "<z>"]), ("c", ["<y>"])):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "tokenizer.json").write_text(json.dumps(tokenizer(words, added)))
+        folders = {name: tmp_path / name for name in ("base", "a", "b", "c")}
+        assert token_differences(folders) == ["tokens differ: row 10 is '<x>' in a and '<y>' in c"]
+
+    def test_a_written_tokenizer_of_more_tokens_than_rows_is_a_difference(self, tmp_path):
+        for name, tokens in (("base", "abcd"), ("a", "abc")):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "tokenizer.json").write_text(json.dumps(tokenizer(tokens)))
+        folders = {name: tmp_path / name for name in ("base", "a")}
+        line = "the tokenizer of base has ids up to 3, but the embeddings 3 rows"
+        assert token_differences(folders, 3, tmp_path / "base") == [line]
+        assert token_differences(folders, 3, tmp_path / "a") == []
+        assert token_differences(folders, 4, tmp_path / "base") == []
+        assert token_differences(folders, 2, tmp_path / "base") == []  # all models are so
+
     def test_added_tokens_of_the_old_form_are_read(self, tmp_path):
         for name, token in (("a", "<x>"), ("b", "<y>")):
             (tmp_path / name).mkdir()

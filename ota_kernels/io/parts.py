@@ -72,8 +72,8 @@ def parts_of(path: Path, label: str) -> list[Part]:
         if name not in there:
             listed = _ROOT_FILES[found.kind][0]
             raise InputError(
-                f"{where(label, path)}: incomplete: {listed} names {name or 'the folder'} ({what}), which holds "
-                f"no weights; fetch it again{unfinished(path / name)}"
+                f"{where(label, path)}: incomplete: {listed} names {name or 'the folder'} ({what}), which "
+                f"holds no weights; fetch it again{unfinished(path / name)}"
             )
     return parts
 

@@ -61,7 +61,7 @@ def differences(
         owners = {label: home(folder) for label, folder in folders.items()}
         if tokenizer not in owners.values():
             owners[str(tokenizer)] = tokenizer
-        found += token_differences(owners, max(rows.values()))
+        found += token_differences(owners, max(rows.values()), tokenizer)
     return found
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ..errors import InputError
@@ -14,39 +15,64 @@ _SHOWN = 3
 _FREE = re.compile(r"reserved|unused|control_\d|placeholder|dummy|\bextra_\d|(^|\W)pad_?\d", re.IGNORECASE)
 
 
-def token_differences(folders: Mapping[str, Path], rows: int | None = None) -> list[str]:
+def token_differences(
+    folders: Mapping[str, Path], rows: int | None = None, written: Path | None = None
+) -> list[str]:
     """Tokens whose rows differ between models (label -> folder), in words; empty where none does.
 
     Two models differ where both give one row to other tokens, or one token other rows. A token that only one
     model has is no difference, nor one in place of a name kept free (`<|reserved_3|>`). rows: ids from there
-    on have no row. Models without a vocabulary that can be read are passed over.
+    on have no row. written: the folder whose tokenizer is written, which must have no more tokens than rows
+    where another model's fits. Models without a vocabulary that can be read are passed over.
     """
+    vocabularies = _read(folders)
     found: list[str] = []
-    seen: set[bytes] = set()
-    first: tuple[str, dict[str, int]] | None = None
-    for label, folder in folders.items():
-        if not has_tokenizer(folder):
-            continue
-        try:
-            digest, read = vocabulary_of(folder)
-            tokens = None if digest in seen else read()
-        except InputError:  # malformed: `tokenizer_source` says so where that matters
-            continue
-        seen.add(digest)
-        if tokens is None:
-            continue
-        if first is None:
-            first = label, tokens
-            continue
-        wrong = conflicts(first[1], tokens, rows)
+    known: dict[str, int] = {}
+    owner: dict[int, str] = {}  # row -> the first model that gives it a meaning
+    for label, tokens in vocabularies.items():
+        wrong = conflicts(known, tokens, rows) if known else []
         if wrong:
             shown = "; ".join(
-                f"row {row} is {one!r} in {first[0]} and {other!r} in {label}"
+                f"row {row} is {one!r} in {owner.get(row, next(iter(vocabularies)))} and {other!r} in {label}"
                 for row, one, other in wrong[:_SHOWN]
             )
             more = f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
             found.append(f"tokens differ: {shown}{more}")
+        for token, row in tokens.items():
+            owner.setdefault(row, label)
+            known.setdefault(token, row)
+    return found + _beyond(vocabularies, folders, rows, written)
+
+
+def _read(folders: Mapping[str, Path]) -> dict[str, dict[str, int]]:
+    """The vocabularies of models (label -> token -> id) where there are several; of equal ones the first."""
+    readers: dict[bytes, tuple[str, Callable[[], dict[str, int] | None]]] = {}
+    for label, folder in folders.items():
+        if has_tokenizer(folder):
+            with contextlib.suppress(InputError):  # malformed: `tokenizer_source` says so where that matters
+                digest, read = vocabulary_of(folder)
+                readers.setdefault(digest, (label, read))
+    found = {}
+    for label, read in readers.values() if len(readers) > 1 else ():
+        with contextlib.suppress(InputError):
+            tokens = read()
+            if tokens is not None:
+                found[label] = tokens
     return found
+
+
+def _beyond(
+    vocabularies: Mapping[str, Mapping[str, int]],
+    folders: Mapping[str, Path],
+    rows: int | None,
+    written: Path | None,
+) -> list[str]:
+    """Where the written tokenizer has ids without a row, though another model's has none."""
+    most = {label: max(tokens.values(), default=-1) for label, tokens in vocabularies.items()}
+    whose = next((label for label in most if folders[label] == written), None)
+    if whose is None or rows is None or most[whose] < rows or min(most.values()) >= rows:
+        return []
+    return [f"the tokenizer of {whose} has ids up to {most[whose]}, but the embeddings {rows} rows"]
 
 
 def conflicts(
