@@ -160,6 +160,13 @@ class TestCompleteness:
         assert f"incomplete: file names say 3 shards, {3 - len(missing)} are there" in message
         assert ", ".join(names) in message
 
+    def test_shards_that_are_counted_from_0(self, tmp_path):
+        for i in range(2):
+            save_file({f"w{i}": torch.ones(2)}, tmp_path / f"model-0000{i}-of-00002.safetensors")
+        assert open_model(tmp_path, "x").tensors.keys() == {"w0", "w1"}
+        (tmp_path / "model-00001-of-00002.safetensors").unlink()
+        assert "missing: model-00001-of-00002.safetensors" in refusal(tmp_path)
+
     @pytest.mark.parametrize("stem", ["weights", "diffusion_pytorch_model"])
     def test_of_other_names_too(self, tmp_path, stem):
         save_file(TENSORS, tmp_path / f"{stem}-00001-of-00002.safetensors")

@@ -217,7 +217,8 @@ def _shards(folder: Path, stem: str, files: list[str], label: str) -> list[str]:
             "no index: remove those that are not meant"
         )
     count, there = int(counts[0]), {int(m["number"]) for _, m in found}
-    missing = [i for i in range(1, count + 1) if i not in there] if 0 not in there else []
+    first = min(there | {1})  # numbers begin at 1, or at 0
+    missing = [i for i in range(first, first + count) if i not in there]
     if missing:
         width = len(counts[0])
         listed = ", ".join(f"{stem}-{i:0{width}d}-of-{counts[0]}{FILE_SUFFIX}" for i in missing[:4])

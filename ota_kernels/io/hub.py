@@ -18,7 +18,9 @@ _FILE_OF_REF = re.compile(rf"(?P<repo>{_NAME}/{_NAME})@(?P<revision>\w[\w./-]*):
 _FILE_NAME = re.compile(
     r"[^/@]*\.(safetensors|bin|pt|pth|ckpt|gguf|json|ya?ml|npz|h5)"
 )  # a file's, no model's
-_MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "tokenizer*"]
+# Code is fetched to be named, or copied where that is told; none is run.
+_MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "tokenizer*", "*.tiktoken", "*.py"]
+_MODEL_FILES += ["LICENSE*", "NOTICE*", "USE_POLICY*"]
 # Copies of the same weights in the formats of other tools, each as large as the model.
 _NOT_MODEL_FILES = ["*/*.safetensors", "consolidated*.safetensors"]
 
