@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -109,6 +111,27 @@ def test_large_tensors_are_looked_at_in_many_places():
     other[other.size // 3 :] ^= 1
     assert not look_equal(one, other)
     assert not look_equal(one, other[:-1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_comparing_large_matrices_holds_no_pages(tmp_path):
+    """A tied head and its embeddings may be larger than the memory limit."""
+    embeddings = torch.ones(1 << 12, 1 << 12)
+    path = tmp_path / "a"
+    save_model(path, {EMBED: embeddings, HEAD: embeddings.clone()})
+    script = (
+        "import resource, sys, pathlib\n"
+        "from ota_kernels.io.reader import Checkpoint\n"
+        "from ota_kernels.models.tied import are_equal\n"
+        "model = Checkpoint.open(pathlib.Path(sys.argv[1]), 'a')\n"
+        "pair = [model.buffer(name).data for name in sys.argv[2:]]\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "assert are_equal(*pair)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    call = [sys.executable, "-c", script, str(path), EMBED, HEAD]
+    grown = int(subprocess.run(call, capture_output=True, text=True, check=True).stdout)
+    assert grown < 80 << 10  # KiB, of 128 MiB
 
 
 @pytest.mark.parametrize("head", ["score.weight", "classifier.output.weight", "embed_out.weight"])

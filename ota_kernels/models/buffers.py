@@ -16,6 +16,7 @@ import numpy as np
 from ..dtypes import DType
 from ..errors import InputError
 from ..io.float8 import code_values
+from .tied import are_equal
 
 # What happens to a tensor.
 MERGE, TAKE, AVERAGE, DROP, MISSING = "merge", "take", "average", "drop", "missing"
@@ -128,7 +129,7 @@ def choose(name: str, held: Sequence[Held | None], policy: str = "error", has_ba
         return PLAIN
     dtypes = [one.dtype for one in held]
     data = [one.read() for one in held]
-    if len(set(dtypes)) == 1 and all(np.array_equal(data[0], other) for other in data[1:]):
+    if len(set(dtypes)) == 1 and all(are_equal(data[0], other) for other in data[1:]):
         return Choice(TAKE, 0)
     values = [as_float64(d, dtype) for d, dtype in zip(data, dtypes, strict=True)]
     if kind == COUNTER:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ..io.pages import advise
 from ..io.ties import is_head, tie_in_config
 from ..roles import EMBEDDING, role_of
 
@@ -84,11 +85,18 @@ def head_source(
 
 
 def are_equal(first: np.ndarray, second: np.ndarray) -> bool:
-    """Whether two arrays of bytes (uint8[n]) are equal; reads them up to the first difference."""
+    """Whether two arrays of bytes (uint8[n]) are equal; reads them up to the first difference, and lets go of
+    the pages of files."""
     if first.size != second.size:
         return False
-    steps = range(0, first.size, _STEP_BYTES)
-    return all(np.array_equal(first[i : i + _STEP_BYTES], second[i : i + _STEP_BYTES]) for i in steps)
+    for start in range(0, first.size, _STEP_BYTES):
+        pair = [data[start : start + _STEP_BYTES] for data in (first, second)]
+        same = np.array_equal(*pair)
+        for data in pair:
+            advise(data, "dontneed")
+        if not same:
+            return False
+    return True
 
 
 def look_equal(first: np.ndarray, second: np.ndarray) -> bool:
