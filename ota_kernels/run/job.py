@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,11 +22,13 @@ from .. import __version__, backends
 from ..errors import BackendError, InputError, OutputError, RecipeError, RunError
 from ..io import journal
 from ..io.assets import Asset, plan_assets, recipe_asset, write_assets
+from ..io.leftovers import asset_notes
 from ..io.pages import advise, release
 from ..io.workfolder import WorkFolder
 from ..io.writer import ShardWriter
+from ..planning.buffers import average
 from ..planning.inputs import Inputs
-from ..planning.outputs import COPY
+from ..planning.outputs import AVERAGE
 from ..planning.plan import Plan, make_plan, memory_limit_of, thread_choices
 from ..recipe import methods
 from ..recipe.schema import Recipe, load_recipe, parse_recipe
@@ -82,7 +84,9 @@ class Options:
     1 GiB, on a GPU 4 GiB; shard_size: bytes of one output file at most; threads: None for every processor;
     seed: of methods that draw random numbers; tile_elements: None for what fits the limit;
     candidates_memory: bytes of undecided elements held in memory at most, the rest goes to the work folder;
-    allow_crimes: models may differ in the tensors they have.
+    allow_crimes: models may differ in the tensors they have, in their configurations and vocabularies, and
+    the notes say so; trust_remote_code: copy the Python files that a model loads its classes from (none is
+    ever run).
     """
 
     backend: str = "auto"
@@ -96,6 +100,7 @@ class Options:
     tile_elements: int | None = None
     candidates_memory: int = DEFAULT_BUDGET
     allow_crimes: bool = False
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         backends.check_device(self.device)
@@ -132,7 +137,7 @@ def plan(
         job.assets()
         if out is not None:
             job.check_output(Path(out).resolve())
-        return job.plan
+        return replace(job.plan, notes=tuple(job.notes))
 
 
 def merge(
@@ -156,9 +161,10 @@ class Job:
     """One merge: open inputs, its plan, and `run`."""
 
     def __init__(self, recipe: Recipe, options: Options, rules: Rules = RULES) -> None:
-        self.recipe, self.options, self._rules = recipe, options, rules
+        self.options, self._rules = options, rules
         self.backend = backends.select(options.backend, options.device)
         self.inputs = Inputs(recipe, allow_crimes=options.allow_crimes)
+        self.recipe = self.inputs.recipe
         try:
             self._prepare()
         except BaseException:
@@ -168,7 +174,7 @@ class Job:
     def _prepare(self) -> None:
         options = self.options
         entries = enumerate(self.inputs.entries)
-        self.tensors = {i: e.inputs() for i, e in entries if e.action != COPY}
+        self.tensors = {i: e.inputs() for i, e in entries if e.is_computed}
         tensors = list(self.tensors.values())
         self.read_ahead = ReadAhead(tensors)
         self.plan = make_plan(
@@ -184,7 +190,7 @@ class Job:
 
     def _decider(self, pool: Pool) -> Decider:
         tensors = list(self.tensors.values())
-        of_each = {e.name: e.settings for e in self.inputs.entries if e.action != COPY}
+        of_each = {e.name: e.settings for e in self.inputs.entries if e.is_computed}
         return Decider(
             self.inputs.method,
             tensors,
@@ -193,7 +199,7 @@ class Job:
             pool,
             release,
             self.read_ahead,
-            positions={e.name: e.positions for e in self.inputs.entries if e.action != COPY},
+            positions={e.name: e.positions for e in self.inputs.entries if e.is_computed},
             seed=self.options.seed,
             rules=self._rules,
         )
@@ -215,6 +221,7 @@ class Job:
             self.recipe.as_dict(),
             self.options.seed,
             self.options.allow_crimes,
+            self.options.trust_remote_code,
             self.inputs.fingerprint(),
             [asdict(shard) | {"header": shard.header.hex()} for shard in self.plan.layout.shards],
         ]
@@ -230,9 +237,18 @@ class Job:
                 edit=self.inputs.edited_config,
                 chat_template=self.recipe.chat_template,
                 tokenizer=None if self.inputs.alignment is None else self.inputs.alignment.files,
+                copy_code=self.options.trust_remote_code,
             ),
             recipe_asset(self.recipe.as_dict()),
         ]
+
+    @functools.cached_property
+    def notes(self) -> list[str]:
+        """What was understood of the inputs and is not self-evident."""
+        names = [asset.name for asset in self.assets()]
+        source = self.recipe.tokenizer_source
+        read = [path for checkpoint in self.inputs.checkpoints.values() for path in checkpoint.files]
+        return [*self.inputs.notes, *asset_notes(self.inputs.model_folders, names, source, read)]
 
     def run(self, out: Path, progress: Progress) -> dict:
         out = out.resolve()
@@ -242,6 +258,7 @@ class Job:
             work.remove_if_published()
             return finished
         assets = self.assets()
+        self.notes  # noqa: B018 - of the folders as they are now
         with work:
             try:
                 report = self._run_in(work, assets, progress)
@@ -342,6 +359,7 @@ class Job:
                 store.close()
         seconds["sync"] = time.perf_counter() - started - seconds["survey"] - seconds["merge"]
         report = build_report(self.inputs, self.plan, decider, state, self.fingerprint, seconds)
+        report["notes"] = self.notes
         writer.write_index(work.files)
         write_assets(work.files, [*assets, self._card(assets, report), _json_asset(REPORT_NAME, report)])
         return report
@@ -363,16 +381,19 @@ class Job:
         return engine.run(todo, state.pending)
 
     def _copy(self, state: State, writer: ShardWriter) -> Iterator:
-        """Tensors that are copied: of the only source, or of several that must be equal."""
+        """Tensors that no backend computes: of the only source, of several that must be equal, or a mean."""
         for index, entry in enumerate(self.inputs.entries):
-            if entry.action != COPY or not state.gaps(index, entry.numel):
+            if entry.is_computed or not state.gaps(index, entry.numel):
                 continue
             step = self._rules.copy_bytes // entry.dtype.itemsize
             sources = [part.source for part in entry.sources]
             for start in range(0, entry.numel, step):
                 pieces = [b.slice(start, min(start + step, entry.numel)) for b in sources]
-                check_equal(entry.name, pieces)
-                data = in_type(self.backend, entry.name, pieces[0], entry.dtype)
+                if entry.action == AVERAGE:
+                    data = average([(piece.data, piece.dtype) for piece in pieces], entry.dtype)
+                else:
+                    check_equal(entry.name, pieces)
+                    data = in_type(self.backend, entry.name, pieces[0], entry.dtype)
                 writer.write(self.plan.layout.tensors[index], start, data)
                 for piece in pieces:
                     advise(piece.data, "dontneed")
