@@ -102,12 +102,17 @@ _MERGING = (
         help="Bytes of one output file at most.",
     ),
     click.option(
-        "--seed", type=int, default=0, show_default=True, help="Of methods that draw random numbers."
-    ),
-    click.option(
         "--allow-crimes",
         is_flag=True,
-        help="Models may differ in the tensors they have, and in architecture.",
+        help="Merge models that differ in their tensors, configurations or vocabularies, and say what differs.",
+    ),
+    click.option(
+        "--trust-remote-code",
+        is_flag=True,
+        help="Copy Python files that the model loads its classes from; none is run.",
+    ),
+    click.option(
+        "--seed", type=int, default=0, show_default=True, help="Of methods that draw random numbers."
     ),
     click.option(
         "--unsafe-truncate-embeddings",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable
 
 import click
 from rich.console import Console
@@ -37,6 +38,13 @@ def plan(found: Plan) -> None:
     for row in rows:
         table.add_row(*row)
     Console().print(table)
+    notes(found.notes)
+
+
+def notes(lines: Iterable[str]) -> None:
+    """What a user should know of the inputs."""
+    for line in lines:
+        click.echo(f"note: {line}")
 
 
 def tensors(found: Plan) -> None:
@@ -85,6 +93,7 @@ def report(merged: dict, out: str) -> None:
         click.echo(f"  {merged['repeats']} thresholds lay outside their bracket: merged again, exactly")
     if merged["repaired"]:
         click.echo(f"  {merged['repaired']} elements set to the base value: an input was not finite")
+    notes(merged.get("notes", ()))
 
 
 def progress():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
+from ..io.curvature import Held
 from ..io.reader import Checkpoint
 from ..tensors.computed import Source
 from ..tensors.dtypes import DType
@@ -15,6 +17,10 @@ class Info(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: DType
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
 
 
 class Model(Protocol):
@@ -45,6 +51,24 @@ class Model(Protocol):
         """Changes when the model does."""
 
     def close(self) -> None: ...
+
+
+class Moments(Protocol):
+    """The second moments of one expert; methods take the name of a parameter."""
+
+    def held(self, name: str, bias_correction: bool = False) -> Held | None:
+        """Shape and curvature; None where there is none."""
+
+    def what(self, name: str) -> str:
+        """What errors call it."""
+
+    @property
+    def where(self) -> str:
+        """What errors call all of it."""
+
+    @property
+    def source_format(self) -> str | None:
+        """What they were made from; None where nobody said."""
 
 
 class Stored:

@@ -14,7 +14,7 @@ from ..tensors.dtypes import DType
 from ..tensors.tile import TensorInputs
 from .models import Model
 
-MERGE, COPY, KEEP_BASE = "merge", "copy", "keep base"
+MERGE, COPY, KEEP_BASE, TAKE, AVERAGE = "merge", "copy", "keep base", "take", "average"
 
 
 class Part(NamedTuple):
@@ -49,8 +49,9 @@ class OutputTensor:
     """One output tensor.
 
     dtype: of the output; action: MERGE; COPY of the only source, or of several that must agree (integers,
-    booleans); KEEP_BASE where the base's values are taken (`missing_curvature: base`). base: None where the
-    method has none; experts, positions: those that take part, and their numbers in the recipe; curvatures:
+    booleans); KEEP_BASE where the base's values are taken (`missing_curvature: base`); TAKE: one model's
+    values as they are, in their own type; AVERAGE: the mean over the models that have the tensor. base: None
+    where the method has none; experts, positions: those that take part, and their numbers in the recipe; curvatures:
     one per expert; settings: None where nothing is merged.
     """
 
@@ -67,6 +68,11 @@ class OutputTensor:
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether it goes through a backend."""
+        return self.action in (MERGE, KEEP_BASE)
 
     @property
     def sources(self) -> tuple[Part, ...]:
@@ -99,7 +105,7 @@ class OutputTensor:
         return found
 
     def inputs(self) -> TensorInputs:
-        """What a backend receives of a tensor that is not COPY. Under KEEP_BASE every expert is the base
+        """What a backend receives of a tensor that it computes. Under KEEP_BASE every expert is the base
         itself."""
         base = None if self.base is None else self.base.source
         kept = self.action == KEEP_BASE

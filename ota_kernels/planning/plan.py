@@ -18,7 +18,7 @@ from ..tensors.result import STEP_BYTES, Alternatives, Candidates
 from ..tensors.segment import CHUNK
 from ..tensors.tile import TensorInputs
 from .inputs import Inputs
-from .outputs import COPY, OutputTensor
+from .outputs import OutputTensor
 
 
 class Work(Protocol):
@@ -63,7 +63,8 @@ class Plan:
     passes: times the inputs are read; bytes_in: bytes of all passes; bytes_out: bytes of all shards;
     candidate_bytes: estimate of what waits for exact thresholds, of which candidates_memory are held in
     memory at most and the rest in the work folder; peak_memory: bytes resident at most; seconds: estimate
-    when the files are in the page cache; outputs: every output tensor, with its sources and settings.
+    when the files are in the page cache; notes: what was understood of the inputs and is not self-evident;
+    outputs: every output tensor, with its sources and settings.
     """
 
     layout: Layout
@@ -81,6 +82,7 @@ class Plan:
     candidates_memory: int
     peak_memory: int
     seconds: float
+    notes: tuple[str, ...] = ()
     outputs: Sequence[OutputTensor] = field(default=(), repr=False, compare=False)
 
     @property
@@ -94,6 +96,7 @@ class Plan:
         more = ("bytes_in", "bytes_out", "candidate_bytes", "candidates_memory", "peak_memory", "seconds")
         shards = [{"name": s.name, "bytes": s.size} for s in self.layout.shards]
         found = {name: getattr(self, name) for name in names + more} | {"shards": shards}
+        found |= {"notes": list(self.notes)}
         return found | {"outputs": [output.as_dict() for output in self.outputs]} if tensors else found
 
 
@@ -156,7 +159,7 @@ def make_plan(
             f"a memory limit of {format_bytes(memory_limit)} is too small for this merge on {on}: "
             f"give it --memory-limit {math.ceil(need / 1e6)}MB{' or lower --threads' if fewer else ''}"
         )
-    output = layout([(e.name, e.dtype, e.shape) for e in inputs.entries], shard_size)
+    output = layout([(e.name, e.dtype, e.shape) for e in inputs.entries], shard_size, inputs.stems)
     passes = 1 + decider.passes + decider.tensor_passes
     total = inputs.total_bytes
     return Plan(
@@ -165,7 +168,7 @@ def make_plan(
         threads=number,
         tile_elements=tile,
         tensors=len(inputs.entries),
-        parameters=sum(e.numel for e in inputs.entries if e.action != COPY),
+        parameters=sum(e.numel for e in inputs.entries if e.is_computed),
         experts=len(inputs.recipe.models),
         tiles=sum(-(-t.numel // tile) for t in tensors),
         passes=passes,

@@ -16,6 +16,7 @@ import numpy as np
 
 from ..errors import InputError, RecipeError
 from ..io.curvature import Held
+from ..io.ties import is_head
 from ..io.vocabulary import Tokens, joined, read_tokens, stripped, written
 from ..recipe.reference import Reference
 from ..recipe.vocabulary import TokenRule, Vocabulary
@@ -23,9 +24,9 @@ from ..tensors.buffer import Buffer
 from ..tensors.computed import Computed, Source
 from ..tensors.curvature import Curvature, Full, Uniform
 from ..tensors.dtypes import BY_NAME
-from .models import Info, Model
-from .pairing import Moments
-from .roles import EMBEDDING, embedding_for, is_output, role_of
+from .models import Info, Model, Moments
+from .roles import EMBEDDING, role_of
+from .tied import head_source
 
 logger = logging.getLogger(__name__)
 
@@ -228,8 +229,10 @@ class Aligned:
 
     def _other(self, reference: Reference, name: str) -> Source:
         model = self._alignment.models[reference]
-        tied = name not in model.tensors or (model.tied_embeddings and is_output(name))
-        own = embedding_for(name, model.tensors) if tied else name
+        own = name if name in model.tensors else None
+        if is_head(name):
+            shape = tuple(model.tensors[name].shape) if own else None
+            own, _ = head_source(model, name, shape, False)
         if own is None:
             raise InputError(
                 f"{model.label}: has no tensor {name}, from which rows of {self.label} are to be made"
@@ -326,7 +329,7 @@ class AlignedMoments:
         alignment: Alignment,
         files: Mapping[Reference, Moments],
     ) -> None:
-        self.where, self.what = file.where, file.what
+        self.where, self.what, self.source_format = file.where, file.what, file.source_format
         self._file, self._reference, self._aligned = file, reference, aligned
         self._alignment, self._files = alignment, files
 

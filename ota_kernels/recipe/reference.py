@@ -59,8 +59,12 @@ class Reference:
         return self._place() == other._place()
 
     def _place(self) -> tuple:
-        adapter = None if self.adapter is None else os.path.abspath(self.adapter)
-        return os.path.abspath(self.path), self.revision, adapter, self.adapter_revision, self.architecture
+        adapter = None if self.adapter is None else _real(self.adapter)
+        return _real(self.path), self.revision, adapter, self.adapter_revision, self.architecture
+
+
+def _real(path: str) -> str:
+    return os.path.realpath(os.path.expanduser(path))
 
 
 def _at(path: str, revision: str | None) -> str:

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,11 +22,13 @@ from .. import __version__, backends
 from ..errors import BackendError, InputError, OutputError, RecipeError, RunError
 from ..io import journal
 from ..io.assets import Asset, plan_assets, recipe_asset, write_assets
+from ..io.leftovers import asset_notes
 from ..io.pages import advise, release
 from ..io.workfolder import WorkFolder
 from ..io.writer import ShardWriter
+from ..planning.buffers import average
 from ..planning.inputs import Inputs
-from ..planning.outputs import COPY
+from ..planning.outputs import AVERAGE
 from ..planning.plan import DEFAULT_BUDGET, Plan, make_plan, memory_limit_of, thread_choices
 from ..recipe import methods
 from ..recipe.schema import Recipe, load_recipe, parse_recipe
@@ -82,8 +84,10 @@ class Options:
     1 GiB, on a GPU 4 GiB; shard_size: bytes of one output file at most; threads: None for every processor;
     seed: of methods that draw random numbers; tile_elements: None for what fits the limit;
     candidates_memory: bytes of undecided elements held in memory at most, the rest goes to the work folder;
-    allow_crimes: models may differ in the tensors they have; unsafe_truncate_embeddings: vocabulary tensors
-    are cut to the fewest rows of any model; copy_tokenizer, write_model_card: whether they are written.
+    allow_crimes: models may differ in the tensors they have, in their configurations and vocabularies, and
+    the notes say so; trust_remote_code: copy the Python files that a model loads its classes from (none is
+    ever run); unsafe_truncate_embeddings: vocabulary tensors are cut to the fewest rows of any model;
+    copy_tokenizer, write_model_card: whether they are written.
     """
 
     backend: str = "auto"
@@ -100,6 +104,7 @@ class Options:
     unsafe_truncate_embeddings: bool = False
     copy_tokenizer: bool = True
     write_model_card: bool = True
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         backends.check_device(self.device)
@@ -136,7 +141,7 @@ def plan(
         job.assets()
         if out is not None:
             job.check_output(Path(out).resolve())
-        return job.plan
+        return replace(job.plan, notes=tuple(job.notes))
 
 
 def merge(
@@ -160,11 +165,12 @@ class Job:
     """One merge: open inputs, its plan, and `run`."""
 
     def __init__(self, recipe: Recipe, options: Options, rules: Rules = RULES) -> None:
-        self.recipe, self.options, self._rules = recipe, options, rules
+        self.options, self._rules = options, rules
         self.backend = backends.select(options.backend, options.device)
         self.inputs = Inputs(
             recipe, allow_crimes=options.allow_crimes, truncate=options.unsafe_truncate_embeddings
         )
+        self.recipe = self.inputs.recipe
         try:
             self._prepare()
         except BaseException:
@@ -174,7 +180,7 @@ class Job:
     def _prepare(self) -> None:
         options = self.options
         entries = enumerate(self.inputs.entries)
-        self.tensors = {i: e.inputs() for i, e in entries if e.action != COPY}
+        self.tensors = {i: e.inputs() for i, e in entries if e.is_computed}
         tensors = list(self.tensors.values())
         self.read_ahead = ReadAhead(tensors)
         self.plan = make_plan(
@@ -190,7 +196,7 @@ class Job:
 
     def _decider(self, pool: Pool) -> Decider:
         tensors = list(self.tensors.values())
-        of_each = {e.name: e.settings for e in self.inputs.entries if e.action != COPY}
+        of_each = {e.name: e.settings for e in self.inputs.entries if e.is_computed}
         return Decider(
             self.inputs.method,
             tensors,
@@ -199,7 +205,7 @@ class Job:
             pool,
             release,
             self.read_ahead,
-            positions={e.name: e.positions for e in self.inputs.entries if e.action != COPY},
+            positions={e.name: e.positions for e in self.inputs.entries if e.is_computed},
             seed=self.options.seed,
             rules=self._rules,
         )
@@ -222,6 +228,7 @@ class Job:
             self.options.seed,
             self.options.allow_crimes,
             self.options.unsafe_truncate_embeddings,
+            self.options.trust_remote_code,
             self.inputs.fingerprint(),
             [asdict(shard) | {"header": shard.header.hex()} for shard in self.plan.layout.shards],
         ]
@@ -237,6 +244,7 @@ class Job:
                 edit=self.inputs.edited_config,
                 chat_template=self.recipe.chat_template,
                 tokenizer=self._tokenizer_files(),
+                copy_code=self.options.trust_remote_code,
             ),
             recipe_asset(self.recipe.as_dict()),
         ]
@@ -247,6 +255,14 @@ class Job:
             return {}
         return None if self.inputs.alignment is None else self.inputs.alignment.files
 
+    @functools.cached_property
+    def notes(self) -> list[str]:
+        """What was understood of the inputs and is not self-evident."""
+        names = [asset.name for asset in self.assets()]
+        source = self.recipe.tokenizer_source
+        read = [path for checkpoint in self.inputs.checkpoints.values() for path in checkpoint.files]
+        return [*self.inputs.notes, *asset_notes(self.inputs.model_folders, names, source, read)]
+
     def run(self, out: Path, progress: Progress) -> dict:
         out = out.resolve()
         finished = self.check_output(out)
@@ -255,6 +271,7 @@ class Job:
             work.remove_if_published()
             return finished
         assets = self.assets()
+        self.notes  # noqa: B018 - of the folders as they are now
         with work:
             try:
                 report = self._run_in(work, assets, progress)
@@ -355,6 +372,7 @@ class Job:
                 store.close()
         seconds["sync"] = time.perf_counter() - started - seconds["survey"] - seconds["merge"]
         report = build_report(self.inputs, self.plan, decider, state, self.fingerprint, seconds)
+        report["notes"] = self.notes
         writer.write_index(work.files)
         cards = [self._card(assets, report)] if self.options.write_model_card else []
         write_assets(work.files, [*assets, *cards, _json_asset(REPORT_NAME, report)])
@@ -377,16 +395,19 @@ class Job:
         return engine.run(todo, state.pending)
 
     def _copy(self, state: State, writer: ShardWriter) -> Iterator:
-        """Tensors that are copied: of the only source, or of several that must be equal."""
+        """Tensors that no backend computes: of the only source, of several that must be equal, or a mean."""
         for index, entry in enumerate(self.inputs.entries):
-            if entry.action != COPY or not state.gaps(index, entry.numel):
+            if entry.is_computed or not state.gaps(index, entry.numel):
                 continue
             step = self._rules.copy_bytes // entry.dtype.itemsize
             sources = [part.source for part in entry.sources]
             for start in range(0, entry.numel, step):
                 pieces = [b.slice(start, min(start + step, entry.numel)) for b in sources]
-                check_equal(entry.name, pieces)
-                data = in_type(self.backend, entry.name, pieces[0], entry.dtype)
+                if entry.action == AVERAGE:
+                    data = average([(piece.data, piece.dtype) for piece in pieces], entry.dtype)
+                else:
+                    check_equal(entry.name, pieces)
+                    data = in_type(self.backend, entry.name, pieces[0], entry.dtype)
                 writer.write(self.plan.layout.tensors[index], start, data)
                 for piece in pieces:
                     advise(piece.data, "dontneed")

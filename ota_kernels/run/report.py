@@ -36,7 +36,8 @@ def build_report(
     backends: all that took part, where a merge was resumed.
 
     Thresholds are saliencies; an expert's is None where it differs between tensors, or where everything or
-    nothing is kept. ties: edits kept beyond an expert's density because they equal the threshold.
+    nothing is kept. left_out: stored tensors that are not written, with the reason. ties: edits kept beyond
+    an expert's density because they equal the threshold.
     """
     counted = [(e, state.counts[i]) for i, e in enumerate(inputs.entries) if e.action == MERGE]
     overflow = sum(counts.overflow for _, counts in counted)
@@ -60,6 +61,7 @@ def build_report(
             for entry, counts in counted
         },
         "not_merged": {e.name: e.action for e in inputs.entries if e.action != MERGE},
+        "left_out": inputs.pairing.left_out,
         "unkept": sum(counts.unkept for _, counts in counted),
         "overflow": overflow,
         "repaired": sum(counts.repaired for _, counts in counted),

@@ -831,3 +831,28 @@ def test_description_tells_default_and_range():
     assert described["lambda"].default == 1.0
     assert described["density"][1:3] == (None, "a number in [0, 1]")
     assert described["normalise"].allowed == "none, global or model"
+
+
+@pytest.mark.parametrize(
+    ("change", "hint"),
+    [
+        ({"normalize": True}, "'normalize' .* in the recipe; move it under `parameters`$"),
+        ({"density": 0.5}, "'density' .*; move it under `parameters`$"),
+        ({"parameters": {"dtype": "float16"}}, "'dtype' .* in `parameters`; move it to the top level"),
+        ({"parameters": {"tokenizer_source": "base"}}, "move it to the top level of the recipe"),
+        ({"parameters": {"chat_template": "auto"}}, "move it to the top level of the recipe"),
+        ({"parameters": {"int8_mask": True}}, "'int8_mask' .* has no effect on values: remove it"),
+        ({"int8_mask": True}, "has no effect on values: remove it"),
+        (
+            {"models": [{"model": "a", "weight": 0.3}, {"model": "b"}]},
+            r"'weight' \(value 0\.3\) in `models\[0\]`; move it under `parameters` of that model$",
+        ),
+        ({"models": [{"model": "a", "dtype": "float16"}, {"model": "b"}]}, "move it to the top level"),
+        ({"parameters": {"normalise_": 1}}, "did you mean|known"),
+    ],
+    ids=str,
+)
+def test_a_key_at_another_level_is_told_where_it_belongs(change, hint):
+    recipe = {"merge_method": "linear", "models": [{"model": "a"}, {"model": "b"}]} | change
+    with pytest.raises(RecipeError, match=hint):
+        parse_recipe(recipe)

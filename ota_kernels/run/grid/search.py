@@ -20,7 +20,7 @@ from ... import backends
 from ...errors import RecipeError
 from ...io.pages import release
 from ...planning.inputs import Inputs
-from ...planning.outputs import COPY, MERGE
+from ...planning.outputs import MERGE
 from ...planning.plan import PROCESS_BYTES, low_rank_bytes, pinned_bytes
 from ...select import thresholds as decide
 from ...select.bracket import cluster_count
@@ -102,7 +102,7 @@ class Search:
         self.backend = backend
         self.passes = 0
         self.experts = len(inputs.recipe.models)
-        entries = [e for e in inputs.entries if e.action != COPY]
+        entries = [e for e in inputs.entries if e.is_computed]
         everything = [e.inputs() for e in entries]
         of_each = {e.name: e.settings for e in entries}
         self.decider = Decider(inputs.method, everything, of_each, self.backend, pool, release)
