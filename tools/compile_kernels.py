@@ -128,7 +128,7 @@ QUICK = {
     "ties": ("sm_90",),
     "random": ("sm_90",),
 }
-# Most instructions per element, of sm_90 from triton 3.7 on: above, they bind and not the memory. Earlier ones
+# Most instructions per element, of sm_90 from triton 3.7 on: above, they bind, not the memory. Earlier ones
 # take up to 3 % more with brackets (3.6: 206), and 5 % with 16 experts (3.2: 326).
 BUDGETS = {
     "ota": 130,
