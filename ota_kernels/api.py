@@ -17,7 +17,8 @@ from .errors import BackendError, InputError, RecipeError
 from .integrations.tracing import traceable
 from .io.curvature import Held
 from .planning.models import Info
-from .planning.pairing import COPY, OutputTensor, Pairing, moments_key
+from .planning.outputs import COPY, OutputTensor
+from .planning.pairing import Pairing, moments_key
 from .planning.plan import TILE_ELEMENTS
 from .recipe import methods
 from .recipe.schema import Recipe, parse_recipe
@@ -202,7 +203,9 @@ class _Dictionary:
         self.tensors = {
             name: Info(tuple(tensor.shape), self._buffers[name].dtype) for name, tensor in tensors.items()
         }
-        self.source = self._buffers.__getitem__
+
+    def source(self, name: str, stands_for: str | None = None) -> Buffer:
+        return self._buffers[name]
 
     def bytes_per_element(self, name: str) -> int:
         return self.tensors[name].dtype.itemsize
@@ -320,6 +323,9 @@ def _recipe(
         raise RecipeError(
             "`bias_correction` reads a file's metadata: divide the curvatures by 1 - beta2^step instead"
         )
+    for key in parameters:
+        if key not in row.keys and any(key in methods.get(other).keys for other in methods.names()):
+            raise RecipeError(f"`{key}` is not used by `{method}`: leave it out")
     if "lambda_" in parameters:
         parameters["lambda"] = parameters.pop("lambda_")
     whole, per_model = {}, [{} for _ in range(n)]

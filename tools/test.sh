@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Usage: tools/test.sh [PYTEST ARGUMENT]... Sets up .venv where needed, lints, and runs the tests.
+# Usage: tools/test.sh [PYTEST ARGUMENT]... Sets up .venv where needed, lints, and runs the tests, on every
+# processor; -n 0 runs them in one process.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash tools/setup.sh test
 .venv/bin/ruff check
 .venv/bin/ruff format --check
-exec .venv/bin/python -m pytest "$@"
+exec .venv/bin/python -m pytest -n auto --dist worksteal "$@"

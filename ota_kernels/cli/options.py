@@ -104,6 +104,16 @@ _MERGING = (
     click.option(
         "--seed", type=int, default=0, show_default=True, help="Of methods that draw random numbers."
     ),
+    click.option(
+        "--allow-crimes",
+        is_flag=True,
+        help="Models may differ in the tensors they have, and in architecture.",
+    ),
+    click.option(
+        "--unsafe-truncate-embeddings",
+        is_flag=True,
+        help="Cut vocabularies of unlike sizes to the smallest; tokens beyond it are lost.",
+    ),
     _VERBOSE,
 )
 

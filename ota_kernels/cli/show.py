@@ -39,6 +39,32 @@ def plan(found: Plan) -> None:
     Console().print(table)
 
 
+def tensors(found: Plan) -> None:
+    """Every output tensor, in the order in which they are written."""
+    for output in found.outputs:
+        shape = " x ".join(map(str, output.shape)) or "scalar"
+        click.echo(f"{output.name}: {shape}, {output.dtype.name}, {output.action}")
+        described = output.as_dict()
+        if described.get("parameters"):
+            click.echo(f"  {_parameters(described['parameters'])}")
+        for part in [described.get("base"), *described["sources"]]:
+            if part is None:
+                continue
+            place = part["model"] if part["tensor"] == output.name else f"{part['model']}: {part['tensor']}"
+            kind = "base" if part is described.get("base") else "from"
+            own = f"  {_parameters(part['parameters'])}" if part.get("parameters") else ""
+            click.echo(f"  {kind} {place}{own}")
+
+
+def _parameters(values: dict) -> str:
+    shown = {True: "true", False: "false"}
+    pairs = (
+        (key, shown[x] if isinstance(x, bool) else f"{x:g}" if isinstance(x, float) else x)
+        for key, x in values.items()
+    )
+    return ", ".join(f"{key} {value}" for key, value in pairs)
+
+
 def _candidates(found: Plan) -> str:
     """What waits for exact thresholds."""
     spilled = f", {format_bytes(found.spilled_bytes)} of it in the work folder" if found.spilled_bytes else ""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
 from ..errors import RecipeError, RunError
+from .chat import chosen_template, with_template
 from .tokenizer import (
     check_equal_vocabularies,
     files_in,
@@ -45,6 +46,9 @@ def plan_assets(
     tokenizer_source: str = "base",
     dtype: str | None = None,
     untied: bool = False,
+    edit: Callable[[dict], dict] = lambda config: config,
+    chat_template: str | None = None,
+    tokenizer: Mapping[str, bytes | Path] | None = None,
 ) -> list[Asset]:
     """Configuration, tokenizer and remote-code files of the merged model; writes nothing.
 
@@ -52,17 +56,30 @@ def plan_assets(
     configuration. tokenizer_source: "base" (the first model, which may have no tokenizer), "union"
     (all vocabularies must be equal), or a name or folder of a model that has a tokenizer. dtype: the
     torch name that config.json must state, None to leave it. untied: the output has an output matrix of
-    its own, so config.json must say that embeddings are not tied.
+    its own, so config.json must say that embeddings are not tied. edit: what else changes in config.json;
+    chat_template: as in a recipe, None for the tokenizer's own; tokenizer: files of one that was built, in
+    place of tokenizer_source.
 
     Raises RecipeError for a tokenizer_source that cannot be served, InputError for a malformed file.
     """
     config_folder = next(iter(models.values()))
-    tokenizer_folder = _tokenizer_folder(models, tokenizer_source)
+    built = tokenizer is not None
+    tokenizer_folder = config_folder if built else _tokenizer_folder(models, tokenizer_source)
     contents: dict[str, bytes | Path] = {}
     contents |= files_in(config_folder, (_CONFIG, *_CONFIG_COMPANIONS))
-    if _CONFIG in contents and (dtype is not None or untied):
-        contents[_CONFIG] = _merged_config(config_folder / _CONFIG, dtype, untied)
-    contents |= tokenizer_files(tokenizer_folder)
+    if _CONFIG in contents:
+        config = read_json(config_folder / _CONFIG)
+        edited = edit(config)
+        if dtype is not None or untied or edited != config:
+            contents[_CONFIG] = _merged_config(edited, dtype, untied)
+    files = dict(tokenizer if tokenizer is not None else tokenizer_files(tokenizer_folder))
+    if chat_template is not None and (text := chosen_template(chat_template, models.values())):
+        if not built and not has_tokenizer(tokenizer_folder):
+            raise RecipeError(
+                f"chat_template: {tokenizer_folder} has no tokenizer to give it to: remove the key"
+            )
+        files = with_template(files, text)
+    contents |= files
     contents |= _code_files(config_folder, tokenizer_folder)
     return [Asset(name, content) for name, content in contents.items()]
 
@@ -85,8 +102,8 @@ def _tokenizer_folder(models: Mapping[str, Path], source: str) -> Path:
     return folder
 
 
-def _merged_config(path: Path, dtype: str | None, untied: bool) -> bytes:
-    config = _restated(read_json(path), dtype, untied)
+def _merged_config(config: dict, dtype: str | None, untied: bool) -> bytes:
+    config = _restated(config, dtype, untied)
     if dtype is not None and not any(key in config for key in _DTYPE_KEYS):
         config["torch_dtype"] = dtype
     if untied:

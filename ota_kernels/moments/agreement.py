@@ -10,7 +10,7 @@ import numpy as np
 from .. import backends
 from ..io.pages import release
 from ..planning.inputs import Inputs
-from ..planning.pairing import COPY
+from ..planning.outputs import COPY
 from ..recipe.schema import parse_recipe
 from ..run.decide import scores_of
 from ..run.grid.densities import densities as thresholds_of

@@ -5,31 +5,47 @@ from __future__ import annotations
 import contextlib
 import functools
 from pathlib import Path
+from typing import Any
 
+from ..io.adapter import AdapterFile
 from ..io.curvature import CurvatureFile
 from ..io.hub import resolve_file, resolve_model
 from ..io.reader import Checkpoint
+from ..io.vocabulary import read_tokens
 from ..recipe.recipe import ModelEntry, Recipe
 from ..recipe.reference import Reference
+from ..recipe.vocabulary import Vocabulary
+from .adapters import Adapted
 from .models import Model, Stored
-from .pairing import OutputTensor, Pairing, moments_key
+from .outputs import OutputTensor
+from .pairing import Pairing, moments_key
+from .restack import restacked
+from .truncation import cut
+from .vocabulary import Aligned, AlignedMoments, Alignment, with_rows
+
+_ADVICE = "; --allow-crimes merges what there is"
 
 
 class Inputs:
-    """The open files of a recipe; a context manager. allow_crimes: models may differ in what they have.
+    """The open files of a recipe; a context manager. allow_crimes: models may differ in what they have;
+    truncate: vocabulary tensors are cut to the fewest rows of any model.
 
     entries: output tensors in the order in which they are written; models: by their references; untied: the
     output has an output matrix of its own although some model ties it to the embeddings; model_folders: every
     folder by its name in the recipe, the base first.
     """
 
-    def __init__(self, recipe: Recipe, *, allow_crimes: bool = False) -> None:
+    def __init__(self, recipe: Recipe, *, allow_crimes: bool = False, truncate: bool = False) -> None:
         self.recipe = recipe
         self.method = recipe.method
         self._files = contextlib.ExitStack()
         try:
             self._open()
-            self.pairing = Pairing(recipe, self.models, self.moments, allow_crimes)
+            self._align()
+            self._cut_rows: int | None = None
+            if truncate and self.alignment is None:
+                self.models, self.moments, self._cut_rows = cut(self.models, self.moments)
+            self.pairing = Pairing(recipe, self.models, self.moments, allow_crimes, _ADVICE)
         except BaseException:
             self.close()
             raise
@@ -38,17 +54,50 @@ class Inputs:
 
     def _open(self) -> None:
         recipe = self.recipe
-        self.model_folders: dict[str, Path] = {r.label: resolve_model(r.label) for r in recipe.references}
+        self.model_folders: dict[str, Path] = {
+            r.label: resolve_model(r.model.label) for r in recipe.references
+        }
+        self.adapter_folders: dict[str, Path] = {}
         used = dict.fromkeys(entry.reference for part in recipe.slices for entry in part.entries)
         self.models: dict[Reference, Model] = {reference: self._model(reference) for reference in used}
         self.moments: dict[tuple[int, str], CurvatureFile] = {}
         for part in recipe.slices:
             for entry in part.experts:
                 self._open_moments(entry)
+        self.moments_files = list(self.moments.values())
 
     def _model(self, reference: Reference) -> Model:
-        checkpoint = Checkpoint.open(self.model_folders[reference.label], reference.label)
-        return self._files.enter_context(contextlib.closing(Stored(checkpoint)))
+        model: Model = Stored(Checkpoint.open(self.model_folders[reference.label], reference.label))
+        self._files.enter_context(contextlib.closing(model))
+        if reference.adapter is None:
+            return model
+        name = reference.adapter_label
+        self.adapter_folders[name] = folder = resolve_model(name)
+        adapter = self._files.enter_context(contextlib.closing(AdapterFile(folder, reference.label)))
+        return self._files.enter_context(contextlib.closing(Adapted(model, adapter, reference.label)))
+
+    def _align(self) -> None:
+        """Give all models one vocabulary, where one is asked for. Without a tokenizer.json, tokenizers are
+        only compared and copied, as io/assets.py does it."""
+        asked, self.alignment = self.recipe.vocabulary, None
+        if asked is None:
+            return
+        first = self.recipe.references[0] if isinstance(asked.source, str) else asked.source
+        folders = dict(self.model_folders)
+        if first.label not in folders:
+            folders[first.label] = resolve_model(first.model.label)
+        if asked == Vocabulary(asked.source) and read_tokens(folders[first.label]) is None:
+            return
+        ordered = {r: self.models[r] for r in self.recipe.references if r in self.models}
+        self.alignment = alignment = Alignment(asked, ordered, folders, self.recipe.references[0])
+        aligned = {r: Aligned(model, r, alignment) for r, model in ordered.items()}
+        owners = {moments_key(e): e.reference for part in self.recipe.slices for e in part.experts}
+        files = {owners[key]: file for key, file in self.moments.items()}
+        self.models = dict(aligned)
+        self.moments = {
+            key: AlignedMoments(file, owners[key], aligned, alignment, files)
+            for key, file in self.moments.items()
+        }
 
     def _open_moments(self, entry: ModelEntry) -> None:
         path, key = entry.parameters.get("preconditioner_path"), moments_key(entry)
@@ -76,7 +125,17 @@ class Inputs:
         """Bytes that one pass over the inputs reads."""
         return sum(e.numel * size for e, size in zip(self.entries, self.bytes_per_element, strict=True))
 
+    def edited_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """What config.json of the output says beside types and ties, from that of the model that gives it."""
+        origins = [(model.config, number) for model, number in self.pairing.donors]
+        found = restacked(config, origins) if origins else config
+        found = found if self.alignment is None else self.alignment.edited_config(found)
+        found = found if self._cut_rows is None else with_rows(found, self._cut_rows)
+        architecture = self.recipe.references[0].architecture
+        return found if architecture is None else found | {"architectures": [architecture]}
+
     def fingerprint(self) -> list:
         """Names, sizes and times of all input files."""
         files = [model.fingerprint() for model in self.models.values()]
-        return files + [file.fingerprint() for file in self.moments.values()]
+        files += [file.fingerprint() for file in self.moments_files]
+        return files + ([] if self.alignment is None else self.alignment.fingerprint())

@@ -32,8 +32,8 @@ class Model(Protocol):
     @property
     def tied_embeddings(self) -> bool: ...
 
-    def source(self, name: str) -> Source:
-        """Where the elements of a tensor come from."""
+    def source(self, name: str, stands_for: str | None = None) -> Source:
+        """Where the elements of a tensor come from. stands_for: the output matrix that it is taken for."""
 
     def bytes_per_element(self, name: str) -> int:
         """Bytes that are read for an element."""
@@ -54,8 +54,10 @@ class Stored:
         self.checkpoint = checkpoint
         self.label = checkpoint.label
         self.tensors: Mapping[str, Info] = checkpoint.tensors
-        self.source = checkpoint.buffer
         self.fingerprint, self.close = checkpoint.fingerprint, checkpoint.close
+
+    def source(self, name: str, stands_for: str | None = None) -> Source:
+        return self.checkpoint.buffer(name)
 
     @property
     def config(self) -> dict[str, Any] | None:

@@ -4,29 +4,26 @@ from, and by which settings. Reads headers, and what compressed curvature has be
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from ..errors import InputError, RecipeError
-from ..io.header import quoted
 from ..io.curvature import Held
+from ..io.header import quoted
 from ..recipe.recipe import ModelEntry, Recipe, Slice
 from ..recipe.reference import Reference
 from ..recipe.settings import Settings
-from ..tensors.computed import Source
 from ..tensors.curvature import Curvature, Rank1, Uniform
 from ..tensors.dtypes import BY_NAME, OUTPUT_NAMES, DType
-from ..tensors.tile import TensorInputs
 from . import layers
 from .models import Model
+from .outputs import COPY, KEEP_BASE, MERGE, OutputTensor, Part
 from .resolve import Resolver, unused_filters
 from .roles import EMBEDDING, OUTPUT, embedding_for, is_output, role_of
 
 logger = logging.getLogger(__name__)
 
-MERGE, COPY, KEEP_BASE = "merge", "copy", "keep base"
 _LISTED = 8  # names an error lists before it says how many more there are
 
 
@@ -44,73 +41,6 @@ class Moments(Protocol):
         """What errors call all of it."""
 
 
-class Part(NamedTuple):
-    """A tensor of a model."""
-
-    model: Model
-    name: str
-
-    @property
-    def source(self) -> Source:
-        """Its elements."""
-        return self.model.source(self.name)
-
-    @property
-    def dtype(self) -> DType:
-        """As it is stored."""
-        return self.model.tensors[self.name].dtype
-
-    @property
-    def what(self) -> str:
-        """What errors call it."""
-        return self.model.what(self.name)
-
-
-@dataclass(frozen=True)
-class OutputTensor:
-    """One output tensor.
-
-    dtype: of the output; action: MERGE; COPY of the only source, or of several that must agree (integers,
-    booleans); KEEP_BASE where the base's values are taken (`missing_curvature: base`). base: None where the
-    method has none; experts, positions: those that take part, and their numbers in the recipe; curvatures:
-    one per expert; settings: None where nothing is merged.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: DType
-    action: str
-    base: Part | None
-    experts: tuple[Part, ...]
-    positions: tuple[int, ...]
-    settings: Settings | None
-    curvatures: tuple[Curvature, ...] = ()
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def sources(self) -> tuple[Part, ...]:
-        """Base and experts."""
-        return self.experts if self.base is None else (self.base, *self.experts)
-
-    @property
-    def bytes_per_element(self) -> int:
-        """Input bytes that one element reads."""
-        read = (self.base,) if self.action == KEEP_BASE else self.sources
-        size = sum(part.model.bytes_per_element(part.name) for part in read)
-        return size + sum(buffer.dtype.itemsize for c in self.curvatures for buffer in c.buffers)
-
-    def inputs(self) -> TensorInputs:
-        """What a backend receives of a tensor that is not COPY. Under KEEP_BASE every expert is the base
-        itself."""
-        base = None if self.base is None else self.base.source
-        kept = self.action == KEEP_BASE
-        experts = tuple(base if kept else part.source for part in self.experts)
-        return TensorInputs(self.name, self.shape, self.dtype, base, experts, self.curvatures)
-
-
 class _Named(NamedTuple):
     """An output tensor of which only names are known. names: of the tensor in each model of the slice, the
     base first; position: of its layer in the slice, 0 to 1."""
@@ -126,16 +56,17 @@ class Pairing:
     """The output tensors of a recipe.
 
     models: by their references; moments: of a recipe's entry, None without; allow_crimes: merge a tensor that
-    some models lack by its method's rule, which is an error else. outputs: in the order in which
-    they are written, that of the first model where layers are not restacked; untied: the output has an output
-    matrix of its own although some model ties it to the embeddings; donors: for each output layer where
-    layers are restacked, its model and its number there.
+    some models lack by its method's rule, which is an error else; advice: the end of that error. outputs: in
+    the order in which they are written, that of the first model where layers are not restacked; untied: the
+    output has an output matrix of its own although some model ties it to the embeddings; donors: for each
+    output layer where layers are restacked, its model and its number there.
     """
 
     recipe: Recipe
     models: Mapping[Reference, Model]
     moments: Mapping[tuple[int, str], Moments]
     allow_crimes: bool = False
+    advice: str = ""
     outputs: list[OutputTensor] = field(init=False)
     untied: bool = field(init=False, default=False)
 
@@ -255,14 +186,17 @@ class Pairing:
     def _paired(self, named: list[_Named]) -> Iterator[OutputTensor]:
         lacking: dict[str, list[str]] = {}
         for each in named:
-            models, names = self._models_of(each.part), each.names
+            models, names, tied = self._models_of(each.part), each.names, None
             if is_output(each.name):
                 tied = [self._embedding(m, own) for m, own in zip(models, names, strict=True)]
                 if all(tied):
                     continue
                 self.untied = self.untied or any(tied) or self._donor_ties()
-                names = [source or own for source, own in zip(tied, names, strict=True)]
             parts = list(map(Part, models, names))
+            if tied is not None and any(tied):
+                parts = [
+                    p if t is None else Part(p.model, t, p.name) for p, t in zip(parts, tied, strict=True)
+                ]
             absent = [p.model.label for p in parts if p.name not in p.model.tensors]
             if absent and (not self.allow_crimes or len(absent) == len(parts)):
                 lacking[each.name] = absent
@@ -274,8 +208,7 @@ class Pairing:
             name, labels = next(iter(lacking.items()))
             more = f" ({len(lacking)} such tensors: {_listing(lacking)})" if len(lacking) > 1 else ""
             raise InputError(
-                f"{', '.join(labels)}: has no tensor {name}, which other models have{more}; --allow-crimes "
-                "merges what there is"
+                f"{', '.join(labels)}: has no tensor {name}, which other models have{more}{self.advice}"
             )
 
     def _optional(self, named: _Named, parts: list[Part]) -> OutputTensor | None:
@@ -317,8 +250,8 @@ class Pairing:
         positions = tuple(entry.number for entry in entries)
         if dtype.bits:
             raise InputError(
-                f"{parts[0].model.label}: {quoted(named.name)} is {dtype.tag}, whose elements are parts of a byte: such a model cannot be "
-                "merged; use the one that it was quantized from"
+                f"{parts[0].model.label}: {quoted(named.name)} is {dtype.tag}, whose elements are parts of a "
+                "byte: such a model cannot be merged; use the one that it was quantized from"
             )
         if not dtype.is_float:
             return OutputTensor(named.name, shape, dtype, COPY, base, experts, positions, None)

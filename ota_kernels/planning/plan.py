@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ..backends import Backend
@@ -19,7 +19,7 @@ from ..tensors.result import STEP_BYTES, Alternatives, Candidates
 from ..tensors.segment import CHUNK
 from ..tensors.tile import TensorInputs
 from .inputs import Inputs
-from .pairing import COPY
+from .outputs import COPY, OutputTensor
 
 if TYPE_CHECKING:
     from ..run.decide import Decider
@@ -47,7 +47,7 @@ class Plan:
     passes: times the inputs are read; bytes_in: bytes of all passes; bytes_out: bytes of all shards;
     candidate_bytes: estimate of what waits for exact thresholds, of which candidates_memory are held in
     memory at most and the rest in the work folder; peak_memory: bytes resident at most; seconds: estimate
-    when the files are in the page cache.
+    when the files are in the page cache; outputs: every output tensor, with its sources and settings.
     """
 
     layout: Layout
@@ -65,18 +65,20 @@ class Plan:
     candidates_memory: int
     peak_memory: int
     seconds: float
+    outputs: Sequence[OutputTensor] = field(default=(), repr=False, compare=False)
 
     @property
     def spilled_bytes(self) -> int:
         """Estimate of the candidates that memory does not hold."""
         return max(0, self.candidate_bytes - self.candidates_memory)
 
-    def as_dict(self) -> dict:
-        """The plan's numbers, for `--json`."""
+    def as_dict(self, tensors: bool = False) -> dict:
+        """The plan's numbers, for `--json`. tensors: and every output tensor."""
         names = ("backend", "threads", "tile_elements", "tensors", "parameters", "experts", "tiles", "passes")
         more = ("bytes_in", "bytes_out", "candidate_bytes", "candidates_memory", "peak_memory", "seconds")
         shards = [{"name": s.name, "bytes": s.size} for s in self.layout.shards]
-        return {name: getattr(self, name) for name in names + more} | {"shards": shards}
+        found = {name: getattr(self, name) for name in names + more} | {"shards": shards}
+        return found | {"outputs": [output.as_dict() for output in self.outputs]} if tensors else found
 
 
 def memory_limit_of(asked: int | None, backend: Backend) -> int:
@@ -157,6 +159,7 @@ def make_plan(
         candidates_memory=held,
         peak_memory=fixed + in_flight * tile,
         seconds=(total * passes + output.total_bytes) / (_ASSUMED_BANDWIDTH * number),
+        outputs=inputs.entries,
     )
 
 

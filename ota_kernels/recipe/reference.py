@@ -29,8 +29,13 @@ class Reference:
     @property
     def label(self) -> str:
         """What reports and errors call it."""
-        adapter = "" if self.adapter is None else f"+{_at(self.adapter, self.adapter_revision)}"
+        adapter = "" if self.adapter is None else f"+{self.adapter_label}"
         return _at(self.path, self.revision) + adapter
+
+    @property
+    def adapter_label(self) -> str:
+        """What they call its adapter; empty without one."""
+        return "" if self.adapter is None else _at(self.adapter, self.adapter_revision)
 
     @property
     def model(self) -> Reference:
@@ -84,6 +89,8 @@ def parse_reference(value: Any, name: str, folder: Path | None) -> Reference:
     if os.path.exists(local):  # whatever signs its name has
         return Reference(local)
     model, plus, adapter = text.partition("+")
+    if plus and adapter and os.path.exists(resolve_path(adapter, folder)):
+        return Reference(*_from_text(model, text, name, folder), resolve_path(adapter, folder))
     if "+" in adapter:
         raise RecipeError(f"{name} is {show(text)}: one adapter can be added, as `model+adapter`")
     path, revision = _from_text(model, text, name, folder)

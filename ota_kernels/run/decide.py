@@ -314,7 +314,7 @@ class Decider:
         # From a device, so many scores cross as histograms would.
         if tensor.numel <= (self.rules.direct if tensor.is_resident else CHUNK):
             read = self.backend.edits if of_edits else self.backend.scores
-            values, bad = read(tensor, t, terms)
+            values, bad = read(tensor.made, t, terms)
             self.check(tensor, bad)
             values = resident.host(values)
             return decide.threshold_of_scores(selection, abs(values) if of_edits else values)
@@ -362,7 +362,8 @@ class Decider:
         """The least |d| among the ties_density share of the largest masked edits."""
         density = Selection("density", settings["ties_density"])
         terms = self.method.terms(settings, replace(found, trims=[0.0] * len(found.trims)))
-        found.trims = [self._select(tensor, t, terms, density, True) for t in range(len(settings.experts))]
+        each = (self._select(tensor, t, terms, density, True) for t in range(len(settings.experts)))
+        found.trims = [math.inf if math.isnan(least) else least for least in each]  # infinity: none survives
 
     def _find_sums(self, tensor: TensorInputs, settings: Settings, found: Found) -> None:
         statistic = MaskedSums(len(tensor.experts), len(SUMS))

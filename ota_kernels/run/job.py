@@ -26,7 +26,7 @@ from ..io.pages import advise, release
 from ..io.workfolder import WorkFolder
 from ..io.writer import ShardWriter
 from ..planning.inputs import Inputs
-from ..planning.pairing import COPY
+from ..planning.outputs import COPY
 from ..planning.plan import Plan, make_plan, memory_limit_of, thread_choices
 from ..recipe import methods
 from ..recipe.schema import Recipe, load_recipe, parse_recipe
@@ -81,7 +81,9 @@ class Options:
     device: "auto", "cpu", "cuda" or "cuda:N"; memory_limit: bytes resident on the host at most, None for
     1 GiB, on a GPU 4 GiB; shard_size: bytes of one output file at most; threads: None for every processor;
     seed: of methods that draw random numbers; tile_elements: None for what fits the limit;
-    candidates_memory: bytes of undecided elements held in memory at most, the rest goes to the work folder.
+    candidates_memory: bytes of undecided elements held in memory at most, the rest goes to the work folder;
+    allow_crimes: models may differ in the tensors they have; unsafe_truncate_embeddings: vocabulary tensors
+    are cut to the fewest rows of any model; copy_tokenizer, write_model_card: whether they are written.
     """
 
     backend: str = "auto"
@@ -94,6 +96,10 @@ class Options:
     resume: bool = False
     tile_elements: int | None = None
     candidates_memory: int = DEFAULT_BUDGET
+    allow_crimes: bool = False
+    unsafe_truncate_embeddings: bool = False
+    copy_tokenizer: bool = True
+    write_model_card: bool = True
 
     def __post_init__(self) -> None:
         backends.check_device(self.device)
@@ -156,7 +162,9 @@ class Job:
     def __init__(self, recipe: Recipe, options: Options, rules: Rules = RULES) -> None:
         self.recipe, self.options, self._rules = recipe, options, rules
         self.backend = backends.select(options.backend, options.device)
-        self.inputs = Inputs(recipe)
+        self.inputs = Inputs(
+            recipe, allow_crimes=options.allow_crimes, truncate=options.unsafe_truncate_embeddings
+        )
         try:
             self._prepare()
         except BaseException:
@@ -212,6 +220,8 @@ class Job:
             FORMAT,
             self.recipe.as_dict(),
             self.options.seed,
+            self.options.allow_crimes,
+            self.options.unsafe_truncate_embeddings,
             self.inputs.fingerprint(),
             [asdict(shard) | {"header": shard.header.hex()} for shard in self.plan.layout.shards],
         ]
@@ -224,9 +234,18 @@ class Job:
                 tokenizer_source=self.recipe.tokenizer_source,
                 dtype=self.recipe.output_dtype,
                 untied=self.inputs.untied,
+                edit=self.inputs.edited_config,
+                chat_template=self.recipe.chat_template,
+                tokenizer=self._tokenizer_files(),
             ),
             recipe_asset(self.recipe.as_dict()),
         ]
+
+    def _tokenizer_files(self) -> dict | None:
+        """Of a tokenizer that was built; None for those of `tokenizer_source`."""
+        if not self.options.copy_tokenizer:
+            return {}
+        return None if self.inputs.alignment is None else self.inputs.alignment.files
 
     def run(self, out: Path, progress: Progress) -> dict:
         out = out.resolve()
@@ -282,8 +301,8 @@ class Job:
 
     def _sources(self) -> dict[str, Path]:
         """Everything that is read, by what an error calls it."""
-        sources = dict(self.inputs.model_folders)
-        sources |= {str(file.path): file.path for file in self.inputs.moments.values()}
+        sources = self.inputs.model_folders | self.inputs.adapter_folders
+        sources |= {str(file.path): file.path for file in self.inputs.moments_files}
         tokenizer = self.recipe.tokenizer_source
         if tokenizer not in ("base", "union"):
             sources.setdefault(tokenizer, Path(os.path.expanduser(tokenizer)))
@@ -337,7 +356,8 @@ class Job:
         seconds["sync"] = time.perf_counter() - started - seconds["survey"] - seconds["merge"]
         report = build_report(self.inputs, self.plan, decider, state, self.fingerprint, seconds)
         writer.write_index(work.files)
-        write_assets(work.files, [*assets, self._card(assets, report), _json_asset(REPORT_NAME, report)])
+        cards = [self._card(assets, report)] if self.options.write_model_card else []
+        write_assets(work.files, [*assets, *cards, _json_asset(REPORT_NAME, report)])
         return report
 
     def _engine(self, state: State, writer: ShardWriter, decider: Decider, store: Store) -> Engine:
@@ -414,7 +434,7 @@ class _FileSink:
 
     def wants(self, tensor: TensorInputs, segment: Segment) -> None:
         if not self._read_ahead.is_idle:
-            self._read_ahead(tensor.slice(segment.start, segment.stop).buffers)
+            self._read_ahead(tensor.reads(segment.start, segment.stop))
 
     def done_with(self, tile: TensorInputs) -> None:
         release(tile)

@@ -9,7 +9,8 @@ import numpy as np
 
 from .. import __version__
 from ..planning.inputs import Inputs
-from ..planning.pairing import MERGE, moments_key
+from ..planning.outputs import MERGE
+from ..planning.pairing import moments_key
 from ..planning.plan import Plan
 from ..recipe.recipe import ModelEntry
 from .decide import Decider

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from .array import Array, is_resident, joined
@@ -57,6 +57,29 @@ class TensorInputs:
         """Every buffer that has one value per element: base, experts, curvature that is not factored."""
         weights = [b for b in (self.base, *self.experts, *self.origins) if b is not None]
         return [*weights, *(b for c in self.curvatures for b in c.buffers)]
+
+    @property
+    def stored(self) -> TensorInputs:
+        """Only what lies somewhere: for asking for pages and letting go of them, which computes nothing."""
+        if not self.is_computed:
+            return self
+        base = None if self.base is None or is_computed(self.base) else self.base
+        experts = tuple(e for e in self.experts if not is_computed(e))
+        curvatures = tuple(c for c in self.curvatures if not any(map(is_computed, c.buffers)))
+        return replace(self, base=base, experts=experts, curvatures=curvatures, origins=())
+
+    @property
+    def made(self) -> TensorInputs:
+        """The whole tensor with nothing left to compute; itself where nothing is."""
+        return self.slice(0, self.numel) if self.is_computed else self
+
+    def reads(self, start: int, stop: int) -> Iterator[Buffer]:
+        """The stored elements that elements [start, stop) come from."""
+        for buffer in self.buffers:
+            if is_computed(buffer):
+                yield from buffer.parts(start // buffer.columns, -(-stop // buffer.columns))
+            else:
+                yield buffer.slice(start, stop)
 
     def slice(self, start: int, stop: int) -> TensorInputs:
         """The tile of elements [start, stop); name and shape stay those of the whole tensor."""

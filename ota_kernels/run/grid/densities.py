@@ -14,7 +14,7 @@ from ...recipe.schema import Recipe
 from ...tensors.terms import saliency_of_score
 from ..job import Options, Progress, Silent, as_recipe
 from ..pool import Pool
-from .search import Search, Target
+from .search import READING, Reading, Search, Target
 
 DEFAULT_GRID = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7)
 DEFAULT_MASSES = (0.5, 0.8, 0.9, 0.95, 0.99)
@@ -30,12 +30,14 @@ def densities(
     threads: int | None = None,
     memory_limit: int | str | None = None,
     progress: Progress | None = None,
+    reading: Reading = READING,
 ) -> dict:
     """What each density of `grid` keeps of every expert of an `ota` recipe, with one threshold per expert
     over the whole model; the recipe's own densities and thresholds play no part. Exact: ties are kept.
 
     recipe: a YAML file, a mapping of the same form, or a Recipe; grid, masses: numbers in (0, 1]; backend,
-    device, threads, memory_limit: as in `job.Options`. Returns a dict that JSON can hold:
+    device, threads, memory_limit: as in `job.Options`; reading: see search.py. Returns a dict that JSON can
+    hold:
 
     elements: how many take part; always_kept: elements of tensors without curvature beside others that have
     it (`missing_curvature: uniform`), which every density keeps and no count below includes; roles, layers:
@@ -60,7 +62,7 @@ def densities(
     limit = memory_limit_of(options.memory_limit, chosen)
     with Inputs(recipe) as inputs, Pool(worker_threads(options.threads, chosen)) as pool:
         try:
-            search = Search(inputs, grid, masses, chosen, limit, pool, progress or Silent())
+            search = Search(inputs, grid, masses, chosen, limit, pool, progress or Silent(), reading)
             search.run()
             return _table(search, inputs)
         finally:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ from ... import backends
 from ...errors import RecipeError
 from ...io.pages import release
 from ...planning.inputs import Inputs
-from ...planning.pairing import COPY, MERGE
+from ...planning.outputs import COPY, MERGE
 from ...planning.plan import PROCESS_BYTES, pinned_bytes
 from ...select import thresholds as decide
 from ...select.bracket import cluster_count
@@ -45,8 +45,6 @@ _HISTOGRAM_BYTES = 8 * BINS
 _SAMPLE_BATCHES = 64  # the sample holds the curvature factors of this share of the model at a time
 _ESTIMATE_MARGIN = 1.25  # expected collections grow by this before they are compared with the room there is
 
-# A tile's histograms (1 MB) and its scores stay in a core's cache together.
-_TILE_ELEMENTS, _SMALLEST_TILE = 1 << 18, 1 << 14
 _TEMPORARY_BYTES = {"native": 24, "reference": 72, "triton": 24}  # per element of a tile in flight
 
 
@@ -67,6 +65,24 @@ class Target:
         return score_bits(self.threshold) & 0xFFFF
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How inputs are read: time and memory, never a number. Tests take others than the defaults.
+
+    sample: as select.sample; tile, smallest: elements of a tile (its histograms, 1 MB, and its scores stay in
+    a core's cache together); collected: what keeps low halves; collects: whether it is tried.
+    """
+
+    sample: Callable[..., list[np.ndarray]] = sample
+    tile: int = 1 << 18
+    smallest: int = 1 << 14
+    collected: Callable[[int, int, int], Collected] = Collected
+    collects: bool = True
+
+
+READING = Reading()
+
+
 class Search:
     """All targets of a recipe, and the passes that settle them."""
 
@@ -79,7 +95,9 @@ class Search:
         memory_limit: int,
         pool: Pool,
         progress: Progress,
+        reading: Reading = READING,
     ) -> None:
+        self.reading = reading
         self.inputs, self.grid, self.masses = inputs, grid, masses
         self.pool, self.progress = pool, progress
         self.backend = backend
@@ -122,7 +140,7 @@ class Search:
             fixed += low_rank_bytes(t.shape for t in self.tensors)
         fixed += 2 * _HISTOGRAM_BYTES * (self.experts + threads)
         least = self.experts * (len(self.grid) + len(self.masses)) * _HISTOGRAM_BYTES
-        need = fixed + least + in_flight * _SMALLEST_TILE
+        need = fixed + least + in_flight * self.reading.smallest
         if memory_limit < need:
             raise RecipeError(
                 f"a memory limit of {format_bytes(memory_limit)} is too small for these densities on "
@@ -130,7 +148,8 @@ class Search:
                 "lower --threads"
             )
         spare = memory_limit - fixed - least
-        self.tile = min(_TILE_ELEMENTS, max(_SMALLEST_TILE, spare // 2 // in_flight))
+        tile, smallest = self.reading.tile, self.reading.smallest
+        self.tile = min(tile, max(smallest, spare // 2 // in_flight))
         self.room = memory_limit - fixed - in_flight * self.tile
 
     def run(self) -> None:
@@ -194,7 +213,9 @@ class Search:
             prepared = [self.decider.prepare(tensor) for tensor in batch]
             count = math.ceil(runs * sum(t.numel for t in batch) / self.elements)
             found.append(
-                sample(prepared, count, experts, self._terms, self.backend, self.pool.run, release, spread)
+                self.reading.sample(
+                    prepared, count, experts, self._terms, self.backend, self.pool.run, release, spread
+                )
             )
         return [np.concatenate(of_expert) for of_expert in zip(*found, strict=True)]
 
@@ -202,7 +223,7 @@ class Search:
         """Whether that many low halves can be collected."""
         tiles = self.elements // self.tile + len(self.tensors)
         of_tiles = tiles * sum(ENTRY_BYTES + 4 * (w.size + 1) for w in wanted)
-        return 2 * expected + of_tiles <= self.room
+        return self.reading.collects and 2 * expected + of_tiles <= self.room
 
     def _read(self, wanted: list[np.ndarray], expected: float) -> Pass:
         """One pass over all tensors."""
@@ -212,7 +233,7 @@ class Search:
             [np.zeros((groups, w.size), np.int64) for w in wanted],
             [np.zeros(BINS, np.int64) for _ in wanted],
             [np.zeros(BINS, np.int64) for _ in wanted],
-            Collected(self.experts, groups, self.room),
+            self.reading.collected(self.experts, groups, self.room),
         )
         if not self._fits(wanted, expected):
             found = [x for x in self._unsettled() if x.threshold is not None]

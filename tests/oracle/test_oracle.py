@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+
 from oracle import METHODS, Tensor, evaluate
 from oracle.examples import ELECTING, LINEAR_ROWS, SHAPES, close, merge, tensor, vectors
 

@@ -65,6 +65,7 @@ def test_linear_ignores_base_and_curvature(backend):
 
 
 def test_name_tells_embeddings_from_matrices(backend):
+    """Embeddings and output matrices have one norm, other matrices another."""
     experts = random_experts(5, (24, 18), dtypes=("float32",), base_dtype="float32")
     parameters = {"rescale": True, "density": 0.2}
     found = set()
@@ -75,7 +76,7 @@ def test_name_tells_embeddings_from_matrices(backend):
         truth = oracle.evaluate({name: experts.exact(name)}, **parameters)[name]
         assert_close("float32", merged.double().numpy(), truth.out, truth.operand, 3)
         found.add(bits(merged))
-    assert len(found) == 3
+    assert len(found) == 2
 
 
 SHAPES = {"layers.0.weight": (20, 33), "layers.0.bias": (33,), "scale": (), "empty": (0,)}
@@ -297,7 +298,7 @@ WRONG = {
     "names": (
         lambda: merge_state_dicts({"a": ONES, "b": ONES}, [{"a": ONES}]),
         InputError,
-        ("experts[0]", "'b' is in one only"),
+        ("experts[0]", "has no tensor b, which other models have"),
     ),
     "unknown-key": (
         lambda: merge_tensors(ONES, [ONES], densty=0.2),
@@ -308,11 +309,6 @@ WRONG = {
         lambda: merge_tensors(ONES, [ONES], method="liner"),
         RecipeError,
         ("'liner'", "did you mean `linear`?"),
-    ),
-    "foreign-key": (
-        lambda: merge_tensors(ONES, [ONES, ONES], method="linear", density=0.2),
-        RecipeError,
-        ("`density`", "not used by `linear`"),
     ),
     "range": (lambda: merge_tensors(ONES, [ONES], density=1.5), RecipeError, ("`density`", "1.5", "[0, 1]")),
     "values-per-expert": (
@@ -341,7 +337,7 @@ WRONG = {
     "complex": (
         lambda: merge_tensors(ONES.to(torch.complex64), [ONES]),
         InputError,
-        ("base['weight']", "torch.complex64"),
+        ("base['weight']", "complex64"),
     ),
     "complex-numpy": (lambda: merge_tensors(np.ones(3, complex), [ONES]), InputError, ("complex128",)),
     "list": (lambda: merge_tensors(ONES, [[1.0, 1.0, 1.0]]), InputError, ("experts[0]['weight'] is a list",)),
@@ -415,3 +411,10 @@ def test_an_instruction_set_that_is_not_there(monkeypatch):
             merge_tensors(ONES, [ONES, ONES], backend="native")
     finally:
         native.instruction_set.cache_clear()
+
+
+def test_a_key_of_another_method_is_noted(caplog):
+    """As a recipe's, which mergekit would take."""
+    merged = merge_tensors(ONES, [ONES, ONES], method="linear", density=0.2)
+    assert bits(merged) == bits(ONES)
+    assert "`density` in `parameters` is not used by `linear`" in caplog.text

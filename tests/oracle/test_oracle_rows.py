@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from oracle import evaluate
 from oracle.elementwise import checkpoint_coefficients, row_divergence, spread
 from oracle.examples import close, merge, tensor, vectors

@@ -379,13 +379,14 @@ def test_scores_of_runs_are_those_of_their_elements(monkeypatch, isa, kind, dtyp
             )
 
 
-ONE = Terms(Words(), (ExpertTerms(),))
+TERMS = Terms(Words(), (ExpertTerms(),) * 2)
 
 
 @pytest.mark.parametrize("start", [-1, 37 * 11 - 15])
 def test_a_run_outside_is_refused(start):
+    room = [np.empty(32, np.float32)]
     with pytest.raises(ValueError, match="a run outside"):
-        native.run_scores(tile_of("float32"), ONE, [0], np.array([0, start]), 16, [np.empty(32, np.float32)])
+        native.run_scores(tile_of("float32"), TERMS, [0], np.array([0, start]), 16, room)
 
 
 @pytest.mark.parametrize(
@@ -393,7 +394,7 @@ def test_a_run_outside_is_refused(start):
 )
 def test_scores_are_not_written_to_a_copy(out):
     with pytest.raises(RuntimeError):
-        native.run_scores(tile_of("float32"), ONE, [0], np.array([0, 16]), 16, [out])
+        native.run_scores(tile_of("float32"), TERMS, [0], np.array([0, 16]), 16, [out])
 
 
 class TestStore:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-TOOL = Path(__file__).parents[1] / "tools" / "compile_kernels.py"
+TOOL = Path(__file__).parents[2] / "tools" / "compile_kernels.py"
 
 pytest.importorskip("triton")
 

@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from ota_kernels import InputError, RecipeError, merge
 from ota_kernels.cli import density_tables
 from ota_kernels.planning.roles import DETAILED_ROLES, detailed_role, layer_of
-from ota_kernels.run.grid import search
+from ota_kernels.run.grid.counts import Collected
 from ota_kernels.run.grid.densities import densities
+from ota_kernels.run.grid.search import Reading
 
 # Name -> shape, role, layer.
 TENSORS = {
@@ -191,30 +192,20 @@ def test_the_recipes_own_selections_play_no_part(models):
     assert densities(models.recipe(precond_threshold=[1e-9, 1e-20], density_scope="tensor")) == plain
 
 
-@pytest.fixture
-def tiny_tiles(monkeypatch):
-    """Many units of work: a tensor is several tiles."""
-    monkeypatch.setattr(search, "_TILE_ELEMENTS", 100)
-    monkeypatch.setattr(search, "_SMALLEST_TILE", 100)
+TINY_TILES = Reading(tile=100, smallest=100)  # many units of work: a tensor is several tiles
 
 
-@pytest.mark.usefixtures("tiny_tiles")
 def test_tiles_threads_and_backends_change_no_number(models):
-    one = densities(models.recipe(), GRID, MASSES, threads=1)
+    one = densities(models.recipe(), GRID, MASSES, threads=1, reading=TINY_TILES)
     check(one, models)
-    assert densities(models.recipe(), GRID, MASSES, threads=2) == one
-    reference = densities(models.recipe(), GRID, MASSES, backend="reference")
+    assert densities(models.recipe(), GRID, MASSES, threads=2, reading=TINY_TILES) == one
+    reference = densities(models.recipe(), GRID, MASSES, backend="reference", reading=TINY_TILES)
     assert reference == one | {"backend": "reference"}
 
 
-@pytest.fixture
-def bad_sample(monkeypatch):
-    """Every prediction misses: all sampled scores are infinite."""
-
-    def sample(*arguments):
-        return [np.full((4096, 16), np.inf, np.float32)] * 2
-
-    monkeypatch.setattr(search, "sample", sample)
+def infinite(*arguments) -> list[np.ndarray]:
+    """A sample by which every prediction misses."""
+    return [np.full((4096, 16), np.inf, np.float32)] * 2
 
 
 def without_passes(found: dict) -> dict:
@@ -226,41 +217,35 @@ def test_a_large_enough_model_takes_one_pass(tmp_path):
     assert found["passes"] == 1
 
 
-@pytest.mark.usefixtures("bad_sample")
 def test_a_bad_sample_costs_a_pass_and_changes_no_number(models):
-    found = densities(models.recipe(), GRID, MASSES)
+    found = densities(models.recipe(), GRID, MASSES, reading=Reading(sample=infinite))
     assert found["passes"] == 2
     check(found, models)
 
 
-def test_without_room_to_collect(models, monkeypatch):
+def test_without_room_to_collect(models):
     """Thresholds from histograms of the predicted high halves; the splits from a second pass."""
     collected = densities(models.recipe(), GRID, MASSES)
-    monkeypatch.setattr(search.Search, "_fits", lambda self, wanted, expected: False)
-    counted = densities(models.recipe(), GRID, MASSES)
+    counted = densities(models.recipe(), GRID, MASSES, reading=Reading(collects=False))
     assert counted["passes"] >= 2
     assert without_passes(counted) == without_passes(collected)
 
 
-@pytest.mark.usefixtures("bad_sample")
-def test_without_room_and_with_a_bad_sample(models, monkeypatch):
-    monkeypatch.setattr(search.Search, "_fits", lambda self, wanted, expected: False)
-    found = densities(models.recipe(), GRID, MASSES)
+def test_without_room_and_with_a_bad_sample(models):
+    found = densities(models.recipe(), GRID, MASSES, reading=Reading(sample=infinite, collects=False))
     assert found["passes"] == 3
     check(found, models)
 
 
-def test_more_to_collect_than_the_sample_promised(models, monkeypatch):
+def test_more_to_collect_than_the_sample_promised(models):
     """The first collection runs out of room; the next pass knows what it will hold."""
     made = []
 
-    class Collected(search.Collected):
-        def __init__(self, experts, groups, room):
-            super().__init__(experts, groups, room if made else 0)
-            made.append(self)
+    def collected(experts, groups, room):
+        made.append(Collected(experts, groups, room if made else 0))
+        return made[-1]
 
-    monkeypatch.setattr(search, "Collected", Collected)
-    found = densities(models.recipe(), GRID, MASSES)
+    found = densities(models.recipe(), GRID, MASSES, reading=Reading(collected=collected))
     assert found["passes"] == 2
     check(found, models)
 

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+
 from oracle import Tensor
 from oracle.examples import SHAPES, close, merge, tensor, vectors
 

@@ -1,5 +1,6 @@
 """What lands beside the tensors: configuration, tokenizer, code, recipe and model card."""
 
+import itertools
 import json
 import os
 
@@ -431,7 +432,11 @@ def make_recipe(*models, base=None, **parameters):
     return recipe | ({"base_model": base} if base else {}) | {"parameters": parameters}
 
 
-def card(recipe, report=REPORT, has_config=True):
+def card(recipe, report=None, has_config=True):
+    """With a report of the recipe's models, unless one is given."""
+    if report is None:
+        numbers = itertools.cycle(REPORT["experts"])
+        report = REPORT | {"experts": [next(numbers) | {"model": m["model"]} for m in recipe["models"]]}
     return model_card(recipe, report, "1.2.3", formula="w_0 + x", has_config=has_config)
 
 
