@@ -51,8 +51,8 @@ class OutputTensor:
     dtype: of the output; action: MERGE; COPY of the only source, or of several that must agree (integers,
     booleans); KEEP_BASE where the base's values are taken (`missing_curvature: base`); TAKE: one model's
     values as they are, in their own type; AVERAGE: the mean over the models that have the tensor. base: None
-    where the method has none; experts, positions: those that take part, and their numbers in the recipe; curvatures:
-    one per expert; settings: None where nothing is merged.
+    where the method has none; experts, positions: those that take part, and their numbers in the recipe;
+    curvatures: one per expert; settings: None where nothing is merged.
     """
 
     name: str
