@@ -141,7 +141,7 @@ class Inputs:
         }
 
     def _compare(self, allow_crimes: bool) -> None:
-        """Whether models of equal shapes compute the same; what layers and vocabularies change is no fault."""
+        """Whether models of equal shapes compute the same; what layers and vocabularies change is none."""
         shapes = {entry.name: entry.shape for entry in self.entries}
         source = None
         if self.alignment is None:
