@@ -18,6 +18,7 @@ from ..tensors.curvature import Curvature, Full, Log8, LowRank, Rank1, Uniform
 from ..tensors.result import CENSUS, EXPONENTS, Candidates, MergeStats, NonFinite
 from ..tensors.terms import ExpertTerms, Terms, score_bits
 from ..tensors.tile import TensorInputs
+from . import torch_sums
 
 NAME = "reference"
 
@@ -474,3 +475,35 @@ def power_sum(tile: TensorInputs, t: int, power: float) -> tuple[float, tuple[No
     h = curvature(tile.curvatures[t], tile.numel)
     bad = _bad_curvature(h)
     return float((torch.where(bad, 0.0, h).double() ** power).sum()), _count("curvature", t, bad)
+
+
+def _columns(tile: TensorInputs) -> int:
+    return max(tile.shape[-1] if tile.shape else 1, 1)
+
+
+def _all(tile: TensorInputs) -> list[_Expert]:
+    """Every expert's elements, values in float64."""
+    base = torch.zeros(tile.numel) if tile.base is None else _decode(tile.base, torch.float64)
+    return [_expert(tile, t, base.double())[0] for t in range(len(tile.experts))]
+
+
+def gram(tile: TensorInputs, by: str = "tensor") -> np.ndarray:
+    """Products of edits, of weights without a base: see torch_sums.py."""
+    return torch_sums.gram([x.edit for x in _all(tile)], _columns(tile), by)
+
+
+def masked_sums(tile: TensorInputs, terms: Terms) -> np.ndarray:
+    """Sums over edits and masks, float64[T, 6]; columns as SUMS (tensors/result.py) names them."""
+    experts, place = _all(tile), _Place.of(tile)
+    scores = _scored(terms.words.score, place, experts, terms)
+    masks = [
+        _selected(terms.words.select, terms, t, x, s, place)
+        for t, (x, s) in enumerate(zip(experts, scores, strict=True))
+    ]
+    return torch_sums.masked_sums([x.edit for x in experts], masks)
+
+
+def row_divergence(tile: TensorInputs, t: int) -> np.ndarray:
+    """How far expert t's rows are from what its edit is taken from, float64[rows]: see torch_sums.py."""
+    x = _all(tile)[t]
+    return torch_sums.row_divergence(x.w, x.w - x.edit, _columns(tile))

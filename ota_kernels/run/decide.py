@@ -24,8 +24,9 @@ from ..select.sample import sample
 from ..tensors import array as resident
 from ..tensors.buffer import Buffer
 from ..tensors.curvature import Uniform
-from ..tensors.found import KEEP_ALL, SUMS, Found, Selection, Threshold, selection_of
+from ..tensors.found import KEEP_ALL, Found, Selection, Threshold, selection_of
 from ..tensors.random import name_hash
+from ..tensors.result import SUMS
 from ..tensors.segment import CHUNK
 from ..tensors.terms import (
     ExpertTerms,
