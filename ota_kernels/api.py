@@ -17,8 +17,8 @@ from .backends import Backend
 from .errors import BackendError, InputError, RecipeError
 from .integrations.tracing import traceable
 from .io.curvature import Held
-from .planning.models import Info
 from .planning.buffers import average
+from .planning.models import Info
 from .planning.outputs import COPY, TAKE, OutputTensor
 from .planning.pairing import Pairing, moments_key
 from .planning.plan import TILE_ELEMENTS

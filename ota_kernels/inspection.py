@@ -118,7 +118,7 @@ def _together(labels: list[str], good: bool) -> dict[str, Any]:
         return found | {"problem": "a model cannot be merged, see above"}
     recipe = parse_recipe({"merge_method": "linear", "models": [{"model": label} for label in labels]})
     try:
-        with Inputs(recipe, allow_crimes=True) as inputs:
+        with Inputs(recipe, allow_differences=True) as inputs:
             shapes = {entry.name: entry.shape for entry in inputs.entries}
             folders = inputs.model_folders
             first = home(next(iter(folders.values())))

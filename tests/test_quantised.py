@@ -204,13 +204,14 @@ def test_a_claim_over_plain_weights_goes(tmp_path, where):
     assert torch.equal(load_merged(tmp_path / "out")["w.weight"], expected.bfloat16())
 
 
-@pytest.mark.parametrize("tag", ["F4", "F8_E4M3FNUZ", "F6_E2M3"])
-def test_types_that_only_quantised_models_have_are_named(tmp_path, tag):
-    header = json.dumps({"w": {"dtype": tag, "shape": [2], "data_offsets": [0, 2]}}).encode()
+@pytest.mark.parametrize(("tag", "size"), [("F4", 2), ("F8_E4M3FNUZ", 4), ("F6_E2M3", 3), ("I4", 2)])
+def test_types_that_only_quantised_models_have_are_named(tmp_path, tag, size):
+    header = json.dumps({"w": {"dtype": tag, "shape": [4], "data_offsets": [0, size]}}).encode()
     path = tmp_path / "model.safetensors"
-    path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0")
-    with pytest.raises(InputError, match=f"is quantised, of .* \\(type {tag}\\)"):
-        Checkpoint.open(path, "x")
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * size)
+    said = "is quantised, of .* \\(type I4\\)" if tag == "I4" else f"is quantised: .* is of type {tag}"
+    with pytest.raises(InputError, match=said):
+        plan({"merge_method": "linear", "models": [{"model": str(tmp_path)}] * 2})
 
 
 class TestFloat8:

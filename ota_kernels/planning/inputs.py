@@ -32,15 +32,18 @@ _ADVICE = "; --allow-crimes merges what there is"
 
 class Inputs:
     """The open files of a recipe; a context manager. allow_crimes: models may differ in what they have and in
-    what they compute, and notes say so.
+    what they compute, and notes say so; allow_differences: in what they compute.
 
-    recipe: without models that are the base itself; notes: what a user should know of what was understood;
-    differences: how many of the last notes are about models that differ in what they compute; entries: output tensors in the order in which they are written; models: by their references; untied: the
-    output has an output matrix of its own although some model ties it to the embeddings; model_folders: every
-    folder by its name in the recipe, the base first.
+    recipe: without models that are the base itself; entries: output tensors in the order in which they are
+    written; models: by their references; checkpoints: the files of each; untied: the output has an output
+    matrix of its own although some model ties it to the embeddings; model_folders: every folder by its name
+    in the recipe, the base first; notes: what a user should know of what was understood; differences: how
+    many of the last notes are about models that differ in what they compute.
     """
 
-    def __init__(self, recipe: Recipe, *, allow_crimes: bool = False) -> None:
+    def __init__(
+        self, recipe: Recipe, *, allow_crimes: bool = False, allow_differences: bool = False
+    ) -> None:
         self.recipe = recipe
         self.method = recipe.method
         self._files = contextlib.ExitStack()
@@ -52,7 +55,7 @@ class Inputs:
                 self.recipe, self.models, self.moments, allow_crimes, _ADVICE, self._prefixes.unsafe
             )
             self.notes += self.pairing.notes
-            self._compare(allow_crimes)
+            self._compare(allow_crimes or allow_differences)
         except BaseException:
             self.close()
             raise
@@ -135,8 +138,8 @@ class Inputs:
             for key, file in self.moments.items()
         }
 
-    def _compare(self, allow_crimes: bool) -> None:
-        """Whether models of equal shapes compute the same; what layers and a vocabulary change is no fault."""
+    def _compare(self, allow: bool) -> None:
+        """Whether models of equal shapes compute the same, but for what layers and a vocabulary change."""
         shapes = {entry.name: entry.shape for entry in self.entries}
         source = None
         if self.alignment is None:
@@ -145,7 +148,7 @@ class Inputs:
             self.model_folders,
             shapes,
             source,
-            allow_crimes,
+            allow,
             parts=filter(None, self.stems),
             edit=self.edited_config,
             restacked=bool(self.pairing.donors),
