@@ -55,7 +55,9 @@ def _model(label: str) -> dict[str, Any]:
         found |= _of_tensors(checkpoint) | _of_files(folder, checkpoint)
         quantised = quantisation_of(checkpoint)
         if quantised is not None:
-            found |= {"quantisation": quantised.format, "problem": str(refuse_quantised(label, quantised))}
+            found["quantisation"] = quantised.format
+            if not quantised.scaled:
+                found["problem"] = str(refuse_quantised(label, quantised))
     except InputError as error:
         found["problem"] = str(error)
     finally:

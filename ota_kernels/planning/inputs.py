@@ -21,7 +21,7 @@ from .adapters import Adapted
 from .check import compare
 from .identity import twins, without_base
 from .match import Renamed, RenamedMoments, prefixes_of
-from .models import Model, Moments, Stored
+from .models import Dequantised, Model, Moments, Stored
 from .outputs import OutputTensor
 from .pairing import Pairing, moments_key
 from .restack import restacked
@@ -47,6 +47,7 @@ class Inputs:
         self.recipe = recipe
         self.method = recipe.method
         self._files = contextlib.ExitStack()
+        self.notes: list[str] = []
         try:
             self._open()
             self._rename()
@@ -80,7 +81,7 @@ class Inputs:
         kept = dict.fromkeys(entry.reference for part in recipe.slices for entry in part.entries)
         self.models: dict[Reference, Model] = {reference: models[reference] for reference in kept}
         experts = dict.fromkeys(e.reference for part in recipe.slices for e in part.experts)
-        self.notes = twins([plain[reference] for reference in experts if reference in plain])
+        self.notes += twins([plain[reference] for reference in experts if reference in plain])
         self.moments: dict[tuple[int, str], Moments] = {}
         for part in recipe.slices:
             for entry in part.experts:
@@ -93,7 +94,10 @@ class Inputs:
         self._files.enter_context(contextlib.closing(model))
         quantised = quantisation_of(checkpoint)
         if quantised is not None:
-            raise refuse_quantised(reference.label, quantised)
+            if not quantised.scaled:
+                raise refuse_quantised(reference.label, quantised)
+            model = Dequantised(checkpoint, quantised)
+            self.notes.append(f"{reference.label}: {quantised.note}")
         self.checkpoints[reference] = checkpoint
         if reference.adapter is None:
             return model
