@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ..recipe.methods import EXTRA_TENSORS
 from ..recipe.settings import Settings
 from ..tensors.computed import Source
 from ..tensors.curvature import Curvature
@@ -114,4 +115,4 @@ class OutputTensor:
 
 
 def _set(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in parameters.items() if value is not None}
+    return {k: value for k, value in parameters.items() if value is not None and k != EXTRA_TENSORS.key}
