@@ -348,8 +348,8 @@ def _recipe(
         for own, one in zip(per_model, value, strict=True):
             own[key] = one
     if row.curvature:
-        if not has_curvature:
-            whole.setdefault("missing_curvature", "uniform")
+        if not has_curvature and whole.get("missing_curvature", "error") == "error":
+            whole["missing_curvature"] = "uniform"
         for t, own in enumerate(per_model):
             own["preconditioner_path"] = f"curvatures[{t}]"
     models = [{"model": f"experts[{t}]", "parameters": own} for t, own in enumerate(per_model)]
