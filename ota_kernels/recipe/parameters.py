@@ -200,7 +200,7 @@ def _parse_text(value: Any) -> str:
 
 
 def _parse_dtype(value: Any) -> str | None:
-    name = _parse_text(value).removeprefix("torch.")
+    name = str(value).removeprefix("torch.")  # a torch.dtype too
     name = _DTYPE_ALIASES.get(name, name)
     if name == "auto":
         return None

@@ -358,9 +358,11 @@ def test_errors_are_those_of_the_functional_api(wrong):
 
 
 def test_an_argument_that_has_no_text():
-    """A torch type is none of the names of `out_dtype`; the error shows it."""
-    with pytest.raises(errors.RecipeError, match=r"`out_dtype` is 'torch\.bfloat16': it must be bfloat16"):
-        compiled(lambda x: merge_tensors(x, [x], out_dtype=torch.bfloat16))(ONES)
+    """A torch type is its name; the error shows one that cannot be written."""
+    merged = compiled(lambda x: merge_tensors(x, [x], out_dtype=torch.bfloat16))(ONES)
+    assert merged.dtype == torch.bfloat16 == merge_tensors(ONES, [ONES], out_dtype=torch.bfloat16).dtype
+    with pytest.raises(errors.RecipeError, match=r"`out_dtype` is 'torch\.complex64': it must be bfloat16"):
+        compiled(lambda x: merge_tensors(x, [x], out_dtype=torch.complex64))(ONES)
 
 
 def test_nothing_to_merge():
