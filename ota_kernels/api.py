@@ -333,7 +333,7 @@ def _recipe(
             own[key] = one
     if row.curvature:
         if not has_curvature:
-            whole.setdefault("missing_curvature", "uniform")
+            whole["missing_curvature"] = "uniform"
         for t, own in enumerate(per_model):
             own["preconditioner_path"] = f"curvatures[{t}]"
     models = [{"model": f"experts[{t}]", "parameters": own} for t, own in enumerate(per_model)]

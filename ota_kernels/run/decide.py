@@ -362,7 +362,8 @@ class Decider:
         """The least |d| among the ties_density share of the largest masked edits."""
         density = Selection("density", settings["ties_density"])
         terms = self.method.terms(settings, replace(found, trims=[0.0] * len(found.trims)))
-        found.trims = [self._select(tensor, t, terms, density, True) for t in range(len(settings.experts))]
+        trims = [self._select(tensor, t, terms, density, True) for t in range(len(settings.experts))]
+        found.trims = [math.inf if math.isnan(trim) else trim for trim in trims]
 
     def _find_sums(self, tensor: TensorInputs, settings: Settings, found: Found) -> None:
         statistic = MaskedSums(len(tensor.experts), len(SUMS))
