@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ota_kernels.run.pool import default_threads
+from ota_kernels.processors import default_threads
 
 _BYTES = 1 << 29  # far more than any last-level cache
 _REPEATS = 12

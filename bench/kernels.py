@@ -21,9 +21,10 @@ import numpy as np
 from ota_kernels import backends
 from ota_kernels.planning.plan import TILE_ELEMENTS
 from ota_kernels.planning.resolve import Resolver
+from ota_kernels.processors import default_threads
 from ota_kernels.recipe.schema import parse_recipe
 from ota_kernels.run.decide import Decider
-from ota_kernels.run.pool import IN_PLACE, Pool, default_threads
+from ota_kernels.run.pool import IN_PLACE, Pool
 from ota_kernels.tensors.buffer import Buffer
 from ota_kernels.tensors.curvature import Full, Uniform
 from ota_kernels.tensors.dtypes import BY_NAME

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from ota_kernels.run.pool import Pool, default_threads
+from ota_kernels.processors import default_threads
+from ota_kernels.run.pool import Pool
 
 from . import bandwidth
 from .bandwidth import Bandwidth

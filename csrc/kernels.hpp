@@ -64,6 +64,10 @@ struct Words {
     Elect elect = Elect::none;
     Weigh weigh = Weigh::curvature;
     Divide divide = Divide::kept_weights;
+
+    bool read_curvature() const {
+        return score == Score::saliency || score == Score::curvature || weigh == Weigh::curvature;
+    }
 };
 
 // One expert's inputs and numbers; see ExpertTerms.

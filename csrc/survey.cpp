@@ -164,7 +164,7 @@ Unread run_scores(const Tile& tile, const RunArgs& args, float* const* out) {
             e.curvature = tile.experts[t].curvature;
             if (!gather(args, e.weights, args.weights[t], first, n, room.weights)) unread = {Role::weights, t};
             if (!gather(args, e.origin, args.origins[t], first, n, room.origin)) unread = {Role::origin, t};
-            if (!gather(args, e.curvature, args.curvature[t], first, n, room.curvature))
+            if (tile.words.read_curvature() && !gather(args, e.curvature, args.curvature[t], first, n, room.curvature))
                 unread = {Role::curvature, t};
         };
         for (int t = 0; all && t < tile.n_experts; ++t) fetch(t, rooms[t]);

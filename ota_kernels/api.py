@@ -6,6 +6,7 @@ calling thread's current stream.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -16,20 +17,25 @@ from .backends import Backend
 from .errors import BackendError, InputError, RecipeError
 from .integrations.tracing import traceable
 from .io.curvature import Held
+from .planning.buffers import average
 from .planning.models import Info
-from .planning.pairing import COPY, OutputTensor, Pairing, moments_key
+from .planning.outputs import COPY, TAKE, OutputTensor
+from .planning.pairing import Pairing, moments_key
 from .planning.plan import TILE_ELEMENTS
+from .processors import default_threads
 from .recipe import methods
 from .recipe.schema import Recipe, parse_recipe
 from .run.decide import Decider
 from .run.engine import Engine
-from .run.pool import Pool, default_threads
+from .run.pool import Pool
 from .run.sinks import GraftSink, Inline, MemorySink
 from .select.pending import Store
 from .tensors import array as resident
 from .tensors.buffer import Buffer
 from .tensors.convert import array_like, buffer_of, device_of, numpy_dtype
 from .tensors.curvature import Full
+
+logger = logging.getLogger(__name__)
 
 _UNLIMITED = 1 << 62  # inputs in memory leave room for their few candidates
 
@@ -92,9 +98,10 @@ def merge_state_dicts(
 ) -> dict[str, Tensor]:
     """Merge dictionaries of tensors; densities are over all of them (`density_scope: model`) unless told.
 
-    Arguments and errors as for `merge_tensors`; all dictionaries have the same names. Tensors that are not
-    floating point are copied when all models agree. A name without curvature is an error unless
-    `missing_curvature` says otherwise.
+    Arguments and errors as for `merge_tensors`. Tensors that are not floating point, and buffers that no
+    optimizer trained (`inv_freq`, masks, counters), are copied in their own type when all models agree. Names
+    that only some dictionaries have are an error unless `extra_tensors` says otherwise; of buffers, the first
+    one's is taken. A name without curvature is an error unless `missing_curvature` says otherwise.
     """
     recipe = _recipe(base is not None, len(experts), curvatures is not None, method, out_dtype, parameters)
     return _merge_models(base, experts, curvatures, recipe, backend, threads, MemorySink)
@@ -150,7 +157,7 @@ def graft(
     whole = kinds == {True}
     base, expert, *curvatures = models if whole else [{"weight": model} for model in models]
     merged = _merge_models(base, [expert], curvatures or None, recipe, backend, threads, GraftSink)
-    return merged if whole else merged["weight"]
+    return {name: merged[name] for name in base if name in merged} if whole else merged["weight"]
 
 
 def _merge_models(
@@ -179,12 +186,16 @@ def _merge_models(
         moments_key(entry): _Moments(f"curvatures[{t}]", of_expert, read)
         for t, (entry, of_expert) in enumerate(zip(recipe.models, curvatures or (), strict=False))
     }
-    outputs = Pairing(recipe, models, moments).outputs
-    merged = {o.name: _agreed(like[o.name], o) for o in outputs if o.action == COPY}
+    pairing = Pairing(recipe, models, moments)
+    for note in pairing.notes:
+        logger.info("%s", note)
+    outputs = pairing.outputs
+    by_label = {reference.label: model for reference, model in given.items()}
+    merged = {o.name: _uncomputed(like[o.name], o, by_label) for o in outputs if not o.is_computed}
     for output in outputs:
-        if isinstance(like[output.name], np.ndarray) and output.action != COPY:
+        if isinstance(like[output.name], np.ndarray) and output.is_computed:
             numpy_dtype(like[output.name], output.dtype)  # raises before anything is merged
-    floats = [output for output in outputs if output.action != COPY]
+    floats = [output for output in outputs if output.is_computed]
     if floats:
         merged |= _merge(like, floats, recipe, chosen, threads, sink)
     return {output.name: merged[output.name] for output in outputs}
@@ -202,7 +213,9 @@ class _Dictionary:
         self.tensors = {
             name: Info(tuple(tensor.shape), self._buffers[name].dtype) for name, tensor in tensors.items()
         }
-        self.source = self._buffers.__getitem__
+
+    def source(self, name: str, stands_for: str | None = None) -> Buffer:
+        return self._buffers[name]
 
     def bytes_per_element(self, name: str) -> int:
         return self.tensors[name].dtype.itemsize
@@ -320,6 +333,9 @@ def _recipe(
         raise RecipeError(
             "`bias_correction` reads a file's metadata: divide the curvatures by 1 - beta2^step instead"
         )
+    for key in parameters:
+        if key not in row.keys and any(key in methods.get(other).keys for other in methods.names()):
+            raise RecipeError(f"`{key}` is not used by `{method}`: leave it out")
     if "lambda_" in parameters:
         parameters["lambda"] = parameters.pop("lambda_")
     whole, per_model = {}, [{} for _ in range(n)]
@@ -346,6 +362,19 @@ def _recipe(
     if has_base and row.base != "ignored":
         data["base_model"] = "base"
     return parse_recipe(data)
+
+
+def _uncomputed(like: Tensor, output: OutputTensor, models: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
+    """A tensor that is copied, taken from one model (by its label), or the mean of those that have it."""
+    if output.action == COPY:
+        return _agreed(like, output)
+    first = output.experts[0]
+    if output.action == TAKE:
+        taken = models[first.model.label][first.name]
+        return taken.copy() if isinstance(taken, np.ndarray) else taken.detach().clone()
+    sources = [part.source for part in output.experts]
+    data = average([(resident.host(source.data), source.dtype) for source in sources], output.dtype)
+    return array_like(like, resident.beside(data, sources[0].data), output.dtype, output.shape)
 
 
 def _agreed(like: Tensor, output: OutputTensor) -> Tensor:

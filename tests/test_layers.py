@@ -49,22 +49,21 @@ def modules(folder: str) -> list[Path]:
 # Which rooms a room may import, besides itself; `errors` and `sizes` are everybody's. Arrows point down.
 MAY_IMPORT = {
     "tensors": set(),
-    "recipe": set(),
+    "recipe": {"tensors"},
     "io": {"tensors"},
     "backends": {"tensors"},
     "select": {"tensors"},
     "planning": {"recipe", "io", "tensors"},
     "run": {"planning", "recipe", "select", "backends", "io", "tensors"},
 }
-EVERYBODYS = {"errors", "sizes", "__version__"}
+EVERYBODYS = {"errors", "sizes", "processors", "__version__"}
 # Left from the layout before; nothing may be added.
 EXCEPTIONS = {
     "tensors": {"_native"},
     "backends": {"_native"},
     "io": {"_native", "moments"},  # whether a torch file's states are Adam's is known there
-    "recipe": {"select", "tensors"},
     "select": {"backends", "integrations", "io", "recipe", "run"},
-    "planning": {"backends", "run", "select"},
+    "planning": {"backends"},
 }
 
 

@@ -128,7 +128,8 @@ QUICK = {
     "ties": ("sm_90",),
     "random": ("sm_90",),
 }
-# Most instructions per element, of sm_90: above, they bind and not the memory.
+# Most instructions per element, of sm_90 from triton 3.7 on: above, they bind, not the memory. Earlier ones
+# take up to 3 % more with brackets (3.6: 206), and 5 % with 16 experts (3.2: 326).
 BUDGETS = {
     "ota": 130,
     "ota, bfloat16 curvature": 130,
@@ -136,7 +137,7 @@ BUDGETS = {
     "ota, brackets": 200,
     "ota, T=16": 310,
 }
-BUDGETED = "sm_90"
+BUDGETED = "sm_90", (3, 7)
 
 
 @dataclass(frozen=True)
@@ -352,13 +353,18 @@ def faults(kernel: Kernel, code: Code, target: str) -> list[str]:
         found.append(f"spills {code.spilled} bytes")
     if code.fences:
         found.append(f"{code.fences} fences")
-    budget = BUDGETS.get(kernel.label) if target == BUDGETED else None
+    budgeted = target == BUDGETED[0] and _version() >= BUDGETED[1]
+    budget = BUDGETS.get(kernel.label) if budgeted else None
     if budget and instructions(kernel, code, target) > budget:
         found.append(f"more than {budget} instructions")
     for name, wanted, widths in (("loads", kernel.loads, code.loads), ("stores", kernel.stores, code.stores)):
         if wanted is not None and widths.get(_BYTES_OF_LOAD, 0) < wanted:
             found.append(f"{widths.get(_BYTES_OF_LOAD, 0)} of {wanted} {name} have 16 bytes")
     return found
+
+
+def _version() -> tuple[int, ...]:
+    return tuple(map(int, triton.__version__.split(".")[:2]))
 
 
 def instructions(kernel: Kernel, code: Code, target: str) -> float:
@@ -387,7 +393,7 @@ def main(quick: bool, targets: tuple[str, ...]) -> None:
     failed = 0
     for target in targets or TARGETS:
         least = LEAST_TRITON.get(target, (0, 0))
-        if tuple(map(int, triton.__version__.split(".")[:2])) < least:
+        if _version() < least:
             table.add_row("skipped", target, *[""] * 8, f"needs triton {least[0]}.{least[1]}")
             continue
         for kernel in kernels(target, quick):

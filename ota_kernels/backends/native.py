@@ -88,7 +88,7 @@ def merge(tile: TensorInputs, terms: Terms, out: np.ndarray) -> MergeStats:
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """Lists that would hold a whole tile of `numel` elements as candidates, of which only what is used becomes memory;
+    """Lists that hold a tile of `numel` elements as candidates, of which only what is used becomes memory;
     uint8 arrays, one for each expert but of positions and base. sizes: bytes of an element of each list."""
 
     sizes: list[int]
@@ -188,7 +188,7 @@ def scores(tile: TensorInputs, t: int, terms: Terms) -> tuple[np.ndarray, tuple[
 
 
 def gram(tile: TensorInputs, by: str = "tensor") -> np.ndarray:
-    """Products of edits (of weights, without a base), sum_i d_s d_t in float64: float64[T, T], or [groups, T, T]
+    """Products of edits (of weights, without a base), sum_i d_s d_t in float64: [T, T], or [groups, T, T]
     by "row" or "column" of a tile of whole rows."""
     experts = len(tile.experts)
     columns = max(tile.shape[-1] if tile.shape else 1, 1)

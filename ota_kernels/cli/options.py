@@ -102,7 +102,22 @@ _MERGING = (
         help="Bytes of one output file at most.",
     ),
     click.option(
+        "--allow-crimes",
+        is_flag=True,
+        help="Merge models that differ in their tensors, configurations or vocabularies, and say what differs.",
+    ),
+    click.option(
+        "--trust-remote-code",
+        is_flag=True,
+        help="Copy Python files that the model loads its classes from; none is run.",
+    ),
+    click.option(
         "--seed", type=int, default=0, show_default=True, help="Of methods that draw random numbers."
+    ),
+    click.option(
+        "--unsafe-truncate-embeddings",
+        is_flag=True,
+        help="Cut vocabularies of unlike sizes to the smallest; tokens beyond it are lost.",
     ),
     _VERBOSE,
 )

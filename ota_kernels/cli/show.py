@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable
 
 import click
 from rich.console import Console
@@ -37,6 +38,39 @@ def plan(found: Plan) -> None:
     for row in rows:
         table.add_row(*row)
     Console().print(table)
+    notes(found.notes)
+
+
+def notes(lines: Iterable[str]) -> None:
+    """What a user should know of the inputs."""
+    for line in lines:
+        click.echo(f"note: {line}")
+
+
+def tensors(found: Plan) -> None:
+    """Every output tensor, in the order in which they are written."""
+    for output in found.outputs:
+        shape = " x ".join(map(str, output.shape)) or "scalar"
+        click.echo(f"{output.name}: {shape}, {output.dtype.name}, {output.action}")
+        described = output.as_dict()
+        if described.get("parameters"):
+            click.echo(f"  {_parameters(described['parameters'])}")
+        for part in [described.get("base"), *described["sources"]]:
+            if part is None:
+                continue
+            place = part["model"] if part["tensor"] == output.name else f"{part['model']}: {part['tensor']}"
+            kind = "base" if part is described.get("base") else "from"
+            own = f"  {_parameters(part['parameters'])}" if part.get("parameters") else ""
+            click.echo(f"  {kind} {place}{own}")
+
+
+def _parameters(values: dict) -> str:
+    shown = {True: "true", False: "false"}
+    pairs = (
+        (key, shown[x] if isinstance(x, bool) else f"{x:g}" if isinstance(x, float) else x)
+        for key, x in values.items()
+    )
+    return ", ".join(f"{key} {value}" for key, value in pairs)
 
 
 def _candidates(found: Plan) -> str:
@@ -59,6 +93,7 @@ def report(merged: dict, out: str) -> None:
         click.echo(f"  {merged['repeats']} thresholds lay outside their bracket: merged again, exactly")
     if merged["repaired"]:
         click.echo(f"  {merged['repaired']} elements set to the base value: an input was not finite")
+    notes(merged.get("notes", ()))
 
 
 def progress():

@@ -26,9 +26,11 @@ import torch
 from torch import Tensor
 
 from .. import api as functional
-from ..errors import RecipeError
+from ..errors import InputError, RecipeError
+from ..planning.buffers import written_type
 from ..recipe import methods
 from ..select import topk as selection
+from ..tensors.dtypes import BY_NAME
 
 _MODELS = "(Tensor[] tensors, Scalar[] numbers, str call) -> Tensor[]"
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
@@ -133,7 +135,15 @@ def _first(base: Any, experts: Sequence[Any]) -> Any:
 
 @torch.library.custom_op("ota_kernels::merge", mutates_args=(), schema=_MODELS, **_TAGS)
 def _merge(tensors: list[Tensor], numbers: list[int | float], call: str) -> list[Tensor]:
-    merged = _untraced(functional.merge_state_dicts)(**_unpacked(tensors, numbers, call))
+    arguments = _unpacked(tensors, numbers, call)
+    merged = _untraced(functional.merge_state_dicts)(**arguments)
+    # What a graph returns must be known before it runs.
+    odd = set(merged) ^ set(_first(arguments["base"], arguments["experts"]))
+    if odd:
+        raise InputError(
+            f"the models differ in the tensors they have: {min(odd)!r} is in some only, which a compiled "
+            "graph cannot merge: call merge_state_dicts outside of it"
+        )
     return [tensor.contiguous() for tensor in merged.values()]
 
 
@@ -145,9 +155,20 @@ def _(tensors: list[Tensor], numbers: list[int | float], call: str) -> list[Tens
     dtype = _output_dtype(arguments)
     merged = []
     for name, like in _first(base, experts).items():
-        floats = all(model[name].is_floating_point() for model in models if name in model)
-        merged.append(_described(like, tensors, dtype if floats else None))
+        held = [model[name] for model in models if name in model]
+        floats = all(tensor.is_floating_point() for tensor in held)
+        own = _buffer_type(name, held)
+        merged.append(_described(like, tensors, own or (dtype if floats else None)))
     return merged
+
+
+def _buffer_type(name: str, held: Sequence[Tensor]) -> torch.dtype | None:
+    """The type of a buffer that is written in its own, whatever `out_dtype` says."""
+    known = [BY_NAME.get(str(tensor.dtype).removeprefix("torch.")) for tensor in held]
+    if None in known:
+        return None
+    dtype = written_type(name, tuple(held[0].shape), known)
+    return dtype and getattr(torch, dtype.name)
 
 
 def _output_dtype(arguments: Mapping[str, Any]) -> torch.dtype | None:
@@ -177,7 +198,12 @@ def _graft(tensors: list[Tensor], numbers: list[int | float], call: str) -> list
 
 @_graft.register_fake
 def _(tensors: list[Tensor], numbers: list[int | float], call: str) -> list[Tensor]:
-    return [_described(like, tensors) for like in _tensors(_unpacked(tensors, numbers, call)["base"])]
+    arguments = _unpacked(tensors, numbers, call)
+    base, expert = arguments["base"], arguments["expert"]
+    if not isinstance(base, Mapping):
+        return [_described(base, tensors)]
+    held = {name: [like, *([expert[name]] if name in expert else [])] for name, like in base.items()}
+    return [_described(like, tensors, _buffer_type(name, held[name])) for name, like in base.items()]
 
 
 def _tensors(model: Tensor | Mapping[str, Tensor]) -> list[Tensor]:

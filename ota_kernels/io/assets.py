@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import yaml
 
 from ..errors import RecipeError, RunError
+from .chat import chosen_template, with_template
+from .folder import holds_weights
+from .parts import whole_files
+from .quantised import method_in_config, without_claims
 from .tokenizer import (
     check_equal_vocabularies,
     files_in,
@@ -21,11 +25,26 @@ from .tokenizer import (
 )
 
 _CONFIG = "config.json"
+_GENERATION = "generation_config.json"
 _CONFIG_COMPANIONS = (
-    "generation_config.json",
+    _GENERATION,
     "preprocessor_config.json",
     "processor_config.json",
     "video_preprocessor_config.json",
+    "image_processor_config.json",
+    "feature_extractor_config.json",
+    "preprocessor.json",
+    "processor.json",
+    "normalizer.json",
+    "audio_config.json",
+    "configuration.json",
+    "params.json",
+    "open_clip_config.json",
+    "label_map.json",
+    "labels.txt",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
 )
 # transformers writes "dtype" from version 5 on, "torch_dtype" before; every version reads the latter.
 _DTYPE_KEYS = ("dtype", "torch_dtype")
@@ -45,29 +64,62 @@ def plan_assets(
     tokenizer_source: str = "base",
     dtype: str | None = None,
     untied: bool = False,
+    edit: Callable[[dict], dict] = lambda config: config,
+    chat_template: str | None = None,
+    tokenizer: Mapping[str, bytes | Path] | None = None,
+    copy_code: bool = False,
 ) -> list[Asset]:
-    """Configuration, tokenizer and remote-code files of the merged model; writes nothing.
+    """Configuration, tokenizer, processor and module files of the merged model; writes nothing.
 
     models: folders by their names in the recipe, the base first if there is one: the first gives the
     configuration. tokenizer_source: "base" (the first model, which may have no tokenizer), "union"
     (all vocabularies must be equal), or a name or folder of a model that has a tokenizer. dtype: the
     torch name that config.json must state, None to leave it. untied: the output has an output matrix of
-    its own, so config.json must say that embeddings are not tied.
+    its own, so config.json must say that embeddings are not tied. edit: what else changes in config.json;
+    chat_template: as in a recipe, None for the tokenizer's own; tokenizer: files of one that was built, in
+    place of tokenizer_source. copy_code: copy Python files that the configuration loads its classes from,
+    too.
 
     Raises RecipeError for a tokenizer_source that cannot be served, InputError for a malformed file.
     """
-    config_folder = next(iter(models.values()))
-    tokenizer_folder = _tokenizer_folder(models, tokenizer_source)
-    contents: dict[str, bytes | Path] = {}
+    config_folder = home(next(iter(models.values())))
+    built = tokenizer is not None
+    tokens_from = config_folder if built else tokenizer_folder(models, tokenizer_source)
+    contents: dict[str, bytes | Path] = dict(whole_files(config_folder))
     contents |= files_in(config_folder, (_CONFIG, *_CONFIG_COMPANIONS))
-    if _CONFIG in contents and (dtype is not None or untied):
-        contents[_CONFIG] = _merged_config(config_folder / _CONFIG, dtype, untied)
-    contents |= tokenizer_files(tokenizer_folder)
-    contents |= _code_files(config_folder, tokenizer_folder)
+    for name in [name for name in contents if PurePosixPath(name).name == _CONFIG]:
+        config = read_json(config_folder / name)
+        # Only the model's own configuration knows of ties; modules and components have dtypes.
+        is_main = name == _CONFIG
+        has_weights = is_main or holds_weights((config_folder / name).parent)
+        edited = edit(config) if is_main else config
+        changes = edited != config or (has_weights and (dtype is not None or untied))
+        if changes or method_in_config(config) is not None:
+            contents[name] = _merged_config(
+                edited, dtype if has_weights else None, untied and is_main, is_main
+            )
+    files = dict(tokenizer if built else tokenizer_files(tokens_from))
+    if chat_template is not None and (text := chosen_template(chat_template, models.values())):
+        if not built and not has_tokenizer(tokens_from):
+            raise RecipeError(f"chat_template: {tokens_from} has no tokenizer to give it to: remove the key")
+        files = with_template(files, text)
+    contents |= files
+    if _GENERATION not in contents:  # its token ids are the tokenizer's
+        contents |= files_in(tokens_from, [_GENERATION])
+    if copy_code:
+        contents |= code_files(config_folder, tokens_from)
     return [Asset(name, content) for name, content in contents.items()]
 
 
-def _tokenizer_folder(models: Mapping[str, Path], source: str) -> Path:
+def home(model: Path) -> Path:
+    """The folder of a model's files beside its weights: of a weight file, its own, where that has a
+    config.json."""
+    return model.parent if model.is_file() and (model.parent / _CONFIG).is_file() else model
+
+
+def tokenizer_folder(models: Mapping[str, Path], source: str) -> Path:
+    """The folder whose tokenizer is copied; models and source as for `plan_assets`."""
+    models = {label: home(folder) for label, folder in models.items()}
     first = next(iter(models.values()))
     if source == "base":
         return first
@@ -85,9 +137,12 @@ def _tokenizer_folder(models: Mapping[str, Path], source: str) -> Path:
     return folder
 
 
-def _merged_config(path: Path, dtype: str | None, untied: bool) -> bytes:
-    config = _restated(read_json(path), dtype, untied)
-    if dtype is not None and not any(key in config for key in _DTYPE_KEYS):
+def _merged_config(config: dict, dtype: str | None, untied: bool, add: bool = True) -> bytes:
+    # No merged tensor is quantised, so nothing may say so.
+    config = _restated(without_claims(config), dtype, untied)
+    # diffusers, whose configurations have a `_class_name`, knows no such key.
+    add = add and "_class_name" not in config
+    if add and dtype is not None and not any(key in config for key in _DTYPE_KEYS):
         config["torch_dtype"] = dtype
     if untied:
         config["tie_word_embeddings"] = False
@@ -102,12 +157,12 @@ def _restated(config: dict, dtype: str | None, untied: bool) -> dict:
             restated[key] = dtype
         elif key == "tie_word_embeddings" and untied:
             restated[key] = False
-        elif key.endswith("_config") and key != "quantization_config" and isinstance(value, dict):
+        elif key.endswith("_config") and isinstance(value, dict):
             restated[key] = _restated(value, dtype, untied)
     return restated
 
 
-def _code_files(config_folder: Path, tokenizer_folder: Path) -> dict[str, Path]:
+def code_files(config_folder: Path, tokenizer_folder: Path) -> dict[str, Path]:
     """Python files of the folders whose configuration loads its classes from them (`auto_map`)."""
     code: dict[str, Path] = {}
     for folder, name in ((config_folder, _CONFIG), (tokenizer_folder, "tokenizer_config.json")):

@@ -14,6 +14,7 @@ from ..errors import InputError
 from ..tensors.buffer import Buffer
 from ..tensors.curvature import Curvature, Full, Log8, Rank1
 from . import stored, torchfile
+from .folder import where
 from .header import quoted
 from .reader import FILE_SUFFIX, INDEX_SUFFIX, Checkpoint, fingerprint
 from .stored import MOMENT
@@ -47,20 +48,20 @@ class CurvatureFile(ABC):
         """
         if os.path.isfile(path / "config.json"):
             raise InputError(
-                f"{label}: {path}: is a model, whose weights are no second moments: name the file that "
+                f"{where(label, path)}: is a model, whose weights are no second moments: name the file that "
                 "`ota-merge moments extract` makes of its checkpoint"
             )
         if os.path.isdir(path) or path.name.endswith((FILE_SUFFIX, INDEX_SUFFIX)):
             return _SafetensorsCurvature(label, path)
         if path.suffix not in _TORCH_SUFFIXES:
             accepted = ", ".join((FILE_SUFFIX, INDEX_SUFFIX, *_TORCH_SUFFIXES))
-            raise InputError(f"{label}: {path}: not a folder, and not one of {accepted}")
+            raise InputError(f"{where(label, path)}: not a folder, and not one of {accepted}")
         return _TorchCurvature(label, path)
 
     @property
     def where(self) -> str:
         """What errors begin with."""
-        return f"{self.label}: {self.path}"
+        return where(self.label, self.path)
 
     def what(self, name: str) -> str:
         """What errors call the curvature of one parameter."""
@@ -244,7 +245,7 @@ class _TorchCurvature(CurvatureFile):
         self._groups = content.get("param_groups")
         self._moments = {name: state[MOMENT] for name, state in self._states.items() if MOMENT in state}
         if not self._moments:
-            raise InputError(f"{label}: {path}: its optimizer state holds no {MOMENT}")
+            raise InputError(f"{where(label, path)}: its optimizer state holds no {MOMENT}")
         for name, moment in self._moments.items():
             self._check_plain(name, moment)
             self._check_kind(name)

@@ -19,6 +19,8 @@ from typing import Any, BinaryIO, NoReturn
 
 from ..errors import InputError
 from ..tensors.dtypes import BY_TAG, PACKED_BY_TAG, DType
+from .quantised import FOREIGN_TAGS
+from .signature import HEAD_BYTES, not_weights
 
 PREFIX_BYTES = 8
 # The cap of the safetensors library: a longer header is a lie or an attack, never a model.
@@ -144,6 +146,10 @@ def quoted(value: object) -> str:
 
 def _read_header_from(stream: BinaryIO, path: Path) -> Header:
     file_size = os.fstat(stream.fileno()).st_size
+    instead = not_weights(stream.read(HEAD_BYTES), file_size)
+    if instead is not None:
+        raise InputError(f"{path}: is {instead}")
+    stream.seek(0)
     prefix = stream.read(PREFIX_BYTES)
     if len(prefix) < PREFIX_BYTES:
         raise InputError(f"{path}: {file_size} bytes are too few for a safetensors file; fetch it again")
@@ -214,6 +220,11 @@ def _parse_entry(name: str, entry: Any, data_start: int, path: Path) -> TensorIn
 
 def _parse_dtype(tag: Any) -> DType:
     dtype = BY_TAG.get(tag) or PACKED_BY_TAG.get(tag) if isinstance(tag, str) else None
+    if dtype is None and isinstance(tag, str) and tag in FOREIGN_TAGS:
+        raise ValueError(
+            f"is quantised, of {FOREIGN_TAGS[tag]} (type {tag}), which cannot be merged: give the model in "
+            "16 or 32 bits that it was made from"
+        )
     if dtype is None:
         raise ValueError(f"unknown dtype {quoted(tag)}; known: {', '.join(BY_TAG)}")
     return dtype

@@ -8,11 +8,19 @@ from pathlib import Path, PurePosixPath
 from types import ModuleType
 
 from ..errors import InputError
+from .parts import part_patterns
 
-_REPOSITORY = r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w.-]+))?"
-_MODEL = re.compile(_REPOSITORY)
-_FILE = re.compile(_REPOSITORY + "[:/](?P<file>[^:@]+)")
-_MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "tokenizer*"]
+_NAME = r"[A-Za-z0-9][\w.-]*"
+# The first models of the hub have no organisation (gpt2); a revision may be a path (refs/pr/1).
+_MODEL = re.compile(rf"(?P<repo>(?:{_NAME}/)?{_NAME})(?:@(?P<revision>\w[\w./-]*))?")
+_FILE = re.compile(rf"(?P<repo>{_NAME}/{_NAME})(?:@(?P<revision>[\w.-]+))?[:/](?P<file>[^:@]+)")
+_FILE_OF_REF = re.compile(rf"(?P<repo>{_NAME}/{_NAME})@(?P<revision>\w[\w./-]*):(?P<file>[^:@]+)")
+_FILE_NAME = re.compile(
+    r"[^/@]*\.(safetensors|bin|pt|pth|ckpt|gguf|json|ya?ml|npz|h5)"
+)  # a file's, no model's
+# Code is fetched to be named, or copied where that is told; none is run.
+_MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "tokenizer*", "*.tiktoken", "*.py"]
+_MODEL_FILES += ["LICENSE*", "NOTICE*", "USE_POLICY*"]
 # Copies of the same weights in the formats of other tools, each as large as the model.
 _NOT_MODEL_FILES = ["*/*.safetensors", "consolidated*.safetensors"]
 
@@ -25,12 +33,12 @@ def resolve_model(text: str) -> Path:
     path = os.path.expanduser(text)
     if os.path.exists(path):
         return Path(path)
-    match = _MODEL.fullmatch(text)
+    match = _model_id(text)
     if match is None:
         raise InputError(f"{text!r} is not a local folder, and not a hub id (org/name or org/name@revision)")
     hub = _import_hub(text, "folder")
     try:
-        return Path(
+        folder = Path(
             hub.snapshot_download(
                 match["repo"],
                 revision=match["revision"],
@@ -38,8 +46,26 @@ def resolve_model(text: str) -> Path:
                 ignore_patterns=_NOT_MODEL_FILES,
             )
         )
+        parts = part_patterns(folder)
+        if parts:  # a stack or pipeline, whose weights are in folders
+            hub.snapshot_download(
+                match["repo"],
+                revision=match["revision"],
+                allow_patterns=parts,
+                ignore_patterns=_NOT_MODEL_FILES[1:],
+            )
+        return folder
+    except InputError:
+        raise
     except Exception as error:  # the hub fails in the manner of many libraries: requests, OS, its own
         raise _not_fetched(text, "folder", error) from error
+
+
+def _model_id(text: str) -> re.Match | None:
+    """The parts of a hub id of a model; None for what is none."""
+    match = _MODEL.fullmatch(text)
+    good = match is not None and not _FILE_NAME.fullmatch(text) and ".." not in (match["revision"] or "")
+    return match if good else None
 
 
 def resolve_file(text: str) -> Path:
@@ -51,8 +77,12 @@ def resolve_file(text: str) -> Path:
     path = os.path.expanduser(text)
     if os.path.exists(path):
         return Path(path)
-    match = _FILE.fullmatch(text)
-    is_model = _MODEL.fullmatch(text) is not None
+    match = _FILE_OF_REF.fullmatch(text) or _FILE.fullmatch(text)
+    model = _model_id(text)
+    # A path after a revision is that of a file: org/name@v1/deep/v.pt.
+    is_model = (
+        model is not None and "/" in text and "/" not in (model["revision"] or "").removeprefix("refs/pr/")
+    )
     if not is_model and (match is None or ".." in PurePosixPath(match["file"]).parts):
         raise InputError(f"{text!r} is not a local file, and not a hub file (org/name/path or org/name:path)")
     if os.path.isdir(os.path.dirname(path)):  # a name mistyped, not a name of the hub

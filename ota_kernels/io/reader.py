@@ -11,7 +11,7 @@ import os
 import resource
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,15 +20,21 @@ import numpy as np
 
 from ..errors import InputError
 from ..tensors.buffer import Buffer
+from .folder import (
+    FILE_SUFFIX,
+    INDEX_SUFFIX,
+    check_is_model,
+    foreign_format,
+    kind_by_names,
+    refuse_kind,
+    unfinished,
+    weight_files,
+    where,
+)
 from .header import Header, TensorInfo, parse_json_object, quoted, read_header
-
-FILE_SUFFIX = ".safetensors"
-INDEX_SUFFIX = ".safetensors.index.json"
-# What transformers writes, and so what wins where a folder holds other safetensors files besides.
-_MODEL_FILE = "model" + FILE_SUFFIX
-_MODEL_INDEX = "model" + INDEX_SUFFIX
-_FOREIGN_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz"}
-_OUTPUT_HEAD = "lm_head.weight"
+from .parts import Part, parts_of
+from .signature import check_real
+from .ties import has_tied_embeddings
 
 
 class MappedFile:
@@ -67,15 +73,20 @@ class Checkpoint:
     """A model as its safetensors files hold it; safe to use from several threads.
 
     label: what errors call it ("base_model", "models[2]"); root: the folder it lies in; files: its shards;
-    tensors: name -> TensorInfo over all shards, in file order.
+    tensors: name -> TensorInfo over all shards, in file order; of a folder of several models with the part's
+    prefix ("unet/"); stems: by prefix, what names of weight files begin with.
     """
 
-    def __init__(self, label: str, root: Path, headers: dict[Path, Header]):
+    def __init__(
+        self, label: str, root: Path, headers: dict[Path, Header], parts: Mapping[Path, Part] | None = None
+    ):
         self.label = label
         self.root = root
         self.files = list(headers)
         self.tensors: dict[str, TensorInfo] = {}
         self._headers = headers
+        self._parts = parts or {}
+        self.stems = {part.prefix: part.stem for part in self._parts.values()} or {"": "model"}
         self._paths: dict[str, Path] = {}
         self._maps: dict[Path, MappedFile] = {}
         self._lock = threading.Lock()
@@ -86,17 +97,11 @@ class Checkpoint:
     def open(cls, path: Path, label: str) -> Checkpoint:
         """Open a folder, one .safetensors file or one .safetensors.index.json; reads headers only.
 
-        In a folder, model.safetensors wins, then an index, then all .safetensors files together.
+        What a folder's weights are, `folder.weight_files` says.
         Raises InputError for whatever is missing, malformed or contradictory.
         """
         files = _entry_files(path, label)
-        if not files[0].name.endswith(INDEX_SUFFIX):
-            return cls(label, files[0].parent, {file: read_header(file) for file in files})
-        (index,) = files
-        weight_map = _read_weight_map(index)
-        headers = {file: read_header(file) for file in dict.fromkeys(weight_map.values())}
-        _check_weight_map(weight_map, headers, index)
-        return cls(label, index.parent, headers)
+        return cls(label, files[0].parent, _headers_of(files))
 
     def buffer(self, name: str) -> Buffer:
         """A zero-copy view of tensor `name`; maps its shard first where that has not been done.
@@ -107,7 +112,10 @@ class Checkpoint:
         with self._lock:
             if path not in self._maps:
                 self._maps[path] = MappedFile(path, self._headers[path])
-            return self._maps[path].buffer(name)
+            return self._maps[path].buffer(name.removeprefix(self._prefix(path)))
+
+    def _prefix(self, path: Path) -> str:
+        return self._parts[path].prefix if path in self._parts else ""
 
     def path_of(self, name: str) -> Path:
         """The file that holds tensor `name`."""
@@ -130,17 +138,8 @@ class Checkpoint:
 
     @property
     def tied_embeddings(self) -> bool:
-        """Whether the output head shares the input embedding.
-
-        As config.json says; where it does not say (tied is the default of transformers, and defaults are left
-        out), whether no lm_head.weight is stored. False without a config.json.
-        """
-        if self.config is None:
-            return False
-        for section in (self.config, self.config.get("text_config")):
-            if isinstance(section, dict) and isinstance(section.get("tie_word_embeddings"), bool):
-                return section["tie_word_embeddings"]
-        return not any(name.endswith(_OUTPUT_HEAD) for name in self.tensors)
+        """Whether the output head shares the input embedding, as `ties.has_tied_embeddings` tells."""
+        return has_tied_embeddings(self.config, self.tensors)
 
     def fingerprint(self) -> list[list[str | int]]:
         """[name relative to root, bytes, mtime in ns] of each file, to tell whether an input has changed."""
@@ -154,7 +153,8 @@ class Checkpoint:
             self._maps.clear()
 
     def _add_shard(self, path: Path, header: Header) -> None:
-        for name, info in header.tensors.items():
+        for own, info in header.tensors.items():
+            name = self._prefix(path) + own
             if name in self._paths:
                 raise InputError(
                     f"{self.label}: tensor {quoted(name)} is in two files, "
@@ -162,6 +162,33 @@ class Checkpoint:
                 )
             self._paths[name] = path
             self.tensors[name] = info
+
+
+def _headers_of(files: Sequence[Path]) -> dict[Path, Header]:
+    """The headers of weight files, or of the shards that an index names."""
+    if not files[0].name.endswith(INDEX_SUFFIX):
+        return {file: read_header(file) for file in files}
+    (index,) = files
+    weight_map = _read_weight_map(index)
+    headers = {file: read_header(file) for file in dict.fromkeys(weight_map.values())}
+    _check_weight_map(weight_map, headers, index)
+    return headers
+
+
+def open_model(path: Path, label: str) -> Checkpoint:
+    """A checkpoint that is a model: InputError, by its name, for an adapter and other kinds."""
+    check_is_model(path, label)
+    headers: dict[Path, Header] = {}
+    parts: dict[Path, Part] = {}
+    for part in parts_of(path, label):
+        found = _headers_of(part.files)
+        headers |= found
+        parts |= dict.fromkeys(found, part)
+    checkpoint = Checkpoint(label, path, headers, parts) if headers else Checkpoint.open(path, label)
+    kind = kind_by_names(checkpoint.tensors)
+    if kind is not None:
+        raise refuse_kind(kind, label, path)
+    return checkpoint
 
 
 def fingerprint(files: Iterable[Path], root: Path) -> list[list[str | int]]:
@@ -206,36 +233,12 @@ def _entry_files(path: Path, label: str) -> list[Path]:
     """The index alone, or the safetensors files, that `path` stands for; at least one."""
     # os.path, unlike Path, also answers for names that are too long or that may not be looked up.
     if os.path.isdir(path):
-        return _folder_files(path, label)
+        return weight_files(path, label)
     if not os.path.exists(path):
-        raise InputError(f"{label}: {path}: no such file or folder")
+        raise InputError(f"{where(label, path)}: no such file or folder")
     if not path.name.endswith((FILE_SUFFIX, INDEX_SUFFIX)):
-        raise InputError(f"{label}: {path}: not a {FILE_SUFFIX} file; convert it to safetensors")
+        raise InputError(f"{where(label, path)}: not a {FILE_SUFFIX} file{foreign_format(path)}")
     return [path]
-
-
-def _folder_files(folder: Path, label: str) -> list[Path]:
-    try:
-        # Hidden files are the leavings of file managers and of unfinished downloads.
-        files = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
-    except OSError as error:
-        raise InputError(f"{label}: {folder}: cannot be read: {error.strerror}") from error
-    shards = [p for p in files if p.name.endswith(FILE_SUFFIX)]
-    indexes = [p for p in files if p.name.endswith(INDEX_SUFFIX)]
-    for preferred in (_MODEL_FILE, _MODEL_INDEX):
-        if folder / preferred in files:
-            return [folder / preferred]
-    if len(indexes) > 1:
-        names = ", ".join(p.name for p in indexes)
-        raise InputError(f"{label}: {folder}: several indexes ({names}): name the one that is meant")
-    if not indexes and not shards:
-        raise InputError(f"{label}: {folder}: holds no {FILE_SUFFIX} file{_foreign_advice(files)}")
-    return indexes or shards
-
-
-def _foreign_advice(files: list[Path]) -> str:
-    foreign = [p.name for p in files if p.suffix in _FOREIGN_SUFFIXES]
-    return f", only {', '.join(foreign[:3])}: convert it to safetensors" if foreign else ""
 
 
 def _read_weight_map(index: Path) -> dict[str, Path]:
@@ -248,6 +251,7 @@ def _read_weight_map(index: Path) -> dict[str, Path]:
         if not os.path.isfile(path):
             raise InputError(
                 f"{index}: names shard {quoted(str(path.name))}, which is missing from the folder"
+                f"{unfinished(index.parent)}: fetch it again"
             )
     return shards
 
@@ -269,6 +273,7 @@ def _check_weight_map(weight_map: dict[str, Path], headers: dict[Path, Header], 
 
 
 def _read_json_object(path: Path) -> dict[str, Any]:
+    check_real(path)
     try:
         text = path.read_bytes()
     except OSError as error:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ..errors import InputError, RecipeError
+from .signature import check_real
 
 # Vocabularies whose format is not read here; two of them are equal when their bytes are.
 _OPAQUE_VOCABULARIES = (
@@ -20,6 +21,7 @@ _OPAQUE_VOCABULARIES = (
     "tekken.json",
     "*.tiktoken",
 )
+_SENTENCEPIECE = ("tokenizer.model", "spiece.model", "spm.model", "sentencepiece.bpe.model")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", *_OPAQUE_VOCABULARIES)
 _COMPANIONS = (
     "merges.txt",
@@ -51,16 +53,9 @@ def files_in(folder: Path, patterns: Iterable[str]) -> dict[str, Path]:
         for name in names:
             if fnmatchcase(name, name_pattern):
                 path = directory / name
-                _check_readable(path)
+                check_real(path)
                 found[path.relative_to(folder).as_posix()] = path
     return found
-
-
-def _check_readable(path: Path) -> None:
-    try:
-        path.open("rb").close()
-    except OSError as error:
-        raise _unreadable(path, error) from error
 
 
 def read_bytes(path: Path) -> bytes:
@@ -129,6 +124,71 @@ def _difference(expected: dict[str, dict], found: dict[str, dict]) -> str:
     ]
     more = f", and {len(tokens) - len(shown)} more" if len(tokens) > len(shown) else ""
     return f"differ: {', '.join(shown)}{more}"
+
+
+def vocabulary_of(folder: Path) -> tuple[bytes, Callable[[], dict[str, int] | None]]:
+    """(a digest, a function that reads token -> id) of the vocabulary of `folder`: two of equal digest are
+    equal. The function gives None for a format that is not read here.
+    """
+    added = _added_tokens(folder)
+    digest = hashlib.sha256(json.dumps(added, sort_keys=True).encode("utf-8", "surrogatepass"))
+    sources = files_in(folder, ("tokenizer.json", "vocab.json", "vocab.txt", *_SENTENCEPIECE))
+    for path in list(sources.values())[:1]:
+        digest.update(read_bytes(path))
+
+    def read() -> dict[str, int] | None:
+        tokens = _tokens(folder)
+        if tokens is None:
+            found = files_in(folder, _SENTENCEPIECE)
+            tokens = next((sentencepiece_tokens(read_bytes(path)) for path in found.values()), None)
+        return None if tokens is None else tokens | added
+
+    return digest.digest(), read
+
+
+def sentencepiece_tokens(model: bytes) -> dict[str, int] | None:
+    """piece -> id of a sentencepiece model (a protocol buffer whose field 1 repeats pieces, each with its
+    text as field 1); None where it is something else."""
+    tokens: dict[str, int] = {}
+    try:
+        for field, piece in _messages(model):
+            if field == 1:
+                text = next(value for inner, value in _messages(piece) if inner == 1)
+                tokens.setdefault(text.decode("utf-8"), len(tokens))
+    except (ValueError, IndexError, StopIteration):
+        return None
+    return tokens or None
+
+
+def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """(field number, content) of the length-delimited fields of a protocol buffer."""
+    at = 0
+    while at < len(data):
+        key, at = _varint(data, at)
+        wire = key & 7
+        if wire == 0:
+            _, at = _varint(data, at)
+        elif wire in (1, 5):
+            at += 8 if wire == 1 else 4
+        elif wire == 2:
+            size, at = _varint(data, at)
+            if at + size > len(data):
+                raise ValueError("cut short")
+            yield key >> 3, data[at : at + size]
+            at += size
+        else:
+            raise ValueError(f"wire type {wire}")
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+    raise ValueError("not a varint")
 
 
 def _vocabularies(folder: Path) -> dict[str, dict[str, int | str]]:

@@ -13,6 +13,7 @@ import numpy as np
 from ..errors import InputError
 from ..tensors.buffer import Buffer
 from ..tensors.dtypes import BY_NAME
+from .folder import where
 from .pages import MappedMemory
 
 if TYPE_CHECKING:
@@ -28,13 +29,13 @@ def load(path: Path, label: str) -> Any:
     import torch
 
     if not os.path.isfile(path):
-        raise InputError(f"{label}: {path}: no such file")
+        raise InputError(f"{where(label, path)}: no such file")
     try:
         _check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         # A hostile pickle or archive can fail anywhere inside torch or zipfile, with any exception.
-        raise InputError(f"{label}: {path}: {_load_failure(error)}") from error
+        raise InputError(f"{where(label, path)}: {_load_failure(error)}") from error
 
 
 def load_stored(path: Path, label: str) -> Any:

@@ -6,8 +6,8 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +17,6 @@ from ..tensors.dtypes import DType
 from .assets import sync_folder, write_file
 from .header import build_header
 from .offsets import read_at, write_at
-
-INDEX_NAME = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -44,42 +42,68 @@ class Shard:
 
 @dataclass(frozen=True)
 class Layout:
-    """The exact bytes of the output's tensors, known before any is written."""
+    """The exact bytes of the output's tensors, known before any is written. stems: as `layout` takes them."""
 
     tensors: tuple[OutputTensor, ...]
     shards: tuple[Shard, ...]
+    stems: Mapping[str, str] = field(default_factory=lambda: {"": "model"})
 
     @property
     def total_bytes(self) -> int:
         return sum(shard.size for shard in self.shards)
 
 
-def layout(tensors: Sequence[tuple[str, DType, tuple[int, ...]]], shard_size: int) -> Layout:
+def layout(
+    tensors: Sequence[tuple[str, DType, tuple[int, ...]]],
+    shard_size: int,
+    stems: Mapping[str, str] | None = None,
+) -> Layout:
     """Cut tensors, in order, into shards of at most `shard_size` bytes of data (one tensor at least each).
 
-    Within a shard, wider types come first, so that every tensor is aligned to its element size.
+    Within a shard, wider types come first, so that every tensor is aligned to its element size. stems: what
+    names of files begin with, by the prefix of tensors ("" or the folder "unet/") that they hold.
     """
+    stems = {"": "model"} | dict(stems or {})
+    parts: dict[str, list[int]] = {}
+    for i, (name, _, _) in enumerate(tensors):
+        parts.setdefault(part_of(name, stems), []).append(i)
+    placed: dict[int, OutputTensor] = {}
+    shards: list[Shard] = []
+    for prefix, members in (parts or {"": []}).items():
+        groups = _groups(tensors, members, shard_size)
+        for number, group in enumerate(groups):
+            ordered = sorted(group, key=lambda i: -tensors[i][1].itemsize)
+            own = [(tensors[i][0].removeprefix(prefix), *tensors[i][1:]) for i in ordered]
+            header, ranges = build_header(own, {"format": "pt"})
+            for i, (begin, end) in zip(ordered, ranges, strict=True):
+                name, dtype, shape = tensors[i]
+                placed[i] = OutputTensor(name, tuple(shape), dtype, len(shards), begin, end)
+            count = "" if len(groups) == 1 else f"-{number + 1:05d}-of-{len(groups):05d}"
+            name = f"{prefix}{stems[prefix]}{count}.safetensors"
+            shards.append(Shard(name, header, ranges[-1][1] if ranges else len(header)))
+    return Layout(tuple(placed[i] for i in range(len(tensors))), tuple(shards), stems)
+
+
+def part_of(name: str, prefixes: Iterable[str]) -> str:
+    """The prefix of the part of a model that a tensor belongs to."""
+    return next((prefix for prefix in prefixes if prefix and name.startswith(prefix)), "")
+
+
+def _groups(
+    tensors: Sequence[tuple[str, DType, tuple[int, ...]]], members: Sequence[int], shard_size: int
+) -> list[list[int]]:
+    """Indices of tensors by shard."""
     groups: list[list[int]] = [[]]
     filled = 0
-    sizes = [int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for _, dtype, shape in tensors]
-    for i, size in enumerate(sizes):
+    for i in members:
+        _, dtype, shape = tensors[i]
+        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         if groups[-1] and filled + size > shard_size:
             groups.append([])
             filled = 0
         groups[-1].append(i)
         filled += size
-    placed: dict[int, OutputTensor] = {}
-    shards = []
-    for number, group in enumerate(groups):
-        ordered = sorted(group, key=lambda i: -tensors[i][1].itemsize)
-        header, ranges = build_header([tensors[i] for i in ordered], {"format": "pt"})
-        for i, (begin, end) in zip(ordered, ranges, strict=True):
-            name, dtype, shape = tensors[i]
-            placed[i] = OutputTensor(name, tuple(shape), dtype, number, begin, end)
-        single = len(groups) == 1
-        name = "model.safetensors" if single else f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors"
-        shards.append(Shard(name, header, ranges[-1][1] if ranges else len(header)))
-    return Layout(tuple(placed[i] for i in range(len(tensors))), tuple(shards))
+    return groups
 
 
 class ShardWriter:
@@ -92,12 +116,14 @@ class ShardWriter:
         self._unsynced: set[int] = set()
         try:
             for number, shard in enumerate(plan.shards):
+                (folder / shard.name).parent.mkdir(parents=True, exist_ok=True)
                 self._fds.append(os.open(folder / shard.name, os.O_RDWR | os.O_CREAT, 0o644))
                 if shard.size:
                     os.posix_fallocate(self._fds[-1], 0, shard.size)
                 os.ftruncate(self._fds[-1], shard.size)
                 self._write(number, 0, shard.header)
-            sync_folder(folder)  # a journal must not outlive the files that it speaks of
+            for parent in {(folder / shard.name).parent for shard in plan.shards} | {folder}:
+                sync_folder(parent)  # a journal must not outlive the files that it speaks of
         except OSError as error:
             self.close()
             raise RunError(
@@ -154,15 +180,22 @@ class ShardWriter:
             os.fdatasync(self._fds[shard])
 
     def write_index(self, folder: Path) -> None:
-        """The index of a sharded output; nothing for a single file."""
-        if len(self._layout.shards) == 1:
-            return
-        tensors = self._layout.tensors
-        index = {
-            "metadata": {"total_size": sum(t.end - t.begin for t in tensors)},
-            "weight_map": {t.name: self._layout.shards[t.shard].name for t in tensors},
-        }
-        write_file(folder / INDEX_NAME, (json.dumps(index, indent=2) + "\n").encode())
+        """The index of every sharded part of the output; nothing for a single file."""
+        shards, stems = self._layout.shards, self._layout.stems
+        parts: dict[str, list[OutputTensor]] = {}
+        for tensor in self._layout.tensors:
+            parts.setdefault(part_of(tensor.name, stems), []).append(tensor)
+        for prefix, tensors in parts.items():
+            if len({t.shard for t in tensors}) == 1:
+                continue
+            index = {
+                "metadata": {"total_size": sum(t.end - t.begin for t in tensors)},
+                "weight_map": {
+                    t.name.removeprefix(prefix): shards[t.shard].name.removeprefix(prefix) for t in tensors
+                },
+            }
+            path = folder / f"{prefix}{stems[prefix]}.safetensors.index.json"
+            write_file(path, (json.dumps(index, indent=2) + "\n").encode())
 
     def close(self) -> None:
         for fd in self._fds:

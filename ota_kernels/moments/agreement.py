@@ -10,11 +10,11 @@ import numpy as np
 from .. import backends
 from ..io.pages import release
 from ..planning.inputs import Inputs
-from ..planning.pairing import COPY
+from ..processors import default_threads
 from ..recipe.schema import parse_recipe
 from ..run.decide import scores_of
 from ..run.grid.densities import densities as thresholds_of
-from ..run.pool import Pool, default_threads
+from ..run.pool import Pool
 from ..select import thresholds as decide
 from ..tensors.curvature import Uniform
 from ..tensors.segment import units
@@ -83,7 +83,7 @@ def _score(threshold: float | None) -> np.float32:
 
 def _tiles(inputs: Inputs) -> Iterator[list[TensorInputs]]:
     """Units of work over the tensors that model-wide thresholds are over."""
-    tensors = [entry.inputs() for entry in inputs.entries if entry.action != COPY]
+    tensors = [entry.inputs() for entry in inputs.entries if entry.is_computed]
     whole = all(isinstance(c, Uniform) for t in tensors for c in t.curvatures)
     taking_part = [whole or not any(isinstance(c, Uniform) for c in t.curvatures) for t in tensors]
     ranges = ((i, 0, t.numel) for i, t in enumerate(tensors) if taking_part[i])

@@ -9,7 +9,7 @@ import numpy as np
 from ..errors import InputError
 from ..io.header import quoted
 from ..io.reader import Checkpoint
-from ..planning.roles import OUTPUT, role_of
+from ..planning.tied import embedding_of
 from .readers.content import BUFFER
 from .readers.kinds import nothing
 from .source import Source
@@ -104,4 +104,5 @@ class ValueCheck:
 
 def _is_tied(name: str, model: Checkpoint) -> bool:
     """Whether `name` is an output matrix that shares its values with the embedding."""
-    return model.tied_embeddings and role_of(name, model.tensors[name].shape) == OUTPUT
+    shape = tuple(model.tensors[name].shape)
+    return model.tied_embeddings and embedding_of(name, model.tensors, shape) is not None

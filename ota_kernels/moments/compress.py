@@ -24,7 +24,8 @@ from ..io.hub import resolve_file
 from ..io.new_file import Entry, NewFile, check_new_file, new_file
 from ..io.pages import advise
 from ..io.stored import MOMENT
-from ..run.pool import Pool, default_threads
+from ..processors import default_threads
+from ..run.pool import Pool
 from ..tensors.curvature import Rank1
 from ..tensors.dtypes import BY_NAME
 from ..tensors.segment import Map

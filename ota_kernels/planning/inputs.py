@@ -5,50 +5,164 @@ from __future__ import annotations
 import contextlib
 import functools
 from pathlib import Path
+from typing import Any
 
+from ..io.adapter import AdapterFile
+from ..io.assets import tokenizer_folder
 from ..io.curvature import CurvatureFile
 from ..io.hub import resolve_file, resolve_model
-from ..io.reader import Checkpoint
+from ..io.quantised import quantisation_of, refuse_quantised
+from ..io.reader import Checkpoint, open_model
+from ..io.vocabulary import read_tokens
 from ..recipe.recipe import ModelEntry, Recipe
 from ..recipe.reference import Reference
-from .models import Model, Stored
-from .pairing import OutputTensor, Pairing, moments_key
+from ..recipe.vocabulary import Vocabulary
+from .adapters import Adapted
+from .check import compare
+from .identity import twins, without_base
+from .match import Renamed, RenamedMoments, prefixes_of
+from .models import Model, Moments, Stored
+from .outputs import OutputTensor
+from .pairing import Pairing, moments_key
+from .restack import restacked
+from .truncation import cut
+from .vocabulary import Aligned, AlignedMoments, Alignment, with_rows
+
+_ADVICE = "; --allow-crimes merges what there is"
 
 
 class Inputs:
-    """The open files of a recipe; a context manager. allow_crimes: models may differ in what they have.
+    """The open files of a recipe; a context manager. allow_crimes: models may differ in what they have and in
+    what they compute, and notes say so; truncate: vocabulary tensors are cut to the fewest rows of any model.
 
-    entries: output tensors in the order in which they are written; models: by their references; untied: the
-    output has an output matrix of its own although some model ties it to the embeddings; model_folders: every
-    folder by its name in the recipe, the base first.
+    recipe: without models that are the base itself; notes: what a user should know of what was understood;
+    differences: how many of the last notes are about models that differ in what they compute; entries: output
+    tensors in the order in which they are written; models: by their references; untied: the output has an
+    output matrix of its own although some model ties it to the embeddings; model_folders: every folder by its
+    name in the recipe, the base first.
     """
 
-    def __init__(self, recipe: Recipe, *, allow_crimes: bool = False) -> None:
+    def __init__(self, recipe: Recipe, *, allow_crimes: bool = False, truncate: bool = False) -> None:
         self.recipe = recipe
         self.method = recipe.method
         self._files = contextlib.ExitStack()
         try:
             self._open()
-            self.pairing = Pairing(recipe, self.models, self.moments, allow_crimes)
+            self._rename()
+            self._align()
+            self._cut_rows: int | None = None
+            if truncate and self.alignment is None:
+                self.models, self.moments, self._cut_rows = cut(self.models, self.moments)
+            self.pairing = Pairing(
+                self.recipe, self.models, self.moments, allow_crimes, _ADVICE, self._prefixes.unsafe
+            )
+            self.notes += self.pairing.notes
+            self._compare(allow_crimes)
         except BaseException:
             self.close()
             raise
-        self.entries: list[OutputTensor] = self.pairing.outputs
         self.untied = self.pairing.untied
+
+    @property
+    def entries(self) -> list[OutputTensor]:
+        """The output tensors, in the order in which they are written."""
+        return self.pairing.outputs
 
     def _open(self) -> None:
         recipe = self.recipe
-        self.model_folders: dict[str, Path] = {r.label: resolve_model(r.label) for r in recipe.references}
+        self.model_folders: dict[str, Path] = {
+            r.label: resolve_model(r.model.label) for r in recipe.references
+        }
+        self.adapter_folders: dict[str, Path] = {}
         used = dict.fromkeys(entry.reference for part in recipe.slices for entry in part.entries)
-        self.models: dict[Reference, Model] = {reference: self._model(reference) for reference in used}
-        self.moments: dict[tuple[int, str], CurvatureFile] = {}
+        self.checkpoints: dict[Reference, Checkpoint] = {}
+        models = {reference: self._model(reference) for reference in used}
+        plain = {r: file for r, file in self.checkpoints.items() if r.adapter is None}
+        self.recipe = recipe = without_base(recipe, plain)
+        kept = dict.fromkeys(entry.reference for part in recipe.slices for entry in part.entries)
+        self.models: dict[Reference, Model] = {reference: models[reference] for reference in kept}
+        experts = dict.fromkeys(e.reference for part in recipe.slices for e in part.experts)
+        self.notes = twins([plain[reference] for reference in experts if reference in plain])
+        self.moments: dict[tuple[int, str], Moments] = {}
         for part in recipe.slices:
             for entry in part.experts:
                 self._open_moments(entry)
+        self.moments_files = list(self.moments.values())
 
     def _model(self, reference: Reference) -> Model:
-        checkpoint = Checkpoint.open(self.model_folders[reference.label], reference.label)
-        return self._files.enter_context(contextlib.closing(Stored(checkpoint)))
+        checkpoint = open_model(self.model_folders[reference.label], reference.label)
+        model: Model = Stored(checkpoint)
+        self._files.enter_context(contextlib.closing(model))
+        quantised = quantisation_of(checkpoint)
+        if quantised is not None:
+            raise refuse_quantised(reference.label, quantised)
+        self.checkpoints[reference] = checkpoint
+        if reference.adapter is None:
+            return model
+        name = reference.adapter_label
+        self.adapter_folders[name] = folder = resolve_model(name)
+        adapter = self._files.enter_context(contextlib.closing(AdapterFile(folder, reference.label)))
+        return self._files.enter_context(contextlib.closing(Adapted(model, adapter, reference.label)))
+
+    def _rename(self) -> None:
+        """Give all models the names of the first one, where only prefixes differ that say nothing."""
+        parts = self.recipe.slices
+        models = {e.reference: self.models[e.reference] for e in parts[0].entries} if parts[0].whole else {}
+        self._prefixes = prefixes_of(models)
+        self.notes += self._prefixes.notes
+        for reference, own in self._prefixes.own.items():
+            self.models[reference] = Renamed(self.models[reference], own)
+            for entry in parts[0].experts:
+                if entry.reference == reference and moments_key(entry) in self.moments:
+                    key = moments_key(entry)
+                    self.moments[key] = RenamedMoments(self.moments[key], own)
+
+    def _align(self) -> None:
+        """Give all models one vocabulary, where one is asked for. Without a tokenizer.json, tokenizers are
+        only compared and copied, as io/assets.py does it."""
+        asked, self.alignment = self.recipe.vocabulary, None
+        if asked is None:
+            return
+        first = self.recipe.references[0] if isinstance(asked.source, str) else asked.source
+        folders = dict(self.model_folders)
+        if first.label not in folders:
+            folders[first.label] = resolve_model(first.model.label)
+        if asked == Vocabulary(asked.source) and read_tokens(folders[first.label]) is None:
+            return
+        ordered = {r: self.models[r] for r in self.recipe.references if r in self.models}
+        self.alignment = alignment = Alignment(asked, ordered, folders, self.recipe.references[0])
+        aligned = {r: Aligned(model, r, alignment) for r, model in ordered.items()}
+        owners = {moments_key(e): e.reference for part in self.recipe.slices for e in part.experts}
+        files = {owners[key]: file for key, file in self.moments.items()}
+        self.models = dict(aligned)
+        self.moments = {
+            key: AlignedMoments(file, owners[key], aligned, alignment, files)
+            for key, file in self.moments.items()
+        }
+
+    def _compare(self, allow_crimes: bool) -> None:
+        """Whether models of equal shapes compute the same; what layers and a vocabulary change is no fault."""
+        shapes = {entry.name: entry.shape for entry in self.entries}
+        source = None
+        if self.alignment is None:
+            source = tokenizer_folder(self.model_folders, self.recipe.tokenizer_source)
+        found = compare(
+            self.model_folders,
+            shapes,
+            source,
+            allow_crimes,
+            parts=filter(None, self.stems),
+            edit=self.edited_config,
+            restacked=bool(self.pairing.donors),
+        )
+        self.differences = len(found)
+        self.notes += found
+
+    @property
+    def stems(self) -> dict[str, str]:
+        """What names of output files begin with, by part of the model: as the first model has them."""
+        first = self.recipe.references[0]
+        return (self.checkpoints.get(first) or next(iter(self.checkpoints.values()))).stems
 
     def _open_moments(self, entry: ModelEntry) -> None:
         path, key = entry.parameters.get("preconditioner_path"), moments_key(entry)
@@ -76,7 +190,17 @@ class Inputs:
         """Bytes that one pass over the inputs reads."""
         return sum(e.numel * size for e, size in zip(self.entries, self.bytes_per_element, strict=True))
 
+    def edited_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """What config.json of the output says beside types and ties, from that of the model that gives it."""
+        origins = [(model.config, number) for model, number in self.pairing.donors]
+        found = restacked(config, origins) if origins else config
+        found = found if self.alignment is None else self.alignment.edited_config(found)
+        found = found if self._cut_rows is None else with_rows(found, self._cut_rows)
+        architecture = self.recipe.references[0].architecture
+        return found if architecture is None else found | {"architectures": [architecture]}
+
     def fingerprint(self) -> list:
         """Names, sizes and times of all input files."""
         files = [model.fingerprint() for model in self.models.values()]
-        return files + [file.fingerprint() for file in self.moments.values()]
+        files += [file.fingerprint() for file in self.moments_files]
+        return files + ([] if self.alignment is None else self.alignment.fingerprint())

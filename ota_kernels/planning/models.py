@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
+from ..io.curvature import Held
 from ..io.reader import Checkpoint
 from ..tensors.computed import Source
 from ..tensors.dtypes import DType
@@ -15,6 +17,10 @@ class Info(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: DType
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
 
 
 class Model(Protocol):
@@ -32,8 +38,8 @@ class Model(Protocol):
     @property
     def tied_embeddings(self) -> bool: ...
 
-    def source(self, name: str) -> Source:
-        """Where the elements of a tensor come from."""
+    def source(self, name: str, stands_for: str | None = None) -> Source:
+        """Where the elements of a tensor come from. stands_for: the output matrix that it is taken for."""
 
     def bytes_per_element(self, name: str) -> int:
         """Bytes that are read for an element."""
@@ -47,6 +53,24 @@ class Model(Protocol):
     def close(self) -> None: ...
 
 
+class Moments(Protocol):
+    """The second moments of one expert; methods take the name of a parameter."""
+
+    def held(self, name: str, bias_correction: bool = False) -> Held | None:
+        """Shape and curvature; None where there is none."""
+
+    def what(self, name: str) -> str:
+        """What errors call it."""
+
+    @property
+    def where(self) -> str:
+        """What errors call all of it."""
+
+    @property
+    def source_format(self) -> str | None:
+        """What they were made from; None where nobody said."""
+
+
 class Stored:
     """The Model that a checkpoint is."""
 
@@ -54,8 +78,10 @@ class Stored:
         self.checkpoint = checkpoint
         self.label = checkpoint.label
         self.tensors: Mapping[str, Info] = checkpoint.tensors
-        self.source = checkpoint.buffer
         self.fingerprint, self.close = checkpoint.fingerprint, checkpoint.close
+
+    def source(self, name: str, stands_for: str | None = None) -> Source:
+        return self.checkpoint.buffer(name)
 
     @property
     def config(self) -> dict[str, Any] | None:

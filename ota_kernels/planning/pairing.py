@@ -4,111 +4,27 @@ from, and by which settings. Reads headers, and what compressed curvature has be
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from ..errors import InputError, RecipeError
 from ..io.header import quoted
-from ..io.curvature import Held
 from ..recipe.recipe import ModelEntry, Recipe, Slice
 from ..recipe.reference import Reference
 from ..recipe.settings import Settings
-from ..tensors.computed import Source
 from ..tensors.curvature import Curvature, Rank1, Uniform
-from ..tensors.dtypes import BY_NAME, OUTPUT_NAMES, DType
-from ..tensors.tile import TensorInputs
-from . import layers
-from .models import Model
+from ..tensors.dtypes import OUTPUT_NAMES, DType
+from . import buffers, layers, tied
+from .check import shape_advice
+from .match import head_of, lacking_error, listing
+from .models import Model, Moments
+from .outputs import AVERAGE, COPY, KEEP_BASE, MERGE, TAKE, OutputTensor, Part
+from .precision import Precision
+from .prefixes import Renaming
 from .resolve import Resolver, unused_filters
-from .roles import EMBEDDING, OUTPUT, embedding_for, is_output, role_of
 
 logger = logging.getLogger(__name__)
-
-MERGE, COPY, KEEP_BASE = "merge", "copy", "keep base"
-_LISTED = 8  # names an error lists before it says how many more there are
-
-
-class Moments(Protocol):
-    """The second moments of one expert; methods take the name of a parameter."""
-
-    def held(self, name: str, bias_correction: bool = False) -> Held | None:
-        """Shape and curvature; None where there is none."""
-
-    def what(self, name: str) -> str:
-        """What errors call it."""
-
-    @property
-    def where(self) -> str:
-        """What errors call all of it."""
-
-
-class Part(NamedTuple):
-    """A tensor of a model."""
-
-    model: Model
-    name: str
-
-    @property
-    def source(self) -> Source:
-        """Its elements."""
-        return self.model.source(self.name)
-
-    @property
-    def dtype(self) -> DType:
-        """As it is stored."""
-        return self.model.tensors[self.name].dtype
-
-    @property
-    def what(self) -> str:
-        """What errors call it."""
-        return self.model.what(self.name)
-
-
-@dataclass(frozen=True)
-class OutputTensor:
-    """One output tensor.
-
-    dtype: of the output; action: MERGE; COPY of the only source, or of several that must agree (integers,
-    booleans); KEEP_BASE where the base's values are taken (`missing_curvature: base`). base: None where the
-    method has none; experts, positions: those that take part, and their numbers in the recipe; curvatures:
-    one per expert; settings: None where nothing is merged.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: DType
-    action: str
-    base: Part | None
-    experts: tuple[Part, ...]
-    positions: tuple[int, ...]
-    settings: Settings | None
-    curvatures: tuple[Curvature, ...] = ()
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def sources(self) -> tuple[Part, ...]:
-        """Base and experts."""
-        return self.experts if self.base is None else (self.base, *self.experts)
-
-    @property
-    def bytes_per_element(self) -> int:
-        """Input bytes that one element reads."""
-        read = (self.base,) if self.action == KEEP_BASE else self.sources
-        size = sum(part.model.bytes_per_element(part.name) for part in read)
-        return size + sum(buffer.dtype.itemsize for c in self.curvatures for buffer in c.buffers)
-
-    def inputs(self) -> TensorInputs:
-        """What a backend receives of a tensor that is not COPY. Under KEEP_BASE every expert is the base
-        itself."""
-        base = None if self.base is None else self.base.source
-        kept = self.action == KEEP_BASE
-        experts = tuple(base if kept else part.source for part in self.experts)
-        return TensorInputs(self.name, self.shape, self.dtype, base, experts, self.curvatures)
 
 
 class _Named(NamedTuple):
@@ -126,16 +42,20 @@ class Pairing:
     """The output tensors of a recipe.
 
     models: by their references; moments: of a recipe's entry, None without; allow_crimes: merge a tensor that
-    some models lack by its method's rule, which is an error else. outputs: in the order in which
-    they are written, that of the first model where layers are not restacked; untied: the output has an output
-    matrix of its own although some model ties it to the embeddings; donors: for each output layer where
-    layers are restacked, its model and its number there.
+    some models lack by its method's rule, which is an error else; advice: the end of that error; renamed:
+    models, by label, whose names differ from the first one's in a way that that error explains. outputs: in
+    the order in which they are written, that of the first model where layers are not restacked; untied: the
+    output has an output matrix of its own although some model ties it to the embeddings; left_out: stored
+    tensors that are not written, with the reason; notes: what a user should know; donors: for each output
+    layer where layers are restacked, its model and its number there.
     """
 
     recipe: Recipe
     models: Mapping[Reference, Model]
     moments: Mapping[tuple[int, str], Moments]
     allow_crimes: bool = False
+    advice: str = ""
+    renamed: Mapping[str, Renaming] = field(default_factory=dict)
     outputs: list[OutputTensor] = field(init=False)
     untied: bool = field(init=False, default=False)
 
@@ -144,12 +64,16 @@ class Pairing:
         self._models: dict[int, list[Model]] = {}
         self._resolvers: dict[int, Resolver] = {}
         self._settings: dict[tuple, Settings] = {}
-        self._embeddings: dict[int, dict[str, str | None]] = {}
         self._stack_of: dict[int, layers.Stack] = {}
         self.donors: list[tuple[Model, int]] = []
+        self.left_out: dict[str, str] = {}
+        self.notes: list[str] = []
+        self._policy = self.recipe.parameters.get("extra_tensors", "error")
+        self._precision = Precision(self.models.values(), self.recipe.dtype, self.recipe.out_dtype)
         named = list(self._named())
         self._check_filters(named)
-        self.outputs = self._with_curvature(list(self._paired(named)))
+        self.outputs = self._with_curvature(self._paired(self._matched(named)))
+        self.notes += self._precision.notes(listing)
         self._check_whole()
 
     # Names
@@ -232,18 +156,44 @@ class Pairing:
         for line in unused_filters(self.recipe, (n for each in named for n in (each.name, *each.names))):
             logger.warning("%s", line)
 
-    # Tied output matrices
+    # Copies: output matrices that are tied to the embeddings, and aliases
 
-    def _embedding(self, model: Model, name: str) -> str | None:
-        """The embedding whose values this model uses as its output matrix `name`; None where that is not
-        so."""
-        known = self._embeddings.setdefault(id(model), {})
-        if name not in known:
-            found = embedding_for(name, model.tensors)
-            absent = name not in model.tensors
-            tied = found is not None and (model.tied_embeddings or (absent and model.config is None))
-            known[name] = found if tied else None
-        return known[name]
+    def _matched(self, named: list[_Named]) -> dict[str, tuple[_Named, list[Part]]]:
+        """The tensor of each model for every output tensor; without those that are copies of others."""
+        pairs = {}
+        for each in named:
+            models = self._models_of(each.part)
+            parts = list(map(Part, models, each.names))
+            head = head_of(models, each.names)
+            if head is not None:
+                if all(head.tied):
+                    self.left_out[each.name] = f"a copy of {head.sources[0]}, to which it is tied"
+                    continue
+                self.untied = self.untied or any(head.tied) or bool(head.untied) or self._donor_ties()
+                self.notes += [
+                    f"{model.label}: config.json ties {each.name} to the embeddings, but its values are its "
+                    "own: it is merged, and the output is not tied"
+                    for model in head.untied
+                ]
+                parts = [
+                    Part(p.model, source, p.name) if is_tied else p
+                    for p, source, is_tied in zip(parts, head.sources, head.tied, strict=True)
+                ]
+            pairs[each.name] = (each, parts)
+        if self.recipe.slices[0].whole:
+            self._leave_aliases(pairs)
+        self.notes += [f"{name} is left out: {reason}" for name, reason in self.left_out.items()]
+        return pairs
+
+    def _leave_aliases(self, pairs: dict[str, tuple[_Named, list[Part]]]) -> None:
+        sources = {
+            name: tuple(p.name if p.name in p.model.tensors else None for p in parts)
+            for name, (_, parts) in pairs.items()
+        }
+        models = self._models_of(self.recipe.slices[0])
+        for name, source in tied.aliases(models, sources).items():
+            self.left_out[name] = f"a copy of {source} in every model that stores it"
+            del pairs[name]
 
     def _donor_ties(self) -> bool:
         """Whether the model that gives the configuration ties its output matrix to the embeddings."""
@@ -252,31 +202,51 @@ class Pairing:
 
     # Pairs
 
-    def _paired(self, named: list[_Named]) -> Iterator[OutputTensor]:
+    def _paired(self, pairs: Mapping[str, tuple[_Named, list[Part]]]) -> list[OutputTensor]:
         lacking: dict[str, list[str]] = {}
-        for each in named:
-            models, names = self._models_of(each.part), each.names
-            if is_output(each.name):
-                tied = [self._embedding(m, own) for m, own in zip(models, names, strict=True)]
-                if all(tied):
-                    continue
-                self.untied = self.untied or any(tied) or self._donor_ties()
-                names = [source or own for source, own in zip(tied, names, strict=True)]
-            parts = list(map(Part, models, names))
+        reasons: dict[str, list[str]] = {}  # one note for all tensors of one reason
+        outputs = []
+        for name, (each, parts) in pairs.items():
+            choice = self._choice(each, parts)
+            if choice.reason:
+                reasons.setdefault(choice.reason, []).append(name)
+            if choice.action == buffers.DROP:
+                self.left_out[name] = choice.reason
+                continue
             absent = [p.model.label for p in parts if p.name not in p.model.tensors]
-            if absent and (not self.allow_crimes or len(absent) == len(parts)):
-                lacking[each.name] = absent
+            if choice.action == buffers.MISSING and (not self.allow_crimes or len(absent) == len(parts)):
+                lacking[name] = absent
             elif not lacking:
-                output = self._optional(each, parts) if absent else self._output(each, parts)
+                output = self._chosen(each, parts, choice)
                 if output is not None:
-                    yield output
+                    outputs.append(output)
         if lacking:
-            name, labels = next(iter(lacking.items()))
-            more = f" ({len(lacking)} such tensors: {_listing(lacking)})" if len(lacking) > 1 else ""
-            raise InputError(
-                f"{', '.join(labels)}: has no tensor {name}, which other models have{more}; --allow-crimes "
-                "merges what there is"
-            )
+            first = self._models_of(self.recipe.slices[0])[0].label
+            raise lacking_error(lacking, self.renamed, first, self.advice)
+        self.notes += [f"{reason}: {listing(names)}" for reason, names in reasons.items()]
+        return outputs
+
+    def _choice(self, named: _Named, parts: Sequence[Part]) -> buffers.Choice:
+        """What is written for a tensor, where it is a buffer or some models lack it."""
+        if all(p.name in p.model.tensors for p in parts) and not buffers.may_be_buffer(named.name):
+            return buffers.PLAIN
+        held = [buffers.held_of(p) if p.name in p.model.tensors else None for p in parts]
+        return buffers.choose(named.name, held, self._policy, named.part.base is not None)
+
+    def _chosen(self, named: _Named, parts: list[Part], choice: buffers.Choice) -> OutputTensor | None:
+        """The output tensor of a choice; None where it is left out."""
+        if choice.action == buffers.MISSING:
+            return self._optional(named, parts)
+        if choice.action == buffers.TAKE:
+            part = parts[choice.taken]
+            info = part.model.tensors[part.name]
+            return OutputTensor(named.name, tuple(info.shape), info.dtype, TAKE, None, (part,), (), None)
+        if choice.action == buffers.AVERAGE:
+            there = tuple(p for p in parts if p.name in p.model.tensors)
+            shape = tuple(there[0].model.tensors[there[0].name].shape)
+            dtype = self._output_dtype(named.name, there)
+            return OutputTensor(named.name, shape, dtype, AVERAGE, None, there, (), None)
+        return self._output(named, parts, dtype=choice.dtype)
 
     def _optional(self, named: _Named, parts: list[Part]) -> OutputTensor | None:
         """A tensor that some models lack, by its method's rule; None where it is left out."""
@@ -289,6 +259,7 @@ class Pairing:
             return self._copied(named, parts[found[0]])
         if rule == "three" and len(found) < 3:
             logger.warning("%s is left out: fewer than three models have it", named.name)
+            self.left_out[named.name] = "fewer than three models have it"
             return None
         if rule in ("only one", "base alone") or (has_base and not base_there):
             lacking = ", ".join(part.model.label for i, part in enumerate(parts) if i not in found)
@@ -300,34 +271,41 @@ class Pairing:
     def _copied(self, named: _Named, part: Part) -> OutputTensor:
         """One tensor as it is, in the type of the output."""
         info = part.model.tensors[part.name]
-        dtype = self._output_dtype(part) if info.dtype.is_float else info.dtype
+        dtype = self._output_dtype(named.name, [part]) if info.dtype.is_float else info.dtype
         return OutputTensor(named.name, tuple(info.shape), dtype, COPY, None, (part,), (), None)
 
-    def _output(self, named: _Named, parts: list[Part], present: Sequence[int] | None = None) -> OutputTensor:
-        """present: the experts that have the tensor, None for all."""
+    def _output(
+        self,
+        named: _Named,
+        parts: list[Part],
+        present: Sequence[int] | None = None,
+        dtype: DType | None = None,
+    ) -> OutputTensor:
+        """present: the experts that have the tensor, None for all; dtype: of the output, None for what the
+        recipe says."""
         has_base = named.part.base is not None
         entries, own = named.part.experts, named.names[1:] if has_base else named.names
         if present is not None:
             entries = [entries[i] for i in present]
             parts = parts[:has_base] + [parts[i + has_base] for i in present]
-        shape, dtype = self._common(named.name, parts)
+        shape, stored = self._common(named.name, parts)
         base, experts = (parts[0], tuple(parts[1:])) if has_base else (None, tuple(parts))
         if not experts:
             return self._copied(named, parts[0])
         positions = tuple(entry.number for entry in entries)
-        if dtype.bits:
+        if stored.bits:
             raise InputError(
-                f"{parts[0].model.label}: {quoted(named.name)} is {dtype.tag}, whose elements are parts of a byte: such a model cannot be "
-                "merged; use the one that it was quantized from"
+                f"{parts[0].model.label}: {quoted(named.name)} is {stored.tag}, whose elements are parts of a "
+                "byte: such a model cannot be merged; use the one that it was quantized from"
             )
-        if not dtype.is_float:
-            return OutputTensor(named.name, shape, dtype, COPY, base, experts, positions, None)
+        if not stored.is_float:
+            return OutputTensor(named.name, shape, stored, COPY, base, experts, positions, None)
         settings = self._resolver(named.part).settings(named.name, own, named.position, present)
         if self.method.copies(settings):
             return self._copied(named, experts[0])
         own = own if present is None else [own[i] for i in present]
         found = self._curvatures(named, entries, own, experts, shape)
-        out = self._output_dtype(parts[0])
+        out = dtype or self._output_dtype(named.name, parts)
         return OutputTensor(named.name, shape, out, MERGE, base, experts, positions, settings, found)
 
     def _common(self, name: str, parts: Sequence[Part]) -> tuple[tuple[int, ...], DType]:
@@ -349,20 +327,22 @@ class Pairing:
         return shape, dtype
 
     def _raise_shapes(self, name: str, first: Part, other: Part) -> None:
-        shapes = [list(part.model.tensors[part.name].shape) for part in (other, first)]
-        advice = ""
-        if role_of(name, tuple(shapes[1])) in (EMBEDDING, OUTPUT):
-            advice = "; the vocabularies differ: resize the models' embeddings to one tokenizer first"
-        raise InputError(f"{other.what} has shape {shapes[0]}, {first.what} {shapes[1]}{advice}")
+        shapes = [tuple(part.model.tensors[part.name].shape) for part in (other, first)]
+        raise InputError(
+            f"{other.what} has shape {list(shapes[0])}, {first.what} {list(shapes[1])}"
+            f"{shape_advice(name, shapes)}"
+        )
 
     def _resolver(self, part: Slice) -> Resolver:
         if id(part) not in self._resolvers:
             self._resolvers[id(part)] = Resolver(part, self.method, self._settings)
         return self._resolvers[id(part)]
 
-    def _output_dtype(self, first: Part) -> DType:
-        if self.recipe.output_dtype is not None:
-            return BY_NAME[self.recipe.output_dtype]
+    def _output_dtype(self, name: str, parts: Sequence[Part]) -> DType:
+        asked = self._precision.of(name, [part.dtype for part in parts])
+        if asked is not None:
+            return asked
+        first = parts[0]
         if first.dtype.name not in OUTPUT_NAMES:
             raise InputError(
                 f"{first.what} is {first.dtype.name}, which a merge cannot be written in: give out_dtype, "
@@ -372,8 +352,8 @@ class Pairing:
 
     def _check_whole(self) -> None:
         """What is counted over the whole model is counted for the same experts everywhere."""
-        first = next((output for output in self.outputs if output.action != COPY), None)
-        if first is None or all(o.positions == first.positions for o in self.outputs if o.action != COPY):
+        first = next((output for output in self.outputs if output.is_computed), None)
+        if first is None or all(o.positions == first.positions for o in self.outputs if o.is_computed):
             return
         for settings in self._settings.values():
             whole = [need.statistic for need in self.method.needs(settings) if need.scope == "model"]
@@ -400,7 +380,10 @@ class Pairing:
             return (Uniform(),) * len(experts)
         correct = named.part.shared.get("bias_correction", False)
         pairs = zip(entries, own, experts, strict=True)
-        return tuple(self._curvature(entry, (name, p.name), shape, correct) for entry, name, p in pairs)
+        found = tuple(self._curvature(entry, (name, p.name), shape, correct) for entry, name, p in pairs)
+        if None in found and buffers.needs_no_curvature(named.name, shape):
+            return (Uniform(),) * len(found)  # all experts weigh alike there
+        return found
 
     def _curvature(
         self, entry: ModelEntry, names: tuple[str, ...], shape: tuple[int, ...], correct: bool
@@ -439,7 +422,7 @@ class Pairing:
             if None in output.curvatures:
                 action = KEEP_BASE if policy == "base" else MERGE
                 uniform = (Uniform(),) * len(output.experts)
-                output = _replaced(output, action, uniform)
+                output = replace(output, action=action, curvatures=uniform)
             found.append(output)
         return found
 
@@ -449,7 +432,7 @@ class Pairing:
         entry = next(
             e for part in self.recipe.slices for e in part.experts if e.number == first.positions[place]
         )
-        more = f" ({len(lacking)} tensors have no curvature: {_listing(o.name for o in lacking)})"
+        more = f" ({len(lacking)} tensors have no curvature: {listing(o.name for o in lacking)})"
         raise InputError(
             f"{self.moments[moments_key(entry)].where} has no "
             f"{first.experts[place].name!r}{more if len(lacking) > 1 else ''}; "
@@ -460,23 +443,3 @@ class Pairing:
 def moments_key(entry: ModelEntry) -> tuple[int, str]:
     """What an entry's second moments are known by."""
     return entry.number, entry.parameters.get("preconditioner_path", "")
-
-
-def _replaced(output: OutputTensor, action: str, curvatures: tuple[Curvature, ...]) -> OutputTensor:
-    return OutputTensor(
-        output.name,
-        output.shape,
-        output.dtype,
-        action,
-        output.base,
-        output.experts,
-        output.positions,
-        output.settings,
-        curvatures,
-    )
-
-
-def _listing(names: Iterable[str]) -> str:
-    names = list(names)
-    shown = ", ".join(names[:_LISTED])
-    return shown if len(names) <= _LISTED else f"{shown}, and {len(names) - _LISTED} more"

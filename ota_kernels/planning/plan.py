@@ -3,26 +3,42 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from ..backends import Backend
 from ..backends.triton import LEAST_SLOTS, MOST_SLOTS
 from ..errors import RecipeError
 from ..io.writer import Layout, layout
-from ..run.low_rank import low_rank_bytes
-from ..run.pool import default_threads
-from ..select.pending import DEFAULT_BUDGET
+from ..processors import default_threads
+from ..recipe.needs import Needs
 from ..sizes import format_bytes
 from ..tensors.result import STEP_BYTES, Alternatives, Candidates
 from ..tensors.segment import CHUNK
 from ..tensors.tile import TensorInputs
 from .inputs import Inputs
-from .pairing import COPY
+from .outputs import OutputTensor
 
-if TYPE_CHECKING:
-    from ..run.decide import Decider
+
+class Work(Protocol):
+    """What a plan asks of what will decide (run/decide.py): tensors; reads of the model, and of each tensor,
+    before it merges; whether thresholds are settled after the merge, over the model; how many elements then
+    wait."""
+
+    tensors: Sequence[TensorInputs]
+    needs: Needs
+    passes: int
+    tensor_passes: int
+    brackets: bool
+    model_scope: bool
+
+    def expected_candidates(self) -> int: ...
+
+    def selections(self, tensor: TensorInputs | None = None) -> list: ...
+
+
+DEFAULT_BUDGET = 256 << 20  # bytes of undecided elements that are held in memory
 
 # Elements of a tile: large enough that a tile costs far more than its Python (2 ms against 0.1), small enough
 # that the tiles in flight stay a few percent of the memory limit.
@@ -47,7 +63,8 @@ class Plan:
     passes: times the inputs are read; bytes_in: bytes of all passes; bytes_out: bytes of all shards;
     candidate_bytes: estimate of what waits for exact thresholds, of which candidates_memory are held in
     memory at most and the rest in the work folder; peak_memory: bytes resident at most; seconds: estimate
-    when the files are in the page cache.
+    when the files are in the page cache; notes: what was understood of the inputs and is not self-evident;
+    outputs: every output tensor, with its sources and settings.
     """
 
     layout: Layout
@@ -65,18 +82,22 @@ class Plan:
     candidates_memory: int
     peak_memory: int
     seconds: float
+    notes: tuple[str, ...] = ()
+    outputs: Sequence[OutputTensor] = field(default=(), repr=False, compare=False)
 
     @property
     def spilled_bytes(self) -> int:
         """Estimate of the candidates that memory does not hold."""
         return max(0, self.candidate_bytes - self.candidates_memory)
 
-    def as_dict(self) -> dict:
-        """The plan's numbers, for `--json`."""
+    def as_dict(self, tensors: bool = False) -> dict:
+        """The plan's numbers, for `--json`. tensors: and every output tensor."""
         names = ("backend", "threads", "tile_elements", "tensors", "parameters", "experts", "tiles", "passes")
         more = ("bytes_in", "bytes_out", "candidate_bytes", "candidates_memory", "peak_memory", "seconds")
         shards = [{"name": s.name, "bytes": s.size} for s in self.layout.shards]
-        return {name: getattr(self, name) for name in names + more} | {"shards": shards}
+        found = {name: getattr(self, name) for name in names + more} | {"shards": shards}
+        found |= {"notes": list(self.notes)}
+        return found | {"outputs": [output.as_dict() for output in self.outputs]} if tensors else found
 
 
 def memory_limit_of(asked: int | None, backend: Backend) -> int:
@@ -106,7 +127,7 @@ def pinned_bytes(backend: Backend, threads: int, per_element: int) -> int:
 
 def make_plan(
     inputs: Inputs,
-    decider: Decider,
+    decider: Work,
     backend: Backend,
     *,
     threads: Sequence[int],
@@ -138,7 +159,7 @@ def make_plan(
             f"a memory limit of {format_bytes(memory_limit)} is too small for this merge on {on}: "
             f"give it --memory-limit {math.ceil(need / 1e6)}MB{' or lower --threads' if fewer else ''}"
         )
-    output = layout([(e.name, e.dtype, e.shape) for e in inputs.entries], shard_size)
+    output = layout([(e.name, e.dtype, e.shape) for e in inputs.entries], shard_size, inputs.stems)
     passes = 1 + decider.passes + decider.tensor_passes
     total = inputs.total_bytes
     return Plan(
@@ -147,7 +168,7 @@ def make_plan(
         threads=number,
         tile_elements=tile,
         tensors=len(inputs.entries),
-        parameters=sum(e.numel for e in inputs.entries if e.action != COPY),
+        parameters=sum(e.numel for e in inputs.entries if e.is_computed),
         experts=len(inputs.recipe.models),
         tiles=sum(-(-t.numel // tile) for t in tensors),
         passes=passes,
@@ -157,6 +178,7 @@ def make_plan(
         candidates_memory=held,
         peak_memory=fixed + in_flight * tile,
         seconds=(total * passes + output.total_bytes) / (_ASSUMED_BANDWIDTH * number),
+        outputs=inputs.entries,
     )
 
 
@@ -185,7 +207,7 @@ def _factor_bytes(tensor: TensorInputs) -> int:
     return sum(array.nbytes for c in tensor.curvatures for array in c.factors)
 
 
-def _survey_bytes(tensors: list[TensorInputs], decider: Decider, threads: int, per_element: int) -> int:
+def _survey_bytes(tensors: list[TensorInputs], decider: Work, threads: int, per_element: int) -> int:
     """What surveys hold beside tiles: histograms, score chunks, the matrices of `rescale` and `rank`."""
     if not (decider.passes or decider.tensor_passes or decider.brackets):
         return 0
@@ -197,3 +219,9 @@ def _survey_bytes(tensors: list[TensorInputs], decider: Decider, threads: int, p
     if decider.needs.svd:
         size += low_rank_bytes(t.shape for t in tensors)
     return size
+
+
+def low_rank_bytes(shapes: Iterable[tuple[int, ...]]) -> int:
+    """What run/low_rank.py holds at most, for the largest matrix among tensors of these shapes."""
+    matrices = (shape for shape in shapes if len(shape) == 2)
+    return max((16 * rows * columns + 16 * min(rows, columns) ** 2 for rows, columns in matrices), default=0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 
 EMBEDDING, OUTPUT, MATRIX, VECTOR = "embedding", "output", "matrix", "vector"
 
@@ -11,9 +10,9 @@ EMBEDDING, OUTPUT, MATRIX, VECTOR = "embedding", "output", "matrix", "vector"
 DETAILED_ROLES = ("q", "k", "v", "o", "gate", "up", "down", "embeddings", "norms", "output", "other")
 
 _EMBEDDING = re.compile(
-    r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|embeddings?)\.weight$"
+    r"(^|[./])(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|embeddings?)\.weight$"
 )
-_OUTPUT = re.compile(r"(^|\.)(lm_head|embed_out|output|score)\.weight$")
+_OUTPUT = re.compile(r"(^|[./])(lm_head|embed_out|output|score)\.weight$")
 
 # By the name of the module, or of it and the module it lies in: Llama, Mistral, Qwen; Meta's own names and
 # Mixtral's experts (w1, w2, w3); GPT-2; GPT-NeoX; Phi. Fused matrices (c_attn, query_key_value) are "other".
@@ -57,16 +56,3 @@ def role_of(name: str, shape: tuple[int, ...]) -> str:
     if _EMBEDDING.search(name):
         return EMBEDDING
     return OUTPUT if _OUTPUT.search(name) else MATRIX
-
-
-def is_output(name: str) -> bool:
-    """Whether it is an output matrix by its name."""
-    return _OUTPUT.search(name) is not None
-
-
-def embedding_for(output_name: str, names: Iterable[str]) -> str | None:
-    """The embedding that a tied output matrix shares its weights with, if the model has exactly one."""
-    if not is_output(output_name):
-        return None
-    found = [name for name in names if _EMBEDDING.search(name)]
-    return found[0] if len(found) == 1 else None

@@ -6,15 +6,24 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ..errors import RecipeError
 from ..tensors.found import Found, Rank
 from ..tensors.terms import Terms
 from ..tensors.tile import TensorInputs
-from .parameters import Parameter, suggest
+from .parameters import Parameter, choice, suggest
 from .settings import Settings
+
+EXTRA_TENSORS = Parameter(
+    "extra_tensors",
+    choice("error", "take", "drop", "average"),
+    None,
+    "tensors that only some models have: an error (buffers are taken), or take the first model's, drop them, "
+    "or their average",
+    varies=False,
+)
 
 
 class Need(NamedTuple):
@@ -93,10 +102,10 @@ _REGISTRY: dict[str, Method] = {}
 
 
 def register(method: Method) -> None:
-    """Add a row; a name that is taken raises ValueError."""
+    """Add a row, with the parameters that every method has; a name that is taken raises ValueError."""
     if method.name in _REGISTRY:
         raise ValueError(f"the merge method `{method.name}` is registered twice")
-    _REGISTRY[method.name] = method
+    _REGISTRY[method.name] = replace(method, parameters=(*method.parameters, EXTRA_TENSORS))
 
 
 @contextlib.contextmanager

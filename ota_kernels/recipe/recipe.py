@@ -11,6 +11,7 @@ from .levels import dumped
 from .methods import Method
 from .parameters import Value
 from .reference import Reference
+from .vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ class Recipe:
     """A whole merge, checked: every value is in range, every default filled in.
 
     base: the base_model; also the first giver of config and tokenizer; dtype and out_dtype: torch names or
-    None; tokenizer_source: "base", "union", or a model.
+    None; vocabulary: what is asked of it, None for that of the first giver;
+    chat_template: "auto", the name of a known one, Jinja text, or None for the tokenizer's own.
     """
 
     merge_method: str
@@ -71,7 +73,8 @@ class Recipe:
     base: Reference | None = None
     dtype: str | None = None
     out_dtype: str | None = None
-    tokenizer_source: str = "base"
+    vocabulary: Vocabulary | None = None
+    chat_template: str | None = None
 
     @property
     def method(self) -> Method:
@@ -111,6 +114,12 @@ class Recipe:
         return tuple(dict.fromkeys(found))
 
     @property
+    def tokenizer_source(self) -> str:
+        """ "base", "union", or a model."""
+        source = "base" if self.vocabulary is None else self.vocabulary.source
+        return source if isinstance(source, str) else source.label
+
+    @property
     def output_dtype(self) -> str | None:
         """The torch name of the type that is written; None means the base's (or first model's) own."""
         return self.out_dtype or self.dtype
@@ -123,9 +132,17 @@ class Recipe:
             **_dump_modules(self.modules),
             "dtype": self.dtype,
             "out_dtype": self.out_dtype,
-            "tokenizer_source": self.tokenizer_source,
+            **_dump_vocabulary(self.vocabulary),
+            "chat_template": self.chat_template,
         }
         return {key: value for key, value in whole.items() if value is not None}
+
+
+def _dump_vocabulary(vocabulary: Vocabulary | None) -> dict[str, Any]:
+    if vocabulary is None:
+        return {}
+    found = vocabulary.as_yaml()
+    return {"tokenizer_source": found["source"]} if found.keys() == {"source"} else {"tokenizer": found}
 
 
 def _dump_modules(modules: tuple[Module, ...]) -> dict[str, Any]:

@@ -29,8 +29,13 @@ class Reference:
     @property
     def label(self) -> str:
         """What reports and errors call it."""
-        adapter = "" if self.adapter is None else f"+{_at(self.adapter, self.adapter_revision)}"
+        adapter = "" if self.adapter is None else f"+{self.adapter_label}"
         return _at(self.path, self.revision) + adapter
+
+    @property
+    def adapter_label(self) -> str:
+        """What they call its adapter; empty without one."""
+        return "" if self.adapter is None else _at(self.adapter, self.adapter_revision)
 
     @property
     def model(self) -> Reference:
@@ -54,8 +59,12 @@ class Reference:
         return self._place() == other._place()
 
     def _place(self) -> tuple:
-        adapter = None if self.adapter is None else os.path.abspath(self.adapter)
-        return os.path.abspath(self.path), self.revision, adapter, self.adapter_revision, self.architecture
+        adapter = None if self.adapter is None else _real(self.adapter)
+        return _real(self.path), self.revision, adapter, self.adapter_revision, self.architecture
+
+
+def _real(path: str) -> str:
+    return os.path.realpath(os.path.expanduser(path))
 
 
 def _at(path: str, revision: str | None) -> str:
@@ -84,6 +93,8 @@ def parse_reference(value: Any, name: str, folder: Path | None) -> Reference:
     if os.path.exists(local):  # whatever signs its name has
         return Reference(local)
     model, plus, adapter = text.partition("+")
+    if plus and adapter and os.path.exists(resolve_path(adapter, folder)):
+        return Reference(*_from_text(model, text, name, folder), resolve_path(adapter, folder))
     if "+" in adapter:
         raise RecipeError(f"{name} is {show(text)}: one adapter can be added, as `model+adapter`")
     path, revision = _from_text(model, text, name, folder)

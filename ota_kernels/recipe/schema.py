@@ -17,10 +17,13 @@ from .levels import Level, Notes, combined, parse_level
 from .parameters import DTYPE, REQUIRED, TEXT, Kind, parse_plain, show, suggest
 from .recipe import ModelEntry, Module, Recipe, Slice
 from .reference import Reference, parse_reference, resolve_path
+from .vocabulary import Vocabulary, parse_source, parse_vocabulary
 
 logger = logging.getLogger(__name__)
 
 MAX_MODELS = 64
+
+CHAT_TEMPLATES = ("auto", "alpaca", "chatml", "exaone", "llama3", "mistral")
 
 _TOP_KEYS = (
     "merge_method",
@@ -32,11 +35,9 @@ _TOP_KEYS = (
     "dtype",
     "out_dtype",
     "tokenizer_source",
+    "tokenizer",
+    "chat_template",
 )
-_UNSUPPORTED_TOP_KEYS = {
-    "chat_template": "remove it; the chat template is copied from the model that `tokenizer_source` names",
-    "tokenizer": "vocabularies cannot be rebuilt here; use `tokenizer_source`",
-}
 _IGNORED_TOP_KEYS = ("name",)
 _FORMS = ("models", "slices", "modules")
 
@@ -97,8 +98,6 @@ class _Parser:
     def recipe(self) -> Recipe:
         data = self.data
         for key in data:
-            if key in _UNSUPPORTED_TOP_KEYS:
-                raise RecipeError(f"mergekit's `{key}` is not supported: {_UNSUPPORTED_TOP_KEYS[key]}")
             if key in _IGNORED_TOP_KEYS:
                 self.notes.add(
                     f"`{key}` in {{}} is not used: the output folder names the merge", "the recipe"
@@ -111,17 +110,27 @@ class _Parser:
         if data.get("base_model") is not None:
             self.base = parse_reference(data["base_model"], "`base_model`", self.folder)
         self.levels = [parse_level(data.get("parameters"), "parameters", self.method, self.notes)]
-        source = _top_value(data, "tokenizer_source", TEXT, "base")
         recipe = Recipe(
             merge_method=self.method.name,
             modules=self._modules(),
             base=self.base,
             dtype=_top_value(data, "dtype", DTYPE, None),
             out_dtype=_top_value(data, "out_dtype", DTYPE, None),
-            tokenizer_source=source if source in ("base", "union") else resolve_path(source, self.folder),
+            chat_template=_chat_template(data.get("chat_template")),
+            vocabulary=self._vocabulary(),
         )
         check(recipe)
         return recipe
+
+    def _vocabulary(self) -> Vocabulary | None:
+        source, data = self.data.get("tokenizer_source"), self.data.get("tokenizer")
+        if source is not None and data is not None:
+            raise RecipeError("`tokenizer_source` and `tokenizer` exclude each other: keep one of them")
+        if data is not None:
+            return parse_vocabulary(data, self.folder)
+        if source is None:
+            return None
+        return Vocabulary(parse_source(source, "`tokenizer_source`", self.folder))
 
     def _modules(self) -> tuple[Module, ...]:
         given = [key for key in _FORMS if self.data.get(key) is not None]
@@ -280,6 +289,19 @@ class _Parser:
         if isinstance(values.get("preconditioner_path"), str):
             values["preconditioner_path"] = resolve_path(values["preconditioner_path"], self.folder)
         return ModelEntry(reference, values, layers=layers)
+
+
+def _chat_template(value: Any) -> str | None:
+    """`auto`, a known template's name, or the text of one."""
+    if value is None:
+        return None
+    text = parse_plain(value, "`chat_template`", TEXT)
+    if text in CHAT_TEMPLATES or (len(text) >= 20 and "{" in text):
+        return text
+    raise RecipeError(
+        f"`chat_template` is {show(text)}: it must be {', '.join(CHAT_TEMPLATES)}, or a Jinja text; "
+        f"{suggest(text, CHAT_TEMPLATES)}"
+    )
 
 
 def _layers(data: Mapping[Any, Any], where: str) -> tuple[int, int]:

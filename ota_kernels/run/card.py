@@ -36,9 +36,9 @@ def model_card(recipe: dict, report: dict, version: str, *, formula: str, has_co
     """
     return "\n\n".join(
         (
-            _front_matter([_base(recipe), *(e["model"] for e in report["experts"])], has_config),
+            _front_matter([_base(recipe), *_models(recipe)], has_config),
             "# Merged model",
-            _summary(recipe, len(report["experts"]), version),
+            _summary(recipe, version),
             "## Method",
             f"    out = {formula}",
             "## Models",
@@ -51,9 +51,22 @@ def model_card(recipe: dict, report: dict, version: str, *, formula: str, has_co
     )
 
 
+def _path(model: str | dict) -> str:
+    """What a recipe names a model by, without revision or adapter where it is a mapping."""
+    return model["model"]["path"] if isinstance(model, dict) else model
+
+
 def _base(recipe: dict) -> str | None:
     base = recipe.get("base_model")
-    return base["model"]["path"] if isinstance(base, dict) else base
+    return None if base is None else _path(base)
+
+
+def _models(recipe: dict) -> list[str]:
+    """The models of `models`, or of all slices and modules, each once."""
+    parts = [recipe, *recipe.get("modules", {}).values()]
+    parts += [part for whole in parts for part in whole.get("slices", ())]
+    entries = (entry for part in parts for entry in (*part.get("models", ()), *part.get("sources", ())))
+    return [_path(entry["model"]) for entry in entries]
 
 
 def _front_matter(names: list[str | None], has_config: bool) -> str:
@@ -74,7 +87,8 @@ def _hub_id(name: str) -> str | None:
     return shown if _HUB_ID.fullmatch(shown) else None
 
 
-def _summary(recipe: dict, count: int, version: str) -> str:
+def _summary(recipe: dict, version: str) -> str:
+    count = len(recipe["models"]) if "models" in recipe else len(set(_models(recipe)))
     base = _base(recipe)
     onto = f" (base model: {_escaped(_without_folders(base))})" if base else ""
     return (

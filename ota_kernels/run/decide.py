@@ -15,7 +15,8 @@ import numpy as np
 
 from ..backends import Backend
 from ..planning.roles import role_of
-from ..recipe.methods import Method, Need
+from ..recipe.methods import Method
+from ..recipe.needs import Needs
 from ..recipe.settings import Settings
 from ..select import thresholds as decide
 from ..select.bracket import Bracket, bracket_share
@@ -314,7 +315,7 @@ class Decider:
         # From a device, so many scores cross as histograms would.
         if tensor.numel <= (self.rules.direct if tensor.is_resident else CHUNK):
             read = self.backend.edits if of_edits else self.backend.scores
-            values, bad = read(tensor, t, terms)
+            values, bad = read(tensor.made, t, terms)
             self.check(tensor, bad)
             values = resident.host(values)
             return decide.threshold_of_scores(selection, abs(values) if of_edits else values)
@@ -362,8 +363,8 @@ class Decider:
         """The least |d| among the ties_density share of the largest masked edits."""
         density = Selection("density", settings["ties_density"])
         terms = self.method.terms(settings, replace(found, trims=[0.0] * len(found.trims)))
-        trims = [self._select(tensor, t, terms, density, True) for t in range(len(settings.experts))]
-        found.trims = [math.inf if math.isnan(trim) else trim for trim in trims]
+        each = (self._select(tensor, t, terms, density, True) for t in range(len(settings.experts)))
+        found.trims = [math.inf if math.isnan(least) else least for least in each]  # infinity: none survives
 
     def _find_sums(self, tensor: TensorInputs, settings: Settings, found: Found) -> None:
         statistic = MaskedSums(len(tensor.experts), len(SUMS))
@@ -413,27 +414,15 @@ class Decider:
     # What a report says
 
     def saliency_threshold(self, tensor: TensorInputs, terms: Terms, t: int) -> float | None:
-        """Expert t's threshold as a saliency, where the recipe gives one as it stands there; None where
-        everything or nothing is kept."""
+        """Expert t's threshold as a saliency, where the recipe gives one as it stands there, as a score where
+        the method has scores of its own; None where everything or nothing is kept."""
         score = terms.experts[t].threshold
+        if terms.words.score not in ("saliency", "curvature"):
+            return None if terms.words.score == "none" or math.isnan(score) else score
         if score == decide.KEEP_ALL or math.isnan(score):
             return None
         selection = self.selections(tensor)[t]
         return selection.value if selection.rule == "threshold" else saliency_of_score(score)
-
-    def ties(self, t: int, kept: Mapping[str, int]) -> int:
-        """How many edits expert t keeps beyond the k of its density, because they tie with the k-th. kept: by
-        tensor name."""
-        tensors = [x for x in self.tensors if x.name in kept]
-        taking_part = [[x for x in tensors if self.takes_part(x)]]
-        groups = taking_part if self.model_scope else [[x] for x in tensors]
-        beyond = 0
-        for group in groups:
-            selection = self.selections(group[0])[t] if group else Selection("all")
-            if selection.rule == "density":
-                k = decide.count_of_density(selection.value, sum(x.numel for x in group))
-                beyond += max(0, sum(kept[x.name] for x in group) - k)
-        return beyond
 
 
 _FINDERS = {
@@ -452,41 +441,3 @@ def scores_of(experts: int, tile: TensorInputs) -> Terms:
     scales = [score_scale(tile.base is not None, c.bias_correction) for c in tile.curvatures]
     words = Words(score="curvature" if tile.base is None else "saliency")
     return Terms(words, tuple(ExpertTerms(score_scale=scales[t]) for t in range(experts)))
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What the settings of all tensors need together. of_tensor: right before a tensor merges; model:
-    once."""
-
-    everything: tuple[Need, ...]
-    model_scope: bool
-
-    @classmethod
-    def of(cls, method: Method, settings: Iterable[Settings]) -> Needs:
-        needs = dict.fromkeys(
-            need for each in {id(s): s for s in settings}.values() for need in method.needs(each)
-        )
-        model_scope = any(n.statistic == "thresholds" and n.scope == "model" for n in needs)
-        return cls(tuple(needs), model_scope)
-
-    def has(self, statistic: str, scope: str) -> bool:
-        return any(n.statistic == statistic and n.scope == scope for n in self.everything)
-
-    @property
-    def brackets(self) -> bool:
-        """Whether thresholds are settled after the merge: there are some, and nothing needs what they keep
-        before. Low-rank forms of all tensors would not fit into memory until then."""
-        names = {n.statistic for n in self.everything}
-        late = any(n.of_masks for n in self.everything) or self.svd
-        return "thresholds" in names and not late
-
-    @property
-    def svd(self) -> bool:
-        """Whether curvature is decomposed, which takes two reads."""
-        return any(n.statistic == "low rank" and n.reads > 1 for n in self.everything)
-
-    @property
-    def of_tensor(self) -> list[Need]:
-        """In order, those that are found of one tensor beside its thresholds and forms of curvature."""
-        return [n for n in self.everything if n.scope == "tensor" and n.statistic in _FINDERS]

@@ -12,6 +12,7 @@ larger one once, by all workers, before its first tile. A group is the whole mod
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import NamedTuple, Protocol, TypeVar
@@ -155,7 +156,10 @@ class Engine:
             return [self._merge_segment(s, *given) if given else self._merge_alone(s) for s, given in unit]
 
         def whole(index: int) -> int:
-            return ready[index][1].whole if index in ready else 1
+            if index not in ready:
+                return 1
+            tensor, terms = ready[index]
+            return math.lcm(terms.whole, tensor.columns)
 
         cut = units(ranges(), self._tile_elements, whole)
         yield from self._pool.run(merge_unit, map(with_terms, cut))
@@ -184,13 +188,13 @@ class Engine:
                 positions, merged, result = self._settle(group, result, thresholds)
                 resident.scatter(room, positions, merged, tensor.out_dtype.itemsize)
         self._sink.write(segment, room)
-        self._sink.done_with(tensor)
+        self._sink.done_with(tensor.stored)
         return self._result(segment, result, tensor, terms)
 
     def _merge_segment(self, segment: Segment, tensor: TensorInputs, terms: Terms) -> tuple:
         room, result = self._run_kernel(segment, tensor, terms)
         self._sink.write(segment, room)
-        self._sink.done_with(tensor.slice(segment.start, segment.stop))
+        self._sink.done_with(tensor.stored.slice(segment.start, segment.stop))
         return self._result(segment, result, tensor, terms)
 
     def _result(

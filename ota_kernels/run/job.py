@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,15 +22,17 @@ from .. import __version__, backends
 from ..errors import BackendError, InputError, OutputError, RecipeError, RunError
 from ..io import journal
 from ..io.assets import Asset, plan_assets, recipe_asset, write_assets
+from ..io.leftovers import asset_notes
 from ..io.pages import advise, release
 from ..io.workfolder import WorkFolder
 from ..io.writer import ShardWriter
+from ..planning.buffers import average
 from ..planning.inputs import Inputs
-from ..planning.pairing import COPY
-from ..planning.plan import Plan, make_plan, memory_limit_of, thread_choices
+from ..planning.outputs import AVERAGE
+from ..planning.plan import DEFAULT_BUDGET, Plan, make_plan, memory_limit_of, thread_choices
 from ..recipe import methods
 from ..recipe.schema import Recipe, load_recipe, parse_recipe
-from ..select.pending import DEFAULT_BUDGET, Store
+from ..select.pending import Store
 from ..sizes import parse_size
 from ..tensors.result import Counts
 from ..tensors.segment import Segment
@@ -81,7 +83,11 @@ class Options:
     device: "auto", "cpu", "cuda" or "cuda:N"; memory_limit: bytes resident on the host at most, None for
     1 GiB, on a GPU 4 GiB; shard_size: bytes of one output file at most; threads: None for every processor;
     seed: of methods that draw random numbers; tile_elements: None for what fits the limit;
-    candidates_memory: bytes of undecided elements held in memory at most, the rest goes to the work folder.
+    candidates_memory: bytes of undecided elements held in memory at most, the rest goes to the work folder;
+    allow_crimes: models may differ in the tensors they have, in their configurations and vocabularies, and
+    the notes say so; trust_remote_code: copy the Python files that a model loads its classes from (none is
+    ever run); unsafe_truncate_embeddings: vocabulary tensors are cut to the fewest rows of any model;
+    copy_tokenizer, write_model_card: whether they are written.
     """
 
     backend: str = "auto"
@@ -94,6 +100,11 @@ class Options:
     resume: bool = False
     tile_elements: int | None = None
     candidates_memory: int = DEFAULT_BUDGET
+    allow_crimes: bool = False
+    unsafe_truncate_embeddings: bool = False
+    copy_tokenizer: bool = True
+    write_model_card: bool = True
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         backends.check_device(self.device)
@@ -130,7 +141,7 @@ def plan(
         job.assets()
         if out is not None:
             job.check_output(Path(out).resolve())
-        return job.plan
+        return replace(job.plan, notes=tuple(job.notes))
 
 
 def merge(
@@ -154,9 +165,12 @@ class Job:
     """One merge: open inputs, its plan, and `run`."""
 
     def __init__(self, recipe: Recipe, options: Options, rules: Rules = RULES) -> None:
-        self.recipe, self.options, self._rules = recipe, options, rules
+        self.options, self._rules = options, rules
         self.backend = backends.select(options.backend, options.device)
-        self.inputs = Inputs(recipe)
+        self.inputs = Inputs(
+            recipe, allow_crimes=options.allow_crimes, truncate=options.unsafe_truncate_embeddings
+        )
+        self.recipe = self.inputs.recipe
         try:
             self._prepare()
         except BaseException:
@@ -166,7 +180,7 @@ class Job:
     def _prepare(self) -> None:
         options = self.options
         entries = enumerate(self.inputs.entries)
-        self.tensors = {i: e.inputs() for i, e in entries if e.action != COPY}
+        self.tensors = {i: e.inputs() for i, e in entries if e.is_computed}
         tensors = list(self.tensors.values())
         self.read_ahead = ReadAhead(tensors)
         self.plan = make_plan(
@@ -182,7 +196,7 @@ class Job:
 
     def _decider(self, pool: Pool) -> Decider:
         tensors = list(self.tensors.values())
-        of_each = {e.name: e.settings for e in self.inputs.entries if e.action != COPY}
+        of_each = {e.name: e.settings for e in self.inputs.entries if e.is_computed}
         return Decider(
             self.inputs.method,
             tensors,
@@ -191,7 +205,7 @@ class Job:
             pool,
             release,
             self.read_ahead,
-            positions={e.name: e.positions for e in self.inputs.entries if e.action != COPY},
+            positions={e.name: e.positions for e in self.inputs.entries if e.is_computed},
             seed=self.options.seed,
             rules=self._rules,
         )
@@ -212,6 +226,9 @@ class Job:
             FORMAT,
             self.recipe.as_dict(),
             self.options.seed,
+            self.options.allow_crimes,
+            self.options.unsafe_truncate_embeddings,
+            self.options.trust_remote_code,
             self.inputs.fingerprint(),
             [asdict(shard) | {"header": shard.header.hex()} for shard in self.plan.layout.shards],
         ]
@@ -224,9 +241,27 @@ class Job:
                 tokenizer_source=self.recipe.tokenizer_source,
                 dtype=self.recipe.output_dtype,
                 untied=self.inputs.untied,
+                edit=self.inputs.edited_config,
+                chat_template=self.recipe.chat_template,
+                tokenizer=self._tokenizer_files(),
+                copy_code=self.options.trust_remote_code,
             ),
             recipe_asset(self.recipe.as_dict()),
         ]
+
+    def _tokenizer_files(self) -> dict | None:
+        """Of a tokenizer that was built; None for those of `tokenizer_source`."""
+        if not self.options.copy_tokenizer:
+            return {}
+        return None if self.inputs.alignment is None else self.inputs.alignment.files
+
+    @functools.cached_property
+    def notes(self) -> list[str]:
+        """What was understood of the inputs and is not self-evident."""
+        names = [asset.name for asset in self.assets()]
+        source = self.recipe.tokenizer_source
+        read = [path for checkpoint in self.inputs.checkpoints.values() for path in checkpoint.files]
+        return [*self.inputs.notes, *asset_notes(self.inputs.model_folders, names, source, read)]
 
     def run(self, out: Path, progress: Progress) -> dict:
         out = out.resolve()
@@ -236,6 +271,7 @@ class Job:
             work.remove_if_published()
             return finished
         assets = self.assets()
+        self.notes  # noqa: B018 - of the folders as they are now
         with work:
             try:
                 report = self._run_in(work, assets, progress)
@@ -282,8 +318,8 @@ class Job:
 
     def _sources(self) -> dict[str, Path]:
         """Everything that is read, by what an error calls it."""
-        sources = dict(self.inputs.model_folders)
-        sources |= {str(file.path): file.path for file in self.inputs.moments.values()}
+        sources = self.inputs.model_folders | self.inputs.adapter_folders
+        sources |= {str(file.path): file.path for file in self.inputs.moments_files}
         tokenizer = self.recipe.tokenizer_source
         if tokenizer not in ("base", "union"):
             sources.setdefault(tokenizer, Path(os.path.expanduser(tokenizer)))
@@ -336,8 +372,10 @@ class Job:
                 store.close()
         seconds["sync"] = time.perf_counter() - started - seconds["survey"] - seconds["merge"]
         report = build_report(self.inputs, self.plan, decider, state, self.fingerprint, seconds)
+        report["notes"] = self.notes
         writer.write_index(work.files)
-        write_assets(work.files, [*assets, self._card(assets, report), _json_asset(REPORT_NAME, report)])
+        cards = [self._card(assets, report)] if self.options.write_model_card else []
+        write_assets(work.files, [*assets, *cards, _json_asset(REPORT_NAME, report)])
         return report
 
     def _engine(self, state: State, writer: ShardWriter, decider: Decider, store: Store) -> Engine:
@@ -357,16 +395,19 @@ class Job:
         return engine.run(todo, state.pending)
 
     def _copy(self, state: State, writer: ShardWriter) -> Iterator:
-        """Tensors that are copied: of the only source, or of several that must be equal."""
+        """Tensors that no backend computes: of the only source, of several that must be equal, or a mean."""
         for index, entry in enumerate(self.inputs.entries):
-            if entry.action != COPY or not state.gaps(index, entry.numel):
+            if entry.is_computed or not state.gaps(index, entry.numel):
                 continue
             step = self._rules.copy_bytes // entry.dtype.itemsize
             sources = [part.source for part in entry.sources]
             for start in range(0, entry.numel, step):
                 pieces = [b.slice(start, min(start + step, entry.numel)) for b in sources]
-                check_equal(entry.name, pieces)
-                data = in_type(self.backend, entry.name, pieces[0], entry.dtype)
+                if entry.action == AVERAGE:
+                    data = average([(piece.data, piece.dtype) for piece in pieces], entry.dtype)
+                else:
+                    check_equal(entry.name, pieces)
+                    data = in_type(self.backend, entry.name, pieces[0], entry.dtype)
                 writer.write(self.plan.layout.tensors[index], start, data)
                 for piece in pieces:
                     advise(piece.data, "dontneed")
@@ -414,7 +455,7 @@ class _FileSink:
 
     def wants(self, tensor: TensorInputs, segment: Segment) -> None:
         if not self._read_ahead.is_idle:
-            self._read_ahead(tensor.slice(segment.start, segment.stop).buffers)
+            self._read_ahead(tensor.reads(segment.start, segment.stop))
 
     def done_with(self, tile: TensorInputs) -> None:
         release(tile)

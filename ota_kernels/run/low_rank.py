@@ -6,7 +6,7 @@ depends on the shape alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -150,12 +150,6 @@ def low_rank(curvature: Full | Log8, shape: tuple[int, ...], rank: int, run: Map
         np.ascontiguousarray(resident.host(right), np.float32),
         bias_correction=curvature.bias_correction,
     )
-
-
-def low_rank_bytes(shapes: Iterable[tuple[int, ...]]) -> int:
-    """What `low_rank` holds at most, for the largest matrix among tensors of these shapes."""
-    matrices = (shape for shape in shapes if len(shape) == 2)
-    return max((16 * rows * columns + 16 * min(rows, columns) ** 2 for rows, columns in matrices), default=0)
 
 
 def _leading_eigenvectors(gram: Array, rank: int) -> Array:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 import platform
+from collections.abc import Mapping
 
 import numpy as np
 
 from .. import __version__
 from ..planning.inputs import Inputs
-from ..planning.pairing import MERGE, moments_key
+from ..planning.outputs import MERGE
+from ..planning.pairing import moments_key
 from ..planning.plan import Plan
 from ..recipe.recipe import ModelEntry
+from ..select.thresholds import count_of_density
+from ..tensors.found import Selection
 from .decide import Decider
 from .state import State
 
@@ -32,7 +36,8 @@ def build_report(
     backends: all that took part, where a merge was resumed.
 
     Thresholds are saliencies; an expert's is None where it differs between tensors, or where everything or
-    nothing is kept. ties: edits kept beyond an expert's density because they equal the threshold.
+    nothing is kept. left_out: stored tensors that are not written, with the reason. ties: edits kept beyond
+    an expert's density because they equal the threshold.
     """
     counted = [(e, state.counts[i]) for i, e in enumerate(inputs.entries) if e.action == MERGE]
     overflow = sum(counts.overflow for _, counts in counted)
@@ -56,6 +61,7 @@ def build_report(
             for entry, counts in counted
         },
         "not_merged": {e.name: e.action for e in inputs.entries if e.action != MERGE},
+        "left_out": inputs.pairing.left_out,
         "unkept": sum(counts.unkept for _, counts in counted),
         "overflow": overflow,
         "repaired": sum(counts.repaired for _, counts in counted),
@@ -93,7 +99,7 @@ def _expert(model: str, counted: list[tuple], decider: Decider) -> dict:
     total = sum(entry.numel for entry, _, _ in counted)
     thresholds = {counts.thresholds[t] for entry, counts, t in counted if entry.numel}
     places = {t for _, _, t in counted}
-    ties = sum(decider.ties(t, {e.name: c.kept[t] for e, c, own in counted if own == t}) for t in places)
+    ties = sum(_ties(decider, t, {e.name: c.kept[t] for e, c, own in counted if own == t}) for t in places)
     return {
         "model": model,
         "threshold": thresholds.pop() if len(thresholds) == 1 else None,
@@ -102,3 +108,18 @@ def _expert(model: str, counted: list[tuple], decider: Decider) -> dict:
         "density": kept / total if total else 1.0,
         "ties": ties,
     }
+
+
+def _ties(decider: Decider, t: int, kept: Mapping[str, int]) -> int:
+    """How many edits expert t keeps beyond the k of its density, because they tie with the k-th. kept: by
+    tensor name."""
+    tensors = [x for x in decider.tensors if x.name in kept]
+    taking_part = [[x for x in tensors if decider.takes_part(x)]]
+    groups = taking_part if decider.model_scope else [[x] for x in tensors]
+    beyond = 0
+    for group in groups:
+        selection = decider.selections(group[0])[t] if group else Selection("all")
+        if selection.rule == "density":
+            k = count_of_density(selection.value, sum(x.numel for x in group))
+            beyond += max(0, sum(kept[x.name] for x in group) - k)
+    return beyond

@@ -242,20 +242,21 @@ class Reader:
                 ready[index] = ready_for(tensor)
                 yield index, 0, tensor.numel
 
-        def tiles() -> Iterator[list[tuple[TensorInputs, Terms]]]:
+        def tiles() -> Iterator[list[tuple[TensorInputs, int, int, Terms]]]:
             for unit in units(ranges(), size, lambda index: _whole(statistic, *ready[index])):
-                found = [(ready[i][0].slice(a, b), ready[i][1]) for i, a, b in unit]
-                for tile, _ in found:
-                    self.wants(statistic.reads(tile))
+                found = [(ready[i][0], a, b, ready[i][1]) for i, a, b in unit]
+                for tensor, a, b, _ in found:
+                    if not tensor.is_computed:
+                        self.wants(statistic.reads(tensor.slice(a, b)))
                 yield found
                 for i, _, stop in unit:
                     if stop == tensors[i].numel:
                         ready.pop(i, None)
 
-        def of_unit(unit: list[tuple[TensorInputs, Terms]]) -> Arrays:
+        def of_unit(unit: list[tuple[TensorInputs, int, int, Terms]]) -> Arrays:
             arrays = statistic.new()
-            for tile, terms in unit:
-                self._add(statistic, arrays, tile, terms)
+            for tensor, start, stop, terms in unit:
+                self._add(statistic, arrays, tensor.slice(start, stop), terms)
             return arrays
 
         return _folded(statistic, self.pool.run(of_unit, tiles()))
@@ -285,7 +286,7 @@ def _size(tensor: TensorInputs) -> int:
 def _whole(statistic: Statistic, tensor: TensorInputs, terms: Terms) -> int:
     """Of so many elements a piece is a multiple."""
     columns = max(tensor.shape[-1] if tensor.shape else 1, 1)
-    return math.lcm(terms.whole, columns if statistic.by_rows else 1)
+    return math.lcm(terms.whole, tensor.columns, columns if statistic.by_rows else 1)
 
 
 def _folded(statistic: Statistic, parts: Iterable[Arrays]) -> Any:

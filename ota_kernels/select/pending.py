@@ -18,7 +18,6 @@ from ..tensors.result import STEP_BYTES, Alternatives, Candidates, Counts, Merge
 from ..tensors.segment import Segment
 from ..tensors.tile import TensorInputs
 
-DEFAULT_BUDGET = 256 << 20
 _LISTS = len(Alternatives._fields)  # of each expert
 
 

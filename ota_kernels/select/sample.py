@@ -129,7 +129,9 @@ def sample(
                 rooms = [s[begin:end] for s in scores]
                 _score_runs(tensor, experts, terms_of(tensor), places, rooms, files, runs)
                 if goes[index[begin]]:
-                    release(tensor.slice(int(places.min()), min(int(places.max()) + RUN, tensor.numel)))
+                    release(
+                        tensor.stored.slice(int(places.min()), min(int(places.max()) + RUN, tensor.numel))
+                    )
 
     # A piece is of one tensor, and of one chunk of it where mapped pages must go.
     cuts = np.diff(index) != 0
@@ -153,7 +155,7 @@ def _score_runs(
     """Fill scores (per expert, float32 of starts.size * RUN elements): read from `files`, from mapped pages
     without. A tensor shorter than a run is repeated."""
     outs = [s.reshape(-1) for s in scores]
-    if tensor.numel < RUN:
+    if tensor.numel < RUN or tensor.is_computed:
         tile = _gathered(tensor, starts)
         for out, t in zip(outs, experts, strict=True):
             out[:] = native.scores(tile, t, terms)[0]
@@ -263,7 +265,7 @@ class Files:
     def ask_for(self, tensor: TensorInputs, starts: np.ndarray, together: int) -> None:
         """Have a tensor's runs come from the disk before they are waited for: it works on many at a time."""
         for buffer in tensor.buffers:
-            if buffer.offset >= 0:
+            if buffer.offset >= 0:  # else it is in memory, or computed
                 native.ask_for_runs(buffer, starts, RUN, self.descriptor(buffer), together)
 
 

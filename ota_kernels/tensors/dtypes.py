@@ -47,7 +47,7 @@ _ALL = (
     DType("uint64", "U64", 8),
     DType("int64", "I64", 8),
     DType("complex64", "C64", 8),
-    DType("float8_e8m0fnu", "F8_E8M0", 1),
+    DType("float8_e8m0fnu", "F8_E8M0", 1),  # powers of two: scales of quantised weights
     DType("float8_e4m3fnuz", "F8_E4M3FNUZ", 1),
     DType("float8_e5m2fnuz", "F8_E5M2FNUZ", 1),
 )

@@ -32,7 +32,7 @@ class NonFinite:
 EXPONENTS = 256
 CENSUS = 2 * EXPONENTS + 1
 
-# Columns of `masked_sums`: edits that are kept; sums of |d|, of |m d| and of (m d)^2; kept by others too, by no other.
+# Columns of `masked_sums`: edits kept; sums of |d|, of |m d|, of (m d)^2; kept by others too, by no other.
 SUMS = ("kept", "l1", "kept_l1", "kept_squares", "shared", "unique")
 
 STEP_BYTES = 4  # of one score that is listed
@@ -101,7 +101,7 @@ class Candidates(NamedTuple):
 
     @staticmethod
     def columns(tile: TensorInputs) -> list[int]:
-        """Bytes of one candidate of `tile`: index, base, each expert's weights, origins if some expert has one, each
+        """Bytes of one candidate of `tile`: index, base, each expert's weights, origins if some has one, each
         expert's curvature (0: none)."""
         weights = [0 if b is None else b.dtype.itemsize for b in (tile.base, *tile.experts, *tile.origins)]
         return [
@@ -138,7 +138,9 @@ class Candidates(NamedTuple):
             base=None if tile.base is None else like(tile.base, base),
             experts=tuple(map(like, tile.experts, experts)),
             curvatures=tuple(map(curvature, tile.curvatures, curvatures)),
-            origins=tuple(o and like(o, x) for o, x in zip(tile.origins, origins, strict=True)),
+            origins=tuple(
+                None if o is None else like(o, x) for o, x in zip(tile.origins, origins, strict=True)
+            ),
             index=places + tile.start if tile.index is None else tile.index[places],
         )
         listed = tuple(resident.elements(s, STEP_BYTES) for s in steps)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from .array import Array, is_resident, joined
@@ -58,6 +58,29 @@ class TensorInputs:
         weights = [b for b in (self.base, *self.experts, *self.origins) if b is not None]
         return [*weights, *(b for c in self.curvatures for b in c.buffers)]
 
+    @property
+    def stored(self) -> TensorInputs:
+        """Only what lies somewhere: for asking for pages and letting go of them, which computes nothing."""
+        if not self.is_computed:
+            return self
+        base = None if self.base is None or is_computed(self.base) else self.base
+        experts = tuple(e for e in self.experts if not is_computed(e))
+        curvatures = tuple(c for c in self.curvatures if not any(map(is_computed, c.buffers)))
+        return replace(self, base=base, experts=experts, curvatures=curvatures, origins=())
+
+    @property
+    def made(self) -> TensorInputs:
+        """The whole tensor with nothing left to compute; itself where nothing is."""
+        return self.slice(0, self.numel) if self.is_computed else self
+
+    def reads(self, start: int, stop: int) -> Iterator[Buffer]:
+        """The stored elements that elements [start, stop) come from."""
+        for buffer in self.buffers:
+            if is_computed(buffer):
+                yield from buffer.parts(start // buffer.columns, -(-stop // buffer.columns))
+            else:
+                yield buffer.slice(start, stop)
+
     def slice(self, start: int, stop: int) -> TensorInputs:
         """The tile of elements [start, stop); name and shape stay those of the whole tensor."""
         return TensorInputs(
@@ -67,7 +90,7 @@ class TensorInputs:
             None if self.base is None else self.base.slice(start, stop),
             tuple(e.slice(start, stop) for e in self.experts),
             tuple(c.slice(start, stop) for c in self.curvatures),
-            tuple(o and o.slice(start, stop) for o in self.origins),
+            tuple(None if o is None else o.slice(start, stop) for o in self.origins),
             self.start + start,
             None if self.index is None else self.index[start:stop],
         )
@@ -80,7 +103,7 @@ class TensorInputs:
             base=None if self.base is None else self.base.gather(positions),
             experts=tuple(e.gather(positions) for e in self.experts),
             curvatures=tuple(c.gather(positions) for c in self.curvatures),
-            origins=tuple(o and o.gather(positions) for o in self.origins),
+            origins=tuple(None if o is None else o.gather(positions) for o in self.origins),
             index=positions + self.start if self.index is None else self.index[positions],
         )
 
@@ -105,6 +128,8 @@ def concatenated(tiles: Sequence[TensorInputs]) -> TensorInputs:
         base=None if tiles[0].base is None else together(t.base for t in tiles),
         experts=tuple(map(together, zip(*(t.experts for t in tiles), strict=True))),
         curvatures=tuple(map(curvature, zip(*(t.curvatures for t in tiles), strict=True))),
-        origins=tuple(o[0] and together(o) for o in zip(*(t.origins for t in tiles), strict=True)),
+        origins=tuple(
+            None if o[0] is None else together(o) for o in zip(*(t.origins for t in tiles), strict=True)
+        ),
         index=joined([t.index for t in tiles]),
     )

@@ -54,7 +54,8 @@ class TestHalves:
 
         experts = random_experts(30, (n,), dtypes=("bfloat16", "float16"))
         tile = experts.inputs("bfloat16")
-        tile = replace(tile, curvatures=(*tile.curvatures[:2], Uniform()))
+        origin = random_experts(31, (n,), 1).inputs("bfloat16").experts[0]
+        tile = replace(tile, curvatures=(*tile.curvatures[:2], Uniform()), origins=(None, origin, None))
         terms = with_brackets(tile, terms_of(tile))
         expected, truth = merge_tile(tile, terms, reference)
         sizes = []
@@ -120,6 +121,7 @@ def assert_same_candidates(found: Candidates, truth: Candidates) -> None:
     np.testing.assert_array_equal(found.positions, truth.positions)
     for one, other in zip(found.steps, truth.steps, strict=True):
         np.testing.assert_array_equal(one, other)
+    np.testing.assert_array_equal(found.operands.index, truth.operands.index)
     for one, other in zip(found.operands.buffers, truth.operands.buffers, strict=True):
         assert (one.dtype, one.data.tobytes()) == (other.dtype, other.data.tobytes())
 
@@ -198,7 +200,7 @@ class TestResidentTilesOnTheDevice:
         devices = {x.device.type for x in (found.positions, *found.steps)}
         devices |= {b.data.device.type for b in found.operands.buffers}
         assert devices == {backend.device.type}
-        on_host = with_buffers(found.operands, on_the_host)
+        on_host = replace(with_buffers(found.operands, on_the_host), index=found.operands.index.cpu().numpy())
         host = Candidates(found.positions.cpu().numpy(), on_host, tuple(s.cpu().numpy() for s in found.steps))
         assert_same_stats(replace(stats, candidates=host), truth)
         final = np.ones(tile.numel, bool)

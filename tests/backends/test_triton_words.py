@@ -267,6 +267,18 @@ class TestMerge:
         assert 0 < len(merge_tile(tile, terms, reference)[1].candidates.positions) < tile.numel
         check(tile, terms)
 
+    def test_candidates_keep_their_origins_and_indices(self):
+        whole = random_experts(17, (2, 700)).inputs("bfloat16")
+        origins = random_experts(18, (2, 700), 1, dtypes=("float16",)).experts
+        tile = replace(whole, origins=(None, buffer(origins[0]), None)).slice(50, 1330)
+        terms = terms_for(tile, "magnitude")
+        terms = replace(terms, experts=tuple(replace(e, span=1 << 20) for e in terms.experts))
+        for part in (tile, tile.gather(np.arange(0, 1280, 2))):
+            check(part, terms)
+            found = merge_tile(part, terms, backend)[1].candidates
+            expected = merge_tile(part, terms, reference)[1].candidates
+            np.testing.assert_array_equal(found.operands.index, expected.operands.index)
+
     def test_roots_that_overflow_are_taken_again(self):
         """Of the score's own product h k, where h is above 2^96: finite, and to be merged."""
         experts = random_experts(15, (1200,), 2)
@@ -340,8 +352,10 @@ class TestSums:
             e = np.exp(x.double().numpy())
             return e / e.sum(1, keepdims=True) + 1e-8
 
-        p, q = softmax(experts.experts[1]), softmax(experts.base)
-        expected = (p * np.log(p / q)).sum(1) + (q - p).sum(1)
-        np.testing.assert_allclose(
-            backend.row_divergence(tile, 1), expected, rtol=1e-9, atol=1e-15, strict=True
-        )
+        other = random_experts(23, (5, 30), 1).experts[0]
+        for origin in (None, other):
+            of = replace(tile, origins=(None, None if origin is None else buffer(origin)))
+            p, q = softmax(experts.experts[1]), softmax(experts.base if origin is None else origin)
+            expected = (p * np.log(p / q)).sum(1) + (q - p).sum(1)
+            found = backend.row_divergence(of, 1)
+            np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-15, strict=True)

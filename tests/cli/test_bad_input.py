@@ -233,6 +233,11 @@ def replaced(models, t, **tensors):
             ["embed_tokens.weight", "[10, 4]", "[12, 4]", "vocabularies"],
             id="vocabulary",
         ),
+        pytest.param(
+            {"embed_tokens__weight": torch.ones(10, 8)},
+            ["embed_tokens.weight", "other sizes", "hidden sizes 4 and 8"],
+            id="width",
+        ),
         pytest.param({"layer__bias": None}, ["layer.bias", "expert1"], id="tensor missing"),
         pytest.param({"extra": torch.ones(3)}, ["extra", "base", "expert0"], id="tensor too many"),
         pytest.param(

@@ -9,6 +9,7 @@ import yaml
 
 from ota_kernels.errors import InputError, RecipeError, RunError
 from ota_kernels.io.assets import Asset, plan_assets, recipe_asset, write_assets, write_file
+from ota_kernels.io.leftovers import asset_notes
 from ota_kernels.run.card import model_card
 
 
@@ -98,8 +99,14 @@ def planned_config(folder, **options):
         pytest.param(
             {"quantization_config": {"dtype": "int8"}, "dtype": "float32"},
             {"dtype": "bfloat16"},
-            {"quantization_config": {"dtype": "int8"}, "dtype": "bfloat16"},
-            id="quantization is left alone",
+            {"dtype": "bfloat16"},
+            id="quantization is not claimed",
+        ),
+        pytest.param(
+            {"text_config": {"quantization_config": {"quant_method": "fp8"}, "a": 1}, "quantization": None},
+            {},
+            {"text_config": {"a": 1}},
+            id="quantization, nested",
         ),
     ],
 )
@@ -348,8 +355,23 @@ def test_code_is_copied_only_where_auto_map_asks_for_it(tmp_path):
     remote = make_folder(
         tmp_path / "remote", config__json={"auto_map": {"AutoModel": "modeling_x.X"}}, **code
     )
-    assert content(plan_assets({"m": plain})).keys() == {"config.json"}
-    assert content(plan_assets({"m": remote})).keys() == {"config.json", "modeling_x.py", "helper.py"}
+    planned = {n: content(plan_assets({"m": f}, copy_code=True)) for n, f in (("p", plain), ("r", remote))}
+    assert planned["p"].keys() == {"config.json"}
+    assert planned["r"].keys() == {"config.json", "modeling_x.py", "helper.py"}
+
+
+def test_code_is_copied_only_where_it_is_told_and_named_otherwise(tmp_path):
+    folder = make_folder(
+        tmp_path / "m",
+        config__json={"auto_map": {"AutoModel": "modeling_x.X"}},
+        modeling_x__py="class X: pass",
+    )
+    names = content(plan_assets({"m": folder})).keys()
+    assert names == {"config.json"}
+    (note,) = asset_notes({"m": folder}, names)
+    assert "modeling_x.py" in note
+    assert "--trust-remote-code" in note
+    assert asset_notes({"m": folder}, {*names, "modeling_x.py"}) == []
 
 
 def test_code_of_a_tokenizer_comes_with_it_and_must_not_clash(tmp_path):
@@ -358,11 +380,82 @@ def test_code_of_a_tokenizer_comes_with_it_and_must_not_clash(tmp_path):
     other = make_folder(
         tmp_path / "other", vocab__txt="a\n", tokenizer_config__json=auto_map, x__py="1", z__py="3"
     )
-    names = content(plan_assets({"base": base}, tokenizer_source=str(other))).keys()
+    names = content(plan_assets({"base": base}, tokenizer_source=str(other), copy_code=True)).keys()
     assert names == {"config.json", "vocab.txt", "tokenizer_config.json", "x.py", "y.py", "z.py"}
     put(other / "x.py", "changed")
     with pytest.raises(RecipeError, match=r"base/x\.py and .*other/x\.py differ"):
-        plan_assets({"base": base}, tokenizer_source=str(other))
+        plan_assets({"base": base}, tokenizer_source=str(other), copy_code=True)
+
+
+# What stays behind
+
+
+def test_files_that_stay_behind_are_named(tmp_path):
+    folder = make_folder(
+        tmp_path / "m",
+        config__json={},
+        README__md="# x",
+        training_args__json="{}",
+        model__safetensors="weights",
+        pytorch_model__bin="weights",
+    )
+    put(folder / "runs" / "events.log", "x")
+    put(folder / ".git" / "config", "x")
+    put(folder / "checkpoint-5" / "trainer_state.json", "{}")
+    names = content(plan_assets({"m": folder})).keys()
+    assert asset_notes({"m": folder}, names) == [
+        "files of m that stay behind: training_args.json, runs/events.log"
+    ]
+    assert asset_notes({"m": make_folder(tmp_path / "bare", config__json={})}, ["config.json"]) == []
+
+
+def test_other_weights_are_named_where_some_are_merged(tmp_path):
+    folder = make_folder(
+        tmp_path / "m",
+        model__safetensors="x",
+        pytorch_model__bin="x",
+        optimizer__pt="x",
+        consolidated__safetensors="x",
+    )
+    read = [folder / "model.safetensors"]
+    assert asset_notes({"m": folder}, [], read=read) == [
+        "other weights of m that stay behind: consolidated.safetensors, pytorch_model.bin"
+    ]
+    assert asset_notes({"m": folder}, []) == []  # a base that is not merged gives no weights
+
+
+def test_a_chat_template_of_another_model_is_hinted_at(tmp_path):
+    base, chat = (
+        make_folder(tmp_path / "base"),
+        make_folder(tmp_path / "chat", vocab__txt="a", chat_template__jinja="x"),
+    )
+    models = {"base": base, "chat": chat}
+    (note,) = asset_notes(models, [])
+    assert note.startswith("chat has chat_template.jinja, which the output lacks: `tokenizer_source: chat`")
+    assert asset_notes(models, ["vocab.txt", "chat_template.jinja"], "chat") == []
+
+
+def test_a_generation_config_comes_with_the_tokenizer_where_the_first_model_has_none(tmp_path):
+    base = make_folder(tmp_path / "base", config__json={})
+    chat = make_folder(tmp_path / "chat", vocab__txt="a", generation_config__json={"eos_token_id": 7})
+    models = {"base": base, "chat": chat}
+    planned = content(plan_assets(models, tokenizer_source="chat"))
+    assert json.loads(planned["generation_config.json"]) == {"eos_token_id": 7}
+    assert any("generation_config.json is that of" in n for n in asset_notes(models, planned, "chat"))
+    put(base / "generation_config.json", {"eos_token_id": 1})
+    planned = content(plan_assets(models, tokenizer_source="chat"))
+    assert json.loads(planned["generation_config.json"]) == {"eos_token_id": 1}
+    assert not any("is that of" in note for note in asset_notes(models, planned, "chat"))
+
+
+def test_a_weight_file_brings_the_files_of_its_folder(tmp_path):
+    folder = make_folder(tmp_path / "m", config__json={"a": 1}, vocab__txt="a", model__safetensors="weights")
+    file = {"m": folder / "model.safetensors"}
+    planned = content(plan_assets(file))
+    assert planned.keys() == {"config.json", "vocab.txt"}
+    assert any("is a file" in note for note in asset_notes(file, planned))
+    bare = make_folder(tmp_path / "bare", x__safetensors="weights", vocab__txt="a")
+    assert content(plan_assets({"m": bare / "x.safetensors"})) == {}
 
 
 # Writing

@@ -72,7 +72,7 @@ BAD_FILES = {
     "entry is a number": (json_file({"w": 3}), "needs exactly dtype, shape and data_offsets"),
     "no shape": (json_file({"w": {"dtype": "F32", "data_offsets": [0, 8]}}, 8), "needs exactly"),
     "unknown field": (json_file({"w": entry() | {"scale": 2}}, 8), "needs exactly"),
-    "unknown dtype": (json_file({"w": entry("F2")}, 8), "unknown dtype 'F2'; known: F32, BF16"),
+    "unknown dtype": (json_file({"w": entry("F7")}, 8), "unknown dtype 'F7'; known: F32, BF16"),
     "dtype is a list": (json_file({"w": entry(["F32"])}, 8), "unknown dtype ['F32']"),
     "shape is a number": (json_file({"w": entry() | {"shape": 2}}, 8), "shape 2 is not a list"),
     "negative size": (json_file({"w": entry(shape=(-2,))}, 8), "shape [-2] is not a list"),
@@ -117,6 +117,7 @@ BAD_FILES = {
     "trailing bytes": (json_file({"w": entry()}, 11), "3 bytes follow the last tensor"),
     "trailing bytes, no tensors": (json_file({}, 5), "5 bytes follow the last tensor"),
     "metadata is a list": (json_file({"__metadata__": ["pt"]}), "must map strings to strings"),
+    "metadata is a number": (json_file({"__metadata__": 0}), "must map strings to strings"),
     "metadata value is a number": (json_file({"__metadata__": {"step": 3}}), "__metadata__['step'] must be"),
     "metadata value is no text": (json_file({"__metadata__": {"a": "\ud800"}}), "not valid Unicode"),
 }

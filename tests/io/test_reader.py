@@ -185,7 +185,8 @@ class TestCheckpoint:
         assert Checkpoint.open(tmp_path / "x.safetensors", "models[0]").tensors.keys() == {"w"}
 
     def test_model_safetensors_wins_over_other_files(self, tmp_path):
-        make_sharded(tmp_path)
+        save_file({"w": torch.zeros(4), "v": torch.ones(1)}, tmp_path / "consolidated.safetensors")
+        save_file({"w": torch.zeros(4)}, tmp_path / "model.fp16.safetensors")
         save_file({"w": torch.ones(4)}, tmp_path / "model.safetensors")
         assert Checkpoint.open(tmp_path, "base_model").tensors.keys() == {"w"}
 
@@ -721,12 +722,29 @@ class TestHub:
             ("org/name", ("org/name", None)),
             ("meta-llama/Llama-3.2-1B", ("meta-llama/Llama-3.2-1B", None)),
             ("org/name@v1.0", ("org/name", "v1.0")),
+            ("org/name@refs/pr/1", ("org/name", "refs/pr/1")),
         ],
     )
     @pytest.mark.parametrize("resolve", [hub.resolve_model, hub.resolve_file])
     def test_a_model_is_fetched(self, fake, tmp_path, resolve, text, call):
         assert resolve(text) == tmp_path / "snapshot"
         assert fake.calls == [call]
+
+    def test_of_a_stack_the_weights_of_its_modules_are_fetched_too(self, fake, tmp_path):
+        folder = tmp_path / "snapshot"
+        folder.mkdir()
+        (folder / "modules.json").write_text(json.dumps([{"path": ""}, {"path": "2_Dense"}]))
+        assert hub.resolve_model("org/name") == folder
+        assert fake.calls == [("org/name", None)] * 2
+        allowed, ignored = fake.patterns
+        assert allowed == ["2_Dense/*.safetensors"]
+        assert not any(fnmatch("2_Dense/model.safetensors", pattern) for pattern in ignored)
+
+    @pytest.mark.parametrize("text", ["gpt2", "bert-base-uncased", "gpt2@main"])
+    def test_a_model_without_an_organisation_is_fetched(self, fake, tmp_path, text):
+        assert hub.resolve_model(text) == tmp_path / "snapshot"
+        name, _, revision = text.partition("@")
+        assert fake.calls == [(name, revision or None)]
 
     @pytest.mark.parametrize(
         ("file", "fetched"),
@@ -736,6 +754,9 @@ class TestHub:
             ("tokenizer.model", True),
             ("merges.txt", True),
             ("chat_template.jinja", True),
+            ("qwen.tiktoken", True),
+            ("modeling_x.py", True),
+            ("LICENSE", True),
             ("pytorch_model.bin", False),
             ("original/consolidated.00.pth", False),
             ("original/model.safetensors", False),
@@ -757,6 +778,7 @@ class TestHub:
             ("org/name:deep/v.pt", ("org/name", None, "deep/v.pt")),
             ("org/name@v1/deep/v.pt", ("org/name", "v1", "deep/v.pt")),
             ("org/name@v1:v.pt", ("org/name", "v1", "v.pt")),
+            ("org/name@refs/pr/1:deep/v.pt", ("org/name", "refs/pr/1", "deep/v.pt")),
         ],
     )
     def test_a_file_is_fetched(self, fake, tmp_path, text, call):
@@ -764,7 +786,8 @@ class TestHub:
         assert fake.calls == [call]
 
     @pytest.mark.parametrize(
-        "text", ["", "name", "./a", "../a/b", "/a/b", "a/b/c", "a//b", "a\0/b", "~nobody/x"]
+        "text",
+        ["", "x.safetensors", "./a", "../a/b", "/a/b", "a/b/c", "a//b", "a\0/b", "~nobody/x", "a/b@x/../y"],
     )
     def test_what_is_no_hub_model_is_refused_without_asking(self, fake, text):
         with pytest.raises(InputError, match="not a local folder, and not a hub id") as caught:

@@ -3,6 +3,7 @@ alike."""
 
 from __future__ import annotations
 
+import json
 import logging
 import subprocess
 import sys
@@ -561,3 +562,46 @@ def test_shares_of_a_whole_model_need_the_same_models_everywhere(models):
         paired(recipe)
     recipe["parameters"]["density_scope"] = "tensor"
     assert paired(recipe)["model.layers.2.mlp.up_proj.weight"].positions == (1,)
+
+
+# plan --tensors
+
+
+def test_plan_lists_every_tensor(models, ota_merge, tmp_path):
+    recipe = based(
+        models,
+        "task_arithmetic",
+        "a",
+        "b",
+        "c",
+        **{"weight": [0, 1], "lambda": {"filter": "mlp", "value": 0.5}},
+    )
+    path = write_recipe(tmp_path / "recipe.yaml", recipe)
+    code, printed, _ = ota_merge("plan", path, "--backend", "reference", "--tensors", "--json")
+    assert code == 0
+    listed = {each["name"]: each for each in json.loads(printed)["outputs"]}
+    assert listed.keys() == names_of(4).keys()
+    name = "model.layers.3.mlp.up_proj.weight"
+    found = listed[name]
+    assert (found["shape"], found["dtype"], found["action"]) == ([4, 3], "float32", "merge")
+    assert found["base"] == {"model": str(models / "a"), "tensor": name}
+    assert found["parameters"]["lambda"] == 0.5
+    assert listed["model.layers.3.self_attn.q_proj.weight"]["parameters"]["lambda"] == 1.0
+    assert [(s["model"], s["tensor"], s["parameters"]["weight"]) for s in found["sources"]] == [
+        (str(models / "b"), name, 1.0),
+        (str(models / "c"), name, 1.0),
+    ]
+    assert listed["lm_head.weight"]["sources"][0]["parameters"]["weight"] == 0.0
+    assert "outputs" not in json.loads(ota_merge("plan", path, "--backend", "reference", "--json")[1])
+
+
+def test_plan_lists_every_tensor_in_words(models, ota_merge, tmp_path):
+    recipe = stack(models, [("a", 0, 1)], [("b", 3, 4)], parameters={"weight": 0.25})
+    code, printed, _ = ota_merge(
+        "plan", write_recipe(tmp_path / "recipe.yaml", recipe), "--backend", "reference", "--tensors"
+    )
+    lines = printed.splitlines()
+    at = lines.index("model.layers.1.mlp.up_proj.weight: 4 x 3, float32, merge")
+    assert code == 0
+    assert lines[at + 1] == "  normalize true"
+    assert lines[at + 2] == f"  from {models / 'b'}: model.layers.3.mlp.up_proj.weight  weight 0.25"

@@ -405,11 +405,6 @@ def test_what_only_mergekit_knows_is_one_warning(data, line, caplog):
     assert caplog.messages == [line]
 
 
-@pytest.mark.parametrize("key", ["chat_template", "tokenizer"])
-def test_unsupported_mergekit_key(key):
-    fails(ota(**{key: "auto"}), f"mergekit's `{key}` is not supported")
-
-
 @pytest.mark.parametrize(
     ("data", "words"),
     [
@@ -420,7 +415,7 @@ def test_unsupported_mergekit_key(key):
         case(ota(merge_method="zzz"), "'zzz'", "known: arcee_fusion", "ota"),
         case(ota(merge_method=3), "`merge_method` is 3"),
         case(ota(base_model=["a"]), "`base_model` is ['a']", "path or name"),
-        case(ota(tokenizer_source={"a": 1}), "`tokenizer_source`", "path or name"),
+        case(ota(tokenizer_source={"a": 1}), "unknown key 'a'", "`tokenizer_source`"),
         case(ota(parameters=[1]), "`parameters` is [1]", "mapping"),
         case(ota(models=None), "`models` is missing or empty"),
         case(ota(models=[]), "`models` is missing or empty"),
@@ -836,3 +831,28 @@ def test_description_tells_default_and_range():
     assert described["lambda"].default == 1.0
     assert described["density"][1:3] == (None, "a number in [0, 1]")
     assert described["normalise"].allowed == "none, global or model"
+
+
+@pytest.mark.parametrize(
+    ("change", "hint"),
+    [
+        ({"normalize": True}, "'normalize' .* in the recipe; move it under `parameters`$"),
+        ({"density": 0.5}, "'density' .*; move it under `parameters`$"),
+        ({"parameters": {"dtype": "float16"}}, "'dtype' .* in `parameters`; move it to the top level"),
+        ({"parameters": {"tokenizer_source": "base"}}, "move it to the top level of the recipe"),
+        ({"parameters": {"chat_template": "auto"}}, "move it to the top level of the recipe"),
+        ({"parameters": {"int8_mask": True}}, "'int8_mask' .* has no effect on values: remove it"),
+        ({"int8_mask": True}, "has no effect on values: remove it"),
+        (
+            {"models": [{"model": "a", "weight": 0.3}, {"model": "b"}]},
+            r"'weight' \(value 0\.3\) in `models\[0\]`; move it under `parameters` of that model$",
+        ),
+        ({"models": [{"model": "a", "dtype": "float16"}, {"model": "b"}]}, "move it to the top level"),
+        ({"parameters": {"normalise_": 1}}, "did you mean|known"),
+    ],
+    ids=str,
+)
+def test_a_key_at_another_level_is_told_where_it_belongs(change, hint):
+    recipe = {"merge_method": "linear", "models": [{"model": "a"}, {"model": "b"}]} | change
+    with pytest.raises(RecipeError, match=hint):
+        parse_recipe(recipe)

@@ -384,8 +384,9 @@ TERMS = Terms(Words(), (ExpertTerms(),) * 2)
 
 @pytest.mark.parametrize("start", [-1, 37 * 11 - 15])
 def test_a_run_outside_is_refused(start):
+    room = [np.empty(32, np.float32)]
     with pytest.raises(ValueError, match="a run outside"):
-        native.run_scores(tile_of("float32"), TERMS, [0], np.array([0, start]), 16, [np.empty(32, np.float32)])
+        native.run_scores(tile_of("float32"), TERMS, [0], np.array([0, start]), 16, room)
 
 
 @pytest.mark.parametrize(

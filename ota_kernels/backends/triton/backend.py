@@ -196,19 +196,20 @@ class Triton:
         row_sums[:], more = self._run(is_resident(matrix.buffers[0].data), work)
         column_sums += more
 
-    def gram(self, tile: TensorInputs, by: str) -> np.ndarray:
+    def gram(self, tile: TensorInputs, by: str = "tensor") -> np.ndarray:
         """Sums of x_t x_u, x_t the edit d_t, or w_t without a base: float64[T, T]; with by "row" or "column",
         of a tile of whole rows, float64[groups, T, T]."""
         return self._reduced(_without_curvature(tile), lambda inputs: survey.gram(inputs, by))
 
     def masked_sums(self, tile: TensorInputs, terms: Terms) -> np.ndarray:
-        """Per expert: kept elements, sum |d|, sum |m d|, sum (m d)^2, elements that others keep too, and
-        those that no other keeps: float64[T, 6]."""
+        """Sums over edits and masks, float64[T, 6]; columns as SUMS (tensors/result.py) names them."""
         return self._reduced(tile, lambda inputs: survey.masked_sums(inputs, terms), terms)
 
     def row_divergence(self, tile: TensorInputs, t: int) -> np.ndarray:
-        """How far the softmax of each whole row of the base diverges from that of expert t: float64[rows]."""
-        some = _without_curvature(replace(tile, experts=tile.experts[t : t + 1], origins=()))
+        """KL(p | q) of each whole row, p the softmax of w_t and q of what its edit is taken from, each plus
+        1e-8: float64[rows]."""
+        parts = {name: getattr(tile, name)[t : t + 1] for name in ("experts", "origins")}
+        some = _without_curvature(replace(tile, **parts))
         return self._reduced(some, lambda inputs: survey.row_divergence(inputs, 0))
 
     def _reduced(
@@ -244,7 +245,8 @@ def _nonfinite(of_one: DeviceTile, t: int, suspect: bool) -> tuple[NonFinite, ..
 def _candidates(tile: TensorInputs, undecided: merging.Undecided, fetch: Fetch) -> Candidates:
     """The undecided elements of `tile`, where `fetch` puts them."""
     operands = undecided.operands
-    columns = [undecided.positions, operands.base, *operands.experts, *operands.curvatures]
+    origins = operands.origins or (None,) * len(tile.origins)
+    columns = [undecided.positions, operands.base, *operands.experts, *origins, *operands.curvatures]
     fetched = iter(fetch([x for x in (*columns, *undecided.steps) if x is not None]))
     found = [None if x is None else next(fetched) for x in columns]
     return Candidates.of(tile, found, list(fetched))

@@ -6,11 +6,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from ...tensors.array import Array, joined
-from ...tensors.buffer import Buffer
-from ...tensors.curvature import Curvature, Full
 from ...tensors.result import Candidates, MergeStats, NonFinite
 from ...tensors.terms import Terms
-from ...tensors.tile import TensorInputs
+from ...tensors.tile import TensorInputs, concatenated
 
 Merge = Callable[[TensorInputs, Terms, Array], MergeStats]
 
@@ -61,23 +59,6 @@ def _joined_nonfinite(
 def _joined_candidates(first: Candidates | None, second: Candidates | None, start: int) -> Candidates | None:
     if first is None or second is None:
         return None
-    one, other = first.operands, second.operands
-    operands = replace(
-        one,
-        base=None if one.base is None else _joined_buffers(one.base, other.base),
-        experts=tuple(map(_joined_buffers, one.experts, other.experts)),
-        curvatures=tuple(map(_joined_curvatures, one.curvatures, other.curvatures)),
-    )
     steps = tuple(joined(pair) for pair in zip(first.steps, second.steps, strict=True))
     positions = joined([first.positions, second.positions + start])
-    return Candidates(positions, operands, steps)
-
-
-def _joined_buffers(first: Buffer, second: Buffer) -> Buffer:
-    return replace(first, data=joined([first.data, second.data]))
-
-
-def _joined_curvatures(first: Curvature, second: Curvature) -> Curvature:
-    if not isinstance(first, Full):
-        return first
-    return replace(first, values=_joined_buffers(first.values, second.values))
+    return Candidates(positions, concatenated([first.operands, second.operands]), steps)

@@ -27,6 +27,7 @@ MOST = 64  # experts: one bit each of `kept_by`
 # Programs of a launch for each processor of the device: four or more run at once, the rest even out the end.
 _PROGRAMS = 16
 _INTERPRETED_PROGRAMS = 2
+_MOST_BLOCKS = (1 << 13) - 1  # of a program, whose threads count 8 elements of each in 16 bits
 
 _N_TOTALS = tl.constexpr(N_TOTALS)
 
@@ -92,8 +93,8 @@ def _merge_kernel(
     lane = tl.arange(0, block_size)
     zero = tl.zeros((block_size,), acc)
     column_of_counts = counts + first_program + tl.program_id(0)
+    # Of kept edits, and with brackets, in the upper 16 bits, of those that reach them.
     kept_counts = tl.zeros((block_size // per_thread, fields), tl.int32)
-    reached_counts = kept_counts
     other_counts = tl.zeros((block_size // per_thread, _N_TOTALS), tl.int32)
     lambda_ = loads.shared(numbers, n_experts, loads.LAMBDA).to(acc)
     for block in tl.range(first_block + tl.program_id(0), end_block, tl.num_programs(0)):
@@ -208,7 +209,9 @@ def _merge_kernel(
         written = written if acc == tl.float64 else written.to(tl.float32)
         others = tl.where(decided & (kept_by == 0), 1, 0)
         others += tl.where(decided & loads.negated(loads.is_finite(written)), 1 << 4, 0)
-        others += tl.where(decided & bad, 1 << 8, 0) + tl.where(inside & bad, 1 << 12, 0)
+        others += tl.where(inside & bad, 1 << 12, 0)
+        if repair:
+            others += tl.where(decided & bad, 1 << 8, 0)
         other_counts += outcome.by_thread(others, _N_TOTALS, per_thread, block_size)
         counted = counted_by if repair else kept_by
         if packed:
@@ -216,7 +219,7 @@ def _merge_kernel(
             kept_counts += outcome.by_thread(kept, fields, per_thread, block_size)
             if brackets:
                 reached = tl.where(inside, counted, 0) if tail else counted
-                reached_counts += outcome.by_thread(reached, fields, per_thread, block_size)
+                kept_counts += outcome.by_thread(reached, fields, per_thread, block_size) << 16
         else:  # a program has one block
             for t in tl.range(0, n_experts):
                 flag = ((counted >> t) & 1) != 0
@@ -236,11 +239,12 @@ def _merge_kernel(
                 score, n_experts, weights, origins, curvature, curvatures, place, aligned,
                 block_size)  # fmt: skip
 
-    if packed:
+    if packed and brackets:
+        to = column_of_counts + n_experts * n_programs
+        outcome.store_counts(column_of_counts, kept_counts & 0xFFFF, n_programs, n_experts, fields)
+        outcome.store_counts(to, (kept_counts >> 16) & 0xFFFF, n_programs, n_experts, fields)
+    elif packed:
         outcome.store_counts(column_of_counts, kept_counts, n_programs, n_experts, fields)
-        if brackets:
-            to = column_of_counts + n_experts * n_programs
-            outcome.store_counts(to, reached_counts, n_programs, n_experts, fields)
     to = column_of_counts + n_experts * (2 if brackets else 1) * n_programs
     outcome.store_counts(to, other_counts, n_programs, _N_TOTALS, _N_TOTALS)
 
@@ -348,15 +352,18 @@ def merge(tile: DeviceTile, terms: Terms, out: torch.Tensor, exact_roots: bool =
 
 def _programs(device: torch.device, n_blocks: int) -> int:
     """Of a launch over so many blocks."""
-    if device.type != "cuda":
-        return min(_INTERPRETED_PROGRAMS, n_blocks)
-    return min(_PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count, n_blocks)
+    wanted = _INTERPRETED_PROGRAMS
+    if device.type == "cuda":
+        wanted = _PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count
+    return min(max(wanted, triton.cdiv(n_blocks, _MOST_BLOCKS)), n_blocks)
 
 
 def _columns(tile: DeviceTile) -> tuple[torch.Tensor | None, ...]:
-    """Room for every element of the tile as a candidate: positions, base, weights, curvatures."""
-    empty = functools.partial(torch.empty, tile.numel, device=tile.device)
-    base = None if tile.base is None else empty(dtype=tile.base.dtype)
-    weights = [empty(dtype=w.dtype) for w in tile.experts]
-    curvatures = [None if c is None else empty(dtype=torch.float32) for c in tile.curvatures]
-    return (empty(dtype=torch.int32), base, *weights, *curvatures)
+    """Room for every element of the tile as a candidate: positions, base; weights and curvatures by expert
+    (None: all 1), [T, n] of whole blocks."""
+    n, experts = triton.cdiv(tile.numel, BLOCK) * BLOCK, len(tile.experts)
+    empty = functools.partial(torch.empty, device=tile.device)
+    base = None if tile.base is None else empty(n, dtype=tile.base.dtype)
+    weights = empty(experts, n, dtype=tile.experts[0].dtype)
+    curvatures = None if tile.curvatures[0] is None else empty(experts, n, dtype=torch.float32)
+    return empty(n, dtype=torch.int32), base, weights, curvatures

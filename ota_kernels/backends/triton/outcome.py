@@ -79,26 +79,28 @@ def append(
     tl.store(lengths + block, m)
     tl.store(positions + tl.cumsum(wanted, 0) - 1, offset.to(tl.int32) + lane, mask=wanted != 0)
     tl.debug_barrier()  # each thread's positions are seen by all
+    bases = loads.pointer(table, columns + 1, base_pointer.dtype.element_ty, True) + offset
+    ws = loads.pointer(table, columns + 2, weights, True) + offset
+    hs = loads.pointer(table, columns + 3, tl.float32, True) + offset
+    room = tl.cdiv(n, block_size).to(tl.int64) * block_size  # elements of each expert's column
     each: tl.constexpr = "narrow" if place == "whole" or place == "long" else place
     for first_one in tl.range(0, m, block_size // 8):
         at = first_one + tl.arange(0, block_size // 8)
         there = at < m
         which = tl.load(positions + at, mask=there, other=0) - offset.to(tl.int32)
         if has_base:
-            bases = loads.pointer(table, columns + 1, base_pointer.dtype.element_ty, True) + offset
             tl.store(bases + at, tl.load(base_pointer + offset + which, mask=there), mask=there)
         row, column, wrapped, has_next = loads.place_of(
             table, offset, n, which, there, first, n_columns,
             n_experts, each, False)  # fmt: skip
         for t in tl.range(0, n_experts, loop_unroll_factor=unroll):
             w = loads.elements(table, loads.WEIGHTS * n_experts + t, offset, which, there, weights, False)
-            tl.store(loads.pointer(table, columns + 2 + t, weights, True) + offset + at, w, mask=there)
+            tl.store(ws + t * room + at, w, mask=there)
             if curvature != "uniform":
                 h = loads.curvature(
                     table, t, offset, which, there, row, column, wrapped, has_next,
                     n_experts, curvature, curvatures, each, False, block_size // 8)  # fmt: skip
-                hs = loads.pointer(table, columns + 2 + n_experts + t, tl.float32, True) + offset
-                tl.store(hs + at, h, mask=there)
+                tl.store(hs + t * room + at, h, mask=there)
 
 
 @triton.jit
@@ -210,25 +212,28 @@ class Merged:
 
     def undecided(self) -> Undecided:
         """The undecided elements in ascending order: what the blocks have written, one after the other."""
-        n_experts, lengths = len(self.tile.experts), self.lengths
+        lengths = self.lengths
         ahead = torch.arange(len(lengths), device=lengths.device) * BLOCK - (lengths.cumsum(0) - lengths)
         shift = torch.repeat_interleave(ahead, lengths)
         order = shift + torch.arange(len(shift), device=shift.device)
-        positions, base, *rest = (None if x is None else x[order] for x in self.columns)
+        found = (None if x is None else x[..., order] for x in self.columns)
+        positions, base, weights, curvatures = found
         # Kernels run on unified types; a candidate is stored in its tensor's own, which loses nothing.
-        given = (self.tile.base, *self.tile.experts)
-        stored = zip([base, *rest[:n_experts]], given, strict=True)
-        base, *experts = (w if w is None else w.to(own.dtype) for w, own in stored)
-        operands = _gathered(self.tile, positions.long(), base, experts, rest[n_experts:])
-        found = ((values("scores", operands, t, self.terms)[0], e) for t, e in enumerate(self.terms.experts))
-        return Undecided(positions, operands, tuple(_steps(s, e) for s, e in found))
+        own = [w.dtype for w in self.tile.experts]
+        operands = _gathered(
+            self.tile,
+            positions.long(),
+            None if base is None else base.to(self.tile.base.dtype),
+            [w.to(dtype) for w, dtype in zip(weights, own, strict=True)],
+            (None,) * len(own) if curvatures is None else curvatures,
+        )
+        scores = ((values("scores", operands, t, self.terms)[0], e) for t, e in enumerate(self.terms.experts))
+        return Undecided(positions, operands, tuple(_steps(s, e) for s, e in scores))
 
 
 def _gathered(tile: DeviceTile, positions: torch.Tensor, base, experts, curvatures) -> DeviceTile:
-    """The elements of a tile at these positions (int64[m]), of which base, experts and curvatures are
-    there."""
-    # Arrays by row begin with the first row of a tile that is not gathered itself: there its indices begin
-    # too.
+    """The elements of a tile at these positions (int64[m]); base, experts and curvatures: theirs."""
+    # Arrays by row begin with the first row of a tile that is not gathered itself: so do its indices.
     index = tile.place.first + positions if tile.index is None else tile.index[positions]
     return replace(
         tile,

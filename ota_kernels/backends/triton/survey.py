@@ -391,7 +391,8 @@ def row_divergence(tile: DeviceTile, t: int) -> torch.Tensor:
     float64[rows]; sum p (x - log1p(x)), x = q / p - 1."""
     columns = tile.place.columns
     rows = max(_CHUNK // columns, 1)
-    w, base = (x.view(-1, columns) for x in (tile.experts[t], tile.base))
+    origin = tile.origins[t] if tile.origins and tile.origins[t] is not None else tile.base
+    w, base = (x.view(-1, columns) for x in (tile.experts[t], origin))
     found = []
     for start in range(0, len(w), rows):
         p, q = (x[start : start + rows].double().softmax(-1) + 1e-8 for x in (w, base))

@@ -118,9 +118,11 @@ def _power(terms: Terms, acc: tl.dtype, exact_roots: bool) -> str:
 
 
 def warps(variant: Variant) -> int:
-    """Warps of a program: so many that a thread's elements stay in registers, 8 or (in float64) 4."""
+    """Warps of a program: so many that a thread's elements stay in registers, 8 or (in float64, or with
+    places of their own) 4."""
     in_float64 = variant.acc == tl.float64 or variant.power == "general"
-    return 2 * WARPS if in_float64 else WARPS
+    places = variant.place in ("narrow", "wide", "gathered")  # a row and a column of each element
+    return 2 * WARPS if in_float64 or places else WARPS
 
 
 @functools.cache

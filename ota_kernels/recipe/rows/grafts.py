@@ -31,15 +31,14 @@ def _masked(settings: Settings, found: Found, score: str, divide: str) -> Terms:
 
 
 def _graft_terms(settings: Settings, found: Found) -> Terms:
-    by_moments = settings.experts[0]["preconditioner_path"] is not None
-    return _masked(settings, found, "saliency" if by_moments else "magnitude", "number")
+    return _masked(settings, found, "saliency", "number")
 
 
 register(
     Method(
         name="ffg",
         source="arXiv 2509.11167",
-        formula="w_0 + m d, m: the edits of largest h d^2; of largest |d| without second moments",
+        formula="w_0 + m d, m: the edits of largest h d^2; with `missing_curvature: uniform` of largest |d|",
         base="required",
         parameters=(*SELECTION, *MOMENTS, _SCOPE, LAMBDA),
         needs=lambda settings: (

@@ -20,8 +20,8 @@ from ... import backends
 from ...errors import RecipeError
 from ...io.pages import release
 from ...planning.inputs import Inputs
-from ...planning.pairing import COPY, MERGE
-from ...planning.plan import PROCESS_BYTES, pinned_bytes
+from ...planning.outputs import MERGE
+from ...planning.plan import PROCESS_BYTES, low_rank_bytes, pinned_bytes
 from ...select import thresholds as decide
 from ...select.bracket import cluster_count
 from ...select.sample import CLUSTER, sample
@@ -31,7 +31,6 @@ from ...tensors.terms import Terms, score_bits
 from ...tensors.tile import TensorInputs
 from ..decide import Decider, scores_of
 from ..job import Progress
-from ..low_rank import low_rank_bytes
 from ..pool import Pool
 from ..readahead import ReadAhead
 from .counts import BINS, ENTRY_BYTES, Collected, Counted, Pass, low_halves
@@ -103,7 +102,7 @@ class Search:
         self.backend = backend
         self.passes = 0
         self.experts = len(inputs.recipe.models)
-        entries = [e for e in inputs.entries if e.action != COPY]
+        entries = [e for e in inputs.entries if e.is_computed]
         everything = [e.inputs() for e in entries]
         of_each = {e.name: e.settings for e in entries}
         self.decider = Decider(inputs.method, everything, of_each, self.backend, pool, release)

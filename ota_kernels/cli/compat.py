@@ -1,0 +1,93 @@
+"""mergekit's flags of `ota-merge run`: those with another name here, and those that have no meaning here."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from ..errors import RecipeError
+
+# What each would do is what happens anyway, or cannot happen.
+_WITHOUT_EFFECT = {
+    "trust_remote_code": "no model code runs",
+    "lazy_unpickle": "files are mapped",
+    "clone_tensors": "files are mapped",
+    "low_cpu_memory": "--memory-limit holds anyway",
+    "read_to_gpu": "tiles are streamed",
+    "async_write": "tiles are written as they come",
+    "multi_gpu": "one GPU is used",
+    "gpu_rich": "tiles are streamed",
+    "write_threads": "tiles are written as they come",
+    "lora_merge_cache": "adapters are added in the tile, without a copy",
+}
+_DECIMAL = {"K": 10**3, "M": 10**6, "B": 10**9}
+
+
+class ShardSize(click.ParamType):
+    """mergekit's size: a number with K, M or B, which counts bytes."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        text = str(value).strip().upper()
+        number, unit = (text[:-1], _DECIMAL[text[-1]]) if text[-1:] in _DECIMAL else (text, 1)
+        try:
+            size = int(float(number) * unit)
+        except (ValueError, OverflowError):
+            size = 0
+        if size < 1:
+            self.fail(f"{value!r} is not a number of bytes: write it like 5B, 500M or 1000000", param, ctx)
+        return size
+
+
+def _flag(name: str) -> Callable:
+    return click.option(f"--{name.replace('_', '-')}", name, is_flag=True, hidden=True)
+
+
+_OPTIONS = (
+    *(_flag(name) for name in _WITHOUT_EFFECT if name not in ("write_threads", "lora_merge_cache")),
+    click.option("--write-threads", type=int, hidden=True),
+    click.option("--lora-merge-cache", type=click.Path(), hidden=True),
+    click.option("--cuda", is_flag=True, hidden=True),
+    click.option("--out-shard-size", type=ShardSize(), hidden=True),
+    click.option("--random-seed", type=int, hidden=True),
+    click.option("--num-threads", "-j", type=click.IntRange(min=1), hidden=True),
+    click.option("--transformers-cache", type=click.Path(), hidden=True),
+    click.option("--safe-serialization/--no-safe-serialization", default=True, hidden=True),
+    click.option("--copy-tokenizer/--no-copy-tokenizer", default=True, help="Write the tokenizer's files."),
+    click.option("--write-model-card/--no-write-model-card", default=True, help="Write README.md."),
+)
+
+
+def mergekit_flags(command: Callable) -> Callable:
+    """Take mergekit's flags too; the command receives our own options."""
+
+    @functools.wraps(command)
+    def translated(*args: Any, **given: Any) -> Any:
+        return command(*args, **_translated(given))
+
+    for option in reversed(_OPTIONS):
+        translated = option(translated)
+    return translated
+
+
+def _translated(given: dict[str, Any]) -> dict[str, Any]:
+    for name, reason in _WITHOUT_EFFECT.items():
+        if given.pop(name):
+            click.echo(f"--{name.replace('_', '-')} has no effect here: {reason}", err=True)
+    if not given.pop("safe_serialization"):
+        raise RecipeError("--no-safe-serialization: pickled models are not written; leave the flag out")
+    if cache := given.pop("transformers_cache"):
+        os.environ["HF_HUB_CACHE"] = cache
+    if given.pop("cuda"):
+        given["device"] = "cuda"
+    ours = {"out_shard_size": "shard_size", "random_seed": "seed", "num_threads": "threads"}
+    for theirs, own in ours.items():
+        value = given.pop(theirs)
+        if value is not None:
+            given[own] = value
+    return given

@@ -1,0 +1,45 @@
+"""Output matrices that are tied to the embeddings, as names and config.json have it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+# The head of a language model, by itself or under modules that have no number: layers have one.
+_HEAD = re.compile(r"(?:[A-Za-z_]\w*\.)*(?:lm_head|embed_out|output|output_layer)\.weight")
+# Their tie keys, if any, speak of other embeddings or are defaults that somebody wrote out.
+_OTHER_SECTIONS = re.compile(r"vision|visual|audio|image|speech|vq|quanti|compression", re.IGNORECASE)
+
+
+def is_head(name: str) -> bool:
+    """Whether a model may tie the tensor of this name to its embeddings."""
+    return _HEAD.fullmatch(name) is not None
+
+
+def tie_in_config(config: Mapping[str, Any] | None) -> bool | None:
+    """What config.json, nested configurations of language models included, says about `tie_word_embeddings`;
+    None where it is silent or contradicts itself."""
+    said = set(_tie_values(config or {}))
+    return said.pop() if len(said) == 1 else None
+
+
+def _tie_values(config: Mapping[str, Any]) -> Iterator[bool]:
+    value = config.get("tie_word_embeddings")
+    if isinstance(value, bool):
+        yield value
+    for key, section in config.items():
+        if isinstance(section, Mapping) and not _OTHER_SECTIONS.search(str(key)):
+            yield from _tie_values(section)
+
+
+def has_tied_embeddings(config: Mapping[str, Any] | None, names: Iterable[str]) -> bool:
+    """Whether a model of this configuration takes its output matrix from its embeddings.
+
+    As config.json says; where it does not say (tied is the default of transformers, and defaults are left
+    out), whether no output matrix is stored. False without a config.json.
+    """
+    if config is None:
+        return False
+    said = tie_in_config(config)
+    return said if said is not None else not any(map(is_head, names))

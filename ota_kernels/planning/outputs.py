@@ -1,0 +1,117 @@
+"""One output tensor: what it is made from, and by which settings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from ..recipe.settings import Settings
+from ..tensors.computed import Source
+from ..tensors.curvature import Curvature
+from ..tensors.dtypes import DType
+from ..tensors.tile import TensorInputs
+from .models import Model
+
+MERGE, COPY, KEEP_BASE, TAKE, AVERAGE = "merge", "copy", "keep base", "take", "average"
+
+
+class Part(NamedTuple):
+    """A tensor of a model. stands_for: the output matrix that a tied embedding is taken for."""
+
+    model: Model
+    name: str
+    stands_for: str | None = None
+
+    @property
+    def source(self) -> Source:
+        """Its elements."""
+        return self.model.source(self.name, self.stands_for)
+
+    @property
+    def dtype(self) -> DType:
+        """As it is stored."""
+        return self.model.tensors[self.name].dtype
+
+    @property
+    def what(self) -> str:
+        """What errors call it."""
+        return self.model.what(self.name)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Its model and its name there."""
+        return {"model": self.model.label, "tensor": self.name}
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """One output tensor.
+
+    dtype: of the output; action: MERGE; COPY of the only source, or of several that must agree (integers,
+    booleans); KEEP_BASE where the base's values are taken (`missing_curvature: base`); TAKE: one model's
+    values as they are, in their own type; AVERAGE: the mean over the models that have the tensor. base: None
+    where the method has none; experts, positions: those that take part, and their numbers in the recipe; curvatures:
+    one per expert; settings: None where nothing is merged.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: DType
+    action: str
+    base: Part | None
+    experts: tuple[Part, ...]
+    positions: tuple[int, ...]
+    settings: Settings | None
+    curvatures: tuple[Curvature, ...] = ()
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether it goes through a backend."""
+        return self.action in (MERGE, KEEP_BASE)
+
+    @property
+    def sources(self) -> tuple[Part, ...]:
+        """Base and experts."""
+        return self.experts if self.base is None else (self.base, *self.experts)
+
+    @property
+    def bytes_per_element(self) -> int:
+        """Input bytes that one element reads."""
+        read = (self.base,) if self.action == KEEP_BASE else self.sources
+        size = sum(part.model.bytes_per_element(part.name) for part in read)
+        return size + sum(buffer.dtype.itemsize for c in self.curvatures for buffer in c.buffers)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What is done, as `ota-merge plan --tensors --json` prints it; parameters that are not set are left
+        out."""
+        found: dict[str, Any] = {
+            "name": self.name,
+            "shape": list(self.shape),
+            "dtype": self.dtype.name,
+            "action": self.action,
+        }
+        if self.base is not None:
+            found["base"] = self.base.as_dict()
+        found["sources"] = [part.as_dict() for part in self.experts]
+        if self.settings is not None:
+            found["parameters"] = _set(self.settings.shared)
+            for source, own in zip(found["sources"], self.settings.experts, strict=True):
+                source["parameters"] = _set(own)
+        return found
+
+    def inputs(self) -> TensorInputs:
+        """What a backend receives of a tensor that it computes. Under KEEP_BASE every expert is the base
+        itself."""
+        base = None if self.base is None else self.base.source
+        kept = self.action == KEEP_BASE
+        experts = tuple(base if kept else part.source for part in self.experts)
+        return TensorInputs(self.name, self.shape, self.dtype, base, experts, self.curvatures)
+
+
+def _set(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in parameters.items() if value is not None}
