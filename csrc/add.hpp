@@ -57,6 +57,38 @@ void add(const Added<W, Acc>* experts, int n, Acc epsilon, const Acc* __restrict
     }
 }
 
+// All edits with a number each: N alone.
+template <typename W, typename Acc>
+struct Plain {
+    const W* w;
+    Acc weight_scale, edit_scale;
+    Ahead next;
+};
+
+template <int G, typename W, typename Acc>
+void add_plain(const Plain<W, Acc>* experts, int n, const Acc* __restrict base, Acc* __restrict numerator) {
+    const W* w[G];
+    Acc a[G], edit_scale[G];
+    for (int g = 0; g < G; ++g)
+        w[g] = experts[g].w, a[g] = experts[g].weight_scale, edit_scale[g] = experts[g].edit_scale;
+    const auto some = [&](int begin, int end) {
+#pragma GCC ivdep
+        for (int i = begin; i < end; ++i) {
+            Acc sum = numerator[i];
+            const Acc b = base[i];
+#pragma GCC unroll 8
+            for (int g = 0; g < G; ++g) sum = std::fma(a[g], edit_scale[g] * (static_cast<Acc>(w[g][i]) - b), sum);
+            numerator[i] = sum;
+        }
+    };
+    int i = 0;
+    for (; i + kChunk <= n; i += kChunk) {
+        for (int g = 0; g < G; ++g) experts[g].next.fetch(i);
+        some(i, i + kChunk);
+    }
+    if (i < n) some(i, n);
+}
+
 // Groups are as many as needed, and alike: 8 experts are 4 and 4. Calls step(first, size) for each.
 template <typename Step>
 inline void by_groups(int n_experts, int most, Step step) {

@@ -32,41 +32,68 @@ bool has_trims(const Tile& tile) {
 
 // Mark.
 
-// Which edits each expert keeps: x.keep, and what is counted of it.
+// Whether expert t's edits are needed as a plane, besides where they are added.
+bool needs_edits(const Tile& tile, int t) {
+    const Score score = tile.words.score;
+    return score == Score::saliency || score == Score::magnitude || score == Score::row_magnitude ||
+           tile.experts[t].trim > 0 || tile.words.elect != Elect::none;
+}
+
+// Expert t's scores, from its edits; none where no word asks for them.
 template <typename Acc>
-void mark(const Merge<Acc>& m, bool bad) {
-    const Tile& tile = m.args.tile;
-    Strip<Acc>& x = m.x;
+const float* score(const Tile& tile, int t, Strip<Acc>& x) {
     const Words& words = tile.words;
-    const bool all = words.select == Select::all;
-    const bool masks = !all || bad || has_trims(tile) || words.elect != Elect::none;  // else nobody asks for them
-    std::memset(x.any, all ? 0xff : 0, sizeof(x.any));
+    if (words.score != Score::spread && needs_edits(tile, t)) find_edits(tile, t, x);
+    const bool bounded =
+        words.select == Select::at_least || words.select == Select::between || words.select == Select::above;
+    return words.score != Score::none || bounded ? find_scores(tile, t, x) : nullptr;
+}
+
+// Which edits expert t keeps, and its scores. Returns whether some input of it or the base may not be usable. Has its
+// next strip fetched.
+template <typename Acc>
+bool keep(const Tile& tile, int t, Strip<Acc>& x, const float*& s, int64_t& kept) {
+    const Expert& e = tile.experts[t];
+    const Words& words = tile.words;
+    if (words.score == Score::saliency && words.select == Select::at_least && !has_ties(e)) {
+        uint32_t top;  // of usable inputs the score is a number >= 0, unless it overflows
+        find_saliencies(tile, t, x);
+        s = x.score_room;
+        kept += keep_at_least(s, e.threshold, x.n, x.keep[t], x.any, top);
+        return top >= kSuspect;
+    }
+    const bool suspect = is_suspect(tile, t, x);
+    s = score(tile, t, x);
+    select(tile, t, s, x);
+    kept += count_kept(x.keep[t], x.n, x.any);
+    return suspect;
+}
+
+// Which edits each expert keeps, x.keep, and what is counted of it. Returns whether some input is not usable.
+template <typename Acc>
+bool mark(const Merge<Acc>& m, bool bad_base) {
+    const Tile& tile = m.args.tile;
+    MergeStats& stats = m.stats;
+    Strip<Acc>& x = m.x;
+    bool bad = bad_base;
+    std::memset(x.any, 0, sizeof(x.any));
     if (m.flags) std::memset(x.waits, 0, sizeof(x.waits));
     share_scores(tile, x);
     for (int t = 0; t < tile.n_experts; ++t) {
         const Expert& e = tile.experts[t];
-        const bool scored = words.score != Score::none;
-        if ((scored && words.score != Score::curvature && words.score != Score::spread) || e.trim > 0 ||
-            words.elect != Elect::none)
-            find_edits(tile, t, x);
-        const float* s = scored ? find_scores(tile, t, x) : x.score_room;
-        if (masks) select(tile, t, s, x);
+        const float* s;
+        const bool bad_here = keep(tile, t, x, s, stats.kept[t]) &&
+                              count_unusable(tile, t, x, stats.weights[t], stats.curvature[t]);
+        bad |= bad_here;
         if (m.flags && e.span) flag_undecided(s, e, x.n, x.waits);
-        if (e.census) {
-            alignas(64) int32_t usable[kStrip];
-            alignas(64) float used[kStrip];
-            if (bad) find_usable(tile, t, x, usable);
-            use(s, bad ? usable : nullptr, x.n, used);
-            take_census(used, e, x.n);
-        }
-        if (all) {
-            m.stats.kept[t] += x.n;
-        } else {
-            int32_t kept = 0;
-            for (int i = 0; i < x.n; ++i) kept -= x.keep[t][i], x.any[i] |= x.keep[t][i];
-            m.stats.kept[t] += kept;
-        }
+        if (e.census == nullptr) continue;
+        alignas(64) int32_t usable[kStrip];
+        alignas(64) float used[kStrip];
+        if (bad_base || bad_here) find_usable(tile, t, x, usable);
+        use(s, bad_base || bad_here ? usable : nullptr, x.n, used);
+        take_census(used, e, x.n);
     }
+    return bad;
 }
 
 // Elect.
@@ -184,6 +211,45 @@ void add_all(const Tile& tile, Strip<Acc>& x) {
     });
 }
 
+// Whether all edits are added, with a number each.
+bool is_plain(const Tile& tile) {
+    const Words& words = tile.words;
+    bool plain = words.edit == Edit::difference && words.select == Select::all && words.elect == Elect::none &&
+                 words.weigh == Weigh::constant && words.divide != Divide::kept_count;
+    for (int t = 0; t < tile.n_experts; ++t) {
+        const Expert& e = tile.experts[t];
+        plain &= e.origin.data == nullptr && !(e.trim > 0) && e.span == 0 && e.census == nullptr;
+    }
+    return plain && !words.read_curvature();
+}
+
+template <typename W, typename Acc>
+void add_plain_groups(const Tile& tile, Strip<Acc>& x) {
+    by_groups(tile.n_experts, kMost<Acc>, [&](int first, int size) {
+        Plain<W, Acc> experts[kGroup];
+        for (int g = 0; g < size; ++g) {
+            const Expert& e = tile.experts[first + g];
+            const W* w = view(e.weights, x.offset, x.n, reinterpret_cast<W*>(x.w_room[g]));
+            experts[g] = {w, static_cast<Acc>(e.weight_scale), static_cast<Acc>(e.edit_scale),
+                          Ahead(e.weights, x.offset, tile.n)};
+        }
+        with_size<kMost<Acc>>(size, [&](auto g) { add_plain<decltype(g)::value>(experts, x.n, x.base, x.numerator); });
+    });
+}
+
+// N and D of such a tile. False where an input may not be usable: N is not finite then.
+template <typename Acc>
+bool add_plain(const Tile& tile, Strip<Acc>& x) {
+    std::memset(x.numerator, 0, sizeof(x.numerator));
+    x.direct ? add_plain_groups<Direct<Acc>>(tile, x) : add_plain_groups<float>(tile, x);
+    Acc weights = 0;
+    for (int t = 0; t < tile.n_experts; ++t) weights += static_cast<Acc>(tile.experts[t].weight_scale);
+    for (int i = 0; i < x.n; ++i) x.denominator[i] = weights;
+    Suspicions found;
+    found.look(x.numerator, x.n, Ahead(), [](Acc sum) { return suspicion(static_cast<float>(sum)); });
+    return !found.any();
+}
+
 // How many experts add each element.
 template <typename Acc>
 void count_adders(const Tile& tile, Strip<Acc>& x) {
@@ -289,9 +355,14 @@ void merge_strip(const Merge<Acc>& m) {
     const Ahead next(tile.base, x.offset, tile.n);
     for (int begin = 0; begin < x.n; begin += kChunk) next.fetch(begin);
     bool bad = tile.has_base() && count_unusable_base(x, m.stats.base);
-    for (int t = 0; t < tile.n_experts; ++t)
-        if (is_suspect(tile, t, x)) bad |= count_unusable(tile, t, x, m.stats.weights[t], m.stats.curvature[t]);
-    mark(m, bad);
+    if (!bad && is_plain(tile) && add_plain(tile, x)) {
+        for (int t = 0; t < tile.n_experts; ++t) m.stats.kept[t] += x.n;
+        std::memset(x.any, 0xff, sizeof(x.any));
+        divide(m, x.any);
+        write(m);
+        return;
+    }
+    bad = mark(m, bad);
     int32_t selected[kMaxExperts][kStrip];  // elect changes the masks
     const bool repairs = bad && tile.numbers.repair;
     if (repairs) std::memcpy(selected, x.keep, sizeof(selected[0]) * static_cast<size_t>(tile.n_experts));
@@ -333,16 +404,21 @@ int merge_salient(Salient salient, const Merge<Acc>& m, int64_t offset, Waiting&
 
 // Undecided elements.
 
-// Whether the result as it is stored is a number.
+// Whether the result as it is stored is a number: the exponents of those that are not are all ones.
+template <typename Stored>
+bool is_stored_finite(const uint8_t* out, int64_t at, Stored exponent) {
+    Stored bits;
+    std::memcpy(&bits, out + sizeof(bits) * static_cast<uint64_t>(at), sizeof(bits));
+    return (bits & exponent) != exponent;
+}
+
 bool is_stored_finite(const MergeArgs& args, int64_t at) {
-    const uint8_t* stored = args.out + item_size(args.out_dtype) * at;
-    if (args.out_dtype == DType::f64) {
-        double value;
-        std::memcpy(&value, stored, sizeof(value));
-        return std::fabs(value) <= largest_finite(DType::f64);
+    switch (args.out_dtype) {
+        case DType::bf16: return is_stored_finite<uint16_t>(args.out, at, 0x7f80u);
+        case DType::f16: return is_stored_finite<uint16_t>(args.out, at, 0x7c00u);
+        case DType::f32: return is_stored_finite<uint32_t>(args.out, at, 0x7f800000u);
+        default: return is_stored_finite<uint64_t>(args.out, at, 0x7ff0000000000000u);
     }
-    float room;
-    return is_finite(*load(Operand{stored, args.out_dtype}, 0, 1, &room));
 }
 
 // What a merge keeps for its undecided elements: tiles of candidates, as they are and with closed brackets.
@@ -358,7 +434,7 @@ struct Undecided {
     alignas(64) int32_t brackets[kStrip] = {}, expert[kStrip] = {}, keepers[kStrip] = {}, usable[kStrip];
     alignas(64) int32_t kept[kStrip] = {};  // by somebody, as it was merged
     uint32_t step[kStrip] = {};
-    bool stays[kStrip];
+    int32_t stays[kStrip];
 };
 
 // The scores of candidates: x.edits[t] becomes them as they are counted, x.keep[t] whether the expert keeps the element
@@ -393,6 +469,15 @@ void look(const Tile& tile, bool bad, Strip<Acc>& x, Undecided& u) {
     }
 }
 
+// The steps of candidate number j, whose scores are x.edits.
+template <typename Acc>
+void list_steps(const Tile& tile, int j, const Strip<Acc>& x, Candidates& c) {
+    for (int t = 0; t < tile.n_experts; ++t) {
+        const uint32_t step = bit_cast<uint32_t>(x.edits[t][j]) - bit_cast<uint32_t>(tile.experts[t].threshold);
+        if (step < tile.experts[t].span) c.steps[t][c.n_steps[t]++] = step;
+    }
+}
+
 // Counts m candidates from `from` on nowhere but in `reached`, and splits them: those that wait for one expert alone
 // (nearly all) become its alternatives, a fifth of the size; the others stay.
 template <typename Acc>
@@ -409,30 +494,26 @@ void resolve(const MergeArgs& args, int64_t from, int m, Strip<Acc>& x, Resolver
     for (int t = 0; t < tile.n_experts; ++t) bad |= found.weights[t].count + found.curvature[t].count > 0;
     const Acc limit = static_cast<Acc>(largest_finite(args.out_dtype));
     Undecided u;
-    for (int j = 0; j < m; ++j) u.stays[j] = !(std::fabs(x.numerator[j]) <= limit) || tile.n > kFlag;
+    for (int j = 0; j < m; ++j) u.stays[j] = std::fabs(x.numerator[j]) <= limit && tile.n <= kFlag ? 0 : -1;
     look(r.open, bad, x, u);
     const int size = item_size(args.out_dtype);
     for (int j = 0; j < m; ++j) {
         const bool finite = is_stored_finite(args, c.index[from + j]);
-        u.stays[j] |= u.brackets[j] != 1 || !u.usable[j] || !finite;
+        u.stays[j] |= u.brackets[j] != 1 || !u.usable[j] || !finite ? -1 : 0;
         stats.overflow -= finite ? 0 : 1;
         stats.unkept -= u.kept[j] ? 0 : 1;
         stats.repaired -= tile.numbers.repair && !u.usable[j] ? 1 : 0;
     }
     for (int t = 0; t < tile.n_experts; ++t) {
-        const Expert& e = tile.experts[t];
-        const uint32_t lowest = bit_cast<uint32_t>(e.threshold);
-        for (int j = 0; j < m; ++j) {
-            const uint32_t step = bit_cast<uint32_t>(x.edits[t][j]) - lowest;
-            const bool takes = u.stays[j] || u.expert[j] == t;
-            stats.kept[t] += takes ? x.keep[t][j] : 0;
-            stats.reached[t] -= takes ? x.keep[t][j] : 0;
-            if (u.stays[j] && step < e.span) c.steps[t][c.n_steps[t]++] = step;
-        }
+        int32_t taken = 0;
+        for (int j = 0; j < m; ++j) taken -= (u.stays[j] | (u.expert[j] == t ? -1 : 0)) & x.keep[t][j];
+        stats.kept[t] -= taken;
+        stats.reached[t] += taken;
     }
     for (int j = 0; j < m; ++j) {
         if (u.stays[j]) {
             move(tile, c, from + j, c.count++);
+            list_steps(tile, j, x, c);
             continue;
         }
         Alternatives& a = c.alternatives[u.expert[j]];

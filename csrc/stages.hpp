@@ -39,6 +39,16 @@ inline void saliencies(const float* __restrict h, const float* __restrict d, flo
     for (int i = 0; i < n; ++i) s[i] = saliency(h[i], d[i], k);
 }
 
+// The edits too.
+template <typename W, typename Acc>
+inline void saliencies(const W* __restrict w, const Acc* __restrict origin, const float* __restrict h, float k, int n,
+                       float* __restrict d, float* __restrict s) {
+    for (int i = 0; i < n; ++i) {
+        d[i] = static_cast<float>(w[i]) - static_cast<float>(origin[i]);
+        s[i] = saliency(h[i], d[i], k);
+    }
+}
+
 inline void curvatures(const float* __restrict h, float k, int n, float* __restrict s) {
     for (int i = 0; i < n; ++i) s[i] = h[i] * k;
 }
@@ -93,6 +103,32 @@ inline void below(const float* __restrict u, float probability, int n, int32_t* 
 
 inline void trim(const float* __restrict d, float least, int n, int32_t* __restrict keep) {
     for (int i = 0; i < n; ++i) keep[i] &= std::fabs(d[i]) >= least ? -1 : 0;
+}
+
+// How many are kept; `any`: by somebody.
+inline int32_t count_kept(const int32_t* __restrict keep, int n, int32_t* __restrict any) {
+    int32_t kept = 0;
+    for (int i = 0; i < n; ++i) {
+        kept -= keep[i];
+        any[i] |= keep[i];
+    }
+    return kept;
+}
+
+// at_least, count_kept, and the largest suspicion of the scores.
+inline int32_t keep_at_least(const float* __restrict s, float threshold, int n, int32_t* __restrict keep,
+                             int32_t* __restrict any, uint32_t& top) {
+    int32_t kept = 0;
+    uint32_t largest = 0;
+    for (int i = 0; i < n; ++i) {
+        const int32_t keeps = s[i] >= threshold ? -1 : 0;
+        keep[i] = keeps;
+        kept -= keeps;
+        any[i] |= keeps;
+        largest = larger(largest, suspicion_of_curvature(s[i]));
+    }
+    top = largest;
+    return kept;
 }
 
 // Elect: over votes v = vote d32.

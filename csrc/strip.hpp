@@ -176,16 +176,38 @@ bool count_unusable(const Tile& tile, int t, Strip<Acc>& x, NonFinite& weights, 
 
 template <typename Acc>
 bool count_unusable_base(Strip<Acc>& x, NonFinite& base) {
+    Suspicions found;
+    found.look(x.base, x.n, Ahead(), [](Acc b) { return suspicion(static_cast<float>(b)); });
+    if (!found.any()) return false;
     const int64_t before = base.count;
     for (int i = 0; i < x.n; ++i)
         if (!is_finite(static_cast<float>(x.base[i]))) base.add(x.offset + i);
     return base.count > before;
 }
 
+// Expert t's edits, x.edits[t].
 template <typename Acc>
 void find_edits(const Tile& tile, int t, Strip<Acc>& x) {
     const Acc* o = origin(tile, t, x);
     with_weights(tile, t, 0, x, [&](const auto* w) { difference32(w, o, x.n, x.edits[t]); });
+}
+
+// Expert t's edits and saliencies. Has its next strip fetched.
+template <typename Acc>
+void find_saliencies(const Tile& tile, int t, Strip<Acc>& x) {
+    const Expert& e = tile.experts[t];
+    const Acc* o = origin(tile, t, x);
+    const float* h = curvature(tile, t, 0, x);
+    float *d = x.edits[t], *s = x.score_room;
+    const Ahead next_w(e.weights, x.offset, tile.n), next_h(e.curvature, x.offset, tile.n);
+    with_weights(tile, t, 0, x, [&](const auto* w) {
+        int i = 0;
+        for (; i + kChunk <= x.n; i += kChunk) {
+            next_w.fetch(i), next_h.fetch(i);
+            saliencies(w + i, o + i, h + i, e.score_scale, kChunk, d + i, s + i);
+        }
+        saliencies(w + i, o + i, h + i, e.score_scale, x.n - i, d + i, s + i);
+    });
 }
 
 // What all experts' scores share: the spread of their edits.
@@ -223,6 +245,9 @@ inline void find_between(const Place& place, int64_t first, int64_t last, int n,
 
 constexpr int64_t kLastIndex = INT64_MAX;
 
+// Whether of edits whose scores equal the threshold, only some are kept.
+inline bool has_ties(const Expert& e) { return e.first > 0 || e.last < kLastIndex; }
+
 // Which of expert t's edits are kept: x.keep[t], from its scores.
 template <typename Acc>
 void select(const Tile& tile, int t, const float* s, Strip<Acc>& x) {
@@ -234,7 +259,7 @@ void select(const Tile& tile, int t, const float* s, Strip<Acc>& x) {
         case Select::all: std::memcpy(keep, x.ones, sizeof(x.ones)); break;
         case Select::at_least:
         case Select::between:
-            if (e.first > 0 || e.last < kLastIndex) {
+            if (has_ties(e)) {
                 find_between(x.place, e.first, e.last, n, tied);
                 at_least(s, e.threshold, tied, n, keep);
             } else {

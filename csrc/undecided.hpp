@@ -9,6 +9,17 @@ namespace OTA_ISA {
 // Elements of a tile whose indices leave the highest bit free.
 constexpr int64_t kFlag = int64_t{1} << 31;
 
+// Calls step(i) where flags (0 or 1, of which there are kSpare beyond n) are 1: few.
+template <typename Step>
+inline void each_one(const int32_t* flags, int n, Step step) {
+    for (int i = 0; i < n; i += 16) {
+        int32_t some = 0;
+        for (int j = 0; j < 16; ++j) some |= flags[i + j];
+        for (int j = 0; some && j < 16 && i + j < n; ++j)
+            if (flags[i + j]) step(i + j);
+    }
+}
+
 // Elements that the common merge takes at once.
 constexpr int kSpan = 16 * kStrip;
 
@@ -19,27 +30,9 @@ struct Waiting {
     int count = 0;
     uint32_t at[kMany + kSpan];
 
-    // Appends where flags of a strip (0 or 1, of which there are kSpare more) are 1.
+    // Appends where flags of a strip are 1.
     void add(const int32_t* flags, int64_t offset, int n) {
-        const auto first = static_cast<uint32_t>(offset);
-#if defined(__AVX512F__)
-        __m512i index = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(first)),
-                                         _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-        for (int i = 0; i < n; i += 16, index = _mm512_add_epi32(index, _mm512_set1_epi32(16))) {
-            const __m512i lanes = _mm512_loadu_si512(flags + i);
-            __mmask16 ones = _mm512_test_epi32_mask(lanes, lanes);
-            if (n - i < 16) ones = static_cast<__mmask16>(ones & ((1u << (n - i)) - 1u));
-            for (uint32_t rest = ones; rest != 0; rest &= rest - 1)
-                at[count++] = first + static_cast<uint32_t>(i + __builtin_ctz(rest));
-        }
-#else
-        for (int i = 0; i < n; i += 8) {
-            int32_t some = 0;
-            for (int j = 0; j < 8; ++j) some |= flags[i + j];
-            for (int j = 0; some && j < 8 && i + j < n; ++j)
-                if (flags[i + j]) at[count++] = first + static_cast<uint32_t>(i + j);
-        }
-#endif
+        each_one(flags, n, [&](int i) { at[count++] = static_cast<uint32_t>(offset + i); });
     }
 };
 
@@ -142,19 +135,72 @@ inline void flag_undecided(const float* __restrict s, const Expert& e, int n, in
     for (int i = 0; i < n; ++i) waits[i] |= bit_cast<uint32_t>(s[i]) - lowest < span ? 1 : 0;
 }
 
-// Adds scores (as they are counted) outside of the expert's bracket to its census. The sums of a strip are kept by
-// exponent in four tables, since neighbours often have the same one.
-inline void take_census(const float* used, const Expert& e, int n) {
-    const uint32_t lowest = bit_cast<uint32_t>(e.threshold), end = lowest + (e.span ? e.span : 1);
-    int64_t n_above = 0;
+// Adds a score (as it is counted) outside of the expert's bracket to its census.
+inline void count_score(uint32_t bits, const Expert& e, uint32_t end) {
+    const uint32_t exponent = bits >> 23, above = bits >= end ? 1 : 0;
+    e.census[above * kExponents + exponent] += (bits & 0x7fffffu) + (exponent > 0 ? 1u << 23 : 0u);
+}
+
+// Scores whose exponents lie from `first` (>= 1) on in a window of kWindow: at most 256 of them have a sum in float64
+// that is exact, 24 + kWindow - 1 + 8 bits. The sum goes to the census in two parts, which cannot overflow it.
+constexpr uint32_t kWindow = 21;
+static_assert(kStrip <= 256, "24 + 20 + 8 bits");
+
+// values: n of them, then 0 up to kStrip.
+inline void add_window(const float* __restrict values, int n, uint32_t first, int64_t* census) {
+    constexpr int kLanes = 16;
+    alignas(64) double lanes[kLanes] = {};
+    for (int i = 0; i < n; i += kLanes)
+        for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += static_cast<double>(values[i + lane]);
+    double sum = 0;
+    for (double lane : lanes) sum += lane;
+    const auto units = static_cast<int64_t>(sum * bit_cast<double>(uint64_t{1023 + 150 - first} << 52));
+    census[first] += units & ((1 << 20) - 1);
+    census[first + 20] += units >> 20;
+}
+
+// Scores from low_first to below low_end to `below`, from end to below high_last to `above`, 0 for all others. rest: 1
+// where one outside of the bracket is in neither; returns whether some is. Masks instead of conditions: else the
+// compiler branches.
+struct Bounds {
+    uint32_t low_first, low_end, end, high_last;
+};
+
+inline int32_t split(const float* __restrict used, const Bounds& x, int n, float* __restrict below,
+                     float* __restrict above, int32_t* __restrict rest) {
+    const auto mask = [](bool is) { return -static_cast<uint32_t>(is); };
+    const uint32_t low_first = x.low_first, low_end = x.low_end, end = x.end, high_last = x.high_last;
+    uint32_t some = 0;
     for (int i = 0; i < n; ++i) {
         const uint32_t bits = bit_cast<uint32_t>(used[i]);
-        if (bits - lowest < e.span) continue;
-        const uint32_t exponent = bits >> 23, above = bits >= end ? 1 : 0;
-        e.census[above * kExponents + exponent] += (bits & 0x7fffffu) + (exponent > 0 ? 1u << 23 : 0u);
-        n_above += above;
+        const uint32_t is_below = mask(bits < low_end), is_above = mask(bits >= end);
+        const uint32_t in_low = is_below & mask(bits >= low_first), in_high = is_above & mask(bits < high_last);
+        below[i] = bit_cast<float>(bits & in_low);
+        above[i] = bit_cast<float>(bits & in_high);
+        const uint32_t left = ((is_below | is_above) ^ (in_low | in_high)) & mask(bits != 0) & 1u;
+        rest[i] = static_cast<int32_t>(left);
+        some |= left;
     }
+    return static_cast<int32_t>(some);
+}
+
+// Adds scores outside of the expert's bracket to its census: most of them in float64, which vectorises.
+inline void take_census(const float* __restrict used, const Expert& e, int n) {
+    const uint32_t lowest = bit_cast<uint32_t>(e.threshold), end = lowest + (e.span ? e.span : 1);
+    const uint32_t top_below = lowest >> 23, low = top_below > kWindow ? top_below - (kWindow - 1) : 1;
+    const uint32_t high = end >> 23 > 1 ? end >> 23 : 1;
+    const bool narrow = high + kWindow < kExponents;
+    const uint32_t low_first = narrow ? low << 23 : 0xffffffffu, high_last = narrow ? (high + kWindow) << 23 : 0;
+    const uint32_t low_end = e.span ? lowest : end;
+    alignas(64) int32_t rest[kStrip + kSpare] = {};
+    alignas(64) float below[kStrip] = {}, above[kStrip] = {};
+    const int32_t some = split(used, {low_first, low_end, end, high_last}, n, below, above, rest);
+    int32_t n_above = 0;
+    for (int i = 0; i < n; ++i) n_above += bit_cast<uint32_t>(used[i]) >= end ? 1 : 0;
+    add_window(below, n, low, e.census);
+    add_window(above, n, high < kExponents - 20 ? high : 1, e.census + kExponents);
     e.census[2 * kExponents] += n_above;
+    if (some) each_one(rest, n, [&](int at) { count_score(bit_cast<uint32_t>(used[at]), e, end); });
 }
 
 }  // namespace OTA_ISA

@@ -348,7 +348,7 @@ def _recipe(
         for own, one in zip(per_model, value, strict=True):
             own[key] = one
     if row.curvature:
-        if not has_curvature:
+        if not has_curvature and whole.get("missing_curvature", "error") == "error":
             whole["missing_curvature"] = "uniform"
         for t, own in enumerate(per_model):
             own["preconditioner_path"] = f"curvatures[{t}]"

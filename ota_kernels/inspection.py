@@ -55,7 +55,9 @@ def _model(label: str) -> dict[str, Any]:
         found |= _of_tensors(checkpoint) | _of_files(folder, checkpoint)
         quantised = quantisation_of(checkpoint)
         if quantised is not None:
-            found |= {"quantisation": quantised.format, "problem": str(refuse_quantised(label, quantised))}
+            found["quantisation"] = quantised.format
+            if not quantised.scaled:
+                found["problem"] = str(refuse_quantised(label, quantised))
     except InputError as error:
         found["problem"] = str(error)
     finally:
@@ -118,7 +120,7 @@ def _together(labels: list[str], good: bool) -> dict[str, Any]:
         return found | {"problem": "a model cannot be merged, see above"}
     recipe = parse_recipe({"merge_method": "linear", "models": [{"model": label} for label in labels]})
     try:
-        with Inputs(recipe, allow_crimes=True) as inputs:
+        with Inputs(recipe, allow_differences=True) as inputs:
             shapes = {entry.name: entry.shape for entry in inputs.entries}
             folders = inputs.model_folders
             first = home(next(iter(folders.values())))

@@ -111,23 +111,25 @@ def test_what_cannot_be_merged(model, tmp_path, json_too):
 
 
 @pytest.mark.parametrize(
-    ("tensors", "kind"),
+    ("tensors", "kind", "mergeable"),
     [
         (
             {"q.qweight": torch.ones(2, 2, dtype=torch.int32), "q.g_idx": torch.ones(2, dtype=torch.int32)},
             "GPTQ",
+            False,
         ),
         (
             {"q.weight": torch.ones(2, 2).to(torch.float8_e4m3fn), "q.weight_scale": torch.ones(1)},
             "float8 with scales",
+            True,
         ),
     ],
 )
-def test_quantised_models(tmp_path, tensors, kind):
+def test_quantised_models(tmp_path, tensors, kind, mergeable):
     save_model(tmp_path / "a", tensors)
     (found,) = inspect([tmp_path / "a"])["models"]
     assert found["quantisation"] == kind
-    assert f"is quantised: {kind}" in found["problem"]
+    assert found["problem"] is None if mergeable else f"is quantised: {kind}" in found["problem"]
 
 
 def test_a_missing_shard(tmp_path):

@@ -147,8 +147,43 @@ def test_float8_with_scales_is_recognised_and_said(tmp_path, codes, scale):
     assert found.helpers == {P + end, P + "input_scale", "scaled_fp8"}
     save_model(tmp_path / "b", NORM | tensors)
     models = [{"model": str(tmp_path / n)} for n in "ab"]
-    with pytest.raises(InputError, match=r"is quantised: float8 with scales \(.*q_proj"):
-        plan({"merge_method": "linear", "models": models, "dtype": "bfloat16"})
+    recipe = {"merge_method": "linear", "models": models, "dtype": "bfloat16"}
+    assert any("float8 with scales is read as weights" in note for note in plan(recipe).notes)
+    report = merge(recipe, tmp_path / "out")
+    assert any("float8 with scales is read as weights" in note for note in report["notes"])
+    found = load_merged(tmp_path / "out")
+    assert found.keys() == {P + codes, *NORM}
+    assert torch.equal(found[P + codes], torch.full((256, 256), 0.5, dtype=torch.bfloat16))
+    with pytest.raises(InputError, match=r"float8_e4m3fn, which a merge cannot be written in"):
+        plan({"merge_method": "linear", "models": models})
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+def test_float8_merges_as_the_weights_that_it_stands_for(tmp_path, backend, scope):
+    """Bit for bit, densities included, as files of code x scale in float32 merge."""
+    name = P + "weight"
+    for seed, folder in enumerate(("base", "a", "b")):
+        draw = torch.Generator().manual_seed(seed)
+        codes = torch.randn(300, 200, generator=draw).to(torch.float8_e4m3fn)
+        scales = torch.rand(3, 2, generator=draw) + 0.5
+        spread = scales.repeat_interleave(128, 0).repeat_interleave(128, 1)[:300, :200]
+        save_model(tmp_path / folder, NORM | {name: codes, P + "weight_scale_inv": scales})
+        save_model(tmp_path / f"{folder}32", NORM | {name: codes.float() * spread})
+    found = {}
+    for end in ("", "32"):
+        recipe = {
+            "merge_method": "ota",
+            "base_model": str(tmp_path / f"base{end}"),
+            "models": [{"model": str(tmp_path / f"{n}{end}"), "parameters": {"density": 0.3}} for n in "ab"],
+            "parameters": {"missing_curvature": "uniform", "density_scope": scope},
+            "dtype": "bfloat16",
+        }
+        merge(recipe, tmp_path / f"out{end}", backend=backend, tile_elements=7000)
+        found[end] = load_merged(tmp_path / f"out{end}")
+    assert found[""].keys() == {name, *NORM}
+    for tensor in found[""]:
+        assert torch.equal(found[""][tensor], found["32"][tensor])
 
 
 PLAIN = {
@@ -204,13 +239,14 @@ def test_a_claim_over_plain_weights_goes(tmp_path, where):
     assert torch.equal(load_merged(tmp_path / "out")["w.weight"], expected.bfloat16())
 
 
-@pytest.mark.parametrize("tag", ["F4", "F8_E4M3FNUZ", "F6_E2M3"])
-def test_types_that_only_quantised_models_have_are_named(tmp_path, tag):
-    header = json.dumps({"w": {"dtype": tag, "shape": [2], "data_offsets": [0, 2]}}).encode()
+@pytest.mark.parametrize(("tag", "size"), [("F4", 2), ("F6_E2M3", 3), ("I4", 2)])
+def test_types_that_only_quantised_models_have_are_named(tmp_path, tag, size):
+    header = json.dumps({"w": {"dtype": tag, "shape": [4], "data_offsets": [0, size]}}).encode()
     path = tmp_path / "model.safetensors"
-    path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0")
-    with pytest.raises(InputError, match=f"is quantised, of .* \\(type {tag}\\)"):
-        Checkpoint.open(path, "x")
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * size)
+    said = "is quantised, of .* \\(type I4\\)" if tag == "I4" else f"is quantised: .* is of type {tag}"
+    with pytest.raises(InputError, match=said):
+        plan({"merge_method": "linear", "models": [{"model": str(tmp_path)}] * 2})
 
 
 class TestFloat8:
@@ -271,7 +307,7 @@ class TestFloat8:
         source = ScaledFloat8(buffer(codes), shape, buffer(scales), block)
         n = expected.size
         for start, stop in [(0, n), (0, n // 2), (n // 3, n - 1), (n // 2, n // 2), (max(n - 1, 0), n)]:
-            found = source.tile(start, max(start, stop))
+            found = source.slice(start, max(start, stop))
             assert found.dtype is BY_NAME["float32"]
             np.testing.assert_array_equal(found.data.view(np.float32), expected[start:stop])
         assert source.dtype is BY_NAME["float32"]
@@ -284,7 +320,7 @@ class TestFloat8:
         raw = np.frombuffer(bytes(scales.view(torch.uint8).numpy().reshape(-1)), np.uint8)
         name = str(dtype).removeprefix("torch.")
         source = ScaledFloat8(buffer(codes), (2, 4), Buffer(raw, BY_NAME[name], "s"), (2, 2))
-        np.testing.assert_array_equal(source.tile(0, 8).data.view(np.float32), [0.5, 0.5, 4, 4] * 2)
+        np.testing.assert_array_equal(source.slice(0, 8).data.view(np.float32), [0.5, 0.5, 4, 4] * 2)
 
     def test_the_weights_of_a_stored_model(self, tmp_path):
         codes = torch.randn(256, 130, generator=torch.Generator().manual_seed(0)).to(torch.float8_e4m3fn)
@@ -293,7 +329,7 @@ class TestFloat8:
         with opened(tmp_path) as checkpoint:
             found = quantisation_of(checkpoint)
             source = source_of(checkpoint, P + "weight", found.scaled[P + "weight"])
-            tile = source.tile(100, 20_000).data.view(np.float32)
+            tile = source.slice(100, 20_000).data.view(np.float32)
         spread = scales.repeat_interleave(128, 0).repeat_interleave(128, 1)[:, :130]
         expected = (codes.double() * spread.double()).float().reshape(-1)[100:20_000]
         np.testing.assert_array_equal(tile, expected.numpy())
@@ -307,7 +343,7 @@ class TestFloat8:
 
     def test_codes_that_are_not_finite_stay_so(self):
         codes = torch.tensor([float("nan"), float("inf"), 1.0]).to(torch.float8_e5m2)
-        found = ScaledFloat8(buffer(codes), (3,), buffer(torch.tensor([2.0])), (3,)).tile(0, 3)
+        found = ScaledFloat8(buffer(codes), (3,), buffer(torch.tensor([2.0])), (3,)).slice(0, 3)
         np.testing.assert_array_equal(found.data.view(np.float32), [np.nan, np.inf, 2.0])
 
     def test_bytes_per_element_count_scales(self):

@@ -60,7 +60,10 @@ class Experts:
 
 def buffer(tensor: torch.Tensor, origin: str = "") -> Buffer:
     """A tensor's bytes, as a reader would map them."""
-    data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    if tensor.numel() == 0:  # numpy 2.4 gives it stride 0, which torch does not view as another type
+        data = np.zeros(0, np.uint8)
+    else:
+        data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
     return Buffer(data, BY_NAME[str(tensor.dtype).removeprefix("torch.")], origin)
 
 

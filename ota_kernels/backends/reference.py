@@ -1,25 +1,24 @@
 """The reference backend: plain torch, one tile at a time. It defines what the other backends must compute.
 
-The words and the order of operations stand in tensors/terms.py; here each is a function. Decisions are
-float32 and come out bit-identical everywhere. Values are float32 for 16-bit outputs and float64 for wider
-ones.
+The words and the order of operations stand in tensors/terms.py; each is a function of torch_words.py.
+Decisions are float32 and come out bit-identical everywhere. Values are float32 for 16-bit outputs and float64
+for wider ones.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 
-from ..tensors import log8, random
-from ..tensors.buffer import Buffer
-from ..tensors.curvature import Curvature, Full, Log8, LowRank, Rank1, Uniform
-from ..tensors.result import CENSUS, EXPONENTS, Candidates, MergeStats, NonFinite
+from ..tensors.curvature import Uniform
+from ..tensors.result import CENSUS, EXPONENTS, SUMS, Candidates, MergeStats, NonFinite
 from ..tensors.terms import ExpertTerms, Terms, score_bits
 from ..tensors.tile import TensorInputs
+from . import torch_words
 
 NAME = "reference"
+
+curvature = torch_words.curvature
 
 
 def verify() -> tuple[bool, str]:
@@ -31,298 +30,46 @@ def release() -> None:
     """Give up memory that is kept for the next tiles: none."""
 
 
-def _decode(buffer: Buffer, dtype: torch.dtype) -> torch.Tensor:
-    """The buffer's elements in a float type. Bytes are copied first: mapped tensors may be unaligned."""
-    if len(buffer) == 0:  # numpy 2.4 gives it stride 0, which torch does not view as another type
-        return torch.empty(0, dtype=dtype)
-    stored = torch.from_numpy(buffer.data.copy()).view(getattr(torch, buffer.dtype.name))
-    return stored.to(dtype)
-
-
-def _places(c: Log8 | Rank1 | LowRank, n_columns: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row and column of each element."""
-    index = torch.arange(c.start, c.start + n)
-    return index // n_columns, index % n_columns
-
-
-def _levels(codes: torch.Tensor) -> torch.Tensor:
-    """The float32 that log8 codes stand for, before they are scaled; see tensors/log8.py."""
-    c = codes.int()
-    m = c & 3
-    bits = ((32 * c - (m * (45 - 11 * m) >> 2)) << 16) + (log8.BIAS << 23)
-    return torch.where(c > 0, bits.view(torch.float32), torch.zeros(()))
-
-
-def curvature(c: Curvature, n: int) -> torch.Tensor:
-    """h_t of a tile: float32[n]."""
-    if isinstance(c, Uniform):
-        return torch.ones(n)
-    if isinstance(c, Full):
-        return _decode(c.values, torch.float32)
-    if isinstance(c, Log8):
-        row, _ = _places(c, c.columns, n)
-        return _levels(torch.tensor(c.codes.data)) * torch.tensor(c.scales)[row]
-    if isinstance(c, Rank1):
-        row, column = _places(c, c.columns.size, n)
-        return torch.tensor(c.rows)[row] * torch.tensor(c.columns)[column]
-    row, column = _places(c, c.right.shape[1], n)
-    left, right = torch.from_numpy(c.left), torch.from_numpy(c.right)
-    h = torch.zeros(n)
-    for r in range(c.right.shape[0]):
-        h = h + left[row, r] * right[r, column]
-    return torch.where(h > 0, h, torch.zeros(()))
-
-
-def _bad_curvature(h: torch.Tensor) -> torch.Tensor:
-    return ~(torch.isfinite(h) & (h >= 0))
-
-
-def _count(role: str, t: int, bad: torch.Tensor) -> tuple[NonFinite, ...]:
-    count = int(bad.sum())
-    return (NonFinite(role, t, count, int(bad.nonzero()[0])),) if count else ()
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a tile's elements lie in their tensor: flat index, row and column, int64[n]; columns of a row."""
-
-    index: torch.Tensor
-    columns: int
-
-    @classmethod
-    def of(cls, tile: TensorInputs) -> _Place:
-        if tile.index is None:
-            index = torch.arange(tile.start, tile.start + tile.numel)
-        else:
-            index = torch.as_tensor(np.asarray(tile.index, np.int64))
-        return cls(index, tile.shape[-1] if tile.shape else 1)
-
-    @property
-    def row(self) -> torch.Tensor:
-        return self.index // max(self.columns, 1)
-
-    @property
-    def column(self) -> torch.Tensor:
-        return self.index % max(self.columns, 1)
-
-
-@dataclass(frozen=True, slots=True)
-class _Expert:
-    """One expert's elements: w and its edit in the type of the sums, the edit in float32, h in float32,
-    whether all its inputs are usable."""
-
-    w: torch.Tensor
-    edit: torch.Tensor
-    d32: torch.Tensor
-    h: torch.Tensor
-    usable: torch.Tensor
-
-
-def _expert(tile: TensorInputs, t: int, base: torch.Tensor) -> tuple[_Expert, tuple[NonFinite, ...]]:
-    """base: in the type of the sums, zeros without one."""
-    w, h = _decode(tile.experts[t], base.dtype), curvature(tile.curvatures[t], tile.numel)
-    origin = tile.origins[t] if tile.origins else None
-    o = base if origin is None else _decode(origin, base.dtype)
-    bad = ~torch.isfinite(w.float()) | ~torch.isfinite(o.float()) & (origin is not None)
-    found = _count("weights", t, bad) + _count("curvature", t, _bad_curvature(h))
-    usable = torch.isfinite(base.float()) & ~bad & ~_bad_curvature(h)
-    return _Expert(w, w - o, w.float() - o.float(), h, usable), found
-
-
-# Score: float32[n] per expert.
-
-
-def score(h: torch.Tensor, d: torch.Tensor | None, score_scale: float) -> torch.Tensor:
-    """s = (h k) (2^16 d)^2 in float32; h k without an edit (d None). Shapes [n]."""
-    scaled = h * torch.tensor(score_scale, dtype=torch.float32)
-    return scaled if d is None else scaled * ((d * 65536.0) * (d * 65536.0))
-
-
-def _spread(experts: list[_Expert]) -> torch.Tensor:
-    scaled = [x.d32 * 65536.0 for x in experts]
-    e = [x - scaled[0] for x in scaled]
-    zero = torch.zeros_like(scaled[0])
-    mean = sum(e[1:], zero) * torch.tensor(1 / len(e), dtype=torch.float32)
-    return sum(((x - mean) * (x - mean) for x in e), zero)
-
-
-def _scored(word: str, place: _Place, experts: list[_Expert], terms: Terms) -> list[torch.Tensor]:
-    pairs = list(zip(experts, terms.experts, strict=True))
-    if word == "saliency":
-        return [score(x.h, x.d32, e.score_scale) for x, e in pairs]
-    if word == "curvature":
-        return [score(x.h, None, e.score_scale) for x, e in pairs]
-    if word == "magnitude":
-        return [x.d32.abs() for x, _ in pairs]
-    if word == "row magnitude":
-        return [(x.d32 * 65536.0).abs() * torch.as_tensor(e.row_scores)[place.row] for x, e in pairs]
-    if word == "spread":
-        return [_spread(experts)] * len(experts)
-    return [torch.zeros_like(x.d32) for x in experts]
-
-
-# Select: bool[n] of one expert.
-
-
-def _at_least(s: torch.Tensor, e: ExpertTerms, index: torch.Tensor) -> torch.Tensor:
-    threshold = torch.tensor(e.threshold, dtype=torch.float32)
-    return (s > threshold) | ((s == threshold) & (index >= e.first) & (index <= e.last))
-
-
-def _between(s: torch.Tensor, e: ExpertTerms, index: torch.Tensor) -> torch.Tensor:
-    upper = torch.tensor(e.upper, dtype=torch.float32)
-    return _at_least(s, e, index) & ((s < upper) | ((s == upper) & (index <= e.upto)))
-
-
-def _random(terms: Terms, e: ExpertTerms, index: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(random.uniform(terms.seed, terms.name_hash, e.position, index.numpy()))
-
-
-def _by_rank(d32: torch.Tensor, e: ExpertTerms, length: int, stride: int) -> torch.Tensor:
-    """p of each element of whole rows, by its rank in its row: `length` elements, `stride` apart."""
-    if d32.numel() == 0:
-        return d32
-    rows = d32.abs().reshape(-1, length, stride)
-    order = rows.argsort(dim=1, stable=True)
-    places = torch.arange(length).reshape(1, length, 1).expand_as(order)
-    rank = torch.empty_like(order).scatter_(1, order, places)
-    of_rank = random.probability_of_rank(e.probability, e.spread, np.arange(length), length)
-    return torch.from_numpy(of_rank)[rank].reshape(-1)
-
-
-def _selected(word: str, terms: Terms, t: int, x: _Expert, s: torch.Tensor, place: _Place) -> torch.Tensor:
-    e = terms.experts[t]
-    if word == "all":
-        return torch.ones(s.shape, dtype=torch.bool)
-    if word == "at least":
-        return _at_least(s, e, place.index)
-    if word == "between":
-        return _between(s, e, place.index)
-    if word == "above":
-        return s > torch.tensor(e.threshold, dtype=torch.float32)
-    if word == "random":
-        return _random(terms, e, place.index) < torch.tensor(e.probability, dtype=torch.float32)
-    return _random(terms, e, place.index) < _by_rank(x.d32, e, *terms.ranked)
-
-
-# Elect: which of the selected edits are added.
-
-
-def _large_enough(d32: torch.Tensor, trim: float) -> torch.Tensor:
-    if trim == 0:
-        return torch.ones(d32.shape, dtype=torch.bool)
-    return d32.abs() >= torch.tensor(trim, dtype=torch.float32)
-
-
-def _same_sign(v: torch.Tensor, elected: torch.Tensor, tie: float) -> torch.Tensor:
-    sign = torch.where(elected == 0, torch.tensor(tie), torch.sign(elected))
-    return (v != 0) & (torch.sign(v) == sign)
-
-
-def _elected(terms: Terms, survive: list[torch.Tensor], votes: list[torch.Tensor]) -> list[torch.Tensor]:
-    """g_t of the experts' surviving edits; votes: v_t, float32[n] each."""
-    word, zero = terms.words.elect, torch.zeros(())
-    pairs = list(zip(survive, votes, strict=True))
-    if word == "none":
-        return survive
-    if word == "largest":
-        largest, winner = torch.full_like(votes[0], -1.0), torch.full(votes[0].shape, -1)
-        for t, (m, v) in enumerate(pairs):
-            wins = m & (v.abs() >= largest)
-            largest, winner = torch.where(wins, v.abs(), largest), torch.where(wins, t, winner)
-        return [winner == t for t in range(len(votes))]
-    if word == "count":
-        elected = sum(torch.where(m, torch.sign(v), zero) for m, v in pairs)
-    else:
-        elected = sum(torch.where(m, v, zero) for m, v in pairs)
-    if word == "agreement":
-        share = torch.tensor(terms.agreement, dtype=torch.float32)
-        agreeing = sum((m & (v.abs() > share * (elected - v).abs())).int() for m, v in pairs)
-        return [m & (agreeing >= terms.needed) for m in survive]
-    return [m & _same_sign(v, elected, terms.tie) for m, v in pairs]
-
-
-# Edit, weigh and divide: values.
-
-
-def _clipped(d: torch.Tensor, clip: float) -> torch.Tensor:
-    return (clip / d.abs().clamp(min=1e-6)).clamp(0, 1) * d
-
-
-def _weights(terms: Terms, experts: list[_Expert], place: _Place) -> list[torch.Tensor]:
-    """P_t of every element, but for `alone`."""
-    word = terms.words.weigh
-    acc = experts[0].w.dtype
-    if word == "curvature":
-        return [
-            x.h.to(acc) ** terms.power * e.weight_scale + terms.epsilon
-            for x, e in zip(experts, terms.experts, strict=True)
-        ]
-    if word in ("by row", "by column"):
-        at = place.row if word == "by row" else place.column
-        return [torch.as_tensor(e.weights).to(acc)[at] for e in terms.experts]
-    return [torch.full_like(x.w, e.weight_scale) for x, e in zip(experts, terms.experts, strict=True)]
-
-
-def _alone(terms: Terms, added: list[torch.Tensor], weights: list[torch.Tensor]) -> list[torch.Tensor]:
-    if terms.words.weigh != "alone":
-        return weights
-    alone = sum(g.int() for g in added) == 1
-    return [torch.where(alone, p * e.alone, p) for p, e in zip(weights, terms.experts, strict=True)]
-
-
-def _denominator(terms: Terms, added: list[torch.Tensor], weights: list[torch.Tensor]) -> torch.Tensor:
-    word, zero = terms.words.divide, torch.zeros((), dtype=weights[0].dtype)
-    if word == "number":
-        found = torch.full_like(weights[0], terms.denominator)
-    elif word == "weights":
-        found = sum(weights)
-    elif word == "kept weights":
-        found = sum(torch.where(g, p, zero) for g, p in zip(added, weights, strict=True))
-        found = found.clamp(min=terms.least) if terms.least > 0 else found
-    else:
-        found = sum(g.to(zero.dtype) for g in added).clamp(min=1)
-    return torch.where(found == 0, zero + 1, found) if terms.zero == "one" else found
-
-
 def merge(tile: TensorInputs, terms: Terms, out: np.ndarray) -> MergeStats:
     """Merge one tile into `out` (uint8, the tile's elements in its out_dtype)."""
-    words, place = terms.words, _Place.of(tile)
+    words, place = terms.words, torch_words.Place.of(tile)
     acc = torch.float64 if tile.out_dtype.itemsize >= 4 else torch.float32
     has_base = tile.base is not None
-    base = _decode(tile.base, acc) if has_base else torch.zeros(tile.numel, dtype=acc)
-    nonfinite = _count("base", -1, ~torch.isfinite(base.float()))
+    base = torch_words.decode(tile.base, acc) if has_base else torch.zeros(tile.numel, dtype=acc)
+    nonfinite = torch_words.count("base", -1, ~torch.isfinite(base.float()))
     experts = []
     for t in range(len(tile.experts)):
-        expert, bad = _expert(tile, t, base)
+        expert, bad = torch_words.expert(tile, t, base, words)
         experts.append(expert)
         nonfinite += bad
     unusable = ~torch.stack([torch.isfinite(base.float()), *(x.usable for x in experts)]).all(0)
 
-    scores = _scored(words.score, place, experts, terms)
+    scores = torch_words.score_all(words.score, place, experts, terms)
     masks = [
-        _selected(words.select, terms, t, x, s, place)
+        torch_words.select(words.select, terms, t, x, s, place)
         for t, (x, s) in enumerate(zip(experts, scores, strict=True))
     ]
     survive = [
-        m & _large_enough(x.d32, e.trim) for m, x, e in zip(masks, experts, terms.experts, strict=True)
+        m & (x.d32.abs() >= torch.tensor(e.trim, dtype=torch.float32))
+        for m, x, e in zip(masks, experts, terms.experts, strict=True)
     ]
     votes = [
         torch.tensor(e.vote, dtype=torch.float32) * x.d32 for x, e in zip(experts, terms.experts, strict=True)
     ]
-    added = _elected(terms, survive, votes)
+    added = torch_words.elect(terms, survive, votes)
 
     zero = torch.zeros((), dtype=acc)
-    weights = _alone(terms, added, _weights(terms, experts, place))
+    weights = torch_words.with_alone(terms, added, torch_words.weigh(terms, experts, place))
     numerator = sum(
         torch.where(
             g,
-            p * (e.edit_scale * (_clipped(x.edit, terms.clip) if words.edit == "clipped" else x.edit)),
+            p
+            * (e.edit_scale * (torch_words.clip(x.edit, terms.clip) if words.edit == "clipped" else x.edit)),
             zero,
         )
         for g, p, x, e in zip(added, weights, experts, terms.experts, strict=True)
     )
-    denominator = _denominator(terms, added, weights)
+    denominator = torch_words.divide(terms, added, weights)
     nobody = ~torch.stack(masks).any(0)
     mean = sum(x.w for x in experts) / len(experts)
     fallback = base if terms.fallback == "base" and has_base else mean
@@ -338,7 +85,7 @@ def merge(tile: TensorInputs, terms: Terms, out: np.ndarray) -> MergeStats:
 def _stats(
     tile: TensorInputs,
     terms: Terms,
-    experts: list[_Expert],
+    experts: list[torch_words.Expert],
     scores: list[torch.Tensor],
     masks: list[torch.Tensor],
     written: torch.Tensor,
@@ -395,33 +142,37 @@ def _census(s: torch.Tensor, e: ExpertTerms) -> np.ndarray:
 def _gather(tile: TensorInputs, wanted: torch.Tensor, steps: tuple[np.ndarray, ...]) -> Candidates:
     positions = wanted.nonzero().reshape(-1).numpy()
     operands = tile.gather(positions)
-    weights = (operands.base, *operands.experts, *operands.origins)
     columns = [
         positions.astype(np.uint32),
-        *(np.zeros(0, np.uint8) if b is None else b.data for b in weights),
+        *(
+            np.zeros(0, np.uint8) if b is None else b.data
+            for b in (operands.base, *operands.experts, *operands.origins)
+        ),
     ]
     columns += [
         np.zeros(0, np.uint8)
         if isinstance(c, Uniform)
-        else curvature(c, len(positions)).numpy().view(np.uint8)
+        else torch_words.curvature(c, len(positions)).numpy().view(np.uint8)
         for c in operands.curvatures
     ]
     return Candidates.of(tile, columns, steps)
 
 
-def _one(tile: TensorInputs, t: int, terms: Terms) -> tuple[_Expert, torch.Tensor, tuple[NonFinite, ...]]:
+def _one(
+    tile: TensorInputs, t: int, terms: Terms
+) -> tuple[torch_words.Expert, torch.Tensor, tuple[NonFinite, ...]]:
     """Expert t's elements, its scores (0 where an input is not usable), and what is not usable."""
-    base = torch.zeros(tile.numel) if tile.base is None else _decode(tile.base, torch.float32)
-    nonfinite = _count("base", -1, ~torch.isfinite(base))
+    base = torch.zeros(tile.numel) if tile.base is None else torch_words.decode(tile.base, torch.float32)
+    nonfinite = torch_words.count("base", -1, ~torch.isfinite(base))
     every = range(len(tile.experts)) if terms.words.score == "spread" else [t]
     experts = []
     for other in every:
-        expert, bad = _expert(tile, other, base)
+        expert, bad = torch_words.expert(tile, other, base, terms.words)
         nonfinite += bad if other == t else ()
         experts.append(expert)
     of = Terms(terms.words, tuple(terms.experts[other] for other in every))
     at = list(every).index(t)
-    s = _scored(terms.words.score, _Place.of(tile), experts, of)[at]
+    s = torch_words.score_all(terms.words.score, torch_words.Place.of(tile), experts, of)[at]
     x = experts[at]
     # Not a number: a curvature above 2^96 times an edit of 0.
     return x, torch.where(x.usable & ~s.isnan(), s, torch.zeros(())), nonfinite
@@ -429,7 +180,7 @@ def _one(tile: TensorInputs, t: int, terms: Terms) -> tuple[_Expert, torch.Tenso
 
 def _kept_edits(tile: TensorInputs, t: int, terms: Terms) -> tuple[torch.Tensor, tuple[NonFinite, ...]]:
     x, s, nonfinite = _one(tile, t, terms)
-    kept = _selected(terms.words.select, terms, t, x, s, _Place.of(tile))
+    kept = torch_words.select(terms.words.select, terms, t, x, s, torch_words.Place.of(tile))
     return torch.where(kept & x.usable, x.d32, torch.zeros(())), nonfinite
 
 
@@ -471,6 +222,59 @@ def edits(tile: TensorInputs, t: int, terms: Terms) -> tuple[np.ndarray, tuple[N
 
 def power_sum(tile: TensorInputs, t: int, power: float) -> tuple[float, tuple[NonFinite, ...]]:
     """The sum of h_t^power over the tile, in float64."""
-    h = curvature(tile.curvatures[t], tile.numel)
-    bad = _bad_curvature(h)
-    return float((torch.where(bad, 0.0, h).double() ** power).sum()), _count("curvature", t, bad)
+    h = torch_words.curvature(tile.curvatures[t], tile.numel)
+    bad = torch_words.bad_curvature(h)
+    return float((torch.where(bad, 0.0, h).double() ** power).sum()), torch_words.count("curvature", t, bad)
+
+
+def _edits64(tile: TensorInputs, t: int) -> torch.Tensor:
+    """d_t in float64 (w_t without a base)."""
+    origin = (tile.origins[t] if tile.origins else None) or tile.base
+    w = torch_words.decode(tile.experts[t], torch.float64)
+    return w if origin is None else w - torch_words.decode(origin, torch.float64)
+
+
+def gram(tile: TensorInputs, by: str = "tensor") -> np.ndarray:
+    """Products of edits (of weights, without a base), sum_i d_s d_t in float64: float64[T, T], or
+    [groups, T, T] by "row" or "column" of a tile of whole rows."""
+    d = torch.stack([_edits64(tile, t) for t in range(len(tile.experts))])
+    if by == "tensor":
+        return (d @ d.T).numpy()
+    columns = max(tile.shape[-1] if tile.shape else 1, 1)
+    rows = d.reshape(len(d), tile.numel // columns, columns)
+    return torch.einsum("src,trc->rst" if by == "row" else "src,trc->cst", rows, rows).numpy()
+
+
+def masked_sums(tile: TensorInputs, terms: Terms) -> np.ndarray:
+    """Sums over edits and masks, float64[T, 6]; columns as SUMS (tensors/result.py) names them. Where an
+    expert's inputs are not usable it has no edit and keeps nothing."""
+    masks, edits_ = [], []
+    for t in range(len(tile.experts)):
+        x, s, _ = _one(tile, t, terms)
+        kept = torch_words.select(terms.words.select, terms, t, x, s, torch_words.Place.of(tile))
+        masks.append(kept & x.usable)
+        edits_.append(torch.where(x.usable, _edits64(tile, t), torch.zeros((), dtype=torch.float64)).abs())
+    shared = torch.stack(masks).sum(0) > 1
+    rows = []
+    for m, d in zip(masks, edits_, strict=True):
+        kept = d[m]
+        found = {"kept": m.sum(), "l1": d.sum(), "kept_l1": kept.sum(), "kept_squares": (kept * kept).sum()}
+        found |= {"shared": (m & shared).sum(), "unique": (m & ~shared).sum()}
+        rows.append([float(found[name]) for name in SUMS])
+    return np.array(rows, np.float64)
+
+
+def row_divergence(tile: TensorInputs, t: int) -> np.ndarray:
+    """KL(p | q) of each row, float64[rows]: p = softmax(w_t) + 1e-8, q = softmax(w_0) + 1e-8. Whole rows.
+
+    As sum p (x - log1p(x)), x = q / p - 1: p and q have equal sums, so sum p x is 0, no term negative."""
+    origin = (tile.origins[t] if tile.origins else None) or tile.base
+    if origin is None:
+        raise ValueError("a base, or an origin of the expert")
+    columns = max(tile.shape[-1] if tile.shape else 1, 1)
+    one, other = (
+        torch_words.decode(b, torch.float64).reshape(-1, columns) for b in (tile.experts[t], origin)
+    )
+    p, q = (torch.softmax(w, -1) + 1e-8 for w in (one, other))
+    x = (q - p) / p
+    return (p * (x - torch.log1p(x)).clamp(min=0)).sum(-1).numpy()

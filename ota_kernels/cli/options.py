@@ -104,7 +104,7 @@ _MERGING = (
     click.option(
         "--allow-crimes",
         is_flag=True,
-        help="Merge models that differ in their tensors, configurations or vocabularies, and say what differs.",
+        help="Merge models that differ in tensors, configurations or vocabularies, and say what differs.",
     ),
     click.option(
         "--trust-remote-code",

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from ..errors import InputError
+from ..tensors.array import raw
 from ..tensors.buffer import Buffer
-from ..tensors.dtypes import BY_NAME, DType
+from ..tensors.computed import Computed
+from ..tensors.dtypes import BY_NAME
 from .quantised import Scaled
 
 _FORMS = {"float8_e4m3fn": (4, 3, 7), "float8_e5m2": (5, 2, 15)}  # bits of exponent and mantissa, bias
@@ -50,7 +53,7 @@ def source_of(model: Any, name: str, scaled: Scaled) -> ScaledFloat8:
     return ScaledFloat8(model.buffer(name), shape, model.buffer(scaled.name), scaled.block)
 
 
-class ScaledFloat8:
+class ScaledFloat8(Computed):
     """A float8 tensor whose elements are multiplied by scales; each product is rounded once, to float32.
 
     codes: the tensor's elements, float8_e4m3fn or float8_e5m2; shape: of the tensor; scales: one per block;
@@ -58,11 +61,10 @@ class ScaledFloat8:
     size is no multiple of its block ends with a smaller one.
     """
 
-    dtype: DType = BY_NAME["float32"]
-
     def __init__(self, codes: Buffer, shape: tuple[int, ...], scales: Buffer, block: tuple[int, ...]) -> None:
-        self.codes, self.shape, self.block = codes, tuple(shape), tuple(block)
-        self.scale_bytes = scales.data.nbytes
+        size = 1 + scales.data.nbytes / max(len(codes), 1)
+        super().__init__(tuple(shape), BY_NAME["float32"], codes.origin, size)
+        self.codes, self.block = codes, tuple(block)
         counts = [-(-size // of) if of else 0 for size, of in zip(self.shape, self.block, strict=True)]
         values = scale_values(scales)
         if values.size != math.prod(counts):
@@ -70,32 +72,36 @@ class ScaledFloat8:
                 f"{scales.origin}: {values.size} scales for blocks of {list(block)} in {list(shape)}: they "
                 "do not fit"
             )
-        self._columns = self.shape[-1] if self.shape else 1
+        self._width = self.shape[-1] if self.shape else 1
         self._scales = values.reshape(-1, counts[-1] if counts else 1)
         self._counts = counts
 
-    @property
-    def bytes_per_element(self) -> float:
-        """Bytes that are read for one element."""
-        return 1 + self.scale_bytes / max(len(self.codes), 1)
+    def rows(self, first: int, stop: int) -> np.ndarray:
+        values = self._elements(first * self.columns, stop * self.columns)
+        return values.reshape(stop - first, self.columns)
 
-    def tile(self, start: int, stop: int) -> Buffer:
+    def parts(self, first: int, stop: int) -> Iterator[Buffer]:
+        yield self.codes.slice(first * self.columns, stop * self.columns)
+
+    def slice(self, start: int, stop: int) -> Buffer:
         """Elements [start, stop) as float32, a copy."""
+        return Buffer(raw(self._elements(start, stop)), self.dtype, self.origin)
+
+    def _elements(self, start: int, stop: int) -> np.ndarray:
         if stop <= start:
-            return Buffer(np.empty(0, np.uint8), self.dtype, self.codes.origin)
-        first, last = start // self._columns, -(-stop // self._columns)
-        codes = self.codes.slice(first * self._columns, last * self._columns)
-        values = code_values(self.codes.dtype.name)[np.asarray(codes.data)].reshape(-1, self._columns)
+            return np.empty(0, np.float32)
+        first, last = start // self._width, -(-stop // self._width)
+        codes = self.codes.slice(first * self._width, last * self._width)
+        values = code_values(self.codes.dtype.name)[np.asarray(codes.data)].reshape(-1, self._width)
         rows = self._scale_rows(np.arange(first, last))
         width = self.block[-1] if self.block else 1
         # The rows of a block share a row of scales, which is spread over the columns once.
         cuts = np.flatnonzero(np.diff(rows)) + 1
         for begin, end in zip([0, *cuts], [*cuts, len(rows)], strict=True):
-            spread = np.repeat(self._scales[rows[begin]], width)[: self._columns]
+            spread = np.repeat(self._scales[rows[begin]], width)[: self._width]
             with np.errstate(over="ignore", under="ignore", invalid="ignore"):
                 values[begin:end] *= spread
-        flat = values.reshape(-1)[start - first * self._columns : stop - first * self._columns]
-        return Buffer(flat.view(np.uint8), self.dtype, self.codes.origin)
+        return values.reshape(-1)[start - first * self._width : stop - first * self._width]
 
     def _scale_rows(self, rows: np.ndarray) -> np.ndarray:
         """For each row of the flattened tensor, the row of the flattened scales that holds its own."""

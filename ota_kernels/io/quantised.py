@@ -47,13 +47,11 @@ _HELPER = re.compile(
     r"(^|[._])(input_scale|scale_input|input_scale_ub|input_activation_scale|activation_scale|qscale_act"
     r"|k_scale|v_scale|q_scale|kv_scale|scaled_fp8|comfy_quant)$"
 )
-# Types that this package does not read, all of them of quantised weights.
+# Types of quantised weights that nothing here reads: elements that are parts of a byte, or unknown.
 FOREIGN_TAGS = {
     "F4": "4-bit floats (MXFP4 or NVFP4)",
     "F6_E2M3": "6-bit floats (MXFP6)",
     "F6_E3M2": "6-bit floats (MXFP6)",
-    "F8_E4M3FNUZ": "AMD's float8",
-    "F8_E5M2FNUZ": "AMD's float8",
     "I4": "4-bit integers",
     "U4": "4-bit integers",
 }
@@ -105,6 +103,10 @@ def quantisation_of(model: Any) -> Quantised | None:
         found = [next((n for n in ending if n.endswith(end)), None) for end in ends]
         if all(found) and _are_codes(found, model.tensors):
             return Quantised(_refined(name, method), _evidence(found, method))
+    foreign = next((n for n, info in model.tensors.items() if info.dtype.bits), None)
+    if foreign is not None:
+        tag = model.tensors[foreign].dtype.tag
+        return Quantised(FOREIGN_TAGS[tag], f"{foreign!r} is of type {tag}")
     scaled = _scaled_float8(model)
     if scaled:
         helpers = {s.name for s in scaled.values()} | {n for n in model.tensors if _HELPER.search(n)}

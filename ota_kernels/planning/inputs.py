@@ -21,7 +21,7 @@ from .adapters import Adapted
 from .check import compare
 from .identity import twins, without_base
 from .match import Renamed, RenamedMoments, prefixes_of
-from .models import Model, Moments, Stored
+from .models import Dequantised, Model, Moments, Stored
 from .outputs import OutputTensor
 from .pairing import Pairing, moments_key
 from .restack import restacked
@@ -33,19 +33,28 @@ _ADVICE = "; --allow-crimes merges what there is"
 
 class Inputs:
     """The open files of a recipe; a context manager. allow_crimes: models may differ in what they have and in
-    what they compute, and notes say so; truncate: vocabulary tensors are cut to the fewest rows of any model.
+    what they compute, and notes say so; allow_differences: in what they compute; truncate: vocabulary tensors
+    are cut to the fewest rows of any model.
 
-    recipe: without models that are the base itself; notes: what a user should know of what was understood;
-    differences: how many of the last notes are about models that differ in what they compute; entries: output
-    tensors in the order in which they are written; models: by their references; untied: the output has an
-    output matrix of its own although some model ties it to the embeddings; model_folders: every folder by its
-    name in the recipe, the base first.
+    recipe: without models that are the base itself; entries: output tensors in the order in which they are
+    written; models: by their references; checkpoints: the files of each; untied: the output has an output
+    matrix of its own although some model ties it to the embeddings; model_folders: every folder by its name
+    in the recipe, the base first; notes: what a user should know of what was understood; differences: how
+    many of the last notes are about models that differ in what they compute.
     """
 
-    def __init__(self, recipe: Recipe, *, allow_crimes: bool = False, truncate: bool = False) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        allow_crimes: bool = False,
+        allow_differences: bool = False,
+        truncate: bool = False,
+    ) -> None:
         self.recipe = recipe
         self.method = recipe.method
         self._files = contextlib.ExitStack()
+        self.notes: list[str] = []
         try:
             self._open()
             self._rename()
@@ -57,7 +66,7 @@ class Inputs:
                 self.recipe, self.models, self.moments, allow_crimes, _ADVICE, self._prefixes.unsafe
             )
             self.notes += self.pairing.notes
-            self._compare(allow_crimes)
+            self._compare(allow_crimes or allow_differences)
         except BaseException:
             self.close()
             raise
@@ -82,7 +91,7 @@ class Inputs:
         kept = dict.fromkeys(entry.reference for part in recipe.slices for entry in part.entries)
         self.models: dict[Reference, Model] = {reference: models[reference] for reference in kept}
         experts = dict.fromkeys(e.reference for part in recipe.slices for e in part.experts)
-        self.notes = twins([plain[reference] for reference in experts if reference in plain])
+        self.notes += twins([plain[reference] for reference in experts if reference in plain])
         self.moments: dict[tuple[int, str], Moments] = {}
         for part in recipe.slices:
             for entry in part.experts:
@@ -95,7 +104,10 @@ class Inputs:
         self._files.enter_context(contextlib.closing(model))
         quantised = quantisation_of(checkpoint)
         if quantised is not None:
-            raise refuse_quantised(reference.label, quantised)
+            if not quantised.scaled:
+                raise refuse_quantised(reference.label, quantised)
+            model = Dequantised(checkpoint, quantised)
+            self.notes.append(f"{reference.label}: {quantised.note}")
         self.checkpoints[reference] = checkpoint
         if reference.adapter is None:
             return model
@@ -140,8 +152,8 @@ class Inputs:
             for key, file in self.moments.items()
         }
 
-    def _compare(self, allow_crimes: bool) -> None:
-        """Whether models of equal shapes compute the same; what layers and a vocabulary change is no fault."""
+    def _compare(self, allow: bool) -> None:
+        """Whether models of equal shapes compute the same, but for what layers and a vocabulary change."""
         shapes = {entry.name: entry.shape for entry in self.entries}
         source = None
         if self.alignment is None:
@@ -150,7 +162,7 @@ class Inputs:
             self.model_folders,
             shapes,
             source,
-            allow_crimes,
+            allow,
             parts=filter(None, self.stems),
             edit=self.edited_config,
             restacked=bool(self.pairing.donors),

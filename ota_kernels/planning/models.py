@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 from ..io.curvature import Held
+from ..io.float8 import source_of
+from ..io.quantised import Quantised
 from ..io.reader import Checkpoint
 from ..tensors.computed import Source
 from ..tensors.dtypes import DType
@@ -96,3 +98,19 @@ class Stored:
 
     def what(self, name: str) -> str:
         return f"{self.label}: {name}"
+
+
+class Dequantised(Stored):
+    """The Model that a checkpoint of float8 tensors with scales is: weights, computed from codes and scales.
+    Scales and markers are no tensors of it."""
+
+    def __init__(self, checkpoint: Checkpoint, quantised: Quantised) -> None:
+        super().__init__(checkpoint)
+        self._scaled = quantised.scaled
+        self.tensors = {n: info for n, info in checkpoint.tensors.items() if n not in quantised.helpers}
+
+    def source(self, name: str, stands_for: str | None = None) -> Source:
+        scaled = self._scaled.get(name)
+        if scaled is None:
+            return self.checkpoint.buffer(name)
+        return source_of(self.checkpoint, name, scaled)

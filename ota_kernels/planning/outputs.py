@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ..recipe.methods import EXTRA_TENSORS
 from ..recipe.settings import Settings
 from ..tensors.computed import Source
 from ..tensors.curvature import Curvature
@@ -51,8 +52,8 @@ class OutputTensor:
     dtype: of the output; action: MERGE; COPY of the only source, or of several that must agree (integers,
     booleans); KEEP_BASE where the base's values are taken (`missing_curvature: base`); TAKE: one model's
     values as they are, in their own type; AVERAGE: the mean over the models that have the tensor. base: None
-    where the method has none; experts, positions: those that take part, and their numbers in the recipe; curvatures:
-    one per expert; settings: None where nothing is merged.
+    where the method has none; experts, positions: those that take part, and their numbers in the recipe;
+    curvatures: one per expert; settings: None where nothing is merged.
     """
 
     name: str
@@ -114,4 +115,4 @@ class OutputTensor:
 
 
 def _set(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in parameters.items() if value is not None}
+    return {k: value for k, value in parameters.items() if value is not None and k != EXTRA_TENSORS.key}

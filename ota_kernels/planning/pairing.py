@@ -295,8 +295,8 @@ class Pairing:
         positions = tuple(entry.number for entry in entries)
         if stored.bits:
             raise InputError(
-                f"{parts[0].model.label}: {quoted(named.name)} is {stored.tag}, whose elements are parts of a "
-                "byte: such a model cannot be merged; use the one that it was quantized from"
+                f"{parts[0].model.label}: {quoted(named.name)} is {stored.tag}, whose elements are parts of "
+                "a byte: such a model cannot be merged; use the one that it was quantized from"
             )
         if not stored.is_float:
             return OutputTensor(named.name, shape, stored, COPY, base, experts, positions, None)

@@ -25,6 +25,20 @@ from .parameters import (
 # Of each group a model may have one; what a level says replaces the whole group of the levels further out.
 _EXCLUSIVE = (("precond_threshold", "density", "saliency_mass"), ("rank", "rank1_approx"))
 
+TOP_KEYS = (
+    "merge_method",
+    "base_model",
+    "models",
+    "slices",
+    "modules",
+    "parameters",
+    "dtype",
+    "out_dtype",
+    "tokenizer_source",
+    "tokenizer",
+    "chat_template",
+)
+
 # What mergekit's recipes carry although their method does not read it. Recipes in the wild have them
 # everywhere.
 _MERGEKIT_SHARED = frozenset(
@@ -80,7 +94,7 @@ def parse_level(data: Any, where: str, method: Method, notes: Notes, *, of_model
         data = {}
     if not isinstance(data, Mapping):
         raise RecipeError(f"`{where}` is {show(data)}: it must be a mapping of keys to values")
-    fields = {p.key: p for p in (method.own if of_model else method.parameters)}
+    fields = {p.key: p for p in (method.own if of_model else method.by_key.values())}
     values = {}
     for key, value in data.items():
         if key not in fields:
@@ -120,7 +134,19 @@ def _check_unused(
         notes.add(f"{name} in {{}} is not used by `{method.name}`", where)
     else:
         hint = suggest(key if isinstance(key, str) else "", fields)
+        if key in TOP_KEYS:
+            hint = "move it to the top level of the recipe"
         raise RecipeError(f"unknown key {show(key)} (value {show(value)}) in `{where}`; {hint}")
+
+
+def place_of(key: Any, of_model: bool) -> str | None:
+    """Where a key belongs that stands in the recipe itself, or beside a model's path; None for one that
+    belongs nowhere."""
+    if any(key in methods.get(name).keys for name in methods.names()):
+        if key == "int8_mask":
+            return "it has no effect on values: remove it"
+        return "move it under `parameters`" + (" of that model" if of_model else "")
+    return "move it to the top level of the recipe" if of_model and key in TOP_KEYS else None
 
 
 def _chosen(values: Mapping[str, Value], group: Iterable[str]) -> list[str]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..errors import RecipeError
@@ -19,7 +19,7 @@ from .settings import Settings
 EXTRA_TENSORS = Parameter(
     "extra_tensors",
     choice("error", "take", "drop", "average"),
-    None,
+    "error",
     "tensors that only some models have: an error (buffers are taken), or take the first model's, drop them, "
     "or their average",
     varies=False,
@@ -74,8 +74,8 @@ class Method:
 
     @functools.cached_property
     def by_key(self) -> dict[str, Parameter]:
-        """The parameters by their keys, in order."""
-        return {p.key: p for p in self.parameters}
+        """The parameters by their keys, in order, and the one that every method has."""
+        return {p.key: p for p in (*self.parameters, EXTRA_TENSORS)}
 
     @property
     def keys(self) -> frozenset[str]:
@@ -85,7 +85,7 @@ class Method:
     @functools.cached_property
     def shared(self) -> tuple[Parameter, ...]:
         """The parameters that all experts share."""
-        return tuple(p for p in self.parameters if p.level == "shared")
+        return tuple(p for p in self.by_key.values() if p.level == "shared")
 
     @functools.cached_property
     def own(self) -> tuple[Parameter, ...]:
@@ -102,10 +102,10 @@ _REGISTRY: dict[str, Method] = {}
 
 
 def register(method: Method) -> None:
-    """Add a row, with the parameters that every method has; a name that is taken raises ValueError."""
+    """Add a row; a name that is taken raises ValueError."""
     if method.name in _REGISTRY:
         raise ValueError(f"the merge method `{method.name}` is registered twice")
-    _REGISTRY[method.name] = replace(method, parameters=(*method.parameters, EXTRA_TENSORS))
+    _REGISTRY[method.name] = method
 
 
 @contextlib.contextmanager

@@ -31,12 +31,16 @@ class Needs:
         return any(n.statistic == statistic and n.scope == scope for n in self.everything)
 
     @property
+    def thresholds(self) -> bool:
+        """Whether shares of scores are to be kept."""
+        return any(n.statistic == "thresholds" for n in self.everything)
+
+    @property
     def brackets(self) -> bool:
         """Whether thresholds are settled after the merge: there are some, and nothing needs what they keep
         before. Low-rank forms of all tensors would not fit into memory until then."""
-        names = {n.statistic for n in self.everything}
         late = any(n.of_masks for n in self.everything) or self.svd
-        return "thresholds" in names and not late
+        return self.thresholds and not late
 
     @property
     def svd(self) -> bool:

@@ -13,7 +13,7 @@ from ..errors import RecipeError
 from . import methods
 from .checks import check
 from .documents import load_documents
-from .levels import Level, Notes, combined, parse_level
+from .levels import TOP_KEYS, Level, Notes, combined, parse_level, place_of
 from .parameters import DTYPE, REQUIRED, TEXT, Kind, parse_plain, show, suggest
 from .recipe import ModelEntry, Module, Recipe, Slice
 from .reference import Reference, parse_reference, resolve_path
@@ -25,19 +25,6 @@ MAX_MODELS = 64
 
 CHAT_TEMPLATES = ("auto", "alpaca", "chatml", "exaone", "llama3", "mistral")
 
-_TOP_KEYS = (
-    "merge_method",
-    "base_model",
-    "models",
-    "slices",
-    "modules",
-    "parameters",
-    "dtype",
-    "out_dtype",
-    "tokenizer_source",
-    "tokenizer",
-    "chat_template",
-)
 _IGNORED_TOP_KEYS = ("name",)
 _FORMS = ("models", "slices", "modules")
 
@@ -102,7 +89,7 @@ class _Parser:
                 self.notes.add(
                     f"`{key}` in {{}} is not used: the output folder names the merge", "the recipe"
                 )
-        _check_keys(data, (*_TOP_KEYS, *_IGNORED_TOP_KEYS), "the recipe")
+        _check_keys(data, (*TOP_KEYS, *_IGNORED_TOP_KEYS), "the recipe")
         if data.get("merge_method") is None:
             raise RecipeError(f"`merge_method` is missing: give one of {', '.join(methods.names())}")
         self.method = methods.get(_top_value(data, "merge_method", TEXT, None))
@@ -347,7 +334,8 @@ def _list(value: Any, where: str, of: str, advice: str = "") -> list | tuple:
 def _check_keys(data: Mapping[Any, Any], known: Iterable[str], where: str) -> None:
     for key, value in data.items():
         if key not in known:
-            hint = suggest(key if isinstance(key, str) else "", known)
+            place = place_of(key, of_model=where != "the recipe") if isinstance(key, str) else None
+            hint = place or suggest(key if isinstance(key, str) else "", known)
             raise RecipeError(f"unknown key {show(key)} (value {show(value)}) in {where}; {hint}")
 
 

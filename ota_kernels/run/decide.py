@@ -24,8 +24,9 @@ from ..select.sample import sample
 from ..tensors import array as resident
 from ..tensors.buffer import Buffer
 from ..tensors.curvature import Uniform
-from ..tensors.found import KEEP_ALL, SUMS, Found, Selection, Threshold, selection_of
+from ..tensors.found import KEEP_ALL, Found, Selection, Threshold, selection_of
 from ..tensors.random import name_hash
+from ..tensors.result import SUMS
 from ..tensors.segment import CHUNK
 from ..tensors.terms import (
     ExpertTerms,
@@ -115,7 +116,10 @@ class Decider:
     def selections(self, tensor: TensorInputs | None = None) -> list[Selection]:
         """Per expert; of the whole model (None), where it has one threshold."""
         settings = next(iter(self._settings.values())) if tensor is None else self.settings(tensor)
-        return [selection_of(e) for e in settings.experts]
+        found = [selection_of(e) for e in settings.experts]
+        if self.needs.thresholds:
+            return found
+        return [Selection("all") if s.surveyed else s for s in found]  # such shares are the method's own
 
     @property
     def brackets(self) -> bool:

@@ -259,7 +259,7 @@ class Job:
     def notes(self) -> list[str]:
         """What was understood of the inputs and is not self-evident."""
         names = [asset.name for asset in self.assets()]
-        source = self.recipe.tokenizer_source
+        source = self.recipe.tokenizer_source if self.inputs.alignment is None else "base"
         read = [path for checkpoint in self.inputs.checkpoints.values() for path in checkpoint.files]
         return [*self.inputs.notes, *asset_notes(self.inputs.model_folders, names, source, read)]
 

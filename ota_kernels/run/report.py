@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -37,7 +38,8 @@ def build_report(
 
     Thresholds are saliencies; an expert's is None where it differs between tensors, or where everything or
     nothing is kept. left_out: stored tensors that are not written, with the reason. ties: edits kept beyond
-    an expert's density because they equal the threshold.
+    an expert's density because they equal the threshold; missing: edits that it asks for and that have no
+    score above 0.
     """
     counted = [(e, state.counts[i]) for i, e in enumerate(inputs.entries) if e.action == MERGE]
     overflow = sum(counts.overflow for _, counts in counted)
@@ -99,27 +101,42 @@ def _expert(model: str, counted: list[tuple], decider: Decider) -> dict:
     total = sum(entry.numel for entry, _, _ in counted)
     thresholds = {counts.thresholds[t] for entry, counts, t in counted if entry.numel}
     places = {t for _, _, t in counted}
-    ties = sum(_ties(decider, t, {e.name: c.kept[t] for e, c, own in counted if own == t}) for t in places)
+    shares = [_share(decider, t, {e.name: c.kept[t] for e, c, own in counted if own == t}) for t in places]
+    missing = sum(share.missing for share in shares)
+    if missing:
+        logger.warning(
+            "%s: its density asks for %d edits more than the %d that have a saliency above 0: those are kept",
+            model, missing, kept,
+        )  # fmt: skip
     return {
         "model": model,
         "threshold": thresholds.pop() if len(thresholds) == 1 else None,
         "kept": kept,
         "total": total,
         "density": kept / total if total else 1.0,
-        "ties": ties,
+        "ties": sum(share.beyond for share in shares),
+        "missing": missing,
     }
 
 
-def _ties(decider: Decider, t: int, kept: Mapping[str, int]) -> int:
-    """How many edits expert t keeps beyond the k of its density, because they tie with the k-th. kept: by
-    tensor name."""
+class _Share(NamedTuple):
+    """Edits kept beyond the k of a density, because they tie with the k-th; and those missing to it, because
+    no more have a score above 0."""
+
+    beyond: int
+    missing: int
+
+
+def _share(decider: Decider, t: int, kept: Mapping[str, int]) -> _Share:
+    """Of expert t; kept: by tensor name."""
     tensors = [x for x in decider.tensors if x.name in kept]
     taking_part = [[x for x in tensors if decider.takes_part(x)]]
     groups = taking_part if decider.model_scope else [[x] for x in tensors]
-    beyond = 0
+    beyond = missing = 0
     for group in groups:
         selection = decider.selections(group[0])[t] if group else Selection("all")
         if selection.rule == "density":
             k = count_of_density(selection.value, sum(x.numel for x in group))
-            beyond += max(0, sum(kept[x.name] for x in group) - k)
-    return beyond
+            more = sum(kept[x.name] for x in group) - k
+            beyond, missing = beyond + max(0, more), missing + max(0, -more)
+    return _Share(beyond, missing)

@@ -9,10 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# The columns of masked sums: elements that an expert keeps; sum |d|, sum |m d|, sum (m d)^2 of float64 edits;
-# elements that it keeps with others, and alone.
-SUMS = ("kept", "l1", "kept_l1", "kept_squares", "shared", "unique")
-
 
 class Selection(NamedTuple):
     """How one expert's threshold is found. rule: "all", "threshold" (an absolute saliency), "density" (share

@@ -113,7 +113,8 @@ def terms_for(tile: TensorInputs, case: str, quantile: float = 0.6) -> Terms:
         of_t = {rows.get(name, name): found[name](t) for name in names}
         k = score_scale(words.score == "saliency")
         experts.append(ExpertTerms(score_scale=k, weight_scale=scale * (t + 1), **of_t))
-    terms = Terms(words, tuple(experts), epsilon=1e-26 * 2.0**40, **numbers, **HASHED)
+    ranked = (tile.shape[-1], 1)
+    terms = Terms(words, tuple(experts), epsilon=1e-26 * 2.0**40, ranked=ranked, **numbers, **HASHED)
     return terms if words.score == "none" else with_thresholds(tile, terms, quantile)
 
 

@@ -841,7 +841,6 @@ def test_description_tells_default_and_range():
         ({"parameters": {"dtype": "float16"}}, "'dtype' .* in `parameters`; move it to the top level"),
         ({"parameters": {"tokenizer_source": "base"}}, "move it to the top level of the recipe"),
         ({"parameters": {"chat_template": "auto"}}, "move it to the top level of the recipe"),
-        ({"parameters": {"int8_mask": True}}, "'int8_mask' .* has no effect on values: remove it"),
         ({"int8_mask": True}, "has no effect on values: remove it"),
         (
             {"models": [{"model": "a", "weight": 0.3}, {"model": "b"}]},

@@ -723,3 +723,19 @@ class TestLeaks:
         with pytest.raises(job.OutputError):
             merge(models.recipe(), models.root)
         assert open_files() == before
+
+
+def test_a_density_that_zero_saliencies_cannot_fill_is_said(tmp_path, caplog):
+    """Half of the moments are 0: a density of 0.7 keeps the other half, and says what is missing."""
+    models = make_set(tmp_path / "models", {"w": (10, 20)}, experts=2)
+    models.curvatures[0]["w"].view(-1)[::2] = 0.0
+    models.save()
+    report = merge(models.recipe(density=0.7), tmp_path / "out")
+    first, second = report["experts"]
+    edits = models.experts[0]["w"].double() - models.base["w"].double()
+    salient = int(((edits != 0) & (models.curvatures[0]["w"] > 0)).sum())
+    assert (first["kept"], first["missing"]) == (salient, 140 - salient)
+    assert second["missing"] == 0
+    assert (
+        f"asks for {140 - salient} edits more than the {salient} that have a saliency above 0" in caplog.text
+    )

@@ -174,7 +174,9 @@ def _ota_needs(settings: Settings) -> list[Need]:
 
 def _ota_terms(settings: Settings, found: Found) -> Terms:
     """FFG masks, then the recipe's variant of combining the masked edits (arXiv 2509.11167)."""
-    words = _ota_words(settings, any(b.masks for b in found.brackets))
+    # Without a threshold the variants need no curvature: it is read all the same, and refused if wrong.
+    weighted = settings["masked_task_vector_merge_method"] == "precond"
+    words = _ota_words(settings, not weighted or any(b.masks for b in found.brackets))
     weights, epsilon = [1.0] * len(settings.experts), settings["epsilon"]
     if words.weigh == "curvature":
         weights = gains(settings, found)

@@ -60,7 +60,10 @@ def densities(
     options = Options.of(backend=backend, device=device, threads=threads, memory_limit=memory_limit)
     chosen = backends.select(options.backend, options.device)
     limit = memory_limit_of(options.memory_limit, chosen)
-    with Inputs(recipe, allow_crimes=True) as inputs, Pool(worker_threads(options.threads, chosen)) as pool:
+    with (
+        Inputs(recipe, allow_differences=True) as inputs,
+        Pool(worker_threads(options.threads, chosen)) as pool,
+    ):
         try:
             search = Search(inputs, grid, masses, chosen, limit, pool, progress or Silent(), reading)
             search.run()
