@@ -25,6 +25,7 @@ from .models import Dequantised, Model, Moments, Stored
 from .outputs import OutputTensor
 from .pairing import Pairing, moments_key
 from .restack import restacked
+from .roles import EMBEDDING, role_of
 from .truncation import cut
 from .vocabulary import Aligned, AlignedMoments, Alignment, with_rows
 
@@ -130,8 +131,8 @@ class Inputs:
                     self.moments[key] = RenamedMoments(self.moments[key], own)
 
     def _align(self) -> None:
-        """Give all models one vocabulary, where one is asked for. Without a tokenizer.json, tokenizers are
-        only compared and copied, as io/assets.py does it."""
+        """Give all models one vocabulary, where one is asked for. Without a tokenizer.json or embeddings,
+        tokenizers are only compared and copied, as io/assets.py does it."""
         asked, self.alignment = self.recipe.vocabulary, None
         if asked is None:
             return
@@ -139,7 +140,9 @@ class Inputs:
         folders = dict(self.model_folders)
         if first.label not in folders:
             folders[first.label] = resolve_model(first.model.label)
-        if asked == Vocabulary(asked.source) and read_tokens(folders[first.label]) is None:
+        plain = asked == Vocabulary(asked.source)
+        embeds = any(map(_embeds, self.models.values()))
+        if plain and (not embeds or read_tokens(folders[first.label]) is None):
             return
         ordered = {r: self.models[r] for r in self.recipe.references if r in self.models}
         self.alignment = alignment = Alignment(asked, ordered, folders, self.recipe.references[0])
@@ -216,3 +219,8 @@ class Inputs:
         files = [model.fingerprint() for model in self.models.values()]
         files += [file.fingerprint() for file in self.moments_files]
         return files + ([] if self.alignment is None else self.alignment.fingerprint())
+
+
+def _embeds(model: Model) -> bool:
+    """Whether the model has rows for tokens."""
+    return any(role_of(name, tuple(info.shape)) == EMBEDDING for name, info in model.tensors.items())
