@@ -14,7 +14,8 @@ import yaml
 
 from ota_kernels.errors import OutputError
 from ota_kernels.io.header import build_header
-from ota_kernels.run.pool import Pool, default_threads
+from ota_kernels.processors import default_threads
+from ota_kernels.run.pool import Pool
 from ota_kernels.sizes import format_bytes
 from ota_kernels.tensors.dtypes import BY_NAME
 

@@ -19,7 +19,8 @@ from typing import Any
 
 from ..errors import InputError, RecipeError
 from ..integrations.tracing import traceable
-from ..run.pool import Pool, default_threads
+from ..processors import default_threads
+from ..run.pool import Pool
 from ..tensors import array as resident
 from ..tensors.array import Array
 from ..tensors.buffer import Buffer

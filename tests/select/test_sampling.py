@@ -131,7 +131,7 @@ def test_an_input_that_was_cut_while_in_use_is_named(tmp_path, cut, spread):
     with paths[cut].open("r+b") as file:
         file.truncate(paths[cut].stat().st_size // 2)
     with pytest.raises(InputError, match=rf"/{cut}\.safetensors: changed while in use"):
-        sample([tensor], 60, [0], own_curvature, native, map, lambda tile: None, spread, near=0)
+        sample([tensor], 60, [0, 1], own_curvature, native, map, lambda tile: None, spread, near=0)
     for file in files:
         file.close()
 
