@@ -50,7 +50,7 @@ def merge(tile: TensorInputs, terms: Terms, out: np.ndarray) -> MergeStats:
         for t, (x, s) in enumerate(zip(experts, scores, strict=True))
     ]
     survive = [
-        m if e.trim == 0 else m & (x.d32.abs() >= torch.tensor(e.trim, dtype=torch.float32))
+        m & (x.d32.abs() >= torch.tensor(e.trim, dtype=torch.float32)) if e.trim else m
         for m, x, e in zip(masks, experts, terms.experts, strict=True)
     ]
     votes = [
