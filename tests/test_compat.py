@@ -30,7 +30,6 @@ def run(ota_merge, recipe, *flags):
     "flag",
     [
         ["--lazy-unpickle"],
-        ["--trust-remote-code"],
         ["--clone-tensors"],
         ["--low-cpu-memory"],
         ["--read-to-gpu"],

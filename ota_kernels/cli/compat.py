@@ -13,7 +13,6 @@ from ..errors import RecipeError
 
 # What each would do is what happens anyway, or cannot happen.
 _WITHOUT_EFFECT = {
-    "trust_remote_code": "no model code runs",
     "lazy_unpickle": "files are mapped",
     "clone_tensors": "files are mapped",
     "low_cpu_memory": "--memory-limit holds anyway",

@@ -24,8 +24,8 @@ outputs and float64 for wider ones. w_0 is the base, 0 without one.
       above               m_t = s_t > threshold_t                                                 (ram)
       random              m_t = u_t(i) < probability_t, u of random.py                           (dare)
       random by rank      m_t = u_t(i) < p_t(rank of |d32_t| in its row), as random.py has it   (della)
-      Of those, where trim_t is not 0, only edits of |d32_t| >= trim_t are elected and added (NaN: none);
-      all count as kept.
+      Of those, where trim_t is not 0, only edits of |d32_t| >= trim_t are elected and added; all count as
+      kept.
     elect
       none                g_t = m_t
       sum                 v_t = float32(vote_t) d32_t; E = sum_t m_t v_t; g_t = m_t and sign(v_t) = sign(E);

@@ -20,7 +20,7 @@ from ota_kernels.select.thresholds import Selection
 from ota_kernels.tensors.buffer import Buffer
 from ota_kernels.tensors.curvature import Full, Uniform
 from ota_kernels.tensors.dtypes import BY_NAME
-from ota_kernels.tensors.terms import ExpertTerms, score_bits, score_of_bits
+from ota_kernels.tensors.terms import ExpertTerms, Terms, Words, score_bits, score_of_bits
 from ota_kernels.tensors.tile import TensorInputs
 
 BF16 = BY_NAME["bfloat16"]
@@ -44,9 +44,10 @@ def tensors(tmp_path):
         file.close()
 
 
-def own_curvature(tensor: TensorInputs) -> list[tuple[int, ExpertTerms]]:
+def own_curvature(tensor: TensorInputs) -> Terms:
     """Without a base, the score of each expert is its curvature."""
-    return [(t, ExpertTerms(score_scale=1.0)) for t in range(len(tensor.experts))]
+    words = Words(score="curvature" if tensor.base is None else "saliency")
+    return Terms(words, (ExpertTerms(),) * len(tensor.experts))
 
 
 def numbered(tensors: list[TensorInputs]) -> list[TensorInputs]:
@@ -63,8 +64,8 @@ def test_files_and_memory_give_the_same_runs(tensors, spread, near):
         replace(t, base=t.experts[0], experts=t.experts * 2, curvatures=t.curvatures * 2) for t in tensors
     ]
     based = [replace(t, experts=(t.curvatures[0].values, t.experts[0])) for t in based]  # weights that differ
-    (mapped, _), released = sample(based, 40, own_curvature, native, map, None, spread), []
-    (read, of_base) = sample(based, 40, own_curvature, native, map, released.append, spread, near)
+    (mapped, _), released = sample(based, 40, [0, 1], own_curvature, native, map, None, spread), []
+    (read, of_base) = sample(based, 40, [0, 1], own_curvature, native, map, released.append, spread, near)
     assert bool(released) == (spread and near > 0)  # pages were mapped
     assert mapped.shape == ((40 * RUNS, RUN) if spread else (40, RUNS * RUN))
     assert np.count_nonzero(mapped) > mapped.size / 2
@@ -73,7 +74,7 @@ def test_files_and_memory_give_the_same_runs(tensors, spread, near):
 
 
 def test_runs_are_neighbours_in_order_and_reach_every_tensor(tensors):
-    (runs,) = sample(numbered(tensors), 1000, own_curvature, native, map)
+    (runs,) = sample(numbered(tensors), 1000, [0], own_curvature, native, map)
     of_short = runs[:, 0] // 1e5 == 2
     assert np.all(np.diff(runs[~of_short], axis=1) == 1)
     assert set(runs[of_short].reshape(-1)) == {2e5 + i for i in range(5)}
@@ -97,7 +98,7 @@ def test_runs_of_one_matrix_are_pairs_in_its_rows(tensors, shape, windows, runs)
     values = Buffer(np.arange(numel, dtype=np.float32).view(np.uint8), BY_NAME["float32"])
     weights = Buffer(np.zeros(2 * numel, np.uint8), BF16)
     tensor = TensorInputs("m", shape, BF16, None, (weights,), (Full(values),))
-    (found,) = sample([tensor], windows, own_curvature, native, map)
+    (found,) = sample([tensor], windows, [0], own_curvature, native, map)
     assert len(found) == runs
     if runs % (2 * (numel // shape[-1])) == 0:
         rows = found[:, 0] // shape[-1]
@@ -109,7 +110,7 @@ def test_runs_of_one_matrix_are_pairs_in_its_rows(tensors, shape, windows, runs)
 def test_runs_fill_cache_lines_where_rows_do(shape, aligned):
     tensor = TensorInputs("m", shape, BF16, None, (zeros(shape),), (Uniform(),))
     (tensor,) = numbered([tensor])
-    (found,) = sample([tensor], 60, own_curvature, native, map)
+    (found,) = sample([tensor], 60, [0], own_curvature, native, map)
     assert np.all(found[:, 0] % RUN == 0) == aligned
     assert len(np.unique(found[:, 0])) > 0.8 * len(found)
     rows = found // shape[-1]
@@ -130,7 +131,7 @@ def test_an_input_that_was_cut_while_in_use_is_named(tmp_path, cut, spread):
     with paths[cut].open("r+b") as file:
         file.truncate(paths[cut].stat().st_size // 2)
     with pytest.raises(InputError, match=rf"/{cut}\.safetensors: changed while in use"):
-        sample([tensor], 60, own_curvature, native, map, lambda tile: None, spread, near=0)
+        sample([tensor], 60, [0, 1], own_curvature, native, map, lambda tile: None, spread, near=0)
     for file in files:
         file.close()
 
@@ -142,10 +143,10 @@ def test_a_read_that_fails_is_not_called_a_file_that_was_cut(tmp_path, monkeypat
         weights = file.buffer("w")
         tensor = TensorInputs("w", (n,), BF16, None, (weights,), (Uniform(),))
         monkeypatch.setattr(sampling.Files, "descriptor", lambda self, buffer: for_all.fileno())
-        assert sample([tensor], 60, own_curvature, native, map, lambda tile: None, near=0)[0].all()
+        assert sample([tensor], 60, [0], own_curvature, native, map, lambda tile: None, near=0)[0].all()
         monkeypatch.setattr(sampling.Files, "descriptor", lambda self, buffer: not_for_reading.fileno())
         with pytest.raises(InputError, match=r"/expert\.safetensors: a read from its disk failed"):
-            sample([tensor], 60, own_curvature, native, map, lambda tile: None, near=0)
+            sample([tensor], 60, [0], own_curvature, native, map, lambda tile: None, near=0)
 
 
 def zeros(shape: tuple[int, ...]) -> Buffer:
@@ -167,7 +168,7 @@ def test_brackets_hold_the_threshold_and_leave_out_how_rows_differ():
         values = (Full(Buffer(curvature.view(np.uint8), BY_NAME["float32"])),)
         for name, shape in {"matrix": (rows, columns), "vector": (rows * columns,)}.items():
             tensor = TensorInputs(name, shape, BF16, None, (weights,), values)
-            (found,) = sample([tensor], 60, own_curvature, native, map)
+            (found,) = sample([tensor], 60, [0], own_curvature, native, map)
             bracket = bracket_of(selection, found)
             highest = score_of_bits(score_bits(bracket.lowest) + bracket.span - 1)
             held.append(bracket.lowest <= threshold <= highest)
