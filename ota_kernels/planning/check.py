@@ -49,7 +49,7 @@ def differences(
     against the written tensors, then vocabularies.
 
     folders: by label, the first gives the configuration; shapes: of the output's tensors; tokenizer: the
-    folder whose tokenizer is written, None where the vocabulary is made of all models'; parts: subfolders
+    folder whose tokenizer is written, None where vocabularies are aligned or cut; parts: subfolders
     with a model of their own; edit: makes the written configuration of the first one; restacked: layers are
     taken from models of any number of them.
     """

@@ -159,7 +159,7 @@ class Inputs:
         """Whether models of equal shapes compute the same, but for what layers and a vocabulary change."""
         shapes = {entry.name: entry.shape for entry in self.entries}
         source = None
-        if self.alignment is None:
+        if self.alignment is None and self._cut_rows is None:
             source = tokenizer_folder(self.model_folders, self.recipe.tokenizer_source)
         found = compare(
             self.model_folders,

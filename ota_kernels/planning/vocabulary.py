@@ -329,7 +329,7 @@ class AlignedMoments:
         alignment: Alignment,
         files: Mapping[Reference, Moments],
     ) -> None:
-        self.where, self.what, self.source_format = file.where, file.what, file.source_format
+        self.where, self.what = file.where, file.what
         self._file, self._reference, self._aligned = file, reference, aligned
         self._alignment, self._files = alignment, files
 

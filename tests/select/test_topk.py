@@ -406,7 +406,11 @@ ONES = torch.ones(3)
         (lambda: graft(ONES, {"w": ONES}, None, density=1), InputError, "all tensors, or all dictionaries"),
         (lambda: graft({"w": ONES}, ONES, None, density=1), InputError, "all tensors, or all dictionaries"),
         (lambda: graft({"w": ONES}, {"w": ONES}, ONES, density=1), InputError, "all tensors, or all"),
-        (lambda: graft({"w": ONES}, {"v": ONES}, None, density=1), InputError, "is in one only"),
+        (
+            lambda: graft({"w": ONES}, {"v": ONES}, None, density=1),
+            InputError,
+            "has no tensor w, which other",
+        ),
         (lambda: graft(ONES, torch.ones(2), None, density=1), InputError, r"has shape \[2\]"),
         (lambda: graft(ONES, ONES * math.nan, None, density=1), InputError, r"experts\[0\].* 3 of 3"),
         (lambda: graft(ONES, ONES, -ONES, density=1), InputError, r"curvatures\[0\].* negative"),

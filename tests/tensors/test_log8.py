@@ -20,10 +20,11 @@ from ota_kernels.tensors import log8
 from ota_kernels.tensors.buffer import Buffer
 from ota_kernels.tensors.curvature import Log8, Rank1
 from ota_kernels.tensors.dtypes import BY_NAME
-from ota_kernels.tensors.terms import ExpertTerms
+from ota_kernels.tensors.terms import ExpertTerms, Terms, Words
 from ota_kernels.tensors.tile import TensorInputs
 
 SMALLEST_NORMAL, LARGEST = 2.0**-126, float(np.finfo(np.float32).max)
+TERMS = Terms(Words(score="curvature"), (ExpertTerms(score_scale=1.0),))
 LOWEST_LEVEL = 152 / 128 * 2.0**-63  # times a row's scale
 
 
@@ -146,7 +147,7 @@ def tile_of(curvature, n: int) -> TensorInputs:
 
 
 def read(curvature, n: int, backend) -> np.ndarray:
-    return backend.scores(tile_of(curvature, n), 0, ExpertTerms(score_scale=1.0))[0]
+    return backend.scores(tile_of(curvature, n), 0, TERMS)[0]
 
 
 @pytest.mark.parametrize(
@@ -204,10 +205,10 @@ def test_runs_are_read_from_files_alike(tmp_path, form, together):
         c = Rank1(c.scales, np.float32(2.0 ** -np.arange(50)), bias_correction=0.5)
     tensor = tile_of(c, 2000)
     starts = np.random.default_rng(7).integers(0, 2000 - RUN, 2 * RUNS)
-    terms, found = ExpertTerms(score_scale=1.0), np.empty(2 * RUNS * RUN, np.float32)
+    found = np.empty(2 * RUNS * RUN, np.float32)
     with Files() if together else contextlib.nullcontext() as files:
         places = (files.descriptor, together) if together else ()
-        assert native.run_scores(tensor, [(0, terms)], starts, RUN, [found], *places) is None
+        assert native.run_scores(tensor, TERMS, [0], starts, RUN, [found], *places) is None
     positions = (starts[:, None] + np.arange(RUN)).reshape(-1)
     np.testing.assert_array_equal(found, read(c, 2000, native)[positions])
     assert tensor.gather(positions).curvatures[0].bias_correction == 0.5
@@ -223,5 +224,5 @@ def test_runs_of_a_file_that_was_cut_are_not_scored(tmp_path):
         for last, cut in ((2000 - RUN - 1, None), (2000 - RUN, c.codes)):
             for together in (1, 2):
                 starts = np.array([1900, last])
-                given = tile_of(c, 2000), [(0, ExpertTerms())], starts, RUN, found, files.descriptor, together
+                given = tile_of(c, 2000), TERMS, [0], starts, RUN, found, files.descriptor, together
                 assert native.run_scores(*given) is cut

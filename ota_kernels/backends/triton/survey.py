@@ -4,6 +4,8 @@ blocks in torch: the same in every run."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -258,7 +260,7 @@ class _Prepared:
 
 def terms_of(terms: Terms, t: int) -> Terms:
     """The terms of expert t alone."""
-    return Terms(terms.words, terms.experts[t : t + 1], seed=terms.seed, name_hash=terms.name_hash)
+    return replace(terms, experts=terms.experts[t : t + 1])
 
 
 def values(what: str, tile: DeviceTile, t: int, terms: Terms) -> tuple[torch.Tensor, torch.Tensor]:
