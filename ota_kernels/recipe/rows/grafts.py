@@ -30,6 +30,11 @@ def _masked(settings: Settings, found: Found, score: str, divide: str) -> Terms:
     return Terms(words, thresholds(found), lambda_=settings["lambda"])
 
 
+def _needs(settings: Settings) -> list[Need]:
+    sparse = any(selection_of(e).surveyed for e in settings.experts)
+    return [Need("thresholds", settings["density_scope"])] if sparse else []
+
+
 def _graft_terms(settings: Settings, found: Found) -> Terms:
     return _masked(settings, found, "saliency", "number")
 
@@ -41,21 +46,12 @@ register(
         formula="w_0 + m d, m: the edits of largest h d^2; with `missing_curvature: uniform` of largest |d|",
         base="required",
         parameters=(*SELECTION, *MOMENTS, _SCOPE, LAMBDA),
-        needs=lambda settings: (
-            [Need("thresholds", settings["density_scope"])]
-            if selection_of(settings.experts[0]).surveyed
-            else []
-        ),
+        needs=_needs,
         terms=_graft_terms,
         least=1,
         most=1,
     )
 )
-
-
-def _stitch_needs(settings: Settings) -> list[Need]:
-    sparse = any(selection_of(e).surveyed for e in settings.experts)
-    return [Need("thresholds", settings["density_scope"])] if sparse else []
 
 
 def _stitch_terms(settings: Settings, found: Found) -> Terms:
@@ -76,7 +72,7 @@ register(
             ),
             LAMBDA,
         ),
-        needs=_stitch_needs,
+        needs=_needs,
         terms=_stitch_terms,
         keeps_base=lambda settings, role: settings["embeddings"] == "base" and role == "embedding",
         least=1,
