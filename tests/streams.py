@@ -33,7 +33,7 @@ class Memory:
     def room(self, segment, nbytes):
         return np.full(nbytes, 0xFF, np.uint8)
 
-    def write(self, segment, merged):
+    def write(self, segment, merged, final):
         begin = segment.start * self._sizes[segment.index]
         self.outputs[segment.index][begin : begin + len(merged)] = merged
 

@@ -15,6 +15,7 @@ from ..errors import OtaError, one_line
 _COMMANDS = {
     "run": "Merge models as a recipe says.",
     "plan": "Show what a merge would read, write and hold in memory.",
+    "verify": "Check a merged folder: checksums, and its recipe once more.",
     "methods": "List the merge methods, or show one with its keys.",
     "inspect": "Show what a model is, and what differs between several.",
     "densities": "Show what each density would keep of each expert, and where.",

@@ -27,6 +27,22 @@ class Size(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
+class Share(click.ParamType):
+    """A share of a whole: 1%, 0.01."""
+
+    name = "share"
+
+    def convert(self, value, param, ctx) -> float:
+        text = str(value).strip()
+        try:
+            share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            share = -1.0
+        if not 0 < share <= 1:
+            self.fail(f"{text!r} is no share of a whole: write 1% or 0.01", param, ctx)
+        return share
+
+
 class Device(click.ParamType):
     """auto, cpu, cuda or cuda:N."""
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import numpy as np
 from ..errors import RunError
 from ..tensors.dtypes import DType
 from .assets import sync_folder, write_file
+from .checksums import Leaves, Sums, complete
 from .header import build_header
 from .offsets import read_at, write_at
 
@@ -114,6 +115,7 @@ class ShardWriter:
         self._fds: list[int] = []
         self._lock = threading.Lock()
         self._unsynced: set[int] = set()
+        self._leaves = Leaves(plan)
         try:
             for number, shard in enumerate(plan.shards):
                 (folder / shard.name).parent.mkdir(parents=True, exist_ok=True)
@@ -135,13 +137,19 @@ class ShardWriter:
         with self._lock:
             self._unsynced.add(shard)
 
-    def write(self, tensor: OutputTensor, start: int, data: np.ndarray) -> None:
-        """Write elements from flat index `start` of a tensor; data: uint8, the elements' bytes."""
+    def write(self, tensor: OutputTensor, start: int, data: np.ndarray, final: bool = True) -> None:
+        """Write elements from flat index `start` of a tensor; data: uint8, the elements' bytes; final:
+        whether they will not be patched."""
+        begin = start * tensor.dtype.itemsize
         try:
-            self._write(tensor.shard, tensor.begin + start * tensor.dtype.itemsize, data)
+            self._write(tensor.shard, tensor.begin + begin, data)
         except OSError as error:
             name = self._layout.shards[tensor.shard].name
             raise RunError(f"cannot write {name}: {error.strerror}; free some room and --resume") from error
+        if final:
+            self._leaves.add(tensor, begin, data)
+        else:
+            self._leaves.forget(tensor, begin, begin + len(data))
 
     def patch(
         self, tensor: OutputTensor, start: int, stop: int, positions: np.ndarray, merged: np.ndarray
@@ -150,27 +158,35 @@ class ShardWriter:
         merged (uint8, m elements); they are final."""
         from .. import _native
 
-        if len(positions) == 0:
-            return
         size, fd = tensor.dtype.itemsize, self._fds[tensor.shard]
-        begin = tensor.begin + start * size
-        if _native.scatter_in_file(fd, begin, stop - start, positions, merged, size):
-            with self._lock:
-                self._unsynced.add(tensor.shard)
+        begin, end = start * size, stop * size
+        if len(positions) and not _native.scatter_in_file(
+            fd, tensor.begin + begin, stop - start, positions, merged, size
+        ):
+            room = self._read(tensor, begin, end)
+            _native.scatter(room, positions, merged, size)
+            self.write(tensor, start, room)
             return
-        room = np.empty((stop - start) * size, np.uint8)
-        self._read(tensor, begin, room)
-        _native.scatter(room, positions, merged, size)
-        self.write(tensor, start, room)
+        with self._lock:
+            self._unsynced.add(tensor.shard)
+        self._leaves.add(tensor, begin, self._read(tensor, begin, end))
 
-    def _read(self, tensor: OutputTensor, offset: int, data: np.ndarray) -> None:
+    def _read(self, tensor: OutputTensor, begin: int, end: int) -> np.ndarray:
+        """Bytes [begin, end) of a tensor, as they are in its file."""
         name = self._layout.shards[tensor.shard].name
+        data = np.empty(end - begin, np.uint8)
         try:
-            whole = read_at(self._fds[tensor.shard], offset, data)
+            whole = read_at(self._fds[tensor.shard], tensor.begin + begin, data)
         except OSError as error:
             raise RunError(f"cannot read {name}: {error.strerror}; --resume when it can") from error
         if not whole:
             raise RunError(f"{name} was cut while it was written; start again with --overwrite")
+        return data
+
+    def checksums(self, run: Callable = map) -> Sums:
+        """Of everything that was written. run: as `Pool.run`, for what has to be read once more."""
+        complete(self._leaves, self._read, run)
+        return self._leaves.sums()
 
     def sync(self) -> None:
         """Wait until everything written so far is on the disk."""

@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from ..backends import Backend
 from ..errors import InputError
+from ..io.pages import advise
+from ..planning.buffers import average
+from ..planning.outputs import AVERAGE, OutputTensor
 from ..tensors.buffer import Buffer
 from ..tensors.curvature import Uniform
 from ..tensors.dtypes import DType
 from ..tensors.terms import ExpertTerms, Terms, Words
 from ..tensors.tile import TensorInputs
+
+
+def copied(backend: Backend, entry: OutputTensor, nbytes: int) -> Iterator[tuple[int, np.ndarray]]:
+    """(first element, uint8) of a tensor that no backend computes, about `nbytes` at a time: of the only
+    source, of several that must be equal, or their mean."""
+    step = nbytes // entry.dtype.itemsize
+    sources = [part.source for part in entry.sources]
+    for start in range(0, entry.numel, step):
+        pieces = [b.slice(start, min(start + step, entry.numel)) for b in sources]
+        if entry.action == AVERAGE:
+            yield start, average([(piece.data, piece.dtype) for piece in pieces], entry.dtype)
+        else:
+            check_equal(entry.name, pieces)
+            yield start, in_type(backend, entry.name, pieces[0], entry.dtype)
+        for piece in pieces:
+            advise(piece.data, "dontneed")
 
 
 def in_type(backend: Backend, name: str, piece: Buffer, dtype: DType) -> np.ndarray:

@@ -38,7 +38,8 @@ class Sink(Protocol):
     def room(self, segment: Segment, nbytes: int) -> Array:
         """uint8[nbytes] to merge into, aligned to 8 bytes; used by one thread until `write` returns."""
 
-    def write(self, segment: Segment, merged: Array) -> None: ...
+    def write(self, segment: Segment, merged: Array, final: bool) -> None:
+        """final: whether nothing of it will be patched."""
 
     def patch(self, segment: Segment, positions: Array, merged: Array) -> None:
         """Replace the elements at `positions` (integers[m], in the segment) by merged (uint8, m elements)."""
@@ -187,13 +188,13 @@ class Engine:
             else:
                 positions, merged, result = self._settle(group, result, thresholds)
                 resident.scatter(room, positions, merged, tensor.out_dtype.itemsize)
-        self._sink.write(segment, room)
+        self._sink.write(segment, room, not isinstance(result, Pending))
         self._sink.done_with(tensor.stored)
         return self._result(segment, result, tensor, terms)
 
     def _merge_segment(self, segment: Segment, tensor: TensorInputs, terms: Terms) -> tuple:
         room, result = self._run_kernel(segment, tensor, terms)
-        self._sink.write(segment, room)
+        self._sink.write(segment, room, not isinstance(result, Pending))
         self._sink.done_with(tensor.stored.slice(segment.start, segment.stop))
         return self._result(segment, result, tensor, terms)
 

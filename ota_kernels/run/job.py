@@ -9,115 +9,42 @@ import itertools
 import json
 import logging
 import os
-import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
+from typing import Any
 
 from .. import __version__, backends
-from ..errors import BackendError, InputError, OutputError, RecipeError, RunError
+from ..errors import BackendError, InputError, OutputError, RunError
 from ..io import journal
 from ..io.assets import Asset, plan_assets, recipe_asset, write_assets
 from ..io.leftovers import asset_notes
-from ..io.pages import advise, release
+from ..io.pages import release
 from ..io.workfolder import WorkFolder
 from ..io.writer import ShardWriter
-from ..planning.buffers import average
 from ..planning.inputs import Inputs
-from ..planning.outputs import AVERAGE
-from ..planning.plan import DEFAULT_BUDGET, Plan, make_plan, memory_limit_of, thread_choices
+from ..planning.plan import Plan, make_plan, memory_limit_of, thread_choices
 from ..recipe import methods
 from ..recipe.schema import Recipe, load_recipe, parse_recipe
 from ..select.pending import Store
-from ..sizes import parse_size
 from ..tensors.result import Counts
 from ..tensors.segment import Segment
-from ..tensors.tile import TensorInputs
 from .card import model_card
-from .copies import check_equal, in_type
+from .copies import copied
 from .decide import Decider
 from .engine import Decided, Engine, Event, Merged
+from .options import Options, Progress, Silent
 from .pool import IN_PLACE, Pool
 from .readahead import ReadAhead
-from .report import REPORT_NAME, build_report
+from .report import REPORT_NAME, build_report, published_report
 from .rules import RULES, Rules
+from .sinks import FileSink
 from .state import FORMAT, State, record_of
 
 logger = logging.getLogger(__name__)
 
 _SPARE_BYTES = 64 << 20  # room asked for beside the tensors: config, tokenizer, report, journal
-
-
-class Progress(Protocol):
-    """Told how far a merge is. Called from one thread at a time."""
-
-    def stage(self, name: str, total_bytes: int) -> None: ...
-
-    def advance(self, nbytes: int) -> None: ...
-
-
-class Silent:
-    """A Progress that shows nothing."""
-
-    def __enter__(self) -> Silent:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def stage(self, name: str, total_bytes: int) -> None:
-        pass
-
-    def advance(self, nbytes: int) -> None:
-        pass
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a merge runs; what it computes is the recipe's.
-
-    device: "auto", "cpu", "cuda" or "cuda:N"; memory_limit: bytes resident on the host at most, None for
-    1 GiB, on a GPU 4 GiB; shard_size: bytes of one output file at most; threads: None for every processor;
-    seed: of methods that draw random numbers; tile_elements: None for what fits the limit;
-    candidates_memory: bytes of undecided elements held in memory at most, the rest goes to the work folder;
-    allow_crimes: models may differ in the tensors they have, in their configurations and vocabularies, and
-    the notes say so; trust_remote_code: copy the Python files that a model loads its classes from (none is
-    ever run); unsafe_truncate_embeddings: vocabulary tensors are cut to the fewest rows of any model;
-    copy_tokenizer, write_model_card: whether they are written.
-    """
-
-    backend: str = "auto"
-    device: str = "auto"
-    memory_limit: int | None = None
-    threads: int | None = None
-    shard_size: int = 5_000_000_000
-    seed: int = 0
-    overwrite: bool = False
-    resume: bool = False
-    tile_elements: int | None = None
-    candidates_memory: int = DEFAULT_BUDGET
-    allow_crimes: bool = False
-    unsafe_truncate_embeddings: bool = False
-    copy_tokenizer: bool = True
-    write_model_card: bool = True
-    trust_remote_code: bool = False
-
-    def __post_init__(self) -> None:
-        backends.check_device(self.device)
-        if self.threads is not None and self.threads < 1:
-            raise RecipeError(f"--threads must be at least 1, not {self.threads}")
-
-    @classmethod
-    def of(cls, **given: Any) -> Options:
-        """Options whose sizes may be text."""
-        least = {"memory_limit": 1, "shard_size": 1, "candidates_memory": 0}
-        sized = (key for key in least.keys() & given.keys() if given[key] is not None)
-        sizes = {key: parse_size(given[key], least[key]) for key in sized}
-        return cls(**given | sizes)
 
 
 def as_recipe(recipe: Recipe | str | os.PathLike | dict) -> Recipe:
@@ -185,7 +112,7 @@ class Job:
         self.read_ahead = ReadAhead(tensors)
         self.plan = make_plan(
             self.inputs,
-            self._decider(IN_PLACE),
+            self.decider(IN_PLACE),
             self.backend,
             threads=thread_choices(options.threads, self.backend),
             memory_limit=memory_limit_of(options.memory_limit, self.backend),
@@ -194,7 +121,7 @@ class Job:
             candidates_memory=options.candidates_memory,
         )
 
-    def _decider(self, pool: Pool) -> Decider:
+    def decider(self, pool: Pool) -> Decider:
         tensors = list(self.tensors.values())
         of_each = {e.name: e.settings for e in self.inputs.entries if e.is_computed}
         return Decider(
@@ -306,7 +233,7 @@ class Job:
                 f"the output {out} is a mount point, which cannot be replaced: name a folder in it"
             )
         if out.exists() and any(out.iterdir()):
-            report = _published_report(out) if self.options.resume else {}
+            report = published_report(out) if self.options.resume else {}
             if report.get("fingerprint") == self.fingerprint:
                 logger.info("%s is complete already", out)
                 return report
@@ -342,7 +269,7 @@ class Job:
                 log.append({"fingerprint": self.fingerprint})
             log.append(state.begin(self.backend.NAME))
             with Pool(self.plan.threads) as pool:
-                decider = self._decider(pool)
+                decider = self.decider(pool)
                 if state.found is None:
                     progress.stage("survey", 0)
                     state.found = decider.decide_model()
@@ -362,8 +289,9 @@ class Job:
                         for event in engine.checkpoint():
                             log.append(record_of(event))
                     raise
-            seconds["merge"] = time.perf_counter() - started - seconds["survey"]
-            progress.stage("sync", 0)
+                seconds["merge"] = time.perf_counter() - started - seconds["survey"]
+                progress.stage("sync", 0)
+                checksums = writer.checksums(pool.run)
         finally:
             try:
                 log.close()
@@ -372,7 +300,8 @@ class Job:
                 store.close()
         seconds["sync"] = time.perf_counter() - started - seconds["survey"] - seconds["merge"]
         report = build_report(self.inputs, self.plan, decider, state, self.fingerprint, seconds)
-        report["notes"] = self.notes
+        report |= {"options": self.options.of_result(), "found": state.model_found()}
+        report |= {"notes": self.notes, "checksums": checksums.as_dict()}
         writer.write_index(work.files)
         cards = [self._card(assets, report)] if self.options.write_model_card else []
         write_assets(work.files, [*assets, *cards, _json_asset(REPORT_NAME, report)])
@@ -381,7 +310,7 @@ class Job:
     def _engine(self, state: State, writer: ShardWriter, decider: Decider, store: Store) -> Engine:
         return Engine(
             self.tensors,
-            _FileSink(writer, self.plan.layout.tensors, self.read_ahead),
+            FileSink(writer, self.plan.layout.tensors, self.read_ahead),
             decider=decider,
             found=state.found,
             tile_elements=self.plan.tile_elements,
@@ -399,18 +328,8 @@ class Job:
         for index, entry in enumerate(self.inputs.entries):
             if entry.is_computed or not state.gaps(index, entry.numel):
                 continue
-            step = self._rules.copy_bytes // entry.dtype.itemsize
-            sources = [part.source for part in entry.sources]
-            for start in range(0, entry.numel, step):
-                pieces = [b.slice(start, min(start + step, entry.numel)) for b in sources]
-                if entry.action == AVERAGE:
-                    data = average([(piece.data, piece.dtype) for piece in pieces], entry.dtype)
-                else:
-                    check_equal(entry.name, pieces)
-                    data = in_type(self.backend, entry.name, pieces[0], entry.dtype)
+            for start, data in copied(self.backend, entry, self._rules.copy_bytes):
                 writer.write(self.plan.layout.tensors[index], start, data)
-                for piece in pieces:
-                    advise(piece.data, "dontneed")
             yield Merged([(Segment(index, 0, entry.numel), Counts([]))])
 
     def _card(self, assets: list[Asset], report: dict) -> Asset:
@@ -420,42 +339,5 @@ class Job:
         return Asset("README.md", card.encode())
 
 
-def _published_report(out: Path) -> dict:
-    """The report in an output folder; empty where there is none that can be read."""
-    try:
-        report = json.loads((out / REPORT_NAME).read_text())
-    except (OSError, ValueError):
-        return {}
-    return report if isinstance(report, dict) else {}
-
-
 def _json_asset(name: str, content: dict) -> Asset:
     return Asset(name, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
-
-
-class _FileSink:
-    """Merged tiles go to the shards; each thread merges into one buffer of its own."""
-
-    def __init__(self, writer: ShardWriter, tensors: list, read_ahead: ReadAhead) -> None:
-        self._writer, self._tensors, self._read_ahead = writer, tensors, read_ahead
-        self._local = threading.local()
-
-    def room(self, segment: Segment, nbytes: int) -> np.ndarray:
-        buffer = getattr(self._local, "buffer", None)
-        if buffer is None or buffer.size < nbytes:
-            buffer = self._local.buffer = np.empty(nbytes, np.uint8)
-        return buffer[:nbytes]
-
-    def write(self, segment: Segment, merged: np.ndarray) -> None:
-        self._writer.write(self._tensors[segment.index], segment.start, merged)
-
-    def patch(self, segment: Segment, positions: np.ndarray, merged: np.ndarray) -> None:
-        tensor = self._tensors[segment.index]
-        self._writer.patch(tensor, segment.start, segment.stop, positions, merged)
-
-    def wants(self, tensor: TensorInputs, segment: Segment) -> None:
-        if not self._read_ahead.is_idle:
-            self._read_ahead(tensor.reads(segment.start, segment.stop))
-
-    def done_with(self, tile: TensorInputs) -> None:
-        release(tile)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import platform
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -140,3 +142,12 @@ def _share(decider: Decider, t: int, kept: Mapping[str, int]) -> _Share:
             more = sum(kept[x.name] for x in group) - k
             beyond, missing = beyond + max(0, more), missing + max(0, -more)
     return _Share(beyond, missing)
+
+
+def published_report(out: Path) -> dict:
+    """The report in an output folder; empty where there is none that can be read."""
+    try:
+        report = json.loads((out / REPORT_NAME).read_text())
+    except (OSError, ValueError):
+        return {}
+    return report if isinstance(report, dict) else {}

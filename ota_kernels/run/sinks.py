@@ -1,20 +1,54 @@
-"""What the engine uses for tensors in memory: results are merged in place, and on a device by one thread."""
+"""Where the engine's results go: to shards; of tensors in memory in place, and on a device by one thread."""
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from ..io.pages import release
+from ..io.writer import ShardWriter
 from ..tensors import array as resident
 from ..tensors.array import Array
 from ..tensors.buffer import Buffer
 from ..tensors.segment import Segment
 from ..tensors.tile import TensorInputs
 from .pool import InPlace
+from .readahead import ReadAhead
 
 if TYPE_CHECKING:
     import torch
+
+
+class FileSink:
+    """Merged tiles go to the shards; each thread merges into one buffer of its own."""
+
+    def __init__(self, writer: ShardWriter, tensors: list, read_ahead: ReadAhead) -> None:
+        self._writer, self._tensors, self._read_ahead = writer, tensors, read_ahead
+        self._local = threading.local()
+
+    def room(self, segment: Segment, nbytes: int) -> np.ndarray:
+        buffer = getattr(self._local, "buffer", None)
+        if buffer is None or buffer.size < nbytes:
+            buffer = self._local.buffer = np.empty(nbytes, np.uint8)
+        return buffer[:nbytes]
+
+    def write(self, segment: Segment, merged: np.ndarray, final: bool) -> None:
+        self._writer.write(self._tensors[segment.index], segment.start, merged, final)
+
+    def patch(self, segment: Segment, positions: np.ndarray, merged: np.ndarray) -> None:
+        tensor = self._tensors[segment.index]
+        self._writer.patch(tensor, segment.start, segment.stop, positions, merged)
+
+    def wants(self, tensor: TensorInputs, segment: Segment) -> None:
+        if not self._read_ahead.is_idle:
+            self._read_ahead(tensor.reads(segment.start, segment.stop))
+
+    def done_with(self, tile: TensorInputs) -> None:
+        release(tile)
 
 
 class MemorySink:
@@ -28,7 +62,7 @@ class MemorySink:
         begin = segment.start * self._sizes[segment.index]
         return self.outputs[segment.index][begin : begin + nbytes]
 
-    def write(self, segment: Segment, merged: Array) -> None:
+    def write(self, segment: Segment, merged: Array, final: bool) -> None:
         pass
 
     def patch(self, segment: Segment, positions: Array, merged: Array) -> None:
@@ -50,7 +84,7 @@ class GraftSink(MemorySink):
         super().__init__(tensors)
         self._tensors = tensors
 
-    def write(self, segment: Segment, merged: Array) -> None:
+    def write(self, segment: Segment, merged: Array, final: bool) -> None:
         _restore_bits(*self._weights(segment), merged)
 
     def patch(self, segment: Segment, positions: Array, merged: Array) -> None:

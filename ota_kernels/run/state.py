@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, fields
 
 from ..select.bracket import Bracket
@@ -12,6 +13,14 @@ from .decide import ModelFound
 from .engine import Decided, Event, Merged
 
 FORMAT = 6  # of the records, of the file of candidates, and of which runs are sampled
+
+
+def as_found(reported: dict) -> ModelFound:
+    """From what `State.model_found` gave a report."""
+    thresholds = tuple(None if x is None else float(x) for x in reported["thresholds"])
+    sums = None if reported["sums"] is None else tuple(map(tuple, reported["sums"]))
+    none = (None,) * len(thresholds)
+    return ModelFound(thresholds, none, tuple(reported["mean_weights"]), False, sums)
 
 
 def record_of(event: Event) -> dict | None:
@@ -62,7 +71,8 @@ class State:
             made = record["found"]
             brackets = tuple(None if b is None else Bracket(**b) for b in made["brackets"])
             thresholds, means = tuple(made["thresholds"]), tuple(made["mean_weights"])
-            self.found = ModelFound(thresholds, brackets, means, made["spread"])
+            sums = None if made["sums"] is None else tuple(map(tuple, made["sums"]))
+            self.found = ModelFound(thresholds, brackets, means, made["spread"], sums)
         if "unit" in record:
             self.add(Merged([(Segment(*place), Counts(**counts)) for *place, counts in record["unit"]]))
         if "pending" in record:
@@ -97,6 +107,14 @@ class State:
             self.counts[segment.index] = counts
         else:
             self.counts[segment.index].add(counts)
+
+    def model_found(self) -> dict:
+        """What was found of the whole model, thresholds for brackets: for the report, and `as_found`."""
+        decided = self.decided.get(None) or [None] * len(self.found.thresholds)
+        exact = [x if y is None else y for x, y in zip(self.found.thresholds, decided, strict=True)]
+        thresholds = [x if x is None or math.isfinite(x) else str(x) for x in exact]  # "nan" keeps nothing
+        sums = None if self.found.sums is None else [list(x) for x in self.found.sums]
+        return {"thresholds": thresholds, "mean_weights": list(self.found.mean_weights), "sums": sums}
 
     @property
     def pending(self) -> list[Pending]:
