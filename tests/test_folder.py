@@ -111,7 +111,8 @@ class TestKinds:
             ("model.onnx", "only ONNX files"),
             ("tf_model.h5", "only Keras files"),
             ("flax_model.msgpack", "only Flax files"),
-            ("pytorch_model.bin", "only pytorch_model.bin: convert it to safetensors"),
+            ("consolidated.00.pth", "only consolidated.00.pth: convert it to safetensors"),
+            ("pytorch_model.bin", "pytorch_model.bin: not a complete, uncompressed torch file"),
         ],
     )
     def test_other_formats(self, tmp_path, file, fact):

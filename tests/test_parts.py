@@ -88,9 +88,9 @@ def test_a_module_with_weights_in_another_format_is_refused(tmp_path):
     for seed, name in enumerate("ab"):
         stack(tmp_path / name, seed)
         (tmp_path / name / "2_Dense" / "model.safetensors").rename(
-            tmp_path / name / "2_Dense" / "pytorch_model.bin"
+            tmp_path / name / "2_Dense" / "consolidated.00.pth"
         )
-    with pytest.raises(InputError, match=r"2_Dense holds pytorch_model\.bin: convert it to safetensors"):
+    with pytest.raises(InputError, match=r"2_Dense holds consolidated\.00\.pth: convert it to safetensors"):
         plan(linear(tmp_path, "a", "b"))
 
 

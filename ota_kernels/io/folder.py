@@ -12,7 +12,9 @@ from pathlib import Path
 from ..errors import InputError
 
 FILE_SUFFIX = ".safetensors"
-INDEX_SUFFIX = ".safetensors.index.json"
+TORCH_SUFFIX = ".bin"
+_INDEX = ".index.json"
+INDEX_SUFFIX, TORCH_INDEX_SUFFIX = FILE_SUFFIX + _INDEX, TORCH_SUFFIX + _INDEX
 
 MODEL, ADAPTER, PIPELINE, STACK, OPTIMIZER, FOREIGN, EMPTY = (
     "model",
@@ -26,7 +28,11 @@ MODEL, ADAPTER, PIPELINE, STACK, OPTIMIZER, FOREIGN, EMPTY = (
 
 # What transformers and diffusers write, and so what wins over other safetensors files of a folder.
 _STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
-_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{3,6})-of-(?P<count>\d{3,6})\.safetensors")
+# Where there are none of them: the same weights as torch.save wrote them, and what they are called as
+# safetensors.
+_TORCH_STEMS = {"pytorch_model": "model", "diffusion_pytorch_model": "diffusion_pytorch_model"}
+_TORCH_FILE = re.compile(rf"({'|'.join(_TORCH_STEMS)})[.-].*bin$")
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{3,6})-of-(?P<count>\d{3,6})\.(?:safetensors|bin)")
 # Beside a model's weights, not part of them; alone, they are what the folder is.
 BESIDE = re.compile(
     r"adapter_model|pytorch_lora_weights|optimizer|scheduler|random_states|rng_state|training_args|exp_avg_sq"
@@ -141,10 +147,10 @@ def refuse_kind(kind: str, label: str, path: Path) -> InputError:
 
 
 def weight_files(folder: Path, label: str) -> list[Path]:
-    """The index alone, or the safetensors files, of a folder; at least one.
+    """The index alone, or the weight files, of a folder; at least one.
 
     The names that transformers and diffusers write win; without one of them an index, then all safetensors
-    files together. Raises InputError where there are none, some are missing, or two sets lie side by side.
+    files together; without any, `pytorch_model.bin` and its shards. Raises InputError where there are none, some are missing, or two sets lie side by side.
     """
     names = _names(folder, label)
     weights, _ = _own_weights(folder, names, label)
@@ -171,7 +177,7 @@ def _own_weights(folder: Path, names: list[str], label: str) -> tuple[tuple[Path
                 folder, label, f"{name}.aria2 says that the download of {name} was not finished"
             )
     for stem in _STEMS:
-        chosen = _set_of_stem(folder, stem, files, indexes, label)
+        chosen = _set_of_stem(folder, stem, FILE_SUFFIX, files, indexes, label)
         if chosen:
             return tuple(folder / name for name in chosen), stem
     if len(indexes) > 1:
@@ -180,17 +186,35 @@ def _own_weights(folder: Path, names: list[str], label: str) -> tuple[tuple[Path
         )
     if indexes:
         return (folder / indexes[0],), indexes[0].removesuffix(INDEX_SUFFIX)
-    own = [name for name in files if not BESIDE.match(name)] or files
+    own = [name for name in files if not BESIDE.match(name)]
+    if not own:
+        weights, stem = _torch_weights(folder, names, label)
+        if weights:
+            return weights, stem
+        own = files
     stems = {match["stem"] for name in own if (match := _SHARD.fullmatch(name))}
     for stem in sorted(stems):
-        _shards(folder, stem, own, label)
+        _shards(folder, stem, FILE_SUFFIX, own, label)
     stem = own[0].removesuffix(FILE_SUFFIX) if len(own) == 1 and not stems else min(stems, default="model")
     return tuple(folder / name for name in own), stem
 
 
-def _set_of_stem(folder: Path, stem: str, files: list[str], indexes: list[str], label: str) -> list[str]:
+def _torch_weights(folder: Path, names: list[str], label: str) -> tuple[tuple[Path, ...], str]:
+    """`_own_weights` of a folder without safetensors files."""
+    files = [name for name in names if name.endswith(TORCH_SUFFIX)]
+    indexes = [name for name in names if name.endswith(TORCH_INDEX_SUFFIX)]
+    for stem, written in _TORCH_STEMS.items():
+        chosen = _set_of_stem(folder, stem, TORCH_SUFFIX, files, indexes, label)
+        if chosen:
+            return tuple(folder / name for name in chosen), written
+    return (), "model"
+
+
+def _set_of_stem(
+    folder: Path, stem: str, suffix: str, files: list[str], indexes: list[str], label: str
+) -> list[str]:
     """The file names of the one set that is called `stem`: an index, a file, or all shards."""
-    single, index = stem + FILE_SUFFIX, stem + INDEX_SUFFIX
+    single, index = stem + suffix, stem + suffix + _INDEX
     shards = [name for name in files if (m := _SHARD.fullmatch(name)) and m["stem"] == stem]
     if single in files and (index in indexes or shards):
         other = index if index in indexes else shards[0]
@@ -202,10 +226,10 @@ def _set_of_stem(folder: Path, stem: str, files: list[str], indexes: list[str], 
         return [single]
     if index in indexes:
         return [index]
-    return _shards(folder, stem, files, label)
+    return _shards(folder, stem, suffix, files, label)
 
 
-def _shards(folder: Path, stem: str, files: list[str], label: str) -> list[str]:
+def _shards(folder: Path, stem: str, suffix: str, files: list[str], label: str) -> list[str]:
     """The shards of a stem without an index, all there; empty where there are none."""
     found = [(name, m) for name in files if (m := _SHARD.fullmatch(name)) and m["stem"] == stem]
     if not found:
@@ -221,7 +245,7 @@ def _shards(folder: Path, stem: str, files: list[str], label: str) -> list[str]:
     missing = [i for i in range(first, first + count) if i not in there]
     if missing:
         width = len(counts[0])
-        listed = ", ".join(f"{stem}-{i:0{width}d}-of-{counts[0]}{FILE_SUFFIX}" for i in missing[:4])
+        listed = ", ".join(f"{stem}-{i:0{width}d}-of-{counts[0]}{suffix}" for i in missing[:4])
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
         raise _incomplete(
             folder, label, f"file names say {count} shards, {len(there)} are there; missing: {listed}{more}"
@@ -280,5 +304,7 @@ def foreign_weights(folder: Path) -> str:
 
 
 def holds_weights(path: Path) -> bool:
-    """Whether a folder holds safetensors files."""
-    return path.is_dir() and any(name.endswith(FILE_SUFFIX) for name in _listed(path))
+    """Whether a folder holds safetensors files, or the torch files of a model."""
+    return path.is_dir() and any(
+        name.endswith(FILE_SUFFIX) or _TORCH_FILE.match(name) for name in _listed(path)
+    )

@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from types import ModuleType
 
 from ..errors import InputError
+from .folder import holds_weights
 from .parts import part_patterns
 
 _NAME = r"[A-Za-z0-9][\w.-]*"
@@ -21,6 +22,7 @@ _FILE_NAME = re.compile(
 # Code is fetched to be named, or copied where that is told; none is run.
 _MODEL_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "tokenizer*", "*.tiktoken", "*.py"]
 _MODEL_FILES += ["LICENSE*", "NOTICE*", "USE_POLICY*"]
+_TORCH_FILES = ["pytorch_model*.bin"]
 # Copies of the same weights in the formats of other tools, each as large as the model.
 _NOT_MODEL_FILES = ["*/*.safetensors", "consolidated*.safetensors"]
 
@@ -53,6 +55,13 @@ def resolve_model(text: str) -> Path:
                 revision=match["revision"],
                 allow_patterns=parts,
                 ignore_patterns=_NOT_MODEL_FILES[1:],
+            )
+        elif folder.is_dir() and not holds_weights(folder):  # an older model: torch.save wrote its weights
+            hub.snapshot_download(
+                match["repo"],
+                revision=match["revision"],
+                allow_patterns=_TORCH_FILES,
+                ignore_patterns=_NOT_MODEL_FILES,
             )
         return folder
     except InputError:

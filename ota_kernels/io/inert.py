@@ -229,6 +229,12 @@ def load_inert(source: Path | bytes) -> Any:
 
     Raises whatever a damaged archive or pickle makes zipfile and pickle raise.
     """
+    return load_located(source)[0]
+
+
+def load_located(source: Path | bytes) -> tuple[Any, int, int]:
+    """(the content, the address at which the file's first byte is mapped, its size): a tensor's address tells
+    where in the file it lies. Otherwise as `load_inert`."""
     with zipfile.ZipFile(source if isinstance(source, Path) else io.BytesIO(source)) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
         # A compressed entry, mapped, would be read as if its bytes were the tensor's.
@@ -250,7 +256,8 @@ def load_inert(source: Path | bytes) -> Any:
                 raise zipfile.BadZipFile
             return whole[begin : begin + nbytes]
 
-        return InertUnpickler(io.BytesIO(archive.read(found[0])), storage).load()
+        content = InertUnpickler(io.BytesIO(archive.read(found[0])), storage).load()
+        return content, whole.data_ptr(), whole.nbytes()
 
 
 def _bytes_of(source: Path | bytes) -> torch.UntypedStorage:

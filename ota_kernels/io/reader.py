@@ -23,6 +23,7 @@ from ..tensors.buffer import Buffer
 from .folder import (
     FILE_SUFFIX,
     INDEX_SUFFIX,
+    TORCH_INDEX_SUFFIX,
     check_is_model,
     foreign_format,
     kind_by_names,
@@ -35,12 +36,14 @@ from .header import Header, TensorInfo, parse_json_object, quoted, read_header
 from .parts import Part, parts_of
 from .signature import check_real
 from .ties import has_tied_embeddings
+from .torch_weights import SUFFIXES as TORCH_SUFFIXES
+from .torch_weights import read_torch_header
 
 
 class MappedFile:
-    """One safetensors file, mapped read-only; a context manager.
+    """One file of tensors, mapped read-only; a context manager.
 
-    header: the file's header where it was read before. The map lives until `close` and until the last buffer
+    header: the file's header where it was read before, as that of a torch file must be. The map lives until `close` and until the last buffer
     cut from it is gone. Raises InputError if the file is unreadable or malformed, or has changed its size
     since `header` was read.
     """
@@ -70,7 +73,7 @@ class MappedFile:
 
 
 class Checkpoint:
-    """A model as its safetensors files hold it; safe to use from several threads.
+    """A model as its files hold it (safetensors, or torch's); safe to use from several threads.
 
     label: what errors call it ("base_model", "models[2]"); root: the folder it lies in; files: its shards;
     tensors: name -> TensorInfo over all shards, in file order; of a folder of several models with the part's
@@ -95,7 +98,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: Path, label: str) -> Checkpoint:
-        """Open a folder, one .safetensors file or one .safetensors.index.json; reads headers only.
+        """Open a folder, one file (.safetensors, or a torch file) or an index; reads headers only.
 
         What a folder's weights are, `folder.weight_files` says.
         Raises InputError for whatever is missing, malformed or contradictory.
@@ -166,13 +169,17 @@ class Checkpoint:
 
 def _headers_of(files: Sequence[Path]) -> dict[Path, Header]:
     """The headers of weight files, or of the shards that an index names."""
-    if not files[0].name.endswith(INDEX_SUFFIX):
-        return {file: read_header(file) for file in files}
+    if not files[0].name.endswith((INDEX_SUFFIX, TORCH_INDEX_SUFFIX)):
+        return {file: _read_header(file) for file in files}
     (index,) = files
     weight_map = _read_weight_map(index)
-    headers = {file: read_header(file) for file in dict.fromkeys(weight_map.values())}
+    headers = {file: _read_header(file) for file in dict.fromkeys(weight_map.values())}
     _check_weight_map(weight_map, headers, index)
     return headers
+
+
+def _read_header(file: Path) -> Header:
+    return read_torch_header(file) if file.name.endswith(TORCH_SUFFIXES) else read_header(file)
 
 
 def open_model(path: Path, label: str) -> Checkpoint:
@@ -230,13 +237,13 @@ def _lift_descriptor_limit() -> None:
 
 
 def _entry_files(path: Path, label: str) -> list[Path]:
-    """The index alone, or the safetensors files, that `path` stands for; at least one."""
+    """The index alone, or the weight files, that `path` stands for; at least one."""
     # os.path, unlike Path, also answers for names that are too long or that may not be looked up.
     if os.path.isdir(path):
         return weight_files(path, label)
     if not os.path.exists(path):
         raise InputError(f"{where(label, path)}: no such file or folder")
-    if not path.name.endswith((FILE_SUFFIX, INDEX_SUFFIX)):
+    if not path.name.endswith((FILE_SUFFIX, INDEX_SUFFIX, TORCH_INDEX_SUFFIX, *TORCH_SUFFIXES)):
         raise InputError(f"{where(label, path)}: not a {FILE_SUFFIX} file{foreign_format(path)}")
     return [path]
 

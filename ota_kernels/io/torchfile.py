@@ -51,6 +51,18 @@ def load_stored(path: Path, label: str) -> Any:
         raise InputError(f"{label}: {path}: {_load_failure(error)}") from error
 
 
+def load_located(path: Path) -> tuple[Any, int, int]:
+    """(content, address, size) of a file, as inert.py gives them. Errors as those of `load_stored`."""
+    from .inert import load_located as located
+
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such file")
+    try:
+        return located(path)
+    except Exception as error:  # as above
+        raise InputError(f"{path}: {_load_failure(error)}") from error
+
+
 def is_plain(tensor: Any) -> bool:
     """Whether `tensor` is dense, on the CPU and in one piece, so that `buffer` can view it."""
     import torch

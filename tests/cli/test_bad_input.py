@@ -181,7 +181,7 @@ def pickled_weights(models):
     weights(models).unlink()
     models.curvature_files[1].rename(models.root / "moments.safetensors")
     (models.expert_folders[1] / "pytorch_model.bin").write_bytes(b"PK")
-    return ["pytorch_model.bin", "convert", "safetensors"]
+    return ["pytorch_model.bin", "not a complete, uncompressed torch file"]
 
 
 FILES = [

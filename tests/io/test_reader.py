@@ -326,7 +326,7 @@ def bare_folder(folder: Path) -> None:
 
 
 def pytorch_folder(folder: Path) -> None:
-    (folder / "pytorch_model.bin").write_bytes(b"")
+    (folder / "consolidated.00.pth").write_bytes(b"")
 
 
 def colliding_files(folder: Path) -> None:
@@ -371,7 +371,7 @@ def index_text(text: bytes):
 
 BAD_FOLDERS = {
     "no weights": (bare_folder, r"models\[1\]: .*: holds no \.safetensors file$"),
-    "pytorch weights": (pytorch_folder, "only pytorch_model.bin: convert it to safetensors"),
+    "pytorch weights": (pytorch_folder, "only consolidated.00.pth: convert it to safetensors"),
     "duplicate tensor over files": (
         colliding_files,
         r"models\[1\]: tensor 'w' is in two files, .*a\.saf.*b\.saf",
@@ -422,9 +422,9 @@ def test_a_missing_model_is_named(tmp_path, name):
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
-    (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(InputError, match=r"pytorch_model\.bin: not a \.safetensors file; convert it"):
-        Checkpoint.open(tmp_path / "pytorch_model.bin", "models[1]")
+    (tmp_path / "model.pkl").write_bytes(b"")
+    with pytest.raises(InputError, match=r"model\.pkl: not a \.safetensors file; convert it"):
+        Checkpoint.open(tmp_path / "model.pkl", "models[1]")
 
 
 MOMENTS = torch.arange(6, dtype=torch.float32).reshape(2, 3)
@@ -739,6 +739,17 @@ class TestHub:
         allowed, ignored = fake.patterns
         assert allowed == ["2_Dense/*.safetensors"]
         assert not any(fnmatch("2_Dense/model.safetensors", pattern) for pattern in ignored)
+
+    def test_of_a_model_without_safetensors_the_torch_files_are_fetched(self, fake, tmp_path):
+        folder = tmp_path / "snapshot"
+        folder.mkdir()
+        assert hub.resolve_model("org/name@v1") == folder
+        assert fake.calls == [("org/name", "v1")] * 2
+        allowed, _ = fake.patterns
+        assert any(fnmatch("pytorch_model-00001-of-00002.bin", pattern) for pattern in allowed)
+        (folder / "pytorch_model.bin").touch()
+        hub.resolve_model("org/name@v1")
+        assert len(fake.calls) == 3
 
     @pytest.mark.parametrize("text", ["gpt2", "bert-base-uncased", "gpt2@main"])
     def test_a_model_without_an_organisation_is_fetched(self, fake, tmp_path, text):
