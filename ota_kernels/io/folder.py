@@ -150,7 +150,8 @@ def weight_files(folder: Path, label: str) -> list[Path]:
     """The index alone, or the weight files, of a folder; at least one.
 
     The names that transformers and diffusers write win; without one of them an index, then all safetensors
-    files together; without any, `pytorch_model.bin` and its shards. Raises InputError where there are none, some are missing, or two sets lie side by side.
+    files together; without any, `pytorch_model.bin` and its shards. Raises InputError where there are none,
+    some are missing, or two sets lie side by side.
     """
     names = _names(folder, label)
     weights, _ = _own_weights(folder, names, label)

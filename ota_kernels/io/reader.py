@@ -43,9 +43,9 @@ from .torch_weights import read_torch_header
 class MappedFile:
     """One file of tensors, mapped read-only; a context manager.
 
-    header: the file's header where it was read before, as that of a torch file must be. The map lives until `close` and until the last buffer
-    cut from it is gone. Raises InputError if the file is unreadable or malformed, or has changed its size
-    since `header` was read.
+    header: the file's header where it was read before, as that of a torch file must be. The map lives until
+    `close` and until the last buffer cut from it is gone. Raises InputError if the file is unreadable or
+    malformed, or has changed its size since `header` was read.
     """
 
     def __init__(self, path: Path, header: Header | None = None):
