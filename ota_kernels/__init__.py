@@ -5,6 +5,8 @@ plan(recipe)                     what it would read, write and hold in memory
 densities(recipe)                what each density would keep of each expert, and where
 merge_state_dicts(base, experts) dictionaries of tensors
 merge_tensors(base, experts)     one tensor
+Merger(base, experts)             the same models merged again and again, as a search does
+merge_into(model, base, experts)  into a live model's parameters
 graft(base, expert, curvature)   one expert's most salient edits on the base: tensors or dictionaries
 topk_threshold(score, k)         the exact k-th largest score of an array
 """
@@ -16,7 +18,8 @@ from typing import TYPE_CHECKING
 from .errors import BackendError, InputError, OtaError, OutputError, RecipeError, RunError
 
 if TYPE_CHECKING:
-    from .api import graft, merge_state_dicts, merge_tensors
+    from .api import graft, merge_into, merge_state_dicts, merge_tensors
+    from .merger import Merger
     from .run.grid.densities import densities
     from .run.job import merge, plan
     from .select.topk import topk_threshold
@@ -27,6 +30,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "InputError",
+    "Merger",
     "OtaError",
     "OutputError",
     "RecipeError",
@@ -34,6 +38,7 @@ __all__ = [
     "densities",
     "graft",
     "merge",
+    "merge_into",
     "merge_state_dicts",
     "merge_tensors",
     "plan",
@@ -46,7 +51,9 @@ _LAZY = {
     "densities": "run.grid.densities",
     "merge_tensors": "api",
     "merge_state_dicts": "api",
+    "merge_into": "api",
     "graft": "api",
+    "Merger": "merger",
     "topk_threshold": "select.topk",
 }
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .. import api as functional
+from ..arguments import recipe_of
 from ..errors import InputError, RecipeError
 from ..planning.buffers import written_type
 from ..recipe import methods
@@ -175,7 +176,7 @@ def _output_dtype(arguments: Mapping[str, Any]) -> torch.dtype | None:
     """The type that `out_dtype` asks for, None for each tensor's own."""
     base, experts, curvatures = (arguments[key] for key in ("base", "experts", "curvatures"))
     try:
-        recipe = functional._recipe(
+        recipe = recipe_of(
             base is not None,
             len(experts),
             curvatures is not None,

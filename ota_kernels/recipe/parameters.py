@@ -64,7 +64,9 @@ class Parameter:
     """One recipe key of a method.
 
     default: None where it is not set, REQUIRED where a recipe must give it; level: "shared" by the experts,
-    or each "expert" has its own; varies: whether tensors may differ in it.
+    or each "expert" has its own; varies: whether tensors may differ in it; affects: what depends on it:
+    "scores" and everything else, "masks" (which of the scores are kept, and what is found of those), or
+    "values" alone, nothing that is found of the inputs before they merge.
     """
 
     key: str
@@ -73,6 +75,7 @@ class Parameter:
     help: str
     level: str = "shared"
     varies: bool = True
+    affects: str = "scores"
 
 
 @dataclass(frozen=True)
@@ -216,7 +219,7 @@ SHARE = number("a number in [0, 1]", at_least=0, at_most=1)
 POSITIVE_INTEGER = whole("an integer >= 1", at_least=1)
 SWITCH = Kind("true or false", _parse_switch)
 TEXT = Kind("a path or name (text)", _parse_text)
-LAMBDA = Parameter("lambda", FINITE, 1.0, "the factor of the merged edit")
+LAMBDA = Parameter("lambda", FINITE, 1.0, "the factor of the merged edit", affects="values")
 DTYPE = Kind(f"{', '.join(OUTPUT_NAMES)} or auto", _parse_dtype)
 
 

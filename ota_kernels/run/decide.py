@@ -54,6 +54,7 @@ from .statistics import (
     ValidCurvature,
     exact_thresholds,
 )
+from .surveys import Once, Surveys
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Decider:
 
     release: called with each tile of a large read, whose pages may go; wants: told what will be read soon;
     positions: the numbers in the recipe of a tensor's experts, by its name, where some do not take part;
-    seed: of random numbers.
+    seed: of random numbers; surveys: what was found before, and is kept.
     """
 
     def __init__(
@@ -91,8 +92,9 @@ class Decider:
         positions: Mapping[str, Sequence[int]] | None = None,
         seed: int = 0,
         rules: Rules = RULES,
+        surveys: Surveys | None = None,
     ) -> None:
-        self.rules = rules
+        self.rules, self._surveys = rules, surveys or Once()
         self.method, self.tensors, self.backend, self.pool = method, tensors, backend, pool
         self._settings, self._release, self._wants = settings, release, wants
         self._positions, self._seed = positions or {}, seed
@@ -171,6 +173,9 @@ class Decider:
 
     def decide_model(self) -> ModelFound:
         """Brackets from a sample of all tensors, or thresholds from reads of them, or nothing at all."""
+        return self._surveys.of(None, self._decide_model)
+
+    def _decide_model(self) -> ModelFound:
         if not self.tensors:
             return ModelFound((), (), (), False)
         selections, elements = self.selections(), self.elements
@@ -209,8 +214,13 @@ class Decider:
             # What is sampled from a small tensor is merged next, while its pages are still mapped.
             release = self._release if elements > self.rules.mapped else None
             count, spread = self.rules.clusters(elements), spread or release is None
-            sampled = sample(
-                tensors, count, experts, self.score_terms, self.backend, self.pool.run, release, spread
+            scope = None if self.model_scope else tensors[0].name
+            sampled = self._surveys.sampled(
+                (scope, "bracket"),
+                experts,
+                lambda of: sample(
+                    tensors, count, of, self.score_terms, self.backend, self.pool.run, release, spread
+                ),
             )
             of_expert = [(selections[t], s) for t, s in zip(experts, sampled, strict=True)]
             brackets = self.pool.run(lambda pair: self.rules.bracket(*pair), of_expert)
@@ -254,6 +264,10 @@ class Decider:
         """The kernel's numbers for one prepared tensor; open (see terms.is_open) where a threshold
         follows."""
         settings = self.settings(tensor)
+        found = self._surveys.of(tensor.name, lambda: self._found(tensor, settings, model))
+        return self.method.terms(settings, found)
+
+    def _found(self, tensor: TensorInputs, settings: Settings, model: ModelFound) -> Found:
         found = self._unknown(tensor)
         found.brackets = self._thresholds(tensor, model)
         if self.needs.has("mean weight", "model"):
@@ -262,7 +276,7 @@ class Decider:
             found.model_sums = np.array(model.sums)
         for need in self.needs.of_tensor:
             _FINDERS[need.statistic](self, tensor, settings, found)
-        return self.method.terms(settings, found)
+        return found
 
     def _unknown(self, tensor: TensorInputs) -> Found:
         """What is known of a tensor before anything of it is read; experts whose selection is no threshold
@@ -401,7 +415,11 @@ class Decider:
 
     def _samples(self, tensor: TensorInputs, experts: list[int], terms_of) -> dict[int, np.ndarray]:
         count = self.rules.clusters(tensor.numel)
-        found = sample([tensor], count, experts, terms_of, self.backend, self.pool.run)
+        found = self._surveys.sampled(
+            (tensor.name, "ranks"),
+            experts,
+            lambda of: sample([tensor], count, of, terms_of, self.backend, self.pool.run),
+        )
         return dict(zip(experts, map(resident.host, found), strict=True))
 
     # Inputs that are not finite

@@ -90,7 +90,7 @@ class Engine:
     """Merges tensors (by number) into a sink, in units of tile_elements.
 
     found: what was found of the whole model; store: holds undecided elements; decided: thresholds of groups
-    that an earlier process decided.
+    that were decided before, to which a run adds its own.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Engine:
         self._tile_elements, self._decider, self._found = tile_elements, decider, found
         self._backend, self._pool = decider.backend, decider.pool
         self._groups: dict[int | None, Group] = {}
-        self._decided = dict(decided or {})
+        self.decided = dict(decided or {})
         self._rules = decider.rules
         self._checkpointed = self._rules.clock()
         # Elements of a tensor that one worker decides. A sample is quick, other statistics want all workers.
@@ -171,7 +171,7 @@ class Engine:
     def _decide(self, index: int) -> tuple[TensorInputs, Terms]:
         tensor = self._decider.prepare(self._tensors[index])
         terms = self._decider.terms(tensor, self._found)
-        known = self._decided.get(self._key(index))
+        known = self.decided.get(self._key(index))
         return tensor, terms if known is None else close(terms, known)
 
     def _merge_alone(self, segment: Segment) -> tuple:
@@ -182,6 +182,7 @@ class Engine:
             group = self._new_group(segment.index)
             group.add(result, tensor, terms)
             thresholds, missed = self._exact_thresholds(group, tensor)
+            self.decided[segment.index] = thresholds
             if missed:
                 room, result = self._run_kernel(segment, tensor, close(terms, thresholds))
                 result.repeats = 1
@@ -262,7 +263,7 @@ class Engine:
         tensor = self._decider.prepare(self._tensors[index])
         terms = self._decider.terms(tensor, self._found)
         self._store.restore(pending, tensor)
-        thresholds = self._decided.get(self._key(index))
+        thresholds = self.decided.get(self._key(index))
         group = self._group(index) if thresholds is None else self._new_group(self._key(index))
         group.add(pending, tensor, terms)
         if thresholds is None:
@@ -276,8 +277,8 @@ class Engine:
         tensor = None if key is None else group.tensor(group.pending[0])
         thresholds, missed = self._exact_thresholds(group, tensor)
         yield Decided(key, thresholds, missed)
+        self.decided[key] = thresholds
         if missed:
-            self._decided[key] = thresholds
             yield from map(Merged, self._merge(sorted(p.segment for p in group.pending)))
         else:
             patched = self._pool.run(lambda p: self._patch(group, p, thresholds), group.pending)

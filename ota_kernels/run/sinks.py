@@ -52,11 +52,15 @@ class FileSink:
 
 
 class MemorySink:
-    """A Sink that holds the results of tensors where they are. outputs: uint8 per tensor."""
+    """A Sink that holds the results of tensors where they are. outputs: uint8 per tensor, which may be given
+    as `rooms` (None: memory of its own)."""
 
-    def __init__(self, tensors: Sequence[TensorInputs]) -> None:
+    def __init__(self, tensors: Sequence[TensorInputs], rooms: Sequence[Array | None] = ()) -> None:
         self._sizes = [t.out_dtype.itemsize for t in tensors]
-        self.outputs = [resident.empty(t.numel * t.out_dtype.itemsize, t.experts[0].data) for t in tensors]
+        self.outputs = [
+            resident.empty(t.numel * t.out_dtype.itemsize, t.experts[0].data) if room is None else room
+            for t, room in zip(tensors, rooms or [None] * len(tensors), strict=True)
+        ]
 
     def room(self, segment: Segment, nbytes: int) -> Array:
         begin = segment.start * self._sizes[segment.index]
@@ -80,8 +84,8 @@ class MemorySink:
 class GraftSink(MemorySink):
     """Kept edits of the one expert become its own bits: w_0 + (w_t - w_0) is rounded."""
 
-    def __init__(self, tensors: Sequence[TensorInputs]) -> None:
-        super().__init__(tensors)
+    def __init__(self, tensors: Sequence[TensorInputs], rooms: Sequence[Array | None] = ()) -> None:
+        super().__init__(tensors, rooms)
         self._tensors = tensors
 
     def write(self, segment: Segment, merged: Array, final: bool) -> None:

@@ -23,7 +23,7 @@ from streams import Streamed, inputs_of, recipe_of, run_engine, stream
 from tolerances import assert_close
 
 import ota_kernels
-import ota_kernels.api as functional
+import ota_kernels.merger as functional
 import ota_kernels.select.topk as selection
 import ota_kernels.tensors.array as resident
 from ota_kernels import graft, merge_state_dicts, merge_tensors, topk_threshold

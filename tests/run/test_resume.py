@@ -275,6 +275,13 @@ class TestResume:
         assert report["experts"] == expected["experts"]
         assert model_digests(tmp_path / "out") == model_digests(tmp_path / "expected")
 
+    def test_sums_over_the_model_survive_the_journal(self, models, tmp_path):
+        options = {"options": {"threads": 1}, "method": "ramplus"}
+        interrupted(models, tmp_path / "out", 3, **options)
+        merge(models.recipe("ramplus"), tmp_path / "out", resume=True)
+        merge(models.recipe("ramplus"), tmp_path / "expected")
+        assert model_digests(tmp_path / "out") == model_digests(tmp_path / "expected")
+
     @pytest.mark.parametrize(
         "options",
         [{"threads": 1}, {"threads": 4, "tile_elements": 333}, {"tile_elements": 1 << 20}],

@@ -13,7 +13,7 @@ import torch
 from models import Experts, decider_of, random_experts
 from streams import BIG, closed_recipe, inputs_of, recipe_of, stream
 
-from ota_kernels import api, merge_state_dicts
+from ota_kernels import merge_state_dicts, merger
 from ota_kernels.backends import native, reference
 from ota_kernels.run.decide import Decider
 from ota_kernels.run.rules import Rules
@@ -324,14 +324,14 @@ def test_a_bracket_that_misses_changes_no_dictionary(monkeypatch, backend, bad, 
     class Watched(Decider):
         rule = staticmethod(bracket_of)
 
-        def __init__(self, *arguments):
-            super().__init__(*arguments, rules=Rules(bracket=self.rule))
+        def __init__(self, *arguments, **named):
+            super().__init__(*arguments, **named, rules=Rules(bracket=self.rule))
 
         def exact_thresholds(self, *arguments):
             decided.append(super().exact_thresholds(*arguments))
             return decided[-1]
 
-    monkeypatch.setattr(api, "Decider", Watched)
+    monkeypatch.setattr(merger, "Decider", Watched)
 
     def merged():
         found = merge_state_dicts(

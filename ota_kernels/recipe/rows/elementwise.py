@@ -77,7 +77,11 @@ register(
         base="required",
         parameters=(
             Parameter(
-                "select_topk", NOT_NEGATIVE, 1.0, "share of the elements where experts differ that is kept"
+                "select_topk",
+                NOT_NEGATIVE,
+                1.0,
+                "share of the elements where experts differ that is kept",
+                affects="masks",
             ),
             LAMBDA,
             Parameter("int8_mask", SWITCH, False, "accepted, without effect"),
@@ -117,9 +121,13 @@ def _factor_alone(shared: float, unique: float, settings: Settings) -> float:
 
 def _ram_parameters(r: float, alpha: float) -> tuple[Parameter, ...]:
     return (
-        Parameter("epsilon", NOT_NEGATIVE, 1e-5, "edits up to this magnitude count as none"),
-        Parameter("r", FINITE, r, "how much an edit grows that no other expert has"),
-        Parameter("alpha", NOT_NEGATIVE, alpha, "bound of the ratio of shared to lone edits"),
+        Parameter(
+            "epsilon", NOT_NEGATIVE, 1e-5, "edits up to this magnitude count as none", affects="masks"
+        ),
+        Parameter("r", FINITE, r, "how much an edit grows that no other expert has", affects="values"),
+        Parameter(
+            "alpha", NOT_NEGATIVE, alpha, "bound of the ratio of shared to lone edits", affects="values"
+        ),
         LAMBDA,
     )
 

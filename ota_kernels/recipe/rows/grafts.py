@@ -14,7 +14,12 @@ from ..settings import Settings
 from .ota import MOMENTS, SELECTION, gains, thresholds
 
 _SCOPE = Parameter(
-    "density_scope", choice("model", "tensor"), "model", "over what a density counts", varies=False
+    "density_scope",
+    choice("model", "tensor"),
+    "model",
+    "over what a density counts",
+    varies=False,
+    affects="masks",
 )
 
 
@@ -65,7 +70,9 @@ register(
         formula="w_0 + sum_t m_t d_t / max(1, sum_t m_t), m_t: the largest |d_t| of the model",
         base="required",
         parameters=(
-            Parameter("density", SHARE, 0.1, "share of an expert's edits that is kept", "expert"),
+            Parameter(
+                "density", SHARE, 0.1, "share of an expert's edits that is kept", "expert", affects="masks"
+            ),
             _SCOPE,
             Parameter(
                 "embeddings", choice("base", "merge"), "base", "what becomes of the embeddings", varies=False
@@ -107,7 +114,7 @@ register(
         formula="sum_t weight_t n(F_t) w_t / sum_t weight_t n(F_t), F_t = max(h_t, fisher_floor)",
         base="ignored",
         parameters=(
-            Parameter("weight", FINITE, 1.0, "the model's weight", "expert"),
+            Parameter("weight", FINITE, 1.0, "the model's weight", "expert", affects="values"),
             *MOMENTS,
             Parameter("fisher_floor", NOT_NEGATIVE, 1e-6, "the least value of F_t"),
             Parameter(
@@ -117,7 +124,7 @@ register(
                 "divide F_t by its mean over the tensor (global) or the model; the paper: by its L2 norm",
                 varies=False,
             ),
-            Parameter("epsilon", NOT_NEGATIVE, 1e-26, "added to each mean"),
+            Parameter("epsilon", NOT_NEGATIVE, 1e-26, "added to each mean", affects="values"),
         ),
         needs=_fisher_needs,
         view=_with_floor,

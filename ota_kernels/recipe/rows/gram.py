@@ -70,7 +70,7 @@ register(
         source="Shoemake 1985",
         formula="(sin((1-t) theta) w_0 + sin(t theta) w_1) / sin theta, theta between the tensors",
         base="required",
-        parameters=(Parameter("t", FINITE, REQUIRED, "0: the base, 1: the other model"),),
+        parameters=(Parameter("t", FINITE, REQUIRED, "0: the base, 1: the other model", affects="values"),),
         needs=lambda settings: _GRAM,
         view=_base_as_expert,
         terms=_slerp_terms,
@@ -117,7 +117,9 @@ register(
         formula="slerp of w_1 and w_2, of d_1 and d_2 with a base, at t = weight_2 / (weight_1 + weight_2)",
         base="optional",
         parameters=(
-            Parameter("weight", FINITE, REQUIRED, "how near the result is to the model", "expert"),
+            Parameter(
+                "weight", FINITE, REQUIRED, "how near the result is to the model", "expert", affects="values"
+            ),
             Parameter("nuslerp_flatten", SWITCH, True, "a tensor is one vector; false: each row is"),
             Parameter("nuslerp_row_wise", SWITCH, False, "without flatten: vectors along the first axis"),
             LAMBDA,
@@ -174,9 +176,11 @@ register(
         formula="(sum_t omega_t N_t) v / ||v||, v = sum_t omega_t x_t / N_t",
         base="optional",
         parameters=(
-            Parameter("weight", FINITE, REQUIRED, "how near the result is to the model", "expert"),
-            Parameter("normalize_weights", SWITCH, True, "divide the weights by their sum"),
-            Parameter("eps", POSITIVE, 1e-8, "norms below it count as none"),
+            Parameter(
+                "weight", FINITE, REQUIRED, "how near the result is to the model", "expert", affects="values"
+            ),
+            Parameter("normalize_weights", SWITCH, True, "divide the weights by their sum", affects="values"),
+            Parameter("eps", POSITIVE, 1e-8, "norms below it count as none", affects="values"),
             LAMBDA,
         ),
         needs=lambda settings: _GRAM,
@@ -234,8 +238,10 @@ register(
         formula="mean norm times the Karcher mean of the directions w_t / N_t",
         base="ignored",
         parameters=(
-            Parameter("max_iter", POSITIVE_INTEGER, 10, "steps at most"),
-            Parameter("tol", NOT_NEGATIVE, 1e-5, "a step, or a norm, below it counts as none"),
+            Parameter("max_iter", POSITIVE_INTEGER, 10, "steps at most", affects="values"),
+            Parameter(
+                "tol", NOT_NEGATIVE, 1e-5, "a step, or a norm, below it counts as none", affects="values"
+            ),
         ),
         needs=lambda settings: _GRAM,
         terms=_karcher_terms,

@@ -59,20 +59,29 @@ SELECTION = (
         None,
         "theta_t: edits of at least this saliency are kept",
         "expert",
+        affects="masks",
     ),
-    Parameter("density", SHARE, None, "share of the edits that are kept, the most salient ones", "expert"),
+    Parameter(
+        "density",
+        SHARE,
+        None,
+        "share of the edits that are kept, the most salient ones",
+        "expert",
+        affects="masks",
+    ),
     Parameter(
         "saliency_mass",
         SHARE,
         None,
         "keep the fewest edits that hold this share of the total saliency",
         "expert",
+        affects="masks",
     ),
 )
 
 # The parameters of `ota`, in the order in which they are shown.
 _OTA = (
-    Parameter("epsilon", NOT_NEGATIVE, 1e-26, "eps, added to each weight P_t"),
+    Parameter("epsilon", NOT_NEGATIVE, 1e-26, "eps, added to each weight P_t", affects="values"),
     Parameter(
         "normalise",
         choice("none", "global", "model"),
@@ -81,12 +90,13 @@ _OTA = (
         varies=False,
     ),
     Parameter("power", POSITIVE, 0.5, "p, the exponent of the curvature"),
-    Parameter("lambda", FINITE, 1.0, "the factor of the merged task vector"),
+    Parameter("lambda", FINITE, 1.0, "the factor of the merged task vector", affects="values"),
     Parameter(
         "fallback_to_base",
         SWITCH,
         True,
         "an element that no expert keeps takes the base's value; false: the experts' mean",
+        affects="values",
     ),
     Parameter(
         "density_scope",
@@ -94,12 +104,14 @@ _OTA = (
         "model",
         "`density` and `saliency_mass` count over the model or each tensor",
         varies=False,
+        affects="masks",
     ),
     Parameter(
         "mask_weights",
         SWITCH,
         True,
         "masked experts leave the denominator too; false: their weights stay in it",
+        affects="values",
     ),
     Parameter(
         "masked_task_vector_merge_method",

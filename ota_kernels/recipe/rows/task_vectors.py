@@ -58,9 +58,17 @@ _SELECT = {
 
 def _parameters(row: _Row) -> tuple[Parameter, ...]:
     found = [
-        Parameter("weight", FINITE, REQUIRED, "the factor of the model's edit", "expert"),
-        Parameter("density", NOT_NEGATIVE, 1.0, "share of the model's edits that is kept", "expert"),
-        Parameter("normalize", SWITCH, row.normalize, "divide by the sum of the weights that take part"),
+        Parameter("weight", FINITE, REQUIRED, "the factor of the model's edit", "expert", affects="values"),
+        Parameter(
+            "density", NOT_NEGATIVE, 1.0, "share of the model's edits that is kept", "expert", affects="masks"
+        ),
+        Parameter(
+            "normalize",
+            SWITCH,
+            row.normalize,
+            "divide by the sum of the weights that take part",
+            affects="values",
+        ),
         Parameter("rescale", SWITCH, row.rescale, "give kept edits the length that all edits have"),
         LAMBDA,
         Parameter("int8_mask", SWITCH, False, "accepted, without effect"),

@@ -1,0 +1,96 @@
+"""What merges of the same tensors found before they merged, kept for the next ones.
+
+A parameter says what depends on it (recipe/parameters.py): settings that differ in "values" only find the
+same; those that differ in "masks" score alike, and share a sample of the scores.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from ..planning.outputs import OutputTensor
+from ..recipe.methods import Method
+from ..recipe.settings import Settings
+from ..tensors.array import Array
+
+_MOST = 32  # statistics of rows are as large as a column of each matrix
+
+Key = tuple
+Result = TypeVar("Result")
+
+
+@dataclass
+class Surveys:
+    """What was found by settings that find the same, under keys that say of what. decided: exact thresholds
+    of groups, by the number of the tensor, None for the model; samples: of scores."""
+
+    samples: dict[Key, Array] = field(default_factory=dict)
+    found: dict[str | None, Any] = field(default_factory=dict)
+    decided: dict[int | None, list[float | None]] = field(default_factory=dict)
+
+    def of(self, name: str | None, find: Callable[[], Result]) -> Result:
+        """What was found of a tensor, or of the model (None)."""
+        if name not in self.found:
+            self.found[name] = find()
+        return self.found[name]
+
+    def sampled(
+        self, scope: Key, experts: Sequence[int], take: Callable[[Sequence[int]], list[Array]]
+    ) -> list[Array]:
+        """The samples of experts; those that are known are not taken again."""
+        missing = [t for t in experts if (*scope, t) not in self.samples]
+        if missing:
+            self.samples.update(zip(((*scope, t) for t in missing), take(missing), strict=True))
+        return [self.samples[(*scope, t)] for t in experts]
+
+
+class Once(Surveys):
+    """Of a merge that is the only one: nothing is kept, so that nothing grows with the model."""
+
+    def of(self, name: str | None, find: Callable[[], Result]) -> Result:
+        return find()
+
+    def sampled(
+        self, scope: Key, experts: Sequence[int], take: Callable[[Sequence[int]], list[Array]]
+    ) -> list[Array]:
+        return take(experts)
+
+
+class Kept:
+    """Surveys of merges of the same inputs, of the last settings that differ in what they find."""
+
+    def __init__(self) -> None:
+        self._surveys: OrderedDict[Key, Surveys] = OrderedDict()
+        self._samples: OrderedDict[Key, dict[Key, Array]] = OrderedDict()
+
+    def of(self, method: Method, outputs: Sequence[OutputTensor]) -> Surveys:
+        """What is known for these outputs; empty at first."""
+        scores, masks = (_key(method, outputs, affects) for affects in (("scores",), ("scores", "masks")))
+        samples = _taken(self._samples, scores, dict)
+        return _taken(self._surveys, masks, lambda: Surveys(samples))
+
+
+def _taken(kept: OrderedDict, key: Key, make):
+    """The last used of `_MOST` values stay."""
+    if key not in kept:
+        kept[key] = make()
+        while len(kept) > _MOST:
+            kept.popitem(last=False)
+    kept.move_to_end(key)
+    return kept[key]
+
+
+def _key(method: Method, outputs: Sequence[OutputTensor], affects: tuple[str, ...]) -> Key:
+    """What of the outputs' settings has these effects. Equal keys: the same is found."""
+    shared = [p.key for p in method.shared if p.affects in affects]
+    own = [p.key for p in method.own if p.affects in affects and p.key != "preconditioner_path"]
+
+    def chosen(settings: Settings) -> Key:
+        of_experts = tuple(tuple(e[key] for key in own) for e in settings.experts)
+        return settings.has_base, tuple(settings[key] for key in shared), of_experts
+
+    of_settings = {id(o.settings): chosen(o.settings) for o in outputs}
+    return (method.name, *((o.name, o.action, o.positions, of_settings[id(o.settings)]) for o in outputs))
