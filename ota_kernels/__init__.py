@@ -20,6 +20,7 @@ from .errors import BackendError, InputError, OtaError, OutputError, RecipeError
 if TYPE_CHECKING:
     from .api import graft, merge_into, merge_state_dicts, merge_tensors
     from .merger import Merger
+    from .run.files import merge_files
     from .run.grid.densities import densities
     from .run.job import merge, plan
     from .select.topk import topk_threshold
@@ -38,6 +39,7 @@ __all__ = [
     "densities",
     "graft",
     "merge",
+    "merge_files",
     "merge_into",
     "merge_state_dicts",
     "merge_tensors",
@@ -48,6 +50,7 @@ __all__ = [
 _LAZY = {
     "merge": "run.job",
     "plan": "run.job",
+    "merge_files": "run.files",
     "densities": "run.grid.densities",
     "merge_tensors": "api",
     "merge_state_dicts": "api",

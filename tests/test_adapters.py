@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from ota_kernels import merge
 from ota_kernels.errors import InputError
+from ota_kernels.planning.adapters import round_to
 from ota_kernels.planning.inputs import Inputs
 from ota_kernels.recipe.schema import parse_recipe
 from ota_kernels.tensors.computed import is_computed, whole_rows
@@ -125,6 +126,58 @@ def test_transposed_weights(model, tmp_path):
     assert_values(sources(recipe(tmp_path)), exact)
 
 
+def dora(tensors, module, seed):
+    """A magnitude for a linear layer or a convolution, as PEFT shapes it."""
+    size, *rest = SHAPES[f"{module}.weight"]
+    shape = (1, size, *(1 for _ in rest[1:])) if rest[1:] else (size,)
+    return tensors | {f"{module}.lora_magnitude_vector": random(shape, seed, 0.5) + 1}
+
+
+def test_dora(model, tmp_path):
+    """W' has rows of the lengths m_i in the direction of W + s B A."""
+    tensors = dora(dora(lora(Q, 4, 10) | lora(CONV, 4, 30), Q, 40), CONV, 41)
+    save_adapter(tmp_path / "adapter", tensors, use_dora=True)
+    expected = {n: t.double() for n, t in model.items()}
+    for module in (Q, CONV):
+        w = expected[f"{module}.weight"]
+        moved = w.reshape(w.shape[0], -1) + 2 * product(tensors, module)
+        m = tensors[f"{module}.lora_magnitude_vector"].double().reshape(-1, 1)
+        expected[f"{module}.weight"] = (m * moved / moved.norm(dim=1, keepdim=True)).reshape(w.shape)
+    assert_values(sources(recipe(tmp_path)), expected)
+    with Inputs(parse_recipe(recipe(tmp_path))) as inputs:
+        source = {e.name: e.experts[0].source for e in inputs.entries}[f"{Q}.weight"]
+        whole = source.slice(0, len(source)).data
+        parts = [source.slice(s, min(s + 101, len(source))).data for s in range(0, len(source), 101)]
+        assert np.array_equal(np.concatenate(parts), whole)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_rounded_to_a_type_before_it_is_merged(model, tmp_path, dtype, ota_merge):
+    """As a merged copy of that type would be; the rest of the model stays as it is."""
+    tensors = lora(Q, 4, 10) | {f"{Q}.lora_B.bias": random((150,), 12)}
+    save_adapter(tmp_path / "adapter", tensors, lora_bias=True)
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe(tmp_path, dtype="float32")))
+    code, _, _ = ota_merge("run", tmp_path / "r.yaml", tmp_path / "out", "-q", "--lora-merge-dtype", dtype)
+    assert code == 0
+    out = load_merged(tmp_path / "out")
+    type_ = getattr(torch, dtype)
+    w = model[f"{Q}.weight"].float() + (2 * product(tensors, Q)).float()
+    step = torch.finfo(type_).eps * w.abs() + 4e-7 * w.abs().max()
+    assert torch.equal(out[f"{Q}.weight"].to(type_).float(), out[f"{Q}.weight"])
+    assert ((out[f"{Q}.weight"] - w).abs() <= step).all()
+    assert torch.equal(out[f"{UP}.weight"], model[f"{UP}.weight"].float())
+    if dtype != "float32":
+        assert not torch.equal(out[f"{Q}.bias"], model[f"{Q}.bias"].float() + 2 * tensors[f"{Q}.lora_B.bias"])
+
+
+def test_rounding_is_to_nearest_even():
+    values = np.array([1.0, 1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 3e38, np.inf, 2**-140], np.float32)
+    expected = torch.from_numpy(values).bfloat16().float().numpy()
+    assert np.array_equal(round_to(values, "bfloat16"), expected)
+    assert round_to(values, "bfloat16").dtype == np.float32
+    assert np.isnan(round_to(np.array([np.nan], np.float32), "bfloat16")).all()
+
+
 def test_embeddings(model, tmp_path):
     name = "model.embed_tokens"
     a, b = random((4, 70), 1), random((12, 4), 2)
@@ -221,7 +274,7 @@ def test_a_changed_adapter_is_another_merge(model, tmp_path):
 
 
 WRONG = {
-    "dora": ({}, {"use_dora": True}, "uses DoRA (`use_dora`)"),
+    "dora": ({}, {"use_dora": True}, f"{Q} and `use_dora` do not agree"),
     "ia3": ({}, {"peft_type": "IA3"}, "an adapter of the kind 'IA3'; only LoRA"),
     "pissa": ({}, {"init_lora_weights": "pissa_niter_4"}, "started by pissa_niter_4"),
     "rank": ({}, {"r": 8}, "has rank 4, but adapter_config.json says 8"),
@@ -242,7 +295,17 @@ WRONG = {
     "magnitude": (
         {f"{Q}.lora_magnitude_vector": torch.ones(150)},
         {},
-        "lora_magnitude_vector', which is no LoRA weight",
+        f"{Q} and `use_dora` do not agree",
+    ),
+    "dora rows": (
+        {f"{Q}.lora_magnitude_vector": torch.ones(149)},
+        {"use_dora": True},
+        f"DoRA's magnitude for {Q}.weight has 149 elements, the tensor 150 rows",
+    ),
+    "dora transposed": (
+        {f"{Q}.lora_magnitude_vector": torch.ones(150)},
+        {"use_dora": True, "fan_in_fan_out": True},
+        "DoRA on an embedding or a transposed weight",
     ),
     "half": ({f"{UP}.lora_A.weight": torch.ones(4, 12)}, {}, "has one of the two factors"),
     "shape": (

@@ -1,10 +1,10 @@
-"""mergekit's flags of `ota-merge run`: those with another name here, and those that have no meaning here."""
+"""mergekit's flags of `run` and `files`: those with another name here, those without a meaning here."""
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import click
@@ -22,6 +22,15 @@ _WITHOUT_EFFECT = {
     "gpu_rich": "tiles are streamed",
     "write_threads": "tiles are written as they come",
     "lora_merge_cache": "adapters are added in the tile, without a copy",
+}
+# Of single files only.
+_WITHOUT_EFFECT_ON_FILES = {
+    "copy_tokenizer": "files have no tokenizer",
+    "write_model_card": "the recipe is in the file's metadata",
+    "out_shard_size": "the output is one file",
+    "allow_crimes": "names decide: -i or -u",
+    "trust_remote_code": "nothing beside the files is read",
+    "unsafe_truncate_embeddings": "names and shapes decide",
 }
 _DECIMAL = {"K": 10**3, "M": 10**6, "B": 10**9}
 
@@ -43,40 +52,65 @@ class ShardSize(click.ParamType):
         return size
 
 
+class TorchType(click.ParamType):
+    """A type as recipes write it."""
+
+    name = "dtype"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from ..recipe.parameters import DTYPE, parse_plain
+
+        return parse_plain(value, f"--{param.name.replace('_', '-')}", DTYPE)
+
+
 def _flag(name: str) -> Callable:
     return click.option(f"--{name.replace('_', '-')}", name, is_flag=True, hidden=True)
 
 
-_OPTIONS = (
+_COMMON = (
     *(_flag(name) for name in _WITHOUT_EFFECT if name not in ("write_threads", "lora_merge_cache")),
     click.option("--write-threads", type=int, hidden=True),
     click.option("--lora-merge-cache", type=click.Path(), hidden=True),
     click.option("--cuda", is_flag=True, hidden=True),
-    click.option("--out-shard-size", type=ShardSize(), hidden=True),
     click.option("--random-seed", type=int, hidden=True),
     click.option("--num-threads", "-j", type=click.IntRange(min=1), hidden=True),
     click.option("--transformers-cache", type=click.Path(), hidden=True),
     click.option("--safe-serialization/--no-safe-serialization", default=True, hidden=True),
+    click.option(
+        "--lora-merge-dtype",
+        type=TorchType(),
+        help="Round a model with an adapter on it to this type, as a merged copy would be.  [default: not]",
+    ),
+)
+_OF_FOLDERS = (
+    click.option("--out-shard-size", type=ShardSize(), hidden=True),
     click.option("--copy-tokenizer/--no-copy-tokenizer", default=True, help="Write the tokenizer's files."),
     click.option("--write-model-card/--no-write-model-card", default=True, help="Write README.md."),
 )
+_OF_FILES = (
+    click.option("--out-shard-size", type=ShardSize(), hidden=True),
+    click.option("--copy-tokenizer/--no-copy-tokenizer", default=None, hidden=True),
+    click.option("--write-model-card/--no-write-model-card", default=None, hidden=True),
+    *(_flag(name) for name in ("allow_crimes", "trust_remote_code", "unsafe_truncate_embeddings")),
+)
 
 
-def mergekit_flags(command: Callable) -> Callable:
-    """Take mergekit's flags too; the command receives our own options."""
+def mergekit_flags(command: Callable, *, of_files: bool = False) -> Callable:
+    """Take mergekit's flags too; the command receives our own options. of_files: there are no folders."""
+    without_effect = _WITHOUT_EFFECT | (_WITHOUT_EFFECT_ON_FILES if of_files else {})
 
     @functools.wraps(command)
     def translated(*args: Any, **given: Any) -> Any:
-        return command(*args, **_translated(given))
+        return command(*args, **_translated(given, without_effect))
 
-    for option in reversed(_OPTIONS):
+    for option in reversed((*_COMMON, *(_OF_FILES if of_files else _OF_FOLDERS))):
         translated = option(translated)
     return translated
 
 
-def _translated(given: dict[str, Any]) -> dict[str, Any]:
-    for name, reason in _WITHOUT_EFFECT.items():
-        if given.pop(name):
+def _translated(given: dict[str, Any], without_effect: Mapping[str, str]) -> dict[str, Any]:
+    for name, reason in without_effect.items():
+        if given.pop(name) not in (None, False):
             click.echo(f"--{name.replace('_', '-')} has no effect here: {reason}", err=True)
     if not given.pop("safe_serialization"):
         raise RecipeError("--no-safe-serialization: pickled models are not written; leave the flag out")
@@ -86,7 +120,7 @@ def _translated(given: dict[str, Any]) -> dict[str, Any]:
         given["device"] = "cuda"
     ours = {"out_shard_size": "shard_size", "random_seed": "seed", "num_threads": "threads"}
     for theirs, own in ours.items():
-        value = given.pop(theirs)
+        value = given.pop(theirs, None)
         if value is not None:
             given[own] = value
     return given

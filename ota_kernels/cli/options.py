@@ -97,18 +97,23 @@ _VERBOSE = click.option(
     callback=_set_verbosity,
     help="Say which backend runs, and why not another; show a traceback with an error.",
 )
+_CANDIDATES_MEMORY = click.option(
+    "--candidates-memory",
+    type=Size(least=0),
+    default="256MiB",
+    show_default=True,
+    help="Of elements that wait for exact thresholds; beyond it they go to the work folder.",
+)
+_SEED = click.option(
+    "--seed", type=int, default=0, show_default=True, help="Of methods that draw random numbers."
+)
 _READING = (_BACKEND, _DEVICE, _MEMORY_LIMIT, _THREADS, _VERBOSE)
+_MERGING_FILES = (_BACKEND, _DEVICE, _MEMORY_LIMIT, _CANDIDATES_MEMORY, _THREADS, _SEED, _VERBOSE)
 _MERGING = (
     _BACKEND,
     _DEVICE,
     _MEMORY_LIMIT,
-    click.option(
-        "--candidates-memory",
-        type=Size(least=0),
-        default="256MiB",
-        show_default=True,
-        help="Of elements that wait for exact thresholds; beyond it they go to the work folder.",
-    ),
+    _CANDIDATES_MEMORY,
     _THREADS,
     click.option(
         "--shard-size",
@@ -127,9 +132,7 @@ _MERGING = (
         is_flag=True,
         help="Copy Python files that the model loads its classes from; none is run.",
     ),
-    click.option(
-        "--seed", type=int, default=0, show_default=True, help="Of methods that draw random numbers."
-    ),
+    _SEED,
     click.option(
         "--unsafe-truncate-embeddings",
         is_flag=True,
@@ -150,3 +153,4 @@ def _add(options: Iterable[Callable]) -> Callable[[Callable], Callable]:
 
 reading = _add(_READING)  # the options of a command that reads all inputs
 merging = _add(_MERGING)  # those of `job.Options` that both `run` and `plan` take
+merging_files = _add(_MERGING_FILES)  # and those of `files`

@@ -77,13 +77,20 @@ class Checkpoint:
 
     label: what errors call it ("base_model", "models[2]"); root: the folder it lies in; files: its shards;
     tensors: name -> TensorInfo over all shards, in file order; of a folder of several models with the part's
-    prefix ("unet/"); stems: by prefix, what names of weight files begin with.
+    prefix ("unet/"); stems: by prefix, what names of weight files begin with; alone: what lies beside the
+    weights is not of this model.
     """
 
     def __init__(
-        self, label: str, root: Path, headers: dict[Path, Header], parts: Mapping[Path, Part] | None = None
+        self,
+        label: str,
+        root: Path,
+        headers: dict[Path, Header],
+        parts: Mapping[Path, Part] | None = None,
+        alone: bool = False,
     ):
         self.label = label
+        self._alone = alone
         self.root = root
         self.files = list(headers)
         self.tensors: dict[str, TensorInfo] = {}
@@ -97,14 +104,14 @@ class Checkpoint:
             self._add_shard(path, header)
 
     @classmethod
-    def open(cls, path: Path, label: str) -> Checkpoint:
+    def open(cls, path: Path, label: str, alone: bool = False) -> Checkpoint:
         """Open a folder, one file (.safetensors, or a torch file) or an index; reads headers only.
 
         What a folder's weights are, `folder.weight_files` says.
         Raises InputError for whatever is missing, malformed or contradictory.
         """
         files = _entry_files(path, label)
-        return cls(label, files[0].parent, _headers_of(files))
+        return cls(label, files[0].parent, _headers_of(files), alone=alone)
 
     def buffer(self, name: str) -> Buffer:
         """A zero-copy view of tensor `name`; maps its shard first where that has not been done.
@@ -137,7 +144,7 @@ class Checkpoint:
     def config(self) -> dict[str, Any] | None:
         """config.json beside the weights, or None. Raises InputError if it is not a JSON object."""
         path = self.root / "config.json"
-        return _read_json_object(path) if os.path.exists(path) else None
+        return _read_json_object(path) if not self._alone and os.path.exists(path) else None
 
     @property
     def tied_embeddings(self) -> bool:
@@ -182,8 +189,9 @@ def _read_header(file: Path) -> Header:
     return read_torch_header(file) if file.name.endswith(TORCH_SUFFIXES) else read_header(file)
 
 
-def open_model(path: Path, label: str) -> Checkpoint:
-    """A checkpoint that is a model: InputError, by its name, for an adapter and other kinds."""
+def open_model(path: Path, label: str, alone: bool = False) -> Checkpoint:
+    """A checkpoint that is a model: InputError, by its name, for an adapter and other kinds. alone: of a
+    file, whatever lies beside it."""
     check_is_model(path, label)
     headers: dict[Path, Header] = {}
     parts: dict[Path, Part] = {}
@@ -191,7 +199,7 @@ def open_model(path: Path, label: str) -> Checkpoint:
         found = _headers_of(part.files)
         headers |= found
         parts |= dict.fromkeys(found, part)
-    checkpoint = Checkpoint(label, path, headers, parts) if headers else Checkpoint.open(path, label)
+    checkpoint = Checkpoint(label, path, headers, parts) if headers else Checkpoint.open(path, label, alone)
     kind = kind_by_names(checkpoint.tensors)
     if kind is not None:
         raise refuse_kind(kind, label, path)

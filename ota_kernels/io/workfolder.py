@@ -17,6 +17,7 @@ from pathlib import Path
 from ..errors import OutputError, RunError
 from ..sizes import format_bytes
 from . import journal
+from .assets import sync_folder
 
 
 class WorkFolder:
@@ -122,13 +123,31 @@ class WorkFolder:
             if self.out.exists() and any(self.out.iterdir()):
                 os.rename(self.out, self.path / "replaced")
             os.rename(self.files, self.out)
-            parent = os.open(self.out.parent, os.O_RDONLY)
-            try:
-                os.fsync(parent)
-            finally:
-                os.close(parent)
+            sync_folder(self.out.parent)
         except OSError as error:
-            raise RunError(
-                f"cannot move the result to {self.out}: {error.strerror}; it is in {self.files}"
-            ) from error
+            raise self._not_moved(error) from error
+        self.remove()
+
+    def _not_moved(self, error: OSError) -> RunError:
+        return RunError(f"cannot move the result to {self.out}: {error.strerror}; it is in {self.files}")
+
+
+class WorkFile(WorkFolder):
+    """The same where OUT is one file. name: of the file that it is, among the others."""
+
+    def __init__(self, out: Path, needed_bytes: int, *, resume: bool, overwrite: bool, name: str) -> None:
+        super().__init__(out, needed_bytes, resume=resume, overwrite=overwrite)
+        self._name = name
+
+    def remove_if_published(self) -> None:
+        if not (self.files / self._name).exists():
+            self.remove()
+
+    def publish(self) -> None:
+        """Rename the finished file to OUT, in place of what was there."""
+        try:
+            os.replace(self.files / self._name, self.out)
+            sync_folder(self.out.parent)
+        except OSError as error:
+            raise self._not_moved(error) from error
         self.remove()

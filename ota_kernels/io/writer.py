@@ -58,11 +58,13 @@ def layout(
     tensors: Sequence[tuple[str, DType, tuple[int, ...]]],
     shard_size: int,
     stems: Mapping[str, str] | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> Layout:
     """Cut tensors, in order, into shards of at most `shard_size` bytes of data (one tensor at least each).
 
     Within a shard, wider types come first, so that every tensor is aligned to its element size. stems: what
-    names of files begin with, by the prefix of tensors ("" or the folder "unet/") that they hold.
+    names of files begin with, by the prefix of tensors ("" or the folder "unet/") that they hold; metadata:
+    what headers say beside `format: pt`.
     """
     stems = {"": "model"} | dict(stems or {})
     parts: dict[str, list[int]] = {}
@@ -75,7 +77,7 @@ def layout(
         for number, group in enumerate(groups):
             ordered = sorted(group, key=lambda i: -tensors[i][1].itemsize)
             own = [(tensors[i][0].removeprefix(prefix), *tensors[i][1:]) for i in ordered]
-            header, ranges = build_header(own, {"format": "pt"})
+            header, ranges = build_header(own, {"format": "pt"} | dict(metadata or {}))
             for i, (begin, end) in zip(ordered, ranges, strict=True):
                 name, dtype, shape = tensors[i]
                 placed[i] = OutputTensor(name, tuple(shape), dtype, len(shards), begin, end)

@@ -2,6 +2,7 @@
 
 W' = W + s B A         s = alpha / r, with rsLoRA alpha / sqrt(r); [m, n] = [m, n] + [m, r] [r, n]
 W' = W + s (B A)^T     embeddings (A: [r, vocabulary]), and layers that store W transposed (fan_in_fan_out)
+W' = m_i (W + s B A)_i / ||(W + s B A)_i||     DoRA (arXiv 2402.09353): each row i has the length m_i
 W' = the adapter's own tensor: modules_to_save, biases, and `base_layer` before its B A is added
 """
 
@@ -24,10 +25,10 @@ from ..tensors.computed import Computed, Source
 from ..tensors.dtypes import BY_NAME
 from .models import Info, Model
 
-_KINDS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+_MAGNITUDE = "lora_magnitude_vector"
+_KINDS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", _MAGNITUDE)
 # Settings of LoRA that change what the weights are, and that are not computed here.
 _REFUSED = {
-    "use_dora": "DoRA",
     "use_qalora": "QALoRA",
     "layer_replication": "layer_replication",
     "target_parameters": "target_parameters",
@@ -43,7 +44,8 @@ _CACHED = 16  # pairs of factors that are held as floats at a time
 
 class Change(NamedTuple):
     """What an adapter does to one tensor. own: the tensor that replaces it; a, b: keys of its factors, None
-    without; scale: s; transposed: whether (B A)^T is added; bias: the key of what is added to a bias."""
+    without; scale: s; transposed: whether (B A)^T is added; bias: the key of what is added to a bias;
+    magnitude: that of the lengths of rows."""
 
     own: str | None = None
     a: str | None = None
@@ -51,13 +53,15 @@ class Change(NamedTuple):
     scale: float = 1.0
     transposed: bool = False
     bias: str | None = None
+    magnitude: str | None = None
 
 
 class Adapted:
-    """A Model: another one with an adapter on it. label: what errors call both."""
+    """A Model: another one with an adapter on it. label: what errors call both; rounded: the torch name of a
+    type that W' is rounded to, None for not at all."""
 
-    def __init__(self, model: Model, adapter: AdapterFile, label: str) -> None:
-        self.label, self._model, self._adapter = label, model, adapter
+    def __init__(self, model: Model, adapter: AdapterFile, label: str, rounded: str | None = None) -> None:
+        self.label, self._model, self._adapter, self.rounded = label, model, adapter, rounded
         self.config = model.config
         self.tied_embeddings = model.tied_embeddings
         self._where = f"{adapter.label}: {adapter.folder}"
@@ -89,6 +93,14 @@ class Adapted:
                 )
         if change.bias is not None and self._adapter.tensors[change.bias].shape != info.shape:
             raise InputError(f"{self._where}: the bias for {name} has another shape than {list(info.shape)}")
+        if change.magnitude is not None and self._numel(change.magnitude) != info.shape[0]:
+            raise InputError(
+                f"{self._where}: DoRA's magnitude for {name} has {self._numel(change.magnitude)} elements, "
+                f"the tensor {info.shape[0]} rows"
+            )
+
+    def _numel(self, key: str) -> int:
+        return math.prod(self._adapter.tensors[key].shape)
 
     def _factors(self, a: str, b: str, dtype: str) -> tuple[np.ndarray, np.ndarray]:
         """[r, n] and [m, r]."""
@@ -110,7 +122,7 @@ class Adapted:
 
     def buffers(self, change: Change) -> Iterator[Buffer]:
         """What of the adapter a change reads."""
-        for key in (change.a, change.b, change.bias):
+        for key in (change.a, change.b, change.bias, change.magnitude):
             if key is not None:
                 yield self._adapter.tensors[key].buffer
 
@@ -144,15 +156,19 @@ class Adapting(Computed):
         values = _values(stored, self.dtype.name).reshape(stop - first, self.columns)
         advise(stored.data, "dontneed")
         if self._change.bias is not None:
-            return (
-                values
-                + self._scale * self._model.vector(self._change.bias, self.dtype.name)[first:stop, None]
-            )
+            values += self._scale * self._model.vector(self._change.bias, self.dtype.name)[first:stop, None]
+            return round_to(values, self._model.rounded)
         for begin in range(first // _BLOCK * _BLOCK, stop, _BLOCK):
             block = self._product(begin, min(begin + _BLOCK, self.shape[0]))
             low, high = max(first, begin), min(stop, begin + _BLOCK)
             values[low - first : high - first] += block[low - begin : high - begin]
-        return values
+        if self._change.magnitude is not None:
+            lengths = np.sqrt(np.square(values, dtype=np.float64).sum(axis=1, keepdims=True))
+            magnitude = self._model.vector(self._change.magnitude, "float64")[first:stop, None]
+            # A row of zeros has no direction: what is not finite then is told where it is merged.
+            with np.errstate(divide="ignore", invalid="ignore"):
+                values *= magnitude / lengths
+        return round_to(values, self._model.rounded)
 
     def _product(self, first: int, stop: int) -> np.ndarray:
         """Rows of s B A, or of its transpose."""
@@ -171,6 +187,18 @@ def _values(buffer: Buffer, dtype: str) -> np.ndarray:
     if buffer.dtype.name == "float64":
         return buffer.data.copy().view(np.float64).astype(dtype)
     return np.array(buffer.float32(), dtype)
+
+
+def round_to(values: np.ndarray, dtype: str | None) -> np.ndarray:
+    """float32 or float64 values in their own type, rounded to another one (to nearest, ties to even)."""
+    if dtype is None:
+        return values
+    if dtype != "bfloat16":
+        with np.errstate(over="ignore"):
+            return values.astype(dtype).astype(values.dtype)
+    bits = values.astype(np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
+    return np.where(np.isfinite(values), rounded.view(np.float32), values).astype(values.dtype)
 
 
 def _matrix(tensor: AdapterTensor, dtype: str) -> np.ndarray:
@@ -253,7 +281,16 @@ def _add_module(
         )
     scale = _scale(adapter.config, module, rank, where)
     transposed = embedding or bool(adapter.config.get("fan_in_fan_out"))
-    found[name] = Change(found[name].own if name in found else None, a, b, scale, transposed)
+    magnitude = keys.get(_MAGNITUDE)
+    if bool(adapter.config.get("use_dora")) != (magnitude is not None):
+        raise InputError(f"{where}: {module} and `use_dora` do not agree whether there is a {_MAGNITUDE}")
+    if magnitude is not None and transposed:
+        raise InputError(
+            f"{where}: {module} has DoRA on an embedding or a transposed weight, which is not supported: "
+            "merge the adapter with PEFT first"
+        )
+    own = found[name].own if name in found else None
+    found[name] = Change(own, a, b, scale, transposed, magnitude=magnitude)
     if "bias" in keys:
         bias = f"{module}.bias"
         if bias not in model:

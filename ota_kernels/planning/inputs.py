@@ -30,12 +30,14 @@ from .truncation import cut
 from .vocabulary import Aligned, AlignedMoments, Alignment, with_rows
 
 _ADVICE = "; --allow-crimes merges what there is"
+_ADVICE_ON_FILES = "; -i leaves such tensors out, -u merges each over the files that have it"
 
 
 class Inputs:
     """The open files of a recipe; a context manager. allow_crimes: models may differ in what they have and in
     what they compute, and notes say so; allow_differences: in what they compute; truncate: vocabulary tensors
-    are cut to the fewest rows of any model.
+    are cut to the fewest rows of any model; files: models are single files, whatever lies beside them, and
+    which names are merged (pairing.py); lora_dtype: the type that models with adapters are rounded to.
 
     recipe: without models that are the base itself; entries: output tensors in the order in which they are
     written; models: by their references; checkpoints: the files of each; untied: the output has an output
@@ -51,8 +53,10 @@ class Inputs:
         allow_crimes: bool = False,
         allow_differences: bool = False,
         truncate: bool = False,
+        files: str | None = None,
+        lora_dtype: str | None = None,
     ) -> None:
-        self.recipe = recipe
+        self.recipe, self._single, self._lora_dtype = recipe, files, lora_dtype
         self.method = recipe.method
         self._files = contextlib.ExitStack()
         self.notes: list[str] = []
@@ -64,10 +68,17 @@ class Inputs:
             if truncate and self.alignment is None:
                 self.models, self.moments, self._cut_rows = cut(self.models, self.moments)
             self.pairing = Pairing(
-                self.recipe, self.models, self.moments, allow_crimes, _ADVICE, self._prefixes.unsafe
+                self.recipe,
+                self.models,
+                self.moments,
+                allow_crimes,
+                _ADVICE if files is None else _ADVICE_ON_FILES,
+                self._prefixes.unsafe,
+                files,
             )
             self.notes += self.pairing.notes
-            self._compare(allow_crimes or allow_differences)
+            if files is None:
+                self._compare(allow_crimes or allow_differences)
         except BaseException:
             self.close()
             raise
@@ -80,9 +91,8 @@ class Inputs:
 
     def _open(self) -> None:
         recipe = self.recipe
-        self.model_folders: dict[str, Path] = {
-            r.label: resolve_model(r.model.label) for r in recipe.references
-        }
+        resolve = resolve_model if self._single is None else resolve_file
+        self.model_folders: dict[str, Path] = {r.label: resolve(r.model.label) for r in recipe.references}
         self.adapter_folders: dict[str, Path] = {}
         used = dict.fromkeys(entry.reference for part in recipe.slices for entry in part.entries)
         self.checkpoints: dict[Reference, Checkpoint] = {}
@@ -100,7 +110,8 @@ class Inputs:
         self.moments_files = list(self.moments.values())
 
     def _model(self, reference: Reference) -> Model:
-        checkpoint = open_model(self.model_folders[reference.label], reference.label)
+        alone = self._single is not None
+        checkpoint = open_model(self.model_folders[reference.label], reference.label, alone)
         model: Model = Stored(checkpoint)
         self._files.enter_context(contextlib.closing(model))
         quantised = quantisation_of(checkpoint)
@@ -115,7 +126,8 @@ class Inputs:
         name = reference.adapter_label
         self.adapter_folders[name] = folder = resolve_model(name)
         adapter = self._files.enter_context(contextlib.closing(AdapterFile(folder, reference.label)))
-        return self._files.enter_context(contextlib.closing(Adapted(model, adapter, reference.label)))
+        adapted = Adapted(model, adapter, reference.label, self._lora_dtype)
+        return self._files.enter_context(contextlib.closing(adapted))
 
     def _rename(self) -> None:
         """Give all models the names of the first one, where only prefixes differ that say nothing."""

@@ -43,7 +43,9 @@ class Pairing:
 
     models: by their references; moments: of a recipe's entry, None without; allow_crimes: merge a tensor that
     some models lack by its method's rule, which is an error else; advice: the end of that error; renamed:
-    models, by label, whose names differ from the first one's in a way that that error explains. outputs: in
+    models, by label, whose names differ from the first one's in a way that that error explains; files: models
+    are files of any names, none of which is a layer's or tied to another: "same" where all must have them,
+    "intersection" of those that all have, "union" of all; None: models of folders. outputs: in
     the order in which they are written, that of the first model where layers are not restacked; untied: the
     output has an output matrix of its own although some model ties it to the embeddings; left_out: stored
     tensors that are not written, with the reason; notes: what a user should know; donors: for each output
@@ -56,6 +58,7 @@ class Pairing:
     allow_crimes: bool = False
     advice: str = ""
     renamed: Mapping[str, Renaming] = field(default_factory=dict)
+    files: str | None = None
     outputs: list[OutputTensor] = field(init=False)
     untied: bool = field(init=False, default=False)
 
@@ -69,6 +72,8 @@ class Pairing:
         self.left_out: dict[str, str] = {}
         self.notes: list[str] = []
         self._policy = self.recipe.parameters.get("extra_tensors", "error")
+        if self.files == "intersection":
+            self._policy = buffers.DROP
         self._precision = Precision(self.models.values(), self.recipe.dtype, self.recipe.out_dtype)
         named = list(self._named())
         self._check_filters(named)
@@ -98,7 +103,7 @@ class Pairing:
     def _whole(self, part: Slice) -> Iterator[_Named]:
         models = self._models_of(part)
         names = dict.fromkeys(name for model in models for name in model.tensors)
-        stacks = layers.stacks(names)
+        stacks = layers.stacks(names) if self.files is None else {}
         for name in names:
             yield _Named(name, part, (name,) * len(models), layers.position(name, stacks))
 
@@ -164,7 +169,7 @@ class Pairing:
         for each in named:
             models = self._models_of(each.part)
             parts = list(map(Part, models, each.names))
-            head = head_of(models, each.names)
+            head = head_of(models, each.names) if self.files is None else None
             if head is not None:
                 if all(head.tied):
                     self.left_out[each.name] = f"a copy of {head.sources[0]}, to which it is tied"
@@ -180,7 +185,7 @@ class Pairing:
                     for p, source, is_tied in zip(parts, head.sources, head.tied, strict=True)
                 ]
             pairs[each.name] = (each, parts)
-        if self.recipe.slices[0].whole:
+        if self.recipe.slices[0].whole and self.files is None:
             self._leave_aliases(pairs)
         self.notes += [f"{name} is left out: {reason}" for name, reason in self.left_out.items()]
         return pairs
@@ -214,7 +219,8 @@ class Pairing:
                 self.left_out[name] = choice.reason
                 continue
             absent = [p.model.label for p in parts if p.name not in p.model.tensors]
-            if choice.action == buffers.MISSING and (not self.allow_crimes or len(absent) == len(parts)):
+            merged = self.allow_crimes or self.files == "union"
+            if choice.action == buffers.MISSING and (not merged or len(absent) == len(parts)):
                 lacking[name] = absent
             elif not lacking:
                 output = self._chosen(each, parts, choice)
@@ -230,6 +236,8 @@ class Pairing:
         """What is written for a tensor, where it is a buffer or some models lack it."""
         if all(p.name in p.model.tensors for p in parts) and not buffers.may_be_buffer(named.name):
             return buffers.PLAIN
+        if self.files == "union" and not all(p.name in p.model.tensors for p in parts):
+            return buffers.Choice(buffers.MISSING)
         held = [buffers.held_of(p) if p.name in p.model.tensors else None for p in parts]
         return buffers.choose(named.name, held, self._policy, named.part.base is not None)
 

@@ -94,15 +94,22 @@ class Job:
     def __init__(self, recipe: Recipe, options: Options, rules: Rules = RULES) -> None:
         self.options, self._rules = options, rules
         self.backend = backends.select(options.backend, options.device)
-        self.inputs = Inputs(
-            recipe, allow_crimes=options.allow_crimes, truncate=options.unsafe_truncate_embeddings
-        )
+        self.inputs = self._open(recipe)
         self.recipe = self.inputs.recipe
         try:
             self._prepare()
         except BaseException:
             self.inputs.close()
             raise
+
+    def _open(self, recipe: Recipe) -> Inputs:
+        options = self.options
+        return Inputs(
+            recipe,
+            allow_crimes=options.allow_crimes,
+            truncate=options.unsafe_truncate_embeddings,
+            lora_dtype=options.lora_merge_dtype,
+        )
 
     def _prepare(self) -> None:
         options = self.options
@@ -119,7 +126,12 @@ class Job:
             shard_size=options.shard_size,
             tile_elements=options.tile_elements,
             candidates_memory=options.candidates_memory,
+            metadata=self._metadata(),
         )
+
+    def _metadata(self) -> dict[str, str]:
+        """What the output's headers say besides."""
+        return {}
 
     def decider(self, pool: Pool) -> Decider:
         tensors = list(self.tensors.values())
@@ -148,6 +160,10 @@ class Job:
     def fingerprint(self) -> str:
         """Changes whenever the merge does: recipe, inputs, layout, seed, versions. Not with the backend: one
         may go on where another was stopped, since masks are the same on all of them."""
+        shards = [asdict(shard) | {"header": shard.header.hex()} for shard in self.plan.layout.shards]
+        return self._digest(shards)
+
+    def _digest(self, *more: Any) -> str:
         parts = [
             __version__,
             FORMAT,
@@ -156,8 +172,9 @@ class Job:
             self.options.allow_crimes,
             self.options.unsafe_truncate_embeddings,
             self.options.trust_remote_code,
+            self.options.lora_merge_dtype,
             self.inputs.fingerprint(),
-            [asdict(shard) | {"header": shard.header.hex()} for shard in self.plan.layout.shards],
+            *more,
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -214,8 +231,11 @@ class Job:
 
     def _work_folder(self, out: Path) -> WorkFolder:
         options = self.options
-        needed = self.plan.bytes_out + self.plan.spilled_bytes + _SPARE_BYTES
-        return WorkFolder(out, needed, resume=options.resume, overwrite=options.overwrite)
+        return WorkFolder(out, self._needed_bytes, resume=options.resume, overwrite=options.overwrite)
+
+    @property
+    def _needed_bytes(self) -> int:
+        return self.plan.bytes_out + self.plan.spilled_bytes + _SPARE_BYTES
 
     def check_output(self, out: Path) -> dict | None:
         """OutputError where `out` (resolved) cannot be used. With --resume, the report of a merge that is

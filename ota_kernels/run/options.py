@@ -46,7 +46,8 @@ class Options:
     allow_crimes: models may differ in the tensors they have, in their configurations and vocabularies, and
     the notes say so; trust_remote_code: copy the Python files that a model loads its classes from (none is
     ever run); unsafe_truncate_embeddings: vocabulary tensors are cut to the fewest rows of any model;
-    copy_tokenizer, write_model_card: whether they are written.
+    copy_tokenizer, write_model_card: whether they are written; lora_merge_dtype: the torch name of a type to
+    which models with an adapter on them are rounded, None for not at all.
     """
 
     backend: str = "auto"
@@ -64,6 +65,7 @@ class Options:
     copy_tokenizer: bool = True
     write_model_card: bool = True
     trust_remote_code: bool = False
+    lora_merge_dtype: str | None = None
 
     def __post_init__(self) -> None:
         backends.check_device(self.device)
@@ -81,4 +83,5 @@ class Options:
     def of_result(self) -> dict[str, Any]:
         """Those that the output's bytes depend on."""
         names = ("shard_size", "seed", "allow_crimes", "unsafe_truncate_embeddings", "trust_remote_code")
+        names += ("lora_merge_dtype",)
         return {name: getattr(self, name) for name in names}
