@@ -121,9 +121,7 @@ def _factor_alone(shared: float, unique: float, settings: Settings) -> float:
 
 def _ram_parameters(r: float, alpha: float) -> tuple[Parameter, ...]:
     return (
-        Parameter(
-            "epsilon", NOT_NEGATIVE, 1e-5, "edits up to this magnitude count as none", affects="masks"
-        ),
+        Parameter("epsilon", NOT_NEGATIVE, 1e-5, "edits up to this magnitude count as none", affects="masks"),
         Parameter("r", FINITE, r, "how much an edit grows that no other expert has", affects="values"),
         Parameter(
             "alpha", NOT_NEGATIVE, alpha, "bound of the ratio of shared to lone edits", affects="values"
