@@ -8,6 +8,7 @@ merge_tensors(base, experts)     one tensor
 Merger(base, experts)             the same models merged again and again, as a search does
 merge_into(model, base, experts)  into a live model's parameters
 graft(base, expert, curvature)   one expert's most salient edits on the base: tensors or dictionaries
+method(name, ...)                a merge method of one's own: words, or a function of torch tensors
 topk_threshold(score, k)         the exact k-th largest score of an array
 """
 
@@ -20,6 +21,7 @@ from .errors import BackendError, InputError, OtaError, OutputError, RecipeError
 if TYPE_CHECKING:
     from .api import graft, merge_into, merge_state_dicts, merge_tensors
     from .merger import Merger
+    from .recipe.own import method
     from .run.files import merge_files
     from .run.grid.densities import densities
     from .run.job import merge, plan
@@ -43,6 +45,7 @@ __all__ = [
     "merge_into",
     "merge_state_dicts",
     "merge_tensors",
+    "method",
     "plan",
     "topk_threshold",
 ]
@@ -56,6 +59,7 @@ _LAZY = {
     "merge_state_dicts": "api",
     "merge_into": "api",
     "graft": "api",
+    "method": "recipe.own",
     "Merger": "merger",
     "topk_threshold": "select.topk",
 }

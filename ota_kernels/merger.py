@@ -197,6 +197,8 @@ class Placed:
         tensors = [output.inputs() for output in outputs]
         of_each = {output.name: output.settings for output in outputs}
         on_device = tensors[0].is_resident
+        if recipe.method.python and not on_device:
+            backend = backends.select(self._asked, python=True)
         device = tensors[0].experts[0].data.device if on_device else None
         with Inline(device) if on_device else Pool(self._threads or default_threads()) as pool:
             sink = sink_of(tensors, [] if target is None else target.rooms(tensors))

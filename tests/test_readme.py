@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from ota_kernels.recipe import methods
+
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
 
@@ -17,6 +19,8 @@ def test_snippets_run(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     # What inductor generates is torch's business, and takes a compiler.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    methods.names()
+    monkeypatch.setattr(methods, "_REGISTRY", dict(methods._REGISTRY))  # what it adds goes with it
     names: dict = {"__name__": "readme"}
     for i, block in enumerate(BLOCKS):
         try:

@@ -69,8 +69,9 @@ def check_device(device: str) -> None:
         raise RecipeError(f"unknown device {device!r}: choose auto, cpu, cuda or cuda:N")
 
 
-def select(name: str = "auto", device: str = "auto") -> Backend:
-    """The backend of that name on that device; where both are "auto", the fastest that runs here.
+def select(name: str = "auto", device: str = "auto", python: bool = False) -> Backend:
+    """The backend of that name on that device; where both are "auto", the fastest that runs here. python: for
+    a method that is a function of torch tensors, which `reference` runs.
 
     device: "auto", "cpu", "cuda" or "cuda:N". torch and triton are imported only for a backend that was asked
     for, or where a GPU is in sight. Raises BackendError with the reason when what was asked for cannot run.
@@ -78,6 +79,13 @@ def select(name: str = "auto", device: str = "auto") -> Backend:
     if name != "auto" and name not in NAMES:
         raise BackendError(f"unknown backend {name!r}: choose auto, {', '.join(NAMES[:-1])} or {NAMES[-1]}")
     check_device(device)
+    if python:
+        if name not in ("auto", "reference") or device.startswith("cuda"):
+            raise BackendError(
+                f"a method of a Python function runs by the reference backend on the CPU, not by {name} "
+                f"on {device}"
+            )
+        name = "reference"
     on_gpu = device.startswith("cuda")
     if on_gpu and name in _ON_CPU:
         raise BackendError(

@@ -58,9 +58,9 @@ def release() -> None:
 
 
 def _other(terms: Terms):
-    """The reference, for rows of `random by rank` whose elements are no neighbours (tensors of three axes and
-    more): too rare for a loop of their own."""
-    if terms.ranked[1] == 1:
+    """The reference, for functions of Python, and for rows of `random by rank` whose elements are no
+    neighbours (tensors of three axes and more): too rare for a loop of their own."""
+    if terms.function is None and terms.ranked[1] == 1:
         return None
     from . import reference
 

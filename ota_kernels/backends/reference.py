@@ -14,7 +14,7 @@ from ..tensors.curvature import Uniform
 from ..tensors.result import CENSUS, EXPONENTS, SUMS, Candidates, MergeStats, NonFinite
 from ..tensors.terms import ExpertTerms, Terms, score_bits
 from ..tensors.tile import TensorInputs
-from . import torch_words
+from . import functions, torch_words
 
 NAME = "reference"
 
@@ -32,6 +32,8 @@ def release() -> None:
 
 def merge(tile: TensorInputs, terms: Terms, out: np.ndarray) -> MergeStats:
     """Merge one tile into `out` (uint8, the tile's elements in its out_dtype)."""
+    if terms.function is not None:
+        return functions.merge(tile, terms, out)
     words, place = terms.words, torch_words.Place.of(tile)
     acc = torch.float64 if tile.out_dtype.itemsize >= 4 else torch.float32
     has_base = tile.base is not None

@@ -53,6 +53,9 @@ class Method:
     "ranks" finds, of n elements, `nonzero` of which are not 0; groups: of what "gram" is taken; view: the
     tensor as the kernels see it; check: what is wrong with the settings of a tensor, None where nothing is;
     keeps_base: whether a tensor of a role takes the base's values; copies: whether it is its only expert's.
+
+    identity: what a recipe does not say of a user's method: a merge by another one is not gone on with;
+    python: whether its terms are a function of torch tensors.
     """
 
     name: str
@@ -71,6 +74,8 @@ class Method:
     least: int = 2
     most: int | None = None
     absent: str = "merge"
+    identity: str = ""
+    python: bool = False
 
     @functools.cached_property
     def by_key(self) -> dict[str, Parameter]:
@@ -102,8 +107,8 @@ _REGISTRY: dict[str, Method] = {}
 
 
 def register(method: Method) -> None:
-    """Add a row; a name that is taken raises ValueError."""
-    if method.name in _REGISTRY:
+    """Add a row; a name that is taken raises ValueError, but for a user's own, which a later one replaces."""
+    if method.name in _REGISTRY and not (method.identity and _REGISTRY[method.name].identity):
         raise ValueError(f"the merge method `{method.name}` is registered twice")
     _REGISTRY[method.name] = method
 

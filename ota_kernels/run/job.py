@@ -93,7 +93,7 @@ class Job:
 
     def __init__(self, recipe: Recipe, options: Options, rules: Rules = RULES) -> None:
         self.options, self._rules = options, rules
-        self.backend = backends.select(options.backend, options.device)
+        self.backend = backends.select(options.backend, options.device, recipe.method.python)
         self.inputs = self._open(recipe)
         self.recipe = self.inputs.recipe
         try:
@@ -168,6 +168,7 @@ class Job:
             __version__,
             FORMAT,
             self.recipe.as_dict(),
+            self.recipe.method.identity,
             self.options.seed,
             self.options.allow_crimes,
             self.options.unsafe_truncate_embeddings,

@@ -55,7 +55,7 @@ Scales of scores are powers of two times the recipe's numbers: float32 neither u
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
@@ -70,6 +70,8 @@ _WEIGHT_EXPONENT = 40
 _LARGEST_SCALED_WEIGHT = 2.0**60
 
 LAST_INDEX = (1 << 63) - 1
+
+BLOCK = 1 << 15  # elements that a function of Python computes at a time (backends/functions.py)
 
 # The words of each step; kernels know them by their place here.
 WORDS = {
@@ -148,6 +150,9 @@ class Terms:
     epsilon: scaled like the weights; fallback: "base" or "mean"; zero: "fallback" or "one"; repair: write the
     base value where an input is not finite, instead of failing; seed, name_hash: keys of random numbers;
     ranked: rows of `random by rank`: how many elements, how far apart (1: neighbours); tiles are whole ones.
+
+    function: of (base or None, experts, curvatures that the words read), torch tensors [n] in the type acc:
+    it stands in place of all words; what: an error's name of it.
     """
 
     words: Words
@@ -167,10 +172,14 @@ class Terms:
     seed: int = 0
     name_hash: int = 0
     ranked: tuple[int, int] = (1, 1)
+    function: Callable | None = None
+    what: str = ""
 
     @property
     def whole(self) -> int:
         """A tile is a whole number of so many elements."""
+        if self.function is not None:
+            return BLOCK
         return math.prod(self.ranked) if self.words.select == "random by rank" else 1
 
 

@@ -17,7 +17,7 @@ from ...tensors.curvature import Full, Log8, Uniform
 from ...tensors.result import Candidates, MergeStats, NonFinite
 from ...tensors.terms import Terms
 from ...tensors.tile import TensorInputs
-from .. import triton
+from .. import functions, triton
 from . import merge as merging
 from . import survey, tiles
 from .device import FAULTS, DeviceMemoryError, is_out_of_memory, line_of, reported
@@ -54,6 +54,8 @@ class Triton:
     def merge(self, tile: TensorInputs, terms: Terms, out: Array) -> MergeStats:
         """Merge one tile into `out` (uint8, the tile's elements in its out_dtype): in halves where the device
         has no room for it at once."""
+        if terms.function is not None:
+            return functions.merge(tile, terms, out)
         with reported(self.device):
             try:
                 if tile.is_resident:
