@@ -18,6 +18,26 @@ def write_at(fd: int, offset: int, data: bytes | np.ndarray) -> None:
         view, offset = view[written:], offset + written
 
 
+def copy_at(source: str, begin: int, fd: int, offset: int, count: int) -> bool:
+    """Copy `count` bytes from `begin` of a file without taking them out of the system, by shared blocks where
+    the file system has them. False where that cannot be done; then some of them may be copied."""
+    if not hasattr(os, "copy_file_range"):
+        return False
+    try:
+        own = os.open(source, os.O_RDONLY)
+        try:
+            while count:
+                copied = os.copy_file_range(own, fd, count, begin, offset)
+                if copied == 0:
+                    return False
+                begin, offset, count = begin + copied, offset + copied, count - copied
+        finally:
+            os.close(own)
+    except OSError:  # another file system, an old one, no room: what is wrong, a write says
+        return False
+    return True
+
+
 def read_at(fd: int, offset: int, data: np.ndarray) -> bool:
     """Fill `data` (contiguous uint8); False where the file ends before. Raises OSError."""
     view = memoryview(data)

@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import RunError
+from ..tensors.buffer import Buffer
 from ..tensors.dtypes import DType
 from .assets import sync_folder, write_file
 from .checksums import Leaves, Sums, complete
 from .header import build_header
-from .offsets import read_at, write_at
+from .offsets import copy_at, read_at, write_at
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,19 @@ class ShardWriter:
             self._leaves.add(tensor, begin, data)
         else:
             self._leaves.forget(tensor, begin, begin + len(data))
+
+    def copy(self, tensor: OutputTensor, start: int, piece: Buffer) -> None:
+        """Write elements that are final; those of a file go from file to file where the system can."""
+        begin = start * tensor.dtype.itemsize
+        place, count = tensor.begin + begin, len(piece.data)
+        if piece.offset < 0 or not copy_at(
+            piece.origin, piece.offset, self._fds[tensor.shard], place, count
+        ):
+            self.write(tensor, start, piece.data)
+            return
+        with self._lock:
+            self._unsynced.add(tensor.shard)
+        self._leaves.add(tensor, begin, piece.data)
 
     def patch(
         self, tensor: OutputTensor, start: int, stop: int, positions: np.ndarray, merged: np.ndarray

@@ -18,15 +18,16 @@ from ..tensors.terms import ExpertTerms, Terms, Words
 from ..tensors.tile import TensorInputs
 
 
-def copied(backend: Backend, entry: OutputTensor, nbytes: int) -> Iterator[tuple[int, np.ndarray]]:
-    """(first element, uint8) of a tensor that no backend computes, about `nbytes` at a time: of the only
+def copied(backend: Backend, entry: OutputTensor, nbytes: int) -> Iterator[tuple[int, Buffer]]:
+    """(first element, elements) of a tensor that no backend computes, about `nbytes` at a time: of the only
     source, of several that must be equal, or their mean."""
     step = nbytes // entry.dtype.itemsize
     sources = [part.source for part in entry.sources]
     for start in range(0, entry.numel, step):
         pieces = [b.slice(start, min(start + step, entry.numel)) for b in sources]
         if entry.action == AVERAGE:
-            yield start, average([(piece.data, piece.dtype) for piece in pieces], entry.dtype)
+            mean = average([(piece.data, piece.dtype) for piece in pieces], entry.dtype)
+            yield start, Buffer(mean, entry.dtype)
         else:
             check_equal(entry.name, pieces)
             yield start, in_type(backend, entry.name, pieces[0], entry.dtype)
@@ -34,15 +35,15 @@ def copied(backend: Backend, entry: OutputTensor, nbytes: int) -> Iterator[tuple
             advise(piece.data, "dontneed")
 
 
-def in_type(backend: Backend, name: str, piece: Buffer, dtype: DType) -> np.ndarray:
+def in_type(backend: Backend, name: str, piece: Buffer, dtype: DType) -> Buffer:
     """The elements in this type, rounded once; as they are where it is their own."""
     if piece.dtype == dtype:
-        return piece.data
+        return piece
     words = Words(score="none", select="all", weigh="constant", divide="number")
     out = np.empty(len(piece) * dtype.itemsize, np.uint8)
     tile = TensorInputs(name, (len(piece),), dtype, None, (piece,), (Uniform(),))
     backend.merge(tile, Terms(words, (ExpertTerms(),)), out)
-    return out
+    return Buffer(out, dtype)
 
 
 def check_equal(name: str, pieces: list[Buffer]) -> None:

@@ -282,12 +282,15 @@ class Decider:
         """What is known of a tensor before anything of it is read; experts whose selection is no threshold
         keep everything."""
         count = len(tensor.experts)
+        positions = self._positions.get(tensor.name, ())
+        if len(positions) != count:  # none are known, or a method's view makes the base one of its experts
+            positions = range(count)
         corrections = [c.bias_correction for c in tensor.curvatures]
         masks = [s.surveyed or (s.rule == "threshold" and s.value > 0) for s in self.selections(tensor)]
         return Found(
             name=tensor.name,
             shape=tensor.shape,
-            positions=list(self._positions.get(tensor.name) or range(count)),
+            positions=list(positions),
             seed=self._seed,
             name_hash=name_hash(tensor.name),
             score_scales=[score_scale(tensor.base is not None, c) for c in corrections],

@@ -349,8 +349,8 @@ class Job:
         for index, entry in enumerate(self.inputs.entries):
             if entry.is_computed or not state.gaps(index, entry.numel):
                 continue
-            for start, data in copied(self.backend, entry, self._rules.copy_bytes):
-                writer.write(self.plan.layout.tensors[index], start, data)
+            for start, piece in copied(self.backend, entry, self._rules.copy_bytes):
+                writer.copy(self.plan.layout.tensors[index], start, piece)
             yield Merged([(Segment(index, 0, entry.numel), Counts([]))])
 
     def _card(self, assets: list[Asset], report: dict) -> Asset:

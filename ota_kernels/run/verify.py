@@ -243,8 +243,8 @@ def _compare_with_inputs(
             pass
         for index, _, _ in chosen:
             if index not in job.tensors:
-                for start, data in copied(job.backend, job.inputs.entries[index], 1 << 24):
-                    compared.exactly(index, start, data)
+                for start, piece in copied(job.backend, job.inputs.entries[index], 1 << 24):
+                    compared.exactly(index, start, piece.data)
     verdict.wrong |= compared.wrong()
     elements = sum(stop - start for _, start, stop in chosen)
     total = sum(stop - start for _, start, stop in pieces)
