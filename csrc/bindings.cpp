@@ -5,6 +5,7 @@
 #include <nanobind/stl/pair.h>
 
 #include "arguments.hpp"
+#include "pack.hpp"
 #include "places.hpp"
 
 using namespace nb::literals;
@@ -346,6 +347,7 @@ NB_MODULE(_native, m) {
         .def_ro("candidates", &Merged::candidates)
         .def_ro("steps", &Merged::steps)
         .def_ro("alternatives", &Merged::alternatives);
+    bind_packs(m);
     m.def("instruction_sets", &instruction_sets);
     m.def("merge", &merge, "tile"_a, "terms"_a, "out"_a, "censuses"_a, "lists"_a.none(), "isa"_a);
     m.def("histogram", &histogram, "tile"_a, "t"_a, "terms"_a, "of_edits"_a, "prefix"_a, "counts"_a, "lows"_a, "isa"_a);

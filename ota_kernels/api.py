@@ -7,6 +7,7 @@ calling thread's current stream.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .arguments import recipe_of
@@ -66,7 +67,7 @@ def merge_tensors(
 @traceable
 def merge_state_dicts(
     base: Mapping[str, Tensor] | None,
-    experts: Sequence[Mapping[str, Tensor]],
+    experts: Sequence[Mapping[str, Tensor] | str | PathLike],
     curvatures: Sequence[Mapping[str, Tensor]] | None = None,
     *,
     method: str = "ota",
@@ -77,10 +78,12 @@ def merge_state_dicts(
 ) -> dict[str, Tensor]:
     """Merge dictionaries of tensors; densities are over all of them (`density_scope: model`) unless told.
 
-    Arguments and errors as for `merge_tensors`. Tensors that are not floating point, and buffers that no
-    optimizer trained (`inv_freq`, masks, counters), are copied in their own type when all models agree. Names
-    that only some dictionaries have are an error unless `extra_tensors` says otherwise; of buffers, the first
-    one's is taken. A name without curvature is an error unless `missing_curvature` says otherwise.
+    Arguments and errors as for `merge_tensors`. An expert may be the path of a pack (`ota-merge pack`)
+    against the base: it is made tile by tile, on the host. Tensors that are not floating point, and
+    buffers that no optimizer trained (`inv_freq`, masks, counters), are copied in their own type when all
+    models agree. Names that only some dictionaries have are an error unless `extra_tensors` says
+    otherwise; of buffers, the first one's is taken. A name without curvature is an error unless
+    `missing_curvature` says otherwise.
     """
     recipe = recipe_of(base is not None, len(experts), curvatures is not None, method, out_dtype, parameters)
     return Placed(base, experts, curvatures, backend, threads).merge(recipe)

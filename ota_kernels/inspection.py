@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from .errors import InputError, OtaError
 from .io.assets import home
 from .io.folder import contents_of
 from .io.hub import resolve_model
+from .io.pack import PackFile, is_pack
 from .io.quantised import method_in_config, quantisation_of, refuse_quantised
 from .io.reader import Checkpoint, open_model
 from .io.ties import is_head, tie_in_config
@@ -46,6 +48,8 @@ def _model(label: str) -> dict[str, Any]:
     found: dict[str, Any] = {"model": label, "problem": None}
     try:
         path = resolve_model(label)
+        if is_pack(path):
+            return found | _of_pack(path, label)
         folder = home(path)
         found["kind"] = contents_of(path, label).named if path.is_dir() else "a file"
         checkpoint = open_model(path, label)
@@ -63,6 +67,12 @@ def _model(label: str) -> dict[str, Any]:
     finally:
         checkpoint.close()
     return found
+
+
+def _of_pack(path: Path, label: str) -> dict[str, Any]:
+    with closing(PackFile(path, label)) as pack:
+        kind = f"a pack ({pack.form}) of {pack.expert} against {pack.base.model}"
+        return {"kind": kind, "settings": pack.settings}
 
 
 def _of_tensors(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -14,9 +16,11 @@ from .arguments import recipe_of
 from .backends import Backend
 from .errors import BackendError, InputError, RecipeError
 from .io.curvature import Held
+from .io.pack import PackFile
 from .planning.buffers import average
 from .planning.models import Info
 from .planning.outputs import COPY, TAKE, OutputTensor
+from .planning.packed import Packed, other_base, raise_other_base, shared_edit_of
 from .planning.pairing import Pairing, moments_key
 from .planning.plan import TILE_ELEMENTS
 from .processors import default_threads
@@ -101,8 +105,9 @@ class Merger:
         return placed.merge(recipe, None if out is None else _tensors_of(out), kept=self._kept)
 
 
-def _tensors_of(model: Any) -> Mapping[str, Any]:
-    return model if isinstance(model, Mapping) else model.state_dict()
+def _tensors_of(model: Any) -> Mapping[str, Any] | str | PathLike:
+    """A pack is its path."""
+    return model if isinstance(model, Mapping | str | PathLike) else model.state_dict()
 
 
 class Placed:
@@ -112,7 +117,7 @@ class Placed:
     def __init__(
         self,
         base: Mapping[str, Tensor] | None,
-        experts: Sequence[Mapping[str, Tensor]],
+        experts: Sequence[Mapping[str, Tensor] | str | PathLike],
         curvatures: Sequence[Mapping[str, Tensor]] | None,
         backend: str,
         threads: int | None,
@@ -124,7 +129,7 @@ class Placed:
         self.base, self.experts, self.curvatures = base, experts, curvatures
         self._asked, self._threads = backend, threads
         self._served: tuple[Backend, Read] | None = None
-        self._models: dict[str, _Dictionary] = {}
+        self._models: dict[str, _Dictionary | Packed] = {}
         self._moments: dict[int, _Moments] = {}
 
     def merge(
@@ -139,18 +144,27 @@ class Placed:
         for new tensors; kept: what earlier merges found."""
         given = {} if recipe.base is None else {recipe.base: self.base}
         given |= {entry.reference: expert for entry, expert in zip(recipe.models, self.experts, strict=True)}
+        packed = {r: given.pop(r) for r, model in list(given.items()) if isinstance(model, str | PathLike)}
+        if packed and not self.base:
+            raise InputError(f"{next(iter(packed)).label} is a pack, which needs the tensors of its base")
         like = {name: tensor for model in reversed(given.values()) for name, tensor in model.items()}
+        like = like or dict(self.base or {})
         if not like and not out:
             return {}
-        label, first = next(((r.label, model) for r, model in given.items() if model), ("base", out))
+        first = self.base if packed and not given else out
+        label, first = next(((r.label, model) for r, model in given.items() if model), ("base", first))
         backend, read = self._serving(label, *next(iter(first.items())))
         for reference, model in given.items():
             self._models.setdefault(reference.label, _Dictionary(reference.label, model, read))
+        for reference, path in packed.items():
+            base = self._models.setdefault("base", _Dictionary("base", self.base, read))
+            if reference.label not in self._models:
+                self._models[reference.label] = _unpacked(reference.label, Path(path), base)
         moments = {
             moments_key(entry): self._moments.setdefault(t, _Moments(f"curvatures[{t}]", of_expert, read))
             for t, (entry, of_expert) in enumerate(zip(recipe.models, self.curvatures or (), strict=False))
         }
-        pairing = Pairing(recipe, {r: self._models[r.label] for r in given}, moments)
+        pairing = Pairing(recipe, {r: self._models[r.label] for r in (*given, *packed)}, moments)
         for note in pairing.notes:
             logger.info("%s", note)
         outputs = pairing.outputs
@@ -219,6 +233,17 @@ class Placed:
             t.name: array_like(like[t.name], data, t.out_dtype, t.shape)
             for t, data in zip(tensors, sink.outputs, strict=True)
         }
+
+
+def _unpacked(label: str, path: Path, base: _Dictionary) -> Packed:
+    """The Model that a pack on a caller's dictionary is."""
+    if any(resident.is_resident(base.source(name).data) for name in base.tensors):
+        raise InputError(f"{label}: packs are made on the host: give a base on the CPU, and backend native")
+    pack = PackFile(path, label)
+    reason = other_base(pack, base)
+    if reason is not None:
+        raise_other_base(pack, [f"base {reason}"])
+    return Packed(base, pack, None, shared_edit_of(pack), own_base=False)
 
 
 class _Dictionary:
@@ -302,16 +327,18 @@ def _uncomputed(like: Tensor, output: OutputTensor, models: Mapping[str, Mapping
     if output.action == COPY:
         return _agreed(like, output)
     first = output.experts[0]
+    if output.action == TAKE and isinstance(first.model, Packed):
+        return array_like(like, first.source.slice(0, output.numel).data, output.dtype, output.shape)
     if output.action == TAKE:
         taken = models[first.model.label][first.name]
         return taken.copy() if isinstance(taken, np.ndarray) else taken.detach().clone()
-    sources = [part.source for part in output.experts]
+    sources = [part.source.slice(0, output.numel) for part in output.experts]
     data = average([(resident.host(source.data), source.dtype) for source in sources], output.dtype)
     return array_like(like, resident.beside(data, sources[0].data), output.dtype, output.shape)
 
 
 def _agreed(like: Tensor, output: OutputTensor) -> Tensor:
-    first, *others = (part.source for part in output.sources)
+    first, *others = (part.source.slice(0, output.numel) for part in output.sources)
     for other in others:
         if not resident.is_equal(other.data, first.data):
             raise InputError(

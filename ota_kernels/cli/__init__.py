@@ -20,6 +20,8 @@ _COMMANDS = {
     "methods": "List the merge methods, or show one with its keys.",
     "inspect": "Show what a model is, and what differs between several.",
     "densities": "Show what each density would keep of each expert, and where.",
+    "pack": "Store an expert as its base plus packed edits.",
+    "unpack": "Write the expert of a pack as a model.",
     "moments": "Get second moments: extract, compress, show, lift, estimate.",
     "demo": "Train small experts on digits, merge them, print what came out.",
 }

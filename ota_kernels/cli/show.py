@@ -96,6 +96,16 @@ def report(merged: dict, out: str) -> None:
     notes(merged.get("notes", ()))
 
 
+def packed(found: dict) -> None:
+    """The packs that were written, in a few lines."""
+    for path, size in found["packs"].items():
+        click.echo(f"packed into {path}: {format_bytes(size)}")
+    kept = ", ".join(f"{share:.2%}" for share in found["kept"])
+    bits = f"{found['bits_per_parameter']:.3g} bits per parameter"
+    click.echo(f"  {bits}, {kept} of {format_count(found['parameters'])} elements stored")
+    notes(found["notes"])
+
+
 def progress():
     """A bar on a terminal, plain lines elsewhere; a context manager that is a job.Progress."""
     return _Bar() if sys.stderr.isatty() else _Lines()

@@ -24,10 +24,12 @@ _TOKEN_BYTES = 4
 Entry = tuple[str, DType, tuple[int, ...]]  # name, type, shape of a tensor
 
 
-def check_new_file(out: Path, *, overwrite: bool) -> None:
-    """Raise OutputError where `out` cannot become a safetensors file."""
-    if out.suffix != FILE_SUFFIX:
-        raise OutputError(f"{out}: the output is a safetensors file: let its name end in {FILE_SUFFIX}")
+def check_new_file(
+    out: Path, *, overwrite: bool, suffix: str = FILE_SUFFIX, kind: str = "safetensors file"
+) -> None:
+    """Raise OutputError where `out` cannot become a file of this kind."""
+    if out.suffix != suffix:
+        raise OutputError(f"{out}: the output is a {kind}: let its name end in {suffix}")
     if os.path.isdir(out):
         raise OutputError(f"{out}: is a folder: name a file")
     if os.path.lexists(out) and not overwrite:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
+from ..errors import InputError
 from ..io.adapter import AdapterFile
 from ..io.assets import tokenizer_folder
 from ..io.curvature import CurvatureFile
 from ..io.hub import resolve_file, resolve_model
+from ..io.pack import PackFile, is_pack
 from ..io.quantised import quantisation_of, refuse_quantised
 from ..io.reader import Checkpoint, open_model
 from ..io.vocabulary import read_tokens
@@ -18,11 +22,12 @@ from ..recipe.recipe import ModelEntry, Recipe
 from ..recipe.reference import Reference
 from ..recipe.vocabulary import Vocabulary
 from .adapters import Adapted
-from .check import compare
+from .check import compare, config_of
 from .identity import twins, without_base
 from .match import Renamed, RenamedMoments, prefixes_of
 from .models import Dequantised, Model, Moments, Stored
 from .outputs import OutputTensor
+from .packed import Packed, beside_weights, other_base, raise_other_base, shared_edit_of
 from .pairing import Pairing, moments_key
 from .restack import restacked
 from .roles import EMBEDDING, role_of
@@ -37,7 +42,8 @@ class Inputs:
     """The open files of a recipe; a context manager. allow_crimes: models may differ in what they have and in
     what they compute, and notes say so; allow_differences: in what they compute; truncate: vocabulary tensors
     are cut to the fewest rows of any model; files: models are single files, whatever lies beside them, and
-    which names are merged (pairing.py); lora_dtype: the type that models with adapters are rounded to.
+    which names are merged (pairing.py); lora_dtype: the type that models with adapters are rounded to;
+    pack_base: the base of packs, None for the recipe's or where they say it is.
 
     recipe: without models that are the base itself; entries: output tensors in the order in which they are
     written; models: by their references; checkpoints: the files of each; untied: the output has an output
@@ -55,8 +61,10 @@ class Inputs:
         truncate: bool = False,
         files: str | None = None,
         lora_dtype: str | None = None,
+        pack_base: str | None = None,
     ) -> None:
         self.recipe, self._single, self._lora_dtype = recipe, files, lora_dtype
+        self._pack_base = pack_base
         self.method = recipe.method
         self._files = contextlib.ExitStack()
         self.notes: list[str] = []
@@ -96,8 +104,13 @@ class Inputs:
         self.adapter_folders: dict[str, Path] = {}
         used = dict.fromkeys(entry.reference for part in recipe.slices for entry in part.entries)
         self.checkpoints: dict[Reference, Checkpoint] = {}
+        self.packs: dict[Reference, Packed] = {}
+        self._opened: dict[str, tuple[Model, Checkpoint]] = {}
+        # Models whose tensors are read for themselves, or by a pack already.
+        self._read = {reference.label for reference in used if reference.adapter is None}
         models = {reference: self._model(reference) for reference in used}
-        plain = {r: file for r, file in self.checkpoints.items() if r.adapter is None}
+        files = self.checkpoints | {reference: model.pack for reference, model in self.packs.items()}
+        plain = {r: file for r, file in files.items() if r.adapter is None}
         self.recipe = recipe = without_base(recipe, plain)
         kept = dict.fromkeys(entry.reference for part in recipe.slices for entry in part.entries)
         self.models: dict[Reference, Model] = {reference: models[reference] for reference in kept}
@@ -110,17 +123,11 @@ class Inputs:
         self.moments_files = list(self.moments.values())
 
     def _model(self, reference: Reference) -> Model:
-        alone = self._single is not None
-        checkpoint = open_model(self.model_folders[reference.label], reference.label, alone)
-        model: Model = Stored(checkpoint)
-        self._files.enter_context(contextlib.closing(model))
-        quantised = quantisation_of(checkpoint)
-        if quantised is not None:
-            if not quantised.scaled:
-                raise refuse_quantised(reference.label, quantised)
-            model = Dequantised(checkpoint, quantised)
-            self.notes.append(f"{reference.label}: {quantised.note}")
-        self.checkpoints[reference] = checkpoint
+        path = self.model_folders[reference.label]
+        if is_pack(path):
+            model: Model = self._packed(reference, path)
+        else:
+            model, self.checkpoints[reference] = self._stored(path, reference.label)
         if reference.adapter is None:
             return model
         name = reference.adapter_label
@@ -128,6 +135,58 @@ class Inputs:
         adapter = self._files.enter_context(contextlib.closing(AdapterFile(folder, reference.label)))
         adapted = Adapted(model, adapter, reference.label, self._lora_dtype)
         return self._files.enter_context(contextlib.closing(adapted))
+
+    def _stored(self, path: Path, label: str) -> tuple[Model, Checkpoint]:
+        """A model of weights, opened once."""
+        key = os.path.realpath(path)
+        if key in self._opened and self._opened[key][0].label == label:
+            return self._opened[key]
+        checkpoint = open_model(path, label, self._single is not None)
+        model: Model = Stored(checkpoint)
+        self._files.enter_context(contextlib.closing(model))
+        quantised = quantisation_of(checkpoint)
+        if quantised is not None:
+            if not quantised.scaled:
+                raise refuse_quantised(label, quantised)
+            model = Dequantised(checkpoint, quantised)
+            self.notes.append(f"{label}: {quantised.note}")
+        self._opened[key] = model, checkpoint
+        return model, checkpoint
+
+    def _packed(self, reference: Reference, path: Path) -> Packed:
+        """An expert that is packed, on its base: the recipe's, or where the pack says that it is."""
+        pack = self._files.enter_context(contextlib.closing(PackFile(path, reference.label)))
+        named = self.recipe.base
+        tried = [] if named is None or named.adapter is not None else [(named.label, named.model.label)]
+        said = (pack.base.path, pack.base.model) if self._pack_base is None else (self._pack_base,)
+        tried += [(label, label) for label in dict.fromkeys(said) if label]
+        reasons: dict[str, str] = {}
+        for label, place in tried:
+            try:
+                folder = resolve_model(place)
+                if is_pack(folder) or os.path.realpath(folder) in reasons:
+                    continue
+                base, checkpoint = self._stored(folder, label)
+                reason = other_base(pack, base)
+            except InputError as error:
+                reasons.setdefault(place, str(error))
+                continue
+            if reason is None:
+                break
+            reasons[os.path.realpath(folder)] = f"{folder} {reason}"
+        else:
+            raise_other_base(pack, list(reasons.values()))
+        view = Path(self._files.enter_context(tempfile.TemporaryDirectory(prefix="ota-pack-")))
+        beside_weights(pack, folder, view)
+        self.checkpoints.setdefault(reference, checkpoint)
+        self.model_folders[reference.label] = view
+        shared = shared_edit_of(pack)
+        if shared is not None:
+            self._files.enter_context(contextlib.closing(shared))
+        model = Packed(base, pack, config_of(view), shared, own_base=label not in self._read)
+        self._read.add(label)
+        self.packs[reference] = model
+        return model
 
     def _rename(self) -> None:
         """Give all models the names of the first one, where only prefixes differ that say nothing."""
@@ -208,14 +267,14 @@ class Inputs:
         self.close()
 
     @functools.cached_property
-    def bytes_per_element(self) -> list[int]:
+    def bytes_per_element(self) -> list[float]:
         """Input bytes that one element of each entry reads."""
         return [entry.bytes_per_element for entry in self.entries]
 
     @property
     def total_bytes(self) -> int:
         """Bytes that one pass over the inputs reads."""
-        return sum(e.numel * size for e, size in zip(self.entries, self.bytes_per_element, strict=True))
+        return int(sum(e.numel * size for e, size in zip(self.entries, self.bytes_per_element, strict=True)))
 
     def edited_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """What config.json of the output says beside types and ties, from that of the model that gives it."""

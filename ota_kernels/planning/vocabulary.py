@@ -258,7 +258,8 @@ class Gathered(Computed):
     @classmethod
     def first(cls, stored: Computed, shape: tuple[int, ...]) -> Gathered:
         """The first rows of what is computed."""
-        return cls(shape, stored, np.arange(shape[0]), {}, stored.dtype.name, stored.origin)
+        dtype = "float64" if stored.dtype.name == "float64" else "float32"
+        return cls(shape, stored, np.arange(shape[0]), {}, dtype, stored.origin)
 
     def rows(self, first: int, stop: int) -> np.ndarray:
         index = self._index[first:stop]

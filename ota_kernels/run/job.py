@@ -109,6 +109,7 @@ class Job:
             allow_crimes=options.allow_crimes,
             truncate=options.unsafe_truncate_embeddings,
             lora_dtype=options.lora_merge_dtype,
+            pack_base=options.pack_base,
         )
 
     def _prepare(self) -> None:
@@ -134,6 +135,7 @@ class Job:
         return {}
 
     def decider(self, pool: Pool) -> Decider:
+        """What decides for the tensors that are merged."""
         tensors = list(self.tensors.values())
         of_each = {e.name: e.settings for e in self.inputs.entries if e.is_computed}
         return Decider(
@@ -268,6 +270,7 @@ class Job:
         """Everything that is read, by what an error calls it."""
         sources = self.inputs.model_folders | self.inputs.adapter_folders
         sources |= {str(file.path): file.path for file in self.inputs.moments_files}
+        sources |= {str(model.pack.path): model.pack.path for model in self.inputs.packs.values()}
         tokenizer = self.recipe.tokenizer_source
         if tokenizer not in ("base", "union"):
             sources.setdefault(tokenizer, Path(os.path.expanduser(tokenizer)))

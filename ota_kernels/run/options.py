@@ -47,7 +47,8 @@ class Options:
     the notes say so; trust_remote_code: copy the Python files that a model loads its classes from (none is
     ever run); unsafe_truncate_embeddings: vocabulary tensors are cut to the fewest rows of any model;
     copy_tokenizer, write_model_card: whether they are written; lora_merge_dtype: the torch name of a type to
-    which models with an adapter on them are rounded, None for not at all.
+    which models with an adapter on them are rounded, None for not at all; pack_base: the base of packs,
+    None for the recipe's or where they say it is.
     """
 
     backend: str = "auto"
@@ -66,6 +67,7 @@ class Options:
     write_model_card: bool = True
     trust_remote_code: bool = False
     lora_merge_dtype: str | None = None
+    pack_base: str | None = None
 
     def __post_init__(self) -> None:
         backends.check_device(self.device)

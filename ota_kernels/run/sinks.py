@@ -58,7 +58,7 @@ class MemorySink:
     def __init__(self, tensors: Sequence[TensorInputs], rooms: Sequence[Array | None] = ()) -> None:
         self._sizes = [t.out_dtype.itemsize for t in tensors]
         self.outputs = [
-            resident.empty(t.numel * t.out_dtype.itemsize, t.experts[0].data) if room is None else room
+            _room(t) if room is None else room
             for t, room in zip(tensors, rooms or [None] * len(tensors), strict=True)
         ]
 
@@ -79,6 +79,12 @@ class MemorySink:
 
     def done_with(self, tile: TensorInputs) -> None:
         pass
+
+
+def _room(tensor: TensorInputs) -> Array:
+    """Where the tensor's inputs are; of what is computed, on the host."""
+    nbytes = tensor.numel * tensor.out_dtype.itemsize
+    return resident.empty(nbytes, tensor.experts[0].data if tensor.is_resident else np.empty(0, np.uint8))
 
 
 class GraftSink(MemorySink):

@@ -20,12 +20,13 @@ import jobs
 import numpy as np
 import pytest
 import torch
-from checkpoints import load_merged, make_set
+from checkpoints import assert_same_tensors, load_merged, make_set
 from tolerances import assert_close
 
 from ota_kernels import InputError, RunError, merge, plan
 from ota_kernels.backends import triton
 from ota_kernels.moments.compress import compress
+from ota_kernels.run.packing import pack, unpack
 from ota_kernels.run.rules import Rules
 from ota_kernels.select.bracket import Bracket
 from ota_kernels.tensors.terms import score_bits
@@ -119,6 +120,16 @@ class TestMergesOnTheDevice:
         assert found["experts"] == truth["experts"]
         assert (found["backend"], found["backends"], truth["backends"]) == ("triton", ["triton"], ["native"])
         assert_agree(models, tmp_path / "triton", tmp_path / "native")
+
+    def test_of_packs_are_those_of_the_experts(self, models, tmp_path):
+        recipes = [models.recipe(density=0.3), models.recipe(density=0.3)]
+        for t, (packed, plain) in enumerate(zip(*(r["models"] for r in recipes), strict=True)):
+            packed["model"], plain["model"] = str(tmp_path / f"e{t}.pack"), str(tmp_path / f"e{t}")
+            pack([models.expert_folders[t]], packed["model"], base=models.base_folder, density=0.4)
+            unpack(packed["model"], plain["model"])
+        for recipe, out in zip(recipes, ("packs", "experts"), strict=True):
+            merge(recipe, tmp_path / out, backend="triton", **OPTIONS)
+        assert_same_tensors(load_merged(tmp_path / "packs"), load_merged(tmp_path / "experts"))
 
     def test_are_planned_with_their_pinned_memory(self, models):
         """A tile in flight takes its pages and as much pinned memory; three are in flight at least."""

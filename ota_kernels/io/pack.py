@@ -1,0 +1,289 @@
+"""Packed experts: what differs from a base, in one safetensors file. README.md has the format."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import os
+import struct
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..errors import InputError
+from ..tensors.buffer import Buffer
+from ..tensors.dtypes import BY_NAME, OUTPUT_NAMES, DType
+from .header import parse_json_object, quoted
+from .pack_codec import TILE
+from .reader import MappedFile, fingerprint
+
+FORMAT, VERSION, SUFFIX = "ota_kernels.pack", 1, ".pack"
+EXACT, SIGN, SHARED = VALUES = ("exact", "sign", "shared")  # by the numbers that csrc/pack.cpp knows
+# Beside tensors, by the beginnings of their names in the file.
+RECORDS, TILES, SHARED_EDIT, FILE = "records/", "tiles/", "shared/", "file/"
+_MOST_BESIDE = 1 << 28  # bytes of a file beside the weights
+COLUMNS = (
+    4  # of `tiles/`: bytes of the record, elements kept, CRC-32 of the record, CRC-32 of the base's tile
+)
+
+
+class Entry(NamedTuple):
+    """One tensor of the expert. dtype: the base's; values: EXACT, SIGN or SHARED; scale: of signs or of
+    the shared edit."""
+
+    shape: tuple[int, ...]
+    dtype: DType
+    values: str
+    scale: float = 1.0
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def as_json(self) -> dict[str, Any]:
+        found = {"shape": list(self.shape), "dtype": self.dtype.name, "values": self.values}
+        return found if self.values == EXACT else found | {"scale": self.scale}
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a pack is packed against. path: where it lay; model: what it was called, a folder or a hub id;
+    content: SHA-256 of its tensors' names, types, shapes and the CRC-32 of each tile."""
+
+    path: str
+    model: str
+    content: str
+
+
+def is_pack(path: Path) -> bool:
+    """Whether a model's path is that of a pack, by its name."""
+    return path.name.endswith(SUFFIX) and not os.path.isdir(path)
+
+
+class PackFile:
+    """An open pack. label: what errors call it; form, settings: how it was made; entries: by the tensors'
+    names.
+
+    Raises InputError for a file that is no pack, is malformed, or of a later version.
+    """
+
+    def __init__(self, path: Path, label: str) -> None:
+        self.path, self.label, self.files = path, label, [path]
+        self._where = str(path) if label == str(path) else f"{label}: {path}"
+        self._file = MappedFile(path)
+        try:
+            self._read()
+        except BaseException:
+            self.close()
+            raise
+        self.tiles = functools.lru_cache(maxsize=None)(self._tiles)
+
+    def error(self, what: str) -> InputError:
+        """An error about the file."""
+        return InputError(f"{self._where}: {what}")
+
+    def _read(self) -> None:
+        said = self._file.header.metadata
+        if said.get("format") != FORMAT:
+            raise self.error("is no pack, or a damaged one: `ota-merge pack` writes packs")
+        if said.get("version") != str(VERSION):
+            raise self.error(
+                f"is a pack of version {quoted(said.get('version'))}, and this ota-kernels reads version "
+                f"{VERSION}: update it"
+            )
+        if said.get("check") != check_of(said):
+            raise self.error(
+                "is a damaged pack: its metadata are not those that were written; fetch it again"
+            )
+        try:
+            self.form, self.expert = said["form"], said["expert"]
+            self.settings = self._json(said["settings"])
+            self.base = Base(**{key: str(value) for key, value in self._json(said["base"]).items()})
+            self.shared: dict[str, Any] | None = self._json(said["shared"]) if "shared" in said else None
+            table = self._json(said["tensors"])
+            self.entries = {name: self._entry(name, found) for name, found in table.items()}
+        except (KeyError, TypeError) as error:
+            raise self.error(
+                f"is a damaged pack: its metadata lack or mistake {error}; make it again"
+            ) from None
+        for name, entry in self.entries.items():
+            self._check(name, entry)
+
+    def _json(self, text: str) -> dict[str, Any]:
+        return parse_json_object(text.encode(), f"{self._where}: the metadata")
+
+    def _entry(self, name: str, found: Any) -> Entry:
+        shape, dtype, values = found["shape"], BY_NAME[found["dtype"]], found["values"]
+        scale = found.get("scale", 1.0)
+        plain = isinstance(shape, list) and all(type(size) is int and 0 <= size < 1 << 63 for size in shape)
+        if not plain or math.prod(shape) >= 1 << 63 or type(scale) is not float or not math.isfinite(scale):
+            raise self.error(f"is a damaged pack: what it says of {quoted(name)}; make it again")
+        if values not in VALUES or (values != EXACT and dtype.name not in OUTPUT_NAMES):
+            raise self.error(
+                f"is a damaged pack: {quoted(name)} is {quoted(values)} in {dtype.name}; make it again"
+            )
+        return Entry(tuple(shape), dtype, values, scale)
+
+    def _check(self, name: str, entry: Entry) -> None:
+        """Whether what is stored of a tensor has the sizes that its entry says."""
+        stored = self._file.header.tensors
+        records, tiles = stored.get(RECORDS + name), stored.get(TILES + name)
+        wanted = (-(-entry.numel // TILE), COLUMNS)
+        if records is None or tiles is None or (tiles.shape, tiles.dtype.name) != (wanted, "uint32"):
+            raise self.error(f"is a damaged pack: {quoted(name)} has not {wanted[0]} tiles; make it again")
+        if records.dtype.name != "uint8":
+            raise self.error(f"is a damaged pack: records of {quoted(name)} are no bytes; make it again")
+
+    def _tiles(self, name: str) -> Tiles:
+        entry, table = self.entries[name], self._file.buffer(TILES + name)
+        columns = np.frombuffer(table.data.tobytes(), "<u4").reshape(-1, COLUMNS).astype(np.int64)
+        ends = np.concatenate([[0], np.cumsum(columns[:, 0])])
+        kept, n = columns[:, 1], np.minimum(TILE, entry.numel - TILE * np.arange(len(columns)))
+        if ends[-1] != self._file.header.tensors[RECORDS + name].nbytes or (kept > n).any():
+            raise self.error(f"is a damaged pack: records of {quoted(name)} do not add up; make it again")
+        return Tiles(ends, np.ascontiguousarray(kept), columns[:, 2], columns[:, 3])
+
+    def records(self, name: str, first: int, last: int) -> np.ndarray:
+        """Those of the tiles [first, last) of a tensor, uint8; checked."""
+        tiles = self.tiles(name)
+        found = self._file.buffer(RECORDS + name).data[tiles.ends[first] : tiles.ends[last]]
+        for j in range(first, last):
+            record = found[tiles.ends[j] - tiles.ends[first] : tiles.ends[j + 1] - tiles.ends[first]]
+            if record_crc(int(tiles.kept[j]), record) != tiles.crcs[j]:
+                raise self.damaged(name, j)
+        return found
+
+    def parts(self, name: str, start: int, stop: int) -> Iterator[Buffer]:
+        """The records that elements [start, stop) of a tensor are in."""
+        if stop > start:
+            ends = self.tiles(name).ends
+            yield self._file.buffer(RECORDS + name).slice(
+                int(ends[start // TILE]), int(ends[-(-stop // TILE)])
+            )
+
+    def record_bytes(self, name: str) -> int:
+        """Of all records of a tensor."""
+        return self._file.header.tensors[RECORDS + name].nbytes
+
+    def damaged(self, name: str, tile: int) -> InputError:
+        """The error about a tile whose record is not what was written."""
+        return self.error(f"is damaged: tile {tile} of {quoted(name)}; fetch it or make it again")
+
+    def elements(
+        self, name: str, base: Buffer, start: int, stop: int, shared: Buffer | None = None
+    ) -> np.ndarray:
+        """Elements [start, stop) of a tensor, uint8: EXACT in its own type, others in float32, of float64
+        in float64. base: the same elements of the base; shared: of the shared edit."""
+        from .. import _native
+
+        entry = self.entries[name]
+        first, last = start // TILE, -(-stop // TILE)
+        wide = entry.dtype.itemsize if entry.values == EXACT else 8 if entry.dtype.name == "float64" else 4
+        out = np.empty((stop - start) * wide, np.uint8)
+        if stop > start:
+            tiles = self.tiles(name)
+            bad = _native.unpack(
+                base.data,
+                entry.dtype.itemsize,
+                -1 if entry.values == EXACT else entry.dtype.code,
+                self.records(name, first, last),
+                tiles.ends[first : last + 1],
+                tiles.kept[first:last],
+                first,
+                TILE,
+                entry.numel,
+                start,
+                stop,
+                VALUES.index(entry.values),
+                entry.scale,
+                None if shared is None else shared.data,
+                0 if shared is None else shared.dtype.code,
+                out,
+            )
+            if bad >= 0:
+                raise self.damaged(name, first + bad)
+        return out
+
+    def is_base(self, name: str, base: Buffer, tiles: Iterable[int]) -> bool:
+        """Whether these tiles of a tensor of a base are those that it was packed against. base: the whole
+        tensor."""
+        crcs = self.tiles(name).base_crcs
+        return all(
+            zlib.crc32(base.slice(j * TILE, min((j + 1) * TILE, len(base))).data) == crcs[j] for j in tiles
+        )
+
+    def shared_edit(self, name: str) -> tuple[tuple[int, ...], Buffer] | None:
+        """Of a file of edits that experts share: a tensor's shape and elements."""
+        info = self._file.header.tensors.get(SHARED_EDIT + name)
+        return None if info is None else (info.shape, self._file.buffer(SHARED_EDIT + name))
+
+    def beside(self) -> dict[str, bytes]:
+        """Files of the expert that are not the base's: configuration, tokenizer."""
+        found = {}
+        for key in self._file.header.tensors:
+            name = key.removeprefix(FILE)
+            if key == name:
+                continue
+            if "/" in name or "\\" in name or name.startswith("."):
+                raise self.error(f"holds a file {quoted(name)}, whose name leads elsewhere: make it again")
+            try:
+                content = zlib.decompressobj()
+                found[name] = content.decompress(self._file.buffer(key).data, _MOST_BESIDE)
+                if not content.eof:
+                    raise self.error(f"is damaged: its file {quoted(name)} has no end; fetch it again")
+            except zlib.error as error:
+                raise self.error(f"is damaged: its file {quoted(name)} ({error}); fetch it again") from None
+        return found
+
+    def fingerprint(self) -> list[list[str | int]]:
+        """[name, bytes, mtime in ns], to tell whether it has changed."""
+        return fingerprint([self.path], self.path.parent)
+
+    def close(self) -> None:
+        """Let go of the map."""
+        self._file.close()
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Of the tiles of a tensor, int64: ends, where each record begins, and the end of the last one; kept;
+    crcs, of the records; base_crcs, of the base's elements."""
+
+    ends: np.ndarray
+    kept: np.ndarray
+    crcs: np.ndarray
+    base_crcs: np.ndarray
+
+
+def metadata(
+    form: str, expert: str, settings: dict[str, Any], base: Base, entries: dict[str, Entry], **more: Any
+) -> dict[str, str]:
+    """A pack's, as `PackFile` reads them."""
+    found = {
+        "settings": settings,
+        "base": asdict(base),
+        "tensors": {name: entry.as_json() for name, entry in entries.items()},
+        **more,
+    }
+    texts = {key: json.dumps(value, allow_nan=False) for key, value in found.items()}
+    said = {"format": FORMAT, "version": str(VERSION), "form": form, "expert": expert} | texts
+    return said | {"check": check_of(said)}
+
+
+def check_of(said: Mapping[str, str]) -> str:
+    """SHA-256 of all other metadata: keys and values in order of keys, a zero byte after each."""
+    digest = hashlib.sha256()
+    for key in sorted(said.keys() - {"check"}):
+        digest.update(f"{key}\0{said[key]}\0".encode())
+    return digest.hexdigest()
+
+
+def record_crc(kept: int, record: bytes | np.ndarray) -> int:
+    """CRC-32 of how many elements are kept, as 4 bytes, the lowest first, and then the record."""
+    return zlib.crc32(record, zlib.crc32(struct.pack("<I", kept)))

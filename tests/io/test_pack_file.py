@@ -1,0 +1,291 @@
+"""The file of a pack: records against a decoder of their own, tiles in any order, and files that lie."""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ota_kernels import InputError, _native
+from ota_kernels.io import pack as pack_format
+from ota_kernels.io.header import PREFIX_BYTES
+from ota_kernels.io.pack import EXACT, SIGN, Base, Entry, PackFile
+from ota_kernels.io.pack_codec import TILE, encode_mask, encode_signs
+from ota_kernels.io.pack_writing import Encoded, PackWriter, Spool
+from ota_kernels.tensors.buffer import Buffer
+from ota_kernels.tensors.dtypes import BY_NAME
+
+BF16 = BY_NAME["bfloat16"]
+
+
+def decoded(mask: bytes, n: int, count: int) -> list[int]:
+    """As README.md has it, bit by bit."""
+    if not mask:
+        return []
+    code, bits = mask[0], [byte >> i & 1 for byte in mask[1:] for i in range(8)]
+    if code == 65:
+        return list(range(n))
+    if code == 64:
+        return [i for i in range(n) if bits[i]]
+    found, position, at = [], -1, 0
+    for _ in range(count):
+        high = 0
+        while not bits[at]:
+            high, at = high + 1, at + 1
+        low = sum(bits[at + 1 + i] << i for i in range(code))
+        at += 1 + code
+        position += 1 + (high << code) + low
+        found.append(position)
+    return found
+
+
+def unpack(record: bytes, count: int, n: int, values: int, base: np.ndarray, scale=1.0, window=None):
+    """Of one tile of a tensor of n elements: (the tile that is at fault or -1, what came out)."""
+    start, stop = window or (0, n)
+    size = base.itemsize
+    out = np.zeros((stop - start) * (size if values == 0 else 4), np.uint8)
+    bad = _native.unpack(
+        np.ascontiguousarray(base[start:stop]).view(np.uint8),
+        size,
+        BF16.code if size == 2 else 0,
+        np.frombuffer(record, np.uint8),
+        np.array([0, len(record)]),
+        np.array([count]),
+        0,
+        TILE,
+        n,
+        start,
+        stop,
+        values,
+        scale,
+        None,
+        0,
+        out,
+    )
+    return bad, out
+
+
+masks = st.builds(
+    lambda n, density, seed: np.random.default_rng(seed).random(n) < density,
+    st.sampled_from([1, 7, 8, 63, 64, 65, 1000, 5000]),
+    st.sampled_from([0.0, 0.001, 0.02, 0.2, 0.5, 0.97, 1.0]),
+    st.integers(0, 1000),
+)
+
+
+class TestRecords:
+    @given(masks, st.data())
+    def test_exact(self, mask, data):
+        n, kept = len(mask), np.flatnonzero(mask)
+        assert decoded(encode_mask(kept, n), n, len(kept)) == kept.tolist()
+        random = np.random.default_rng(n)
+        base, values = (random.integers(0, 1 << 16, size, np.uint16) for size in (n, len(kept)))
+        record = encode_mask(kept, n) + values.tobytes()
+        wanted = base.copy()
+        wanted[kept] = values
+        bad, out = unpack(record, len(kept), n, 0, base)
+        assert (bad, out.view(np.uint16).tolist()) == (-1, wanted.tolist())
+        start = data.draw(st.integers(0, n))
+        stop = data.draw(st.integers(start, n))
+        bad, out = unpack(record, len(kept), n, 0, base, window=(start, stop))
+        assert (bad, out.view(np.uint16).tolist()) == (-1, wanted[start:stop].tolist())
+
+    @given(masks)
+    def test_signs(self, mask):
+        n, kept = len(mask), np.flatnonzero(mask)
+        random = np.random.default_rng(n)
+        base, positive = random.normal(size=n).astype(np.float32), random.random(len(kept)) < 0.5
+        wanted = base.copy()
+        wanted[kept] += np.where(positive, np.float32(0.3), np.float32(-0.3))
+        bad, out = unpack(encode_mask(kept, n) + encode_signs(positive), len(kept), n, 1, base, 0.3)
+        assert (bad, out.view(np.float32).tolist()) == (-1, wanted.tolist())
+
+    def test_a_mask_is_no_longer_than_a_bitmap(self):
+        for density in (0.3, 0.5, 0.9):
+            kept = np.flatnonzero(np.random.default_rng(1).random(TILE) < density)
+            assert len(encode_mask(kept, TILE)) <= TILE // 8 + 1
+        assert encode_mask(np.arange(TILE), TILE) == bytes([65])
+        assert encode_mask(np.arange(0), TILE) == b""
+
+    @settings(max_examples=200)
+    @given(st.binary(max_size=40), st.integers(-1, 80), st.integers(1, 70), st.integers(0, 1))
+    def test_anything_is_refused_or_stays_inside(self, record, count, n, values):
+        """Decoded into memory of its own size, which the kernel may not leave."""
+        base = np.zeros(n, np.uint16)
+        bad, out = unpack(record, count, n, values, base)
+        assert bad in (0, -1)
+        if bad == -1 and values == 0:
+            assert np.count_nonzero(out.view(np.uint16)) <= count
+
+
+N = 2 * TILE + 1234
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """(base, expert: bfloat16 bits; a pack of two tensors as bytes, and its path)."""
+    random = np.random.default_rng(0)
+    base = random.integers(0x3C00, 0x3D00, N).astype(np.uint16)
+    expert = base.copy()
+    kept = random.random(N) < 0.05
+    expert[kept] ^= 1
+    return base, expert
+
+
+def write(path: Path, base: np.ndarray, expert: np.ndarray) -> bytes:
+    spool = Spool(path.parent)
+    writer = PackWriter(spool)
+    entries = {"w": Entry((N,), BF16, EXACT), "signs": Entry((10, 20), BF16, SIGN, 0.25)}
+    for name, entry in entries.items():
+        writer.begin(name, entry)
+        numel, tiles = entry.numel, []
+        for start in range(0, numel, TILE):
+            stop = min(start + TILE, numel)
+            kept = np.flatnonzero(base[start:stop] != expert[start:stop])
+            mask, crc = encode_mask(kept, stop - start), zlib.crc32(base[start:stop].tobytes())
+            values = expert[start:stop][kept].tobytes() if name == "w" else encode_signs(kept % 2 == 0)
+            tiles.append(Encoded(mask + values, len(kept), crc))
+        writer.add(name, tiles)
+    said = Base("/nowhere", "org/base", writer.content())
+    writer.write(path, "ffg", "expert", {"density": 0.05}, said, {"config.json": b"{}" * 50})
+    spool.close()
+    return path.read_bytes()
+
+
+def whole(pack: PackFile, base: np.ndarray) -> list[bytes]:
+    """All that a pack holds."""
+    found = []
+    for name, entry in pack.entries.items():
+        buffer = Buffer(base[: entry.numel].view(np.uint8), BF16)
+        found.append(pack.elements(name, buffer, 0, entry.numel).tobytes())
+    return [*found, str(pack.beside())]
+
+
+@pytest.fixture(scope="module")
+def path(parts, tmp_path_factory):
+    path = tmp_path_factory.mktemp("pack") / "e.pack"
+    write(path, *parts)
+    return path
+
+
+@given(st.integers(0, N), st.integers(0, N))
+def test_tiles_decode_alone_and_in_any_order(parts, path, one, other):
+    base, expert = parts
+    start, stop = sorted((one, other))
+    pack = PackFile(path, "e")
+    found = pack.elements("w", Buffer(base[start:stop].view(np.uint8), BF16), start, stop)
+    assert found.tobytes() == expert[start:stop].tobytes()
+    pack.close()
+
+
+def test_says_what_it_is(parts, path):
+    pack = PackFile(path, "e")
+    assert (pack.form, pack.expert, pack.settings) == ("ffg", "expert", {"density": 0.05})
+    assert (pack.base.model, len(pack.base.content)) == ("org/base", 64)
+    assert pack.beside() == {"config.json": b"{}" * 50}
+    assert pack.is_base("w", Buffer(parts[0].view(np.uint8), BF16), range(3))
+    assert not pack.is_base("w", Buffer(parts[1].view(np.uint8), BF16), [1])
+    pack.close()
+
+
+class RefusedError(Exception):
+    """A pack is refused, by one line."""
+
+
+@contextmanager
+def in_one_line():
+    try:
+        yield
+    except InputError as error:
+        if "\n" in str(error):
+            raise
+        raise RefusedError from error
+
+
+def content_of(parts, path: Path, content: bytes) -> list[bytes] | None:
+    """All that a file holds, None where it is refused."""
+    path.write_bytes(content)
+    with suppress(RefusedError), in_one_line(), closing(PackFile(path, "e")) as pack:
+        return whole(pack, parts[0])
+    return None
+
+
+@settings(max_examples=150)
+@given(st.data())
+def test_damaged_bytes_are_refused_or_harmless(parts, path, tmp_path_factory, data):
+    content = bytearray(path.read_bytes())
+    wanted = content_of(parts, tmp_path_factory.getbasetemp() / "damaged.pack", bytes(content))
+    assert wanted is not None
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.one_of(st.integers(0, 2500), st.integers(0, len(content) - 1)))
+        removed = data.draw(st.integers(0, 3))
+        content[at : at + removed] = data.draw(st.binary(max_size=3))
+    found = content_of(parts, tmp_path_factory.getbasetemp() / "damaged.pack", bytes(content))
+    assert found is None or found == wanted
+
+
+lies = st.one_of(
+    st.integers(-2, 1 << 40),
+    st.none(),
+    st.booleans(),
+    st.floats(),
+    st.sampled_from(["exact", "sign", "shared", "float32", "int64", [], {}, [2**62, 2**62], [-1], "x" * 300]),
+)
+
+
+@settings(max_examples=150)
+@given(st.sampled_from(["shape", "dtype", "values", "scale"]), st.sampled_from(["w", "signs"]), lies)
+def test_a_lie_about_a_tensor_is_refused_or_harmless(parts, path, tmp_path_factory, key, name, lie):
+    content = path.read_bytes()
+    (length,) = struct.unpack_from("<Q", content)
+    header = json.loads(content[PREFIX_BYTES : PREFIX_BYTES + length])
+    table = json.loads(header["__metadata__"]["tensors"])
+    table[name][key] = lie
+    said = header["__metadata__"]
+    said["tensors"] = json.dumps(table)
+    said["check"] = pack_format.check_of(said)
+    text = json.dumps(header).encode()
+    lying = struct.pack("<Q", len(text)) + text + content[PREFIX_BYTES + length :]
+    target = tmp_path_factory.getbasetemp() / "lying.pack"
+    target.write_bytes(lying)
+    with suppress(RefusedError), in_one_line(), closing(PackFile(target, "e")) as pack:
+        for own, entry in pack.entries.items():
+            if entry.numel <= 2 * N:
+                base = np.zeros(entry.numel * entry.dtype.itemsize, np.uint8)
+                pack.elements(own, Buffer(base, entry.dtype), 0, entry.numel, _some(entry))
+
+
+def _some(entry: Entry) -> Buffer | None:
+    if entry.values != "shared":
+        return None
+    return Buffer(np.zeros(2 * entry.numel, np.uint8), BF16)
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 2), st.integers(0, 3), st.integers(0, 2**32 - 1))
+def test_a_lie_about_a_tile_is_refused(parts, path, tmp_path_factory, tile, column, lie):
+    """Bytes, count and CRC of a record; the base's CRC tells of another base."""
+    content = bytearray(path.read_bytes())
+    (length,) = struct.unpack_from("<Q", content)
+    header = json.loads(content[PREFIX_BYTES : PREFIX_BYTES + length])
+    begin = PREFIX_BYTES + length + header["tiles/w"]["data_offsets"][0]
+    at = begin + 4 * (4 * tile + column)
+    if struct.unpack_from("<I", content, at)[0] == lie:
+        return
+    struct.pack_into("<I", content, at, lie)
+    target = tmp_path_factory.getbasetemp() / "tile.pack"
+    target.write_bytes(content)
+    base = Buffer(parts[0].view(np.uint8), BF16)
+    pack = PackFile(target, "e")
+    if column == 3:
+        assert not pack.is_base("w", base, [tile])
+        return
+    with pytest.raises(InputError, match="damaged"):
+        pack.elements("w", base, 0, N)
