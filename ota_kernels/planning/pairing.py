@@ -384,7 +384,7 @@ class Pairing:
         shape: tuple[int, ...],
     ) -> tuple[Curvature | None, ...]:
         """One per expert, None where there is none."""
-        if not self.method.curvature:
+        if not self.method.curvature or (self.method.curvature_optional and not self.moments):
             return (Uniform(),) * len(experts)
         correct = named.part.shared.get("bias_correction", False)
         pairs = zip(entries, own, experts, strict=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..backends import Backend
 from ..backends.triton import LEAST_SLOTS, MOST_SLOTS
@@ -32,6 +32,7 @@ class Work(Protocol):
     tensor_passes: int
     brackets: bool
     model_scope: bool
+    matrices: Any
 
     def expected_candidates(self) -> int: ...
 
@@ -52,6 +53,7 @@ _MEMORY_LIMITS = {"native": 1 << 30, "reference": 1 << 30, "triton": 4 << 30}
 # Measured resident sizes of a process that has imported what the backend needs and merged one tile; triton's
 # under its interpreter: what the driver of a GPU maps comes on top, and differs.
 PROCESS_BYTES = {"native": 100 << 20, "reference": 420 << 20, "triton": 420 << 20}
+_TORCH_BYTES = 320 << 20  # whole matrices are torch's, also beside `native`
 _REFERENCE_TEMPORARIES = 12  # float32 arrays of a tile that the reference holds per expert
 _ASSUMED_BANDWIDTH = 8e9  # bytes per second per thread, for the estimated time from a warm page cache
 
@@ -217,6 +219,8 @@ def _survey_bytes(tensors: list[TensorInputs], decider: Work, threads: int, per_
     matrices = [t for t in tensors if len(t.shape) == 2]
     if decider.needs.has("norms", "tensor"):
         size += max((12 * t.numel + 16 * min(t.shape) ** 2 for t in matrices), default=0)
+    if decider.needs.matrices:
+        size += threads * decider.matrices.bytes(tensors) + _TORCH_BYTES
     if decider.needs.svd:
         size += low_rank_bytes(t.shape for t in tensors)
     return size

@@ -28,6 +28,8 @@ _MODULES = {
     "output": ("lm_head", "embed_out", "output", "score"),
 }
 _ROLE_OF_MODULE = {module: role for role, modules in _MODULES.items() for module in modules}
+# Fused experts of a mixture, [experts, rows, columns]; other tensors of three axes are convolutions.
+_EXPERTS = re.compile(r"(^|[._])experts?[._]", re.IGNORECASE)
 _NORM = re.compile(r"norm|^ln(_|$)", re.IGNORECASE)
 _LAYER = re.compile(r"(^|\.)(layers?|h|blocks?)\.(\d+)\.")
 
@@ -56,3 +58,12 @@ def role_of(name: str, shape: tuple[int, ...]) -> str:
     if _EMBEDDING.search(name):
         return EMBEDDING
     return OUTPUT if _OUTPUT.search(name) else MATRIX
+
+
+def matrix_of(name: str, shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """(rows, columns) of each matrix that a tensor consists of, for methods of whole matrices: a MATRIX is
+    one, fused experts are one each; None for everything else."""
+    fused = len(shape) == 3 and _EXPERTS.search(name) is not None
+    if 0 in shape or not (fused or role_of(name, shape) == MATRIX):
+        return None
+    return shape[-2], shape[-1]

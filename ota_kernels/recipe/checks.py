@@ -11,6 +11,12 @@ from .parameters import Parameter, Value, is_constant, show
 from .recipe import Recipe, Slice
 from .settings import Settings
 
+_OF_A_BASE = (
+    ("on_nonfinite", "base"),
+    ("missing_curvature", "base"),
+    ("rescale", True),
+    ("calibrate", "svc"),
+)
 _SELECTIONS = ("precond_threshold", "density", "saliency_mass")
 
 
@@ -48,7 +54,7 @@ def _check_base(part: Slice, method: Method) -> None:
         return
     if method.base == "required":
         raise RecipeError(f"`{method.name}` needs a `base_model`: add one")
-    for key, value in (("on_nonfinite", "base"), ("missing_curvature", "base"), ("rescale", True)):
+    for key, value in _OF_A_BASE:
         if part.shared.get(key) == value:
             raise RecipeError(
                 f"`{key}: {str(value).lower()}` needs a `base_model`: add one, or remove the key"
@@ -105,6 +111,8 @@ def _check_curvature(recipe: Recipe, method: Method) -> None:
         return
     entries = [entry for part in recipe.slices for entry in part.experts]
     without = dict.fromkeys(repr(e.model) for e in entries if "preconditioner_path" not in e.parameters)
+    if method.curvature_optional and not any("preconditioner_path" in e.parameters for e in entries):
+        return
     if without:
         raise RecipeError(
             f"no `preconditioner_path` for {', '.join(without)}: `{method.name}` needs one for each model; "

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..errors import RecipeError
+from ..spectral.formulas import Formula
 from ..tensors.found import Found, Rank
 from ..tensors.terms import Terms
 from ..tensors.tile import TensorInputs
-from .parameters import Parameter, choice, suggest
+from .parameters import NOT_NEGATIVE, Parameter, choice, suggest
 from .settings import Settings
 
 EXTRA_TENSORS = Parameter(
@@ -23,6 +24,14 @@ EXTRA_TENSORS = Parameter(
     "tensors that only some models have: an error (buffers are taken), or take the first model's, drop them, "
     "or their average",
     varies=False,
+)
+
+# After any row that adds edits to a base.
+CALIBRATION = (
+    Parameter(
+        "calibrate", choice("none", "svc"), "none", "svc: no direction of a matrix is counted too often"
+    ),
+    Parameter("calibrate_floor", NOT_NEGATIVE, None, "alpha of svc; 1: only shrink; default: 1 / experts"),
 )
 
 
@@ -53,6 +62,8 @@ class Method:
     "ranks" finds, of n elements, `nonzero` of which are not 0; groups: of what "gram" is taken; view: the
     tensor as the kernels see it; check: what is wrong with the settings of a tensor, None where nothing is;
     keeps_base: whether a tensor of a role takes the base's values; copies: whether it is its only expert's.
+    matrix: what becomes of whole matrices, in place of `terms`, which then say what is kept of their edits.
+    curvature_optional: without any second moments all curvature is 1, unasked.
 
     identity: what a recipe does not say of a user's method: a merge by another one is not gone on with;
     python: whether its terms are a function of torch tensors.
@@ -70,6 +81,8 @@ class Method:
     check: Callable[[Settings], str | None] = lambda settings: None
     keeps_base: Callable[[Settings, str], bool] = lambda settings, role: False
     copies: Callable[[Settings], bool] = lambda settings: False
+    matrix: Callable[[Settings], Formula | None] = lambda settings: None
+    curvature_optional: bool = False
     source: str = ""
     least: int = 2
     most: int | None = None
@@ -79,8 +92,9 @@ class Method:
 
     @functools.cached_property
     def by_key(self) -> dict[str, Parameter]:
-        """The parameters by their keys, in order, and the one that every method has."""
-        return {p.key: p for p in (*self.parameters, EXTRA_TENSORS)}
+        """The parameters by their keys, in order, and those that every method has."""
+        calibration = () if self.base == "ignored" else CALIBRATION
+        return {p.key: p for p in (*self.parameters, *calibration, EXTRA_TENSORS)}
 
     @property
     def keys(self) -> frozenset[str]:
@@ -96,6 +110,10 @@ class Method:
     def own(self) -> tuple[Parameter, ...]:
         """The parameters of which each expert has its own."""
         return tuple(p for p in self.parameters if p.level == "expert")
+
+    def whole(self, settings: Settings) -> bool:
+        """Whether matrices are merged whole."""
+        return self.matrix(settings) is not None or settings.shared.get("calibrate", "none") != "none"
 
     @property
     def curvature(self) -> bool:

@@ -13,19 +13,19 @@ _APART = ("thresholds", "low rank")  # found in ways of their own
 
 @dataclass(frozen=True)
 class Needs:
-    """What the settings of all tensors need together. of_tensor: right before a tensor merges; model:
-    once."""
+    """What the settings of all tensors need together. of_tensor: right before a tensor merges; model: once;
+    matrices: some are merged whole, for which what is kept must be known."""
 
     everything: tuple[Need, ...]
     model_scope: bool
+    matrices: bool = False
 
     @classmethod
     def of(cls, method: Method, settings: Iterable[Settings]) -> Needs:
-        needs = dict.fromkeys(
-            need for each in {id(s): s for s in settings}.values() for need in method.needs(each)
-        )
+        unique = {id(s): s for s in settings}.values()
+        needs = dict.fromkeys(need for each in unique for need in method.needs(each))
         model_scope = any(n.statistic == "thresholds" and n.scope == "model" for n in needs)
-        return cls(tuple(needs), model_scope)
+        return cls(tuple(needs), model_scope, any(map(method.whole, unique)))
 
     def has(self, statistic: str, scope: str) -> bool:
         return any(n.statistic == statistic and n.scope == scope for n in self.everything)
@@ -39,7 +39,7 @@ class Needs:
     def brackets(self) -> bool:
         """Whether thresholds are settled after the merge: there are some, and nothing needs what they keep
         before. Low-rank forms of all tensors would not fit into memory until then."""
-        late = any(n.of_masks for n in self.everything) or self.svd
+        late = any(n.of_masks for n in self.everything) or self.svd or self.matrices
         return self.thresholds and not late
 
     @property

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..backends import Backend
-from ..planning.roles import role_of
+from ..planning.roles import matrix_of, role_of
 from ..recipe.methods import Method
 from ..recipe.needs import Needs
 from ..recipe.settings import Settings
@@ -39,6 +39,7 @@ from ..tensors.terms import (
 from ..tensors.tile import TensorInputs
 from .checks import check
 from .low_rank import LowRankForms, is_factored
+from .matrices import Matrices
 from .norms import edit_norm
 from .order import order_statistics
 from .pool import Pool
@@ -111,6 +112,11 @@ class Decider:
     def _reader(self) -> Reader:
         return Reader(self.backend, self.pool, self.check, self._release, self._wants)
 
+    @property
+    def matrices(self) -> Matrices:
+        """How matrices are merged whole, where some are."""
+        return Matrices(self.method, self.settings, self.backend, self.check)
+
     def settings(self, tensor: TensorInputs) -> Settings:
         """What the recipe says of a tensor."""
         return self._settings[tensor.name]
@@ -167,7 +173,8 @@ class Decider:
         forms = max((n.reads for n in self.needs.everything if n.statistic == "low rank"), default=0)
         pairs = ((t, i) for t in self.tensors for i in range(len(t.curvatures)))
         factored = forms > 0 and any(is_factored(t, self.settings(t), i) for t, i in pairs)
-        return histograms + sum(n.reads for n in self.needs.of_tensor) + (forms if factored else 0)
+        matrices = 2 * self.needs.matrices  # what is kept, edits
+        return histograms + sum(n.reads for n in self.needs.of_tensor) + (forms if factored else 0) + matrices
 
     # The whole model
 
@@ -293,6 +300,7 @@ class Decider:
             positions=list(positions),
             seed=self._seed,
             name_hash=name_hash(tensor.name),
+            is_matrix=matrix_of(tensor.name, tensor.shape) is not None,
             score_scales=[score_scale(tensor.base is not None, c) for c in corrections],
             bias_corrections=corrections,
             brackets=[Threshold(masks=m) for m in masks],

@@ -6,12 +6,14 @@
     more
 
 A tensor that is one tile is decided by the worker that merges it (statistics of more than a chunk apart); a
-larger one once, by all workers, before its first tile. A group is the whole model, or one tensor
+larger one once, by all workers, before its first tile. A matrix that is merged whole (run/matrices.py) is one
+worker's. A group is the whole model, or one tensor
 (`density_scope`).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -26,6 +28,7 @@ from ..tensors.segment import CHUNK, Segment, units
 from ..tensors.terms import Terms, close, is_open
 from ..tensors.tile import TensorInputs
 from .decide import Decider, ModelFound
+from .matrices import Matrix
 from .rules import Rules
 
 Range = tuple[int, int, int]  # tensor number, first element, end
@@ -154,13 +157,15 @@ class Engine:
             return given
 
         def merge_unit(unit) -> list[tuple]:
-            return [self._merge_segment(s, *given) if given else self._merge_alone(s) for s, given in unit]
+            merged = (self._merge_segment(s, *given) if given else self._merge_alone(s) for s, given in unit)
+            return list(itertools.chain.from_iterable(merged))
 
         def whole(index: int) -> int:
             if index not in ready:
                 return 1
             tensor, terms = ready[index]
-            return math.lcm(terms.whole, tensor.columns)
+            matrix = self._decider.matrices.shape(self._tensors[index])
+            return math.prod(matrix) if matrix else math.lcm(terms.whole, tensor.columns)
 
         cut = units(ranges(), self._tile_elements, whole)
         yield from self._pool.run(merge_unit, map(with_terms, cut))
@@ -174,9 +179,11 @@ class Engine:
         known = self.decided.get(self._key(index))
         return tensor, terms if known is None else close(terms, known)
 
-    def _merge_alone(self, segment: Segment) -> tuple:
+    def _merge_alone(self, segment: Segment) -> list[tuple]:
         """A whole tensor in one tile: where densities are per tensor, it is settled before it is written."""
         tensor, terms = self._decide(segment.index)
+        if shape := self._decider.matrices.shape(self._tensors[segment.index]):
+            return self._merge_matrices(segment, tensor, terms, shape)
         room, result = self._run_kernel(segment, tensor, terms)
         if isinstance(result, Pending) and not self._decider.model_scope:
             group = self._new_group(segment.index)
@@ -191,13 +198,36 @@ class Engine:
                 resident.scatter(room, positions, merged, tensor.out_dtype.itemsize)
         self._sink.write(segment, room, not isinstance(result, Pending))
         self._sink.done_with(tensor.stored)
-        return self._result(segment, result, tensor, terms)
+        return [self._result(segment, result, tensor, terms)]
 
-    def _merge_segment(self, segment: Segment, tensor: TensorInputs, terms: Terms) -> tuple:
+    def _merge_segment(self, segment: Segment, tensor: TensorInputs, terms: Terms) -> list[tuple]:
+        if shape := self._decider.matrices.shape(self._tensors[segment.index]):
+            return self._merge_matrices(segment, tensor, terms, shape)
         room, result = self._run_kernel(segment, tensor, terms)
         self._sink.write(segment, room, not isinstance(result, Pending))
         self._sink.done_with(tensor.stored.slice(segment.start, segment.stop))
-        return self._result(segment, result, tensor, terms)
+        return [self._result(segment, result, tensor, terms)]
+
+    def _merge_matrices(
+        self, segment: Segment, tensor: TensorInputs, terms: Terms, shape: tuple[int, int]
+    ) -> list[tuple[Segment, Counts]]:
+        """A segment that is one matrix, or several."""
+        index, size = segment.index, math.prod(shape)
+        done = []
+        for start in range(segment.start, segment.stop, size):
+            whole = Segment(index, start, start + size)
+            self._rules.before("tile", whole)
+            matrix = Matrix(self._tensors[index], tensor, terms, shape, start)
+            given, own, counts = self._decider.matrices.merge(matrix, self._saliencies(tensor, terms))
+            for a in range(0, size, self._tile_elements):
+                tile = given.slice(a, min(a + self._tile_elements, size))
+                part = Segment(index, start + a, start + a + tile.numel)
+                room = self._sink.room(part, tile.numel * tile.out_dtype.itemsize)
+                counts.overflow += self._backend.merge(tile, own, room).overflow
+                self._sink.write(part, room)
+            self._sink.done_with(matrix.stored.stored.slice(start, start + size))
+            done.append((whole, counts))
+        return done
 
     def _result(
         self, segment: Segment, result: Counts | Pending, tensor: TensorInputs, terms: Terms

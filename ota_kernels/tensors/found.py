@@ -70,8 +70,9 @@ KEEP_ALL = Threshold(masks=False)
 @dataclass
 class Found:
     """Per expert of one tensor, in recipe order. positions: their numbers in the recipe; seed, name_hash: of
-    random numbers; score_scales, bias_corrections: of its curvature; brackets:
-    thresholds of scores; means: of g_t h_t^p; edit_scales: of masked edits; trims: least magnitudes.
+    random numbers; is_matrix: it consists of matrices, as planning/roles.py tells them; score_scales,
+    bias_corrections: of its curvature; brackets: thresholds of scores; means: of g_t h_t^p; edit_scales: of
+    masked edits; trims: least magnitudes.
 
     The rest is None until the statistic of that name was taken: gram: float64[T, T], or [groups, T, T]; sums:
     float64[T, len(SUMS)] over the tensor, model_sums over the model; row_scores: float32[rows] per expert;
@@ -88,6 +89,7 @@ class Found:
     trims: list[float]
     seed: int = 0
     name_hash: int = 0
+    is_matrix: bool = False
     means: list[float] | None = None
     gram: np.ndarray | None = None
     sums: np.ndarray | None = None

@@ -6,6 +6,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from oracle import spectral
 from tolerances import assert_close
 
 import ota_kernels
@@ -162,5 +163,5 @@ def test_without_a_base(method, backend):
 
 
 def test_every_method_is_tried():
-    elsewhere = {"ota", "ffg", "fisher", "localize_stitch"}
+    elsewhere = {"ota", "ffg", "fisher", "localize_stitch", *spectral.METHODS}
     assert set(CASES) | elsewhere == set(methods.names())

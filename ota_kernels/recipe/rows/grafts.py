@@ -11,9 +11,9 @@ from ...tensors.tile import TensorInputs
 from ..methods import Method, Need, register
 from ..parameters import FINITE, LAMBDA, NOT_NEGATIVE, SHARE, Parameter, choice
 from ..settings import Settings
-from .ota import MOMENTS, SELECTION, gains, thresholds
+from .ota import MOMENTS, SELECTION, gains, mean_needs, thresholds
 
-_SCOPE = Parameter(
+SCOPE = Parameter(
     "density_scope",
     choice("model", "tensor"),
     "model",
@@ -23,7 +23,7 @@ _SCOPE = Parameter(
 )
 
 
-def _masked(settings: Settings, found: Found, score: str, divide: str) -> Terms:
+def masked_sum(settings: Settings, found: Found, score: str, divide: str, denominator: float = 1.0) -> Terms:
     """w_0 + lambda sum_t m_t d_t / D, masks by thresholds of a score."""
     masked = any(b.masks for b in found.brackets)
     words = Words(
@@ -32,16 +32,17 @@ def _masked(settings: Settings, found: Found, score: str, divide: str) -> Terms:
         weigh="constant",
         divide=divide,
     )
-    return Terms(words, thresholds(found), lambda_=settings["lambda"])
+    return Terms(words, thresholds(found), lambda_=settings["lambda"], denominator=denominator)
 
 
-def _needs(settings: Settings) -> list[Need]:
+def selection_needs(settings: Settings) -> list[Need]:
+    """Thresholds, where some expert's depends on the tensors."""
     sparse = any(selection_of(e).surveyed for e in settings.experts)
     return [Need("thresholds", settings["density_scope"])] if sparse else []
 
 
 def _graft_terms(settings: Settings, found: Found) -> Terms:
-    return _masked(settings, found, "saliency", "number")
+    return masked_sum(settings, found, "saliency", "number")
 
 
 register(
@@ -50,8 +51,8 @@ register(
         source="arXiv 2509.11167",
         formula="w_0 + m d, m: the edits of largest h d^2; with `missing_curvature: uniform` of largest |d|",
         base="required",
-        parameters=(*SELECTION, *MOMENTS, _SCOPE, LAMBDA),
-        needs=_needs,
+        parameters=(*SELECTION, *MOMENTS, SCOPE, LAMBDA),
+        needs=selection_needs,
         terms=_graft_terms,
         least=1,
         most=1,
@@ -60,7 +61,7 @@ register(
 
 
 def _stitch_terms(settings: Settings, found: Found) -> Terms:
-    return _masked(settings, found, "magnitude", "kept count")
+    return masked_sum(settings, found, "magnitude", "kept count")
 
 
 register(
@@ -73,23 +74,18 @@ register(
             Parameter(
                 "density", SHARE, 0.1, "share of an expert's edits that is kept", "expert", affects="masks"
             ),
-            _SCOPE,
+            SCOPE,
             Parameter(
                 "embeddings", choice("base", "merge"), "base", "what becomes of the embeddings", varies=False
             ),
             LAMBDA,
         ),
-        needs=_needs,
+        needs=selection_needs,
         terms=_stitch_terms,
         keeps_base=lambda settings, role: settings["embeddings"] == "base" and role == "embedding",
         least=1,
     )
 )
-
-
-def _fisher_needs(settings: Settings) -> list[Need]:
-    rule = settings["normalise"]
-    return [] if rule == "none" else [Need("mean weight", "model" if rule == "model" else "tensor")]
 
 
 def _with_floor(tensor: TensorInputs, settings: Settings) -> TensorInputs:
@@ -126,7 +122,7 @@ register(
             ),
             Parameter("epsilon", NOT_NEGATIVE, 1e-26, "added to each mean", affects="values"),
         ),
-        needs=_fisher_needs,
+        needs=mean_needs,
         view=_with_floor,
         terms=_fisher_terms,
     )

@@ -174,14 +174,19 @@ def _ota_needs(settings: Settings) -> list[Need]:
         needs.append(Need("low rank", reads=2 if any(settings.each("rank")) else 1))
     if any(selection_of(e).surveyed for e in settings.experts):
         needs.append(Need("thresholds", settings["density_scope"]))
-    weighted = settings["masked_task_vector_merge_method"] == "precond"
-    if weighted and settings["normalise"] != "none":
-        needs.append(Need("mean weight", "model" if settings["normalise"] == "model" else "tensor"))
+    if settings["masked_task_vector_merge_method"] == "precond":
+        needs += mean_needs(settings)
     if settings["rescale"]:
         needs.append(Need("norms", reads=2, of_masks=True))
     if settings["masked_task_vector_merge_method"] == "ties" and settings["ties_density"] < 1:
         needs.append(Need("trims", reads=2, of_masks=True))
     return needs
+
+
+def mean_needs(settings: Settings) -> list[Need]:
+    """The mean that `normalise` divides by."""
+    rule = settings["normalise"]
+    return [] if rule == "none" else [Need("mean weight", "model" if rule == "model" else "tensor")]
 
 
 def _ota_terms(settings: Settings, found: Found) -> Terms:

@@ -1,0 +1,1 @@
+"""Whole matrices: Gram matrices, eigenvectors, polar factors, and what merge methods make of them."""
