@@ -16,6 +16,7 @@ _OF_A_BASE = (
     ("missing_curvature", "base"),
     ("rescale", True),
     ("calibrate", "svc"),
+    ("calibrate", "shrink"),
 )
 _SELECTIONS = ("precond_threshold", "density", "saliency_mass")
 

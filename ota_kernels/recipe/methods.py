@@ -14,7 +14,7 @@ from ..spectral.formulas import Formula
 from ..tensors.found import Found, Rank
 from ..tensors.terms import Terms
 from ..tensors.tile import TensorInputs
-from .parameters import NOT_NEGATIVE, Parameter, choice, suggest
+from .parameters import Parameter, choice, suggest
 from .settings import Settings
 
 EXTRA_TENSORS = Parameter(
@@ -26,12 +26,12 @@ EXTRA_TENSORS = Parameter(
     varies=False,
 )
 
-# After any row that adds edits to a base.
-CALIBRATION = (
-    Parameter(
-        "calibrate", choice("none", "svc"), "none", "svc: no direction of a matrix is counted too often"
-    ),
-    Parameter("calibrate_floor", NOT_NEGATIVE, None, "alpha of svc; 1: only shrink; default: 1 / experts"),
+# Of every row that adds edits to a base.
+CALIBRATE = Parameter(
+    "calibrate",
+    choice("none", "svc", "shrink"),
+    "none",
+    "svc: no singular direction of a merged matrix is counted too often; shrink: the same, and none grows",
 )
 
 
@@ -93,8 +93,8 @@ class Method:
     @functools.cached_property
     def by_key(self) -> dict[str, Parameter]:
         """The parameters by their keys, in order, and those that every method has."""
-        calibration = () if self.base == "ignored" else CALIBRATION
-        return {p.key: p for p in (*self.parameters, *calibration, EXTRA_TENSORS)}
+        calibrate = () if self.base == "ignored" else (CALIBRATE,)
+        return {p.key: p for p in (*self.parameters, *calibrate, EXTRA_TENSORS)}
 
     @property
     def keys(self) -> frozenset[str]:

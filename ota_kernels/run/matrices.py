@@ -134,10 +134,8 @@ class Matrices:
             else:
                 found = settings["lambda"] * formula.merged(edits)
             if settings["calibrate"] != "none":
-                alpha = settings["calibrate_floor"]
-                found = formulas.svc(
-                    found, replace(edits, masked=False), 1 / len(edits) if alpha is None else alpha
-                )
+                alpha = 1.0 if settings["calibrate"] == "shrink" else 1 / len(edits)
+                found = formulas.svc(found, replace(edits, masked=False), alpha)
         edit = Buffer(_data(found, tensor.is_resident), _FLOAT64, f"the merged edit of {tensor.name}")
         inputs = replace(tensor, base=None, experts=(base, edit), curvatures=(Uniform(),) * 2, origins=())
         return inputs, _ADDED, counts

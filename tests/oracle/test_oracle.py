@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from oracle import METHODS, Tensor, evaluate
+from oracle import METHODS, Tensor, evaluate, spectral
 from oracle.examples import ELECTING, LINEAR_ROWS, SHAPES, close, merge, tensor, vectors
 
 
@@ -328,6 +328,7 @@ EVERYWHERE = {
     "ota": {"density": 0.5},
     "ffg": {"density": 0.5},
     "fisher": {},
+    **dict.fromkeys(spectral.METHODS, {}),
     **{
         name: {"weight": [1, -0.5, 0.7], "rescale": True}
         | ({} if name == "task_arithmetic" else {"density": 0.5})

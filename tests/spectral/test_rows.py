@@ -117,12 +117,11 @@ def test_arrays(plain, method, parameters, backend):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("alpha", [None, 1.0])
-def test_calibration_of_any_row(plain, tmp_path, method, parameters, alpha):
+@pytest.mark.parametrize(("calibrate", "alpha"), [("svc", None), ("shrink", 1.0)])
+def test_calibration_of_any_row(plain, tmp_path, method, parameters, calibrate, alpha):
     tensors = tensors_of(plain, method == "ota")
     truth = spectral.calibrated(tensors, oracle.evaluate(tensors, method, **parameters), alpha)
-    floor = {} if alpha is None else {"calibrate_floor": alpha}
-    recipe = recipe_of(plain, method, parameters | {"calibrate": "svc"} | floor, method == "ota")
+    recipe = recipe_of(plain, method, parameters | {"calibrate": calibrate}, method == "ota")
     merge(recipe, tmp_path / "out", tile_elements=1 << 14)
     check("bfloat16", load_merged(tmp_path / "out"), truth)
 
