@@ -55,11 +55,11 @@ def _text(value: Any) -> str:
 
 def _one(row: Method) -> str:
     lines = [f"{row.name} ({row.source}): {row.formula}", f"base: {row.base}; models: {_count(row)}", ""]
-    for p in row.parameters:
+    for p in row.by_key.values():
         of = "each model's" if p.level == "expert" else "of the merge"
         lines.append(f"  {p.key}: {p.help} ({p.kind.allowed}; {of}; default: {_default(p)})")
     own = [p for p in row.parameters if p.level == "expert" and p.default is REQUIRED]
-    own += [p for p in row.parameters if p.key == "preconditioner_path"]
+    own += [p for p in row.parameters if p.key == "preconditioner_path" and not row.curvature_optional]
     shared = [p for p in row.parameters if p.level == "shared" and p.default is REQUIRED]
     lines += ["", f"merge_method: {row.name}"]
     lines += ["base_model: models/base"] if row.base == "required" else []

@@ -224,7 +224,7 @@ class Engine:
                 part = Segment(index, start + a, start + a + tile.numel)
                 room = self._sink.room(part, tile.numel * tile.out_dtype.itemsize)
                 counts.overflow += self._backend.merge(tile, own, room).overflow
-                self._sink.write(part, room)
+                self._sink.write(part, room, True)
             self._sink.done_with(matrix.stored.stored.slice(start, start + size))
             done.append((whole, counts))
         return done

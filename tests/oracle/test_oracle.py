@@ -328,7 +328,7 @@ EVERYWHERE = {
     "ota": {"density": 0.5},
     "ffg": {"density": 0.5},
     "fisher": {},
-    **dict.fromkeys(spectral.METHODS, {}),
+    **{name: {} for name in spectral.METHODS},
     **{
         name: {"weight": [1, -0.5, 0.7], "rescale": True}
         | ({} if name == "task_arithmetic" else {"density": 0.5})
