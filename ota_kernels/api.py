@@ -29,6 +29,7 @@ def merge_tensors(
     curvatures: Sequence[Tensor] | None = None,
     *,
     method: str = "ota",
+    origins: Sequence[Tensor | None] | None = None,
     name: str = "weight",
     out_dtype: str | None = None,
     backend: str = "auto",
@@ -39,10 +40,11 @@ def merge_tensors(
 
     base: any shape, or None for methods that need none; experts: tensors of the same shape, in recipe order;
     curvatures: second moments v_t of each expert, same shape, float32, bfloat16 or float16, >= 0 (units of
-    squared gradient), or None for curvature 1 everywhere. name: tells embeddings and output matrices from
-    other matrices where that matters (`rank`, `rescale`). parameters: the recipe's keys (`density`,
-    `precond_threshold`, `power`, `lambda_` for `lambda`, ...); a key of one model may be a list with a value
-    per expert. Densities are over this tensor.
+    squared gradient), or None for curvature 1 everywhere; origins: what each expert's edit is counted from,
+    None for the base (skill vectors, unlearning by a negative weight). name: tells embeddings and output
+    matrices from other matrices where that matters (`rank`, `rescale`). parameters: the recipe's keys
+    (`density`, `precond_threshold`, `power`, `lambda_` for `lambda`, ...); a key of one model may be a list
+    with a value per expert. Densities are over this tensor.
 
     Tensors on a GPU, all on one, are merged there by the backend `triton`, on the current stream. For others
     `auto` is `native`; `triton` streams them through a GPU.
@@ -56,6 +58,7 @@ def merge_tensors(
         [{name: expert} for expert in experts],
         None if curvatures is None else [{name: curvature} for curvature in curvatures],
         method=method,
+        origins=None if origins is None else [None if o is None else {name: o} for o in origins],
         out_dtype=out_dtype,
         backend=backend,
         threads=threads,
@@ -71,6 +74,7 @@ def merge_state_dicts(
     curvatures: Sequence[Mapping[str, Tensor]] | None = None,
     *,
     method: str = "ota",
+    origins: Sequence[Mapping[str, Tensor] | None] | None = None,
     out_dtype: str | None = None,
     backend: str = "auto",
     threads: int | None = None,
@@ -85,8 +89,8 @@ def merge_state_dicts(
     otherwise; of buffers, the first one's is taken. A name without curvature is an error unless
     `missing_curvature` says otherwise.
     """
-    recipe = recipe_of(base is not None, len(experts), curvatures is not None, method, out_dtype, parameters)
-    return Placed(base, experts, curvatures, backend, threads).merge(recipe)
+    placed = Placed(base, experts, curvatures, backend, threads, origins)
+    return placed.merge(placed.recipe(method, out_dtype, parameters))
 
 
 def merge_into(
@@ -96,6 +100,7 @@ def merge_into(
     curvatures: Sequence[Mapping[str, Tensor]] | None = None,
     *,
     method: str = "ota",
+    origins: Sequence[torch.nn.Module | Mapping[str, Tensor] | None] | None = None,
     backend: str = "auto",
     threads: int | None = None,
     **parameters: Any,
@@ -111,7 +116,7 @@ def merge_into(
     contiguous, or that lie on another device than the inputs: those are merged in memory of their own, and
     copied. After an error the model holds a part of the merge.
     """
-    Merger(base, experts, curvatures, backend=backend, threads=threads)(
+    Merger(base, experts, curvatures, origins=origins, backend=backend, threads=threads)(
         method=method, out=model, **parameters
     )
 

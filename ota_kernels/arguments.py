@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from .errors import RecipeError
@@ -16,13 +17,17 @@ def recipe_of(
     method: str,
     out_dtype: str | None,
     parameters: dict[str, Any],
+    origins: Sequence[int] = (),
 ) -> Recipe:
     """n: experts; parameters: the recipe's keys, `lambda_` for `lambda`; a key of one model may be a list
-    with a value per expert. The models are called "base" and "experts[t]"."""
+    with a value per expert; origins: numbers of experts with an origin of their own. The models are called
+    "base", "experts[t]" and "origins[t]"."""
     row = methods.get(method)
     own_keys = {p.key for p in row.own}
     if "preconditioner_path" in parameters:
         raise RecipeError("`preconditioner_path` is for recipes: give the tensors as `curvatures`")
+    if row.of_one_run and any(key in parameters for key in ("every", "last")):
+        raise RecipeError("`every` and `last` choose among folders: give the tensors that are to be merged")
     if parameters.get("bias_correction"):
         raise RecipeError(
             "`bias_correction` reads a file's metadata: divide the curvatures by 1 - beta2^step instead"
@@ -47,6 +52,8 @@ def recipe_of(
         for t, own in enumerate(per_model):
             own["preconditioner_path"] = f"curvatures[{t}]"
     models = [{"model": f"experts[{t}]", "parameters": own} for t, own in enumerate(per_model)]
+    for t in origins:
+        models[t]["origin"] = f"origins[{t}]"
     data: dict[str, Any] = {
         "merge_method": method,
         "models": models,

@@ -21,8 +21,10 @@ from .planning.buffers import average
 from .planning.models import Info
 from .planning.outputs import COPY, TAKE, OutputTensor
 from .planning.packed import Packed, other_base, raise_other_base, shared_edit_of
-from .planning.pairing import Pairing, moments_key
+from .planning.pairing import Pairing
 from .planning.plan import TILE_ELEMENTS
+from .planning.second_moments import moments_key
+from .planning.tables import table_of
 from .processors import default_threads
 from .recipe.recipe import Recipe
 from .run.decide import Decider
@@ -55,8 +57,8 @@ class Merger:
             merged = merger(density=density, lambda_=1.2, out=merged)
 
     base: a dictionary of tensors, a torch module, or None for methods that need none; experts: the same, in
-    recipe order; curvatures: second moments of each expert as for `merge_state_dicts`, or None. backend,
-    threads: as there. Tensors are placed once, and what one call finds of them (thresholds, order statistics,
+    recipe order; curvatures, origins: of each expert as for `merge_state_dicts`, or None. backend, threads:
+    as there. Tensors are placed once, and what one call finds of them (thresholds, order statistics,
     products, samples of scores) is kept for those that ask for the same: a call that differs in `lambda_` or
     `weight` only reads the inputs once, and nothing has to wait for a threshold. So they must not change.
 
@@ -69,12 +71,14 @@ class Merger:
         experts: Sequence[torch.nn.Module | Mapping[str, Any]],
         curvatures: Sequence[Mapping[str, Any]] | None = None,
         *,
+        origins: Sequence[torch.nn.Module | Mapping[str, Any] | None] | None = None,
         backend: str = "auto",
         threads: int | None = None,
     ) -> None:
         models = [_tensors_of(expert) for expert in experts]
+        own = None if origins is None else [None if o is None else _tensors_of(o) for o in origins]
         self._placed = Placed(
-            None if base is None else _tensors_of(base), models, curvatures, backend, threads
+            None if base is None else _tensors_of(base), models, curvatures, backend, threads, own
         )
         self._kept = Kept()
 
@@ -93,16 +97,8 @@ class Merger:
         """
         if out is not None and out_dtype is not None:
             raise RecipeError("`out` and `out_dtype` exclude each other: results have the types of `out`")
-        placed = self._placed
-        recipe = recipe_of(
-            placed.base is not None,
-            len(placed.experts),
-            placed.curvatures is not None,
-            method,
-            out_dtype,
-            parameters,
-        )
-        return placed.merge(recipe, None if out is None else _tensors_of(out), kept=self._kept)
+        recipe = self._placed.recipe(method, out_dtype, parameters)
+        return self._placed.merge(recipe, None if out is None else _tensors_of(out), kept=self._kept)
 
 
 def _tensors_of(model: Any) -> Mapping[str, Any] | str | PathLike:
@@ -121,16 +117,26 @@ class Placed:
         curvatures: Sequence[Mapping[str, Tensor]] | None,
         backend: str,
         threads: int | None,
+        origins: Sequence[Mapping[str, Tensor] | None] | None = None,
     ) -> None:
         if threads is not None and threads < 1:
             raise RecipeError(f"threads must be at least 1, not {threads}")
         if curvatures is not None and len(curvatures) != len(experts):
             raise InputError(f"{len(experts)} experts but {len(curvatures)} curvatures")
+        if origins is not None and len(origins) != len(experts):
+            raise InputError(f"{len(experts)} experts but {len(origins)} origins: None stands for the base")
         self.base, self.experts, self.curvatures = base, experts, curvatures
+        self._origins = {t: origin for t, origin in enumerate(origins or ()) if origin is not None}
         self._asked, self._threads = backend, threads
         self._served: tuple[Backend, Read] | None = None
         self._models: dict[str, _Dictionary | Packed] = {}
         self._moments: dict[int, _Moments] = {}
+
+    def recipe(self, method: str, out_dtype: str | None, parameters: dict[str, Any]) -> Recipe:
+        """The recipe of a merge of these models."""
+        has_base, has_curvature = self.base is not None, self.curvatures is not None
+        own = list(self._origins)
+        return recipe_of(has_base, len(self.experts), has_curvature, method, out_dtype, parameters, own)
 
     def merge(
         self,
@@ -154,7 +160,8 @@ class Placed:
         first = self.base if packed and not given else out
         label, first = next(((r.label, model) for r, model in given.items() if model), ("base", first))
         backend, read = self._serving(label, *next(iter(first.items())))
-        for reference, model in given.items():
+        own = {e.origin: self._origins[t] for t, e in enumerate(recipe.models) if e.origin is not None}
+        for reference, model in (given | own).items():
             self._models.setdefault(reference.label, _Dictionary(reference.label, model, read))
         for reference, path in packed.items():
             base = self._models.setdefault("base", _Dictionary("base", self.base, read))
@@ -164,7 +171,8 @@ class Placed:
             moments_key(entry): self._moments.setdefault(t, _Moments(f"curvatures[{t}]", of_expert, read))
             for t, (entry, of_expert) in enumerate(zip(recipe.models, self.curvatures or (), strict=False))
         }
-        pairing = Pairing(recipe, {r: self._models[r.label] for r in (*given, *packed)}, moments)
+        models = {r: self._models[r.label] for r in (*given, *packed, *own)}
+        pairing = Pairing(recipe, models, moments, table=table_of(recipe))
         for note in pairing.notes:
             logger.info("%s", note)
         outputs = pairing.outputs

@@ -46,12 +46,14 @@ def merge_state_dicts(
     curvatures: Sequence[Mapping[str, Tensor]] | None = None,
     *,
     method: str = "ota",
+    origins: Sequence[Mapping[str, Tensor] | None] | None = None,
     **options: Any,
 ) -> dict[str, Tensor]:
     """functional.merge_state_dicts by its operator."""
     if not _uses_base(method):
         base = None
     arguments = {"base": base, "experts": experts, "curvatures": curvatures, "method": method, **options}
+    arguments |= {} if origins is None else {"origins": origins}
     merged = torch.ops.ota_kernels.merge(*packed(arguments))
     return dict(zip(_first(base, experts), merged, strict=True))
 

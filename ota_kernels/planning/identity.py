@@ -58,7 +58,9 @@ def _without(part: Slice, files: Mapping[Reference, frozenset]) -> Slice:
     if part.base is None or part.base.reference not in files:
         return part
     own, layers = files[part.base.reference], part.base.layers
-    experts = [e for e in part.experts if e.layers != layers or files.get(e.reference) != own]
+    experts = [
+        e for e in part.experts if e.layers != layers or e.origin is not None or files.get(e.reference) != own
+    ]
     return part if len(experts) == len(part.experts) else replace(part, experts=tuple(experts))
 
 

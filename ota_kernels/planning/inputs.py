@@ -28,9 +28,11 @@ from .match import Renamed, RenamedMoments, prefixes_of
 from .models import Dequantised, Model, Moments, Stored
 from .outputs import OutputTensor
 from .packed import Packed, beside_weights, other_base, raise_other_base, shared_edit_of
-from .pairing import Pairing, moments_key
+from .pairing import Pairing
 from .restack import restacked
 from .roles import EMBEDDING, role_of
+from .second_moments import moments_key
+from .tables import table_of
 from .truncation import cut
 from .vocabulary import Aligned, AlignedMoments, Alignment, with_rows
 
@@ -83,6 +85,7 @@ class Inputs:
                 _ADVICE if files is None else _ADVICE_ON_FILES,
                 self._prefixes.unsafe,
                 files,
+                self.table,
             )
             self.notes += self.pairing.notes
             if files is None:
@@ -102,7 +105,7 @@ class Inputs:
         resolve = resolve_model if self._single is None else resolve_file
         self.model_folders: dict[str, Path] = {r.label: resolve(r.model.label) for r in recipe.references}
         self.adapter_folders: dict[str, Path] = {}
-        used = dict.fromkeys(entry.reference for part in recipe.slices for entry in part.entries)
+        used = dict.fromkeys(entry.reference for part in recipe.slices for entry in part.sources)
         self.checkpoints: dict[Reference, Checkpoint] = {}
         self.packs: dict[Reference, Packed] = {}
         self._opened: dict[str, tuple[Model, Checkpoint]] = {}
@@ -112,7 +115,7 @@ class Inputs:
         files = self.checkpoints | {reference: model.pack for reference, model in self.packs.items()}
         plain = {r: file for r, file in files.items() if r.adapter is None}
         self.recipe = recipe = without_base(recipe, plain)
-        kept = dict.fromkeys(entry.reference for part in recipe.slices for entry in part.entries)
+        kept = dict.fromkeys(entry.reference for part in recipe.slices for entry in part.sources)
         self.models: dict[Reference, Model] = {reference: models[reference] for reference in kept}
         experts = dict.fromkeys(e.reference for part in recipe.slices for e in part.experts)
         self.notes += twins([plain[reference] for reference in experts if reference in plain])
@@ -121,6 +124,7 @@ class Inputs:
             for entry in part.experts:
                 self._open_moments(entry)
         self.moments_files = list(self.moments.values())
+        self.table = table_of(recipe)
 
     def _model(self, reference: Reference) -> Model:
         path = self.model_folders[reference.label]
@@ -191,7 +195,7 @@ class Inputs:
     def _rename(self) -> None:
         """Give all models the names of the first one, where only prefixes differ that say nothing."""
         parts = self.recipe.slices
-        models = {e.reference: self.models[e.reference] for e in parts[0].entries} if parts[0].whole else {}
+        models = {e.reference: self.models[e.reference] for e in parts[0].sources} if parts[0].whole else {}
         self._prefixes = prefixes_of(models)
         self.notes += self._prefixes.notes
         for reference, own in self._prefixes.own.items():
@@ -289,6 +293,7 @@ class Inputs:
         """Names, sizes and times of all input files."""
         files = [model.fingerprint() for model in self.models.values()]
         files += [file.fingerprint() for file in self.moments_files]
+        files += [] if self.table is None else [self.table]
         return files + ([] if self.alignment is None else self.alignment.fingerprint())
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..recipe.methods import EXTRA_TENSORS
+from ..recipe.recipe import Slice
 from ..recipe.settings import Settings
 from ..tensors.computed import Source
 from ..tensors.curvature import Curvature
@@ -19,11 +20,13 @@ MERGE, COPY, KEEP_BASE, TAKE, AVERAGE = "merge", "copy", "keep base", "take", "a
 
 
 class Part(NamedTuple):
-    """A tensor of a model. stands_for: the output matrix that a tied embedding is taken for."""
+    """A tensor of a model. stands_for: the output matrix that a tied embedding is taken for; origin: what its
+    edit is counted from, None for the base."""
 
     model: Model
     name: str
     stands_for: str | None = None
+    origin: Part | None = None
 
     @property
     def source(self) -> Source:
@@ -42,7 +45,16 @@ class Part(NamedTuple):
 
     def as_dict(self) -> dict[str, Any]:
         """Its model and its name there."""
-        return {"model": self.model.label, "tensor": self.name}
+        origin = {} if self.origin is None else {"origin": self.origin.as_dict()}
+        return {"model": self.model.label, "tensor": self.name, **origin}
+
+
+def with_origins(part: Slice, parts: list[Part]) -> list[Part]:
+    """Base and experts, which know their origins, of the parts of all sources of a slice."""
+    entries, rest = part.entries, iter(parts[len(part.entries) :])
+    return [
+        p if e.origin is None else p._replace(origin=next(rest)) for e, p in zip(entries, parts, strict=False)
+    ]
 
 
 @dataclass(frozen=True)
@@ -81,9 +93,16 @@ class OutputTensor:
         return self.experts if self.base is None else (self.base, *self.experts)
 
     @property
+    def origins(self) -> tuple[Part | None, ...]:
+        """What the experts' edits are counted from, None for the base; nothing where that holds for all."""
+        found = tuple(part.origin for part in self.experts)
+        return found if any(found) else ()
+
+    @property
     def bytes_per_element(self) -> int:
         """Input bytes that one element reads."""
-        read = (self.base,) if self.action == KEEP_BASE else self.sources
+        own = (part for part in self.origins if part is not None)
+        read = (self.base,) if self.action == KEEP_BASE else (*self.sources, *own)
         size = sum(part.model.bytes_per_element(part.name) for part in read)
         return size + sum(buffer.dtype.itemsize for c in self.curvatures for buffer in c.buffers)
 
@@ -111,7 +130,8 @@ class OutputTensor:
         base = None if self.base is None else self.base.source
         kept = self.action == KEEP_BASE
         experts = tuple(base if kept else part.source for part in self.experts)
-        return TensorInputs(self.name, self.shape, self.dtype, base, experts, self.curvatures)
+        origins = () if kept else tuple(None if part is None else part.source for part in self.origins)
+        return TensorInputs(self.name, self.shape, self.dtype, base, experts, self.curvatures, origins)
 
 
 def _set(parameters: Mapping[str, Any]) -> dict[str, Any]:

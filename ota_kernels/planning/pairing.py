@@ -13,23 +13,25 @@ from ..io.header import quoted
 from ..recipe.recipe import ModelEntry, Recipe, Slice
 from ..recipe.reference import Reference
 from ..recipe.settings import Settings
-from ..tensors.curvature import Curvature, Rank1, Uniform
+from ..tensors.curvature import Curvature, Uniform
 from ..tensors.dtypes import OUTPUT_NAMES, DType
 from . import buffers, layers, tied
 from .check import shape_advice
 from .match import head_of, lacking_error, listing
 from .models import Model, Moments
-from .outputs import AVERAGE, COPY, KEEP_BASE, MERGE, TAKE, OutputTensor, Part
+from .outputs import AVERAGE, COPY, KEEP_BASE, MERGE, TAKE, OutputTensor, Part, with_origins
 from .precision import Precision
 from .prefixes import Renaming
 from .resolve import Resolver, unused_filters
+from .second_moments import curvature_of, moments_key
+from .tables import check_rows
 
 logger = logging.getLogger(__name__)
 
 
 class _Named(NamedTuple):
-    """An output tensor of which only names are known. names: of the tensor in each model of the slice, the
-    base first; position: of its layer in the slice, 0 to 1."""
+    """An output tensor of which only names are known. names: of the tensor in each model of the slice, in the
+    order of `Slice.sources`; position: of its layer in the slice, 0 to 1."""
 
     name: str
     part: Slice
@@ -45,7 +47,8 @@ class Pairing:
     some models lack by its method's rule, which is an error else; advice: the end of that error; renamed:
     models, by label, whose names differ from the first one's in a way that that error explains; files: models
     are files of any names, none of which is a layer's or tied to another: "same" where all must have them,
-    "intersection" of those that all have, "union" of all; None: models of folders. outputs: in
+    "intersection" of those that all have, "union" of all; None: models of folders; table: of `weights_path`.
+    outputs: in
     the order in which they are written, that of the first model where layers are not restacked; untied: the
     output has an output matrix of its own although some model ties it to the embeddings; left_out: stored
     tensors that are not written, with the reason; notes: what a user should know; donors: for each output
@@ -59,6 +62,7 @@ class Pairing:
     advice: str = ""
     renamed: Mapping[str, Renaming] = field(default_factory=dict)
     files: str | None = None
+    table: Mapping[str, Sequence[float]] | None = None
     outputs: list[OutputTensor] = field(init=False)
     untied: bool = field(init=False, default=False)
 
@@ -80,6 +84,7 @@ class Pairing:
         self.outputs = self._with_curvature(self._paired(self._matched(named)))
         self.notes += self._precision.notes(listing)
         self._check_whole()
+        check_rows(self.table, [*(output.name for output in self.outputs), *self.left_out])
 
     # Names
 
@@ -97,12 +102,12 @@ class Pairing:
 
     def _models_of(self, part: Slice) -> list[Model]:
         if id(part) not in self._models:
-            self._models[id(part)] = [self.models[entry.reference] for entry in part.entries]
+            self._models[id(part)] = [self.models[entry.reference] for entry in part.sources]
         return self._models[id(part)]
 
     def _whole(self, part: Slice) -> Iterator[_Named]:
         models = self._models_of(part)
-        names = dict.fromkeys(name for model in models for name in model.tensors)
+        names = dict.fromkeys(name for model in models[: len(part.entries)] for name in model.tensors)
         stacks = layers.stacks(names) if self.files is None else {}
         for name in names:
             yield _Named(name, part, (name,) * len(models), layers.position(name, stacks))
@@ -111,27 +116,27 @@ class Pairing:
         """What comes before the layers is the first slice's, what comes after them the last one's."""
         stacks = [self._stacks(part, f"slices[{i}]") for i, part in enumerate(slices)]
         first, last = slices[0], slices[-1]
-        for name in dict.fromkeys(name for stack in stacks[0] for name in stack.before):
+        for name in dict.fromkeys(name for stack in stacks[0][: len(first.entries)] for name in stack.before):
             yield _Named(name, first, (name,) * len(stacks[0]), 0.0)
         number = 0
         for part, of_part in zip(slices, stacks, strict=True):
-            starts = [entry.layers[0] for entry in part.entries]
+            starts = [entry.layers[0] for entry in part.sources]
             size = part.entries[0].layers[1] - starts[0]
             for j in range(size):
                 prefixes = [f"{s.prefix}{start + j}." for s, start in zip(of_part, starts, strict=True)]
-                here = zip(of_part, starts, strict=True)
+                here = zip(of_part, starts[: len(part.entries)], strict=False)
                 for rest in dict.fromkeys(rest for s, start in here for rest in s.layers[start + j]):
                     names = tuple(prefix + rest for prefix in prefixes)
                     output = f"{stacks[0][0].prefix}{number}.{rest}"
                     yield _Named(output, part, names, layers.relative(j, size))
                 self.donors.append((self._models_of(part)[0], starts[0] + j))
                 number += 1
-        for name in dict.fromkeys(name for stack in stacks[-1] for name in stack.after):
+        for name in dict.fromkeys(name for stack in stacks[-1][: len(last.entries)] for name in stack.after):
             yield _Named(name, last, (name,) * len(stacks[-1]), 0.0)
 
     def _stacks(self, part: Slice, where: str) -> list[layers.Stack]:
         found = []
-        for entry, model in zip(part.entries, self._models_of(part), strict=True):
+        for entry, model in zip(part.sources, self._models_of(part), strict=True):
             stack = self._stack(model)
             if entry.layers[1] > len(stack.layers):
                 raise RecipeError(
@@ -184,7 +189,7 @@ class Pairing:
                     Part(p.model, source, p.name) if is_tied else p
                     for p, source, is_tied in zip(parts, head.sources, head.tied, strict=True)
                 ]
-            pairs[each.name] = (each, parts)
+            pairs[each.name] = (each, with_origins(each.part, parts))
         if self.recipe.slices[0].whole and self.files is None:
             self._leave_aliases(pairs)
         self.notes += [f"{name} is left out: {reason}" for name, reason in self.left_out.items()]
@@ -195,7 +200,7 @@ class Pairing:
             name: tuple(p.name if p.name in p.model.tensors else None for p in parts)
             for name, (_, parts) in pairs.items()
         }
-        models = self._models_of(self.recipe.slices[0])
+        models = self._models_of(self.recipe.slices[0])[: len(self.recipe.slices[0].entries)]
         for name, source in tied.aliases(models, sources).items():
             self.left_out[name] = f"a copy of {source} in every model that stores it"
             del pairs[name]
@@ -292,7 +297,8 @@ class Pairing:
         """present: the experts that have the tensor, None for all; dtype: of the output, None for what the
         recipe says."""
         has_base = named.part.base is not None
-        entries, own = named.part.experts, named.names[1:] if has_base else named.names
+        entries = named.part.experts
+        own = named.names[has_base : has_base + len(entries)]
         if present is not None:
             entries = [entries[i] for i in present]
             parts = parts[:has_base] + [parts[i + has_base] for i in present]
@@ -306,6 +312,8 @@ class Pairing:
                 f"{parts[0].model.label}: {quoted(named.name)} is {stored.tag}, whose elements are parts of "
                 "a byte: such a model cannot be merged; use the one that it was quantized from"
             )
+        if not stored.is_float and self.method.of_one_run:
+            return OutputTensor(named.name, shape, stored, TAKE, None, experts[-1:], (), None)
         if not stored.is_float:
             return OutputTensor(named.name, shape, stored, COPY, base, experts, positions, None)
         settings = self._resolver(named.part).settings(named.name, own, named.position, present)
@@ -317,11 +325,14 @@ class Pairing:
         return OutputTensor(named.name, shape, out, MERGE, base, experts, positions, settings, found)
 
     def _common(self, name: str, parts: Sequence[Part]) -> tuple[tuple[int, ...], DType]:
-        """The shape of all parts, and the first one's type. InputError where they do not go together."""
+        """The shape of all parts and origins, and the first one's type. InputError where they do not go
+        together."""
         first = parts[0]
         info = first.model.tensors[first.name]
         shape, dtype = tuple(info.shape), info.dtype
-        for part in parts[1:]:
+        for part in (*parts[1:], *(p.origin for p in parts if p.origin is not None)):
+            if part.name not in part.model.tensors:
+                raise InputError(f"{part.model.label}: has no tensor {name}, which an edit is counted from")
             other = part.model.tensors[part.name]
             if tuple(other.shape) != shape:
                 self._raise_shapes(name, first, part)
@@ -343,7 +354,7 @@ class Pairing:
 
     def _resolver(self, part: Slice) -> Resolver:
         if id(part) not in self._resolvers:
-            self._resolvers[id(part)] = Resolver(part, self.method, self._settings)
+            self._resolvers[id(part)] = Resolver(part, self.method, self._settings, self.table)
         return self._resolvers[id(part)]
 
     def _output_dtype(self, name: str, parts: Sequence[Part]) -> DType:
@@ -388,33 +399,13 @@ class Pairing:
             return (Uniform(),) * len(experts)
         correct = named.part.shared.get("bias_correction", False)
         pairs = zip(entries, own, experts, strict=True)
-        found = tuple(self._curvature(entry, (name, p.name), shape, correct) for entry, name, p in pairs)
+        found = tuple(
+            curvature_of(self.moments.get(moments_key(e)), (name, p.name), shape, correct, e.parameters)
+            for e, name, p in pairs
+        )
         if None in found and buffers.needs_no_curvature(named.name, shape):
             return (Uniform(),) * len(found)  # all experts weigh alike there
         return found
-
-    def _curvature(
-        self, entry: ModelEntry, names: tuple[str, ...], shape: tuple[int, ...], correct: bool
-    ) -> Curvature | None:
-        """names: under which the file may know the tensor: its own, or that of the embeddings it is tied
-        to."""
-        file = self.moments.get(moments_key(entry))
-        if file is None:
-            return None
-        for name in dict.fromkeys(names):
-            found = file.held(name, correct)
-            if found is None:
-                continue
-            if found.shape != shape:
-                raise InputError(f"{file.what(name)} has shape {list(found.shape)}, the tensor {list(shape)}")
-            if entry.parameters.get("rank") and isinstance(found.curvature, Rank1):
-                raise InputError(
-                    f"{file.what(name)} is row and column sums, which have rank 1: leave out `rank`, or give "
-                    "a "
-                    "file of all second moments"
-                )
-            return found.curvature
-        return None
 
     def _with_curvature(self, outputs: list[OutputTensor]) -> list[OutputTensor]:
         """What `missing_curvature` says of tensors without. Under `uniform` no expert's curvature can be
@@ -446,8 +437,3 @@ class Pairing:
             f"{first.experts[place].name!r}{more if len(lacking) > 1 else ''}; "
             "`missing_curvature: uniform` or `base` merges without it"
         )
-
-
-def moments_key(entry: ModelEntry) -> tuple[int, str]:
-    """What an entry's second moments are known by."""
-    return entry.number, entry.parameters.get("preconditioner_path", "")

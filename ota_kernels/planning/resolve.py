@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..errors import RecipeError
@@ -12,15 +12,21 @@ from ..recipe.recipe import Recipe, Slice
 from ..recipe.settings import Settings
 
 # What says where curvature lies is no setting of a tensor.
-_PATHS = ("preconditioner_path",)
+_PATHS = ("preconditioner_path", "weights_path")
 
 
 class Resolver:
     """The settings of each tensor of one slice. known: settings that other slices of the recipe found, so
-    that equal ones are one object."""
+    that equal ones are one object; table: the models' weights by tensor, where `weights_path` gives them."""
 
-    def __init__(self, part: Slice, method: Method, known: dict[tuple, Settings]) -> None:
-        self._part, self._method, self._known = part, method, known
+    def __init__(
+        self,
+        part: Slice,
+        method: Method,
+        known: dict[tuple, Settings],
+        table: Mapping[str, Sequence[float]] | None = None,
+    ) -> None:
+        self._part, self._method, self._known, self._table = part, method, known, table
         self._plain, self._varying = _divided(method.shared, part.shared)
         self._of_experts = [_divided(method.own, entry.parameters) for entry in part.experts]
         self._found: dict[tuple, Settings] = {}
@@ -35,14 +41,28 @@ class Resolver:
         values = [value_at(p, value, name, position) for p, value in self._varying]
         for (_, varying), own in zip(self._of_experts, names, strict=True):
             values += [value_at(p, value, own, position) for p, value in varying]
-        key = (*values, present if present is None else tuple(present))
+        weights = None if self._table is None else self._weights(name)
+        key = (*values, weights, present if present is None else tuple(present))
         if key not in self._found:
-            self._found[key] = self._made(iter(values), name, present)
+            self._found[key] = self._made(iter(values), name, present, weights)
         return self._found[key]
 
-    def _made(self, values: Iterable[Any], name: str, present: Sequence[int] | None) -> Settings:
+    def _weights(self, name: str) -> tuple[float, ...]:
+        if name not in self._table:
+            raise RecipeError(f"the table of `weights_path` has no row for {name}: every tensor needs one")
+        return tuple(self._table[name][entry.number] for entry in self._part.experts)
+
+    def _made(
+        self,
+        values: Iterable[Any],
+        name: str,
+        present: Sequence[int] | None,
+        weights: Sequence[float] | None,
+    ) -> Settings:
         shared = self._plain | {p.key: next(values) for p, _ in self._varying}
         experts = [plain | {p.key: next(values) for p, _ in varying} for plain, varying in self._of_experts]
+        for own, weight in zip(experts, weights or (), strict=False):
+            own["weight"] = weight
         if present is not None:
             experts = [experts[i] for i in present]
         for parameters, found in ((self._method.shared, [shared]), (self._method.own, experts)):

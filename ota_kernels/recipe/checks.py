@@ -25,12 +25,8 @@ def check(recipe: Recipe) -> None:
     method = recipe.method
     for part in recipe.slices:
         _check_base(part, method)
-        if all(
-            map(
-                is_constant,
-                [*part.shared.values(), *(v for e in part.experts for v in e.parameters.values())],
-            )
-        ):
+        values = [*part.shared.values(), *(v for e in part.experts for v in e.parameters.values())]
+        if all(map(is_constant, values)) and "weights_path" not in part.shared:
             settings = Settings.of(
                 method.name,
                 part.base is not None,
@@ -55,6 +51,8 @@ def _check_base(part: Slice, method: Method) -> None:
         return
     if method.base == "required":
         raise RecipeError(f"`{method.name}` needs a `base_model`: add one")
+    if "layers" in part.shared and method.edits:
+        raise RecipeError("`layers` scales what is added to a `base_model`: add one, or remove the key")
     for key, value in _OF_A_BASE:
         if part.shared.get(key) == value:
             raise RecipeError(
@@ -98,7 +96,7 @@ def _check_mean(recipe: Recipe) -> None:
     """A mean of h^p over the whole model has one p."""
     if recipe.parameters.get("normalise") != "model":
         return
-    powers = [part.shared["power"] for part in recipe.slices]
+    powers = [part.shared.get("power") for part in recipe.slices]
     if any(power != powers[0] or not is_constant(power) for power in powers):
         raise RecipeError(
             "`power` differs between tensors, but `normalise: model` divides by a mean over all of them: "

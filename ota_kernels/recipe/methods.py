@@ -14,7 +14,7 @@ from ..spectral.formulas import Formula
 from ..tensors.found import Found, Rank
 from ..tensors.terms import Terms
 from ..tensors.tile import TensorInputs
-from .parameters import Parameter, choice, suggest
+from .parameters import FINITE, TEXT, Parameter, choice, suggest
 from .settings import Settings
 
 EXTRA_TENSORS = Parameter(
@@ -32,6 +32,23 @@ CALIBRATE = Parameter(
     choice("none", "svc", "shrink"),
     "none",
     "svc: no singular direction of a merged matrix is counted too often; shrink: the same, and none grows",
+)
+
+# Of rows that add edits to a base, and of rows whose models have weights.
+LAYERS = Parameter(
+    "layers",
+    FINITE,
+    None,
+    "a factor of the merged edit; [a, b]: from a in the first layer to b in the last, a outside (LiNeS)",
+    affects="values",
+)
+WEIGHTS_PATH = Parameter(
+    "weights_path",
+    TEXT,
+    None,
+    "in place of `weight`: a table of them per tensor and model, as JSON {tensor: [..]} or safetensors",
+    varies=False,
+    affects="values",
 )
 
 
@@ -53,7 +70,9 @@ class Method:
     """What a merge method needs and which recipe keys it accepts.
 
     formula: one line in the symbols of README, "Methods"; source: the paper, or where it is from; base:
-    "required", "optional" or "ignored" (there it is one more model); parameters: its keys, each of which may
+    "required", "optional" or "ignored" (there it is one more model); edits: whether it adds edits to a base,
+    so that `origin` and `layers` mean something; of_one_run: whether its models are checkpoints of one run,
+    oldest first, and the newest gives what is not floating point; parameters: its keys, each of which may
     stand at every level of a recipe, those of an expert also under a model; least, most: models beside a
     base; absent: what becomes of a tensor that some models lack (METHODS, "optional tensors").
 
@@ -84,6 +103,8 @@ class Method:
     matrix: Callable[[Settings], Formula | None] = lambda settings: None
     curvature_optional: bool = False
     source: str = ""
+    edits: bool = True
+    of_one_run: bool = False
     least: int = 2
     most: int | None = None
     absent: str = "merge"
@@ -92,9 +113,15 @@ class Method:
 
     @functools.cached_property
     def by_key(self) -> dict[str, Parameter]:
-        """The parameters by their keys, in order, and those that every method has."""
-        calibrate = () if self.base == "ignored" else (CALIBRATE,)
-        return {p.key: p for p in (*self.parameters, *calibrate, EXTRA_TENSORS)}
+        """The parameters by their keys, in order, and those that not only this method has."""
+        return {p.key: p for p in (*self.parameters, *self.options, EXTRA_TENSORS)}
+
+    @functools.cached_property
+    def options(self) -> tuple[Parameter, ...]:
+        """The parameters that follow from what the row does."""
+        weighted = any(p.key == "weight" and p.kind is FINITE for p in self.parameters)
+        calibrated = self.base != "ignored"
+        return (CALIBRATE,) * calibrated + (LAYERS,) * self.edits + (WEIGHTS_PATH,) * weighted
 
     @property
     def keys(self) -> frozenset[str]:

@@ -280,6 +280,7 @@ def _of_function(
         formula=formula or (inspect.getdoc(function) or f"{function.__name__}(...)").splitlines()[0],
         source="of your own",
         base=base,
+        edits=False,
         parameters=tuple(parameters),
         terms=terms,
         least=least,

@@ -18,12 +18,14 @@ from .vocabulary import Vocabulary
 class ModelEntry:
     """One model where it takes part. layers: the first one and the end, None for the whole model; number: its
     place among the recipe's models, from 0; parameters: its own, by key, with those of all levels and the
-    defaults in them; keys that are not set are left out."""
+    defaults in them; keys that are not set are left out; origin: what its edit is counted from, None for the
+    base."""
 
     reference: Reference
     parameters: Mapping[str, Value]
     number: int = 0
     layers: tuple[int, int] | None = None
+    origin: Reference | None = None
 
     @property
     def model(self) -> str:
@@ -44,6 +46,12 @@ class Slice:
     def entries(self) -> tuple[ModelEntry, ...]:
         """Base and experts."""
         return self.experts if self.base is None else (self.base, *self.experts)
+
+    @property
+    def sources(self) -> tuple[ModelEntry, ...]:
+        """Base and experts, and then the origins of those experts that have one."""
+        own = (e for e in self.experts if e.origin is not None)
+        return (*self.entries, *(ModelEntry(e.origin, {}, e.number, e.layers) for e in own))
 
     @property
     def whole(self) -> bool:
@@ -110,7 +118,7 @@ class Recipe:
     def references(self) -> tuple[Reference, ...]:
         """Every model, the base first, each once."""
         found = [] if self.base is None else [self.base]
-        found += [e.reference for part in self.slices for e in part.entries]
+        found += [e.reference for part in self.slices for e in part.sources]
         return tuple(dict.fromkeys(found))
 
     @property
@@ -166,4 +174,5 @@ def _dump_slice(part: Slice) -> dict[str, Any]:
 
 def _dump_entry(entry: ModelEntry) -> dict[str, Any]:
     layers = {} if entry.layers is None else {"layer_range": list(entry.layers)}
-    return {"model": entry.reference.as_yaml(), **layers, "parameters": dumped(entry.parameters)}
+    origin = {} if entry.origin is None else {"origin": entry.origin.as_yaml()}
+    return {"model": entry.reference.as_yaml(), **origin, **layers, "parameters": dumped(entry.parameters)}

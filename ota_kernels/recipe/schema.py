@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 from ..errors import RecipeError
 from . import methods
+from .checkpoints import chosen, matched
 from .checks import check
 from .documents import load_documents
 from .levels import TOP_KEYS, Level, Notes, combined, parse_level, place_of
-from .parameters import DTYPE, REQUIRED, TEXT, Kind, parse_plain, show, suggest
+from .parameters import DTYPE, REQUIRED, TEXT, Kind, Parameter, parse_plain, show, suggest
 from .recipe import ModelEntry, Module, Recipe, Slice
 from .reference import Reference, parse_reference, resolve_path
 from .vocabulary import Vocabulary, parse_source, parse_vocabulary
@@ -22,6 +23,8 @@ from .vocabulary import Vocabulary, parse_source, parse_vocabulary
 logger = logging.getLogger(__name__)
 
 MAX_MODELS = 64
+
+ONE_RUN = ("every", "last")  # keys that choose among a run's checkpoints
 
 CHAT_TEMPLATES = ("auto", "alpaca", "chatml", "exaone", "llama3", "mistral")
 
@@ -80,7 +83,7 @@ class _Parser:
 
     def __init__(self, data: Mapping[Any, Any], folder: Path | None, notes: Notes) -> None:
         self.data, self.folder, self.notes = data, folder, notes
-        self._numbers: dict[Reference, int] = {}
+        self._numbers: dict[tuple[Reference, Reference | None], int] = {}
 
     def recipe(self) -> Recipe:
         data = self.data
@@ -152,13 +155,15 @@ class _Parser:
     def _models(self, data: Any, where: str, levels: list[Level]) -> Slice:
         if data is None:
             data = []
+        if self.method.of_one_run:
+            data = self._checkpoints(data, where, levels)
         models = _list(data, where, "- model: PATH", "list the models to merge, each as `- model: PATH`")
         entries = [self._source(m, f"{where}[{i}]", levels, self.base, False) for i, m in enumerate(models)]
         if self.base is None:
             return self._merged(entries, None, levels, where)
         if self.method.base != "ignored":
             # mergekit's recipes may list the base among the models; its task vector is zero.
-            entries = [entry for entry in entries if not entry.reference.same_as(self.base)]
+            entries = [entry for entry in entries if not _is_base(entry, self.base)]
             if not entries and self.method.least > 0:
                 raise RecipeError(
                     f"`{where}` lists only the base model {self.base.label!r}: add the models to merge into "
@@ -168,6 +173,20 @@ class _Parser:
         if not any(entry.reference.same_as(self.base) for entry in entries):
             entries += self._base_as_model(levels)
         return self._merged(entries, None, levels, where)
+
+    def _checkpoints(self, data: Any, where: str, levels: list[Level]) -> Any:
+        """What is listed of a run's checkpoints: a pattern's folders, `every` and `last` of them."""
+        if isinstance(data, str):
+            data = [{"model": path} for path in matched(data, self.folder)]
+        if not isinstance(data, list | tuple):
+            return data
+        found = [next((level.values[k] for level in levels if k in level.values), None) for k in ONE_RUN]
+        if found == [None, None]:
+            return data
+        for i, entry in enumerate(data):
+            if not isinstance(entry, Mapping) or not isinstance(entry.get("model"), str):
+                raise RecipeError(f"`{where}[{i}]` is {show(entry)}: it must be `- model: FOLDER`")
+        return [data[i] for i in chosen([entry["model"] for entry in data], *found)]
 
     def _base_as_model(self, levels: list[Level]) -> list[ModelEntry]:
         """The base of a method that uses none is one more model, as in mergekit. There a method with weights
@@ -199,13 +218,15 @@ class _Parser:
         entries = []
         for i, source in enumerate(sources):
             entry = self._source(source, f"{where}.sources[{i}]", levels, base, True)
-            if any(entry.reference.same_as(other.reference) for other in entries):
+            if any(
+                entry.origin == other.origin and entry.reference.same_as(other.reference) for other in entries
+            ):
                 raise RecipeError(f"`{where}.sources` has {entry.model!r} twice: a slice takes a model once")
             entries.append(entry)
         _check_lengths(entries, where)
         if base is None or self.method.base == "ignored":
             return self._merged(entries, None, levels, where)
-        own = [entry for entry in entries if entry.reference.same_as(base)]
+        own = [entry for entry in entries if _is_base(entry, base)]
         if not own:
             raise RecipeError(
                 f"the base model {base.label!r} is no source of `{where}`: add it there with its "
@@ -223,11 +244,16 @@ class _Parser:
             )
         self._check_count(len(entries), base is not None, where)
         entries = [
-            ModelEntry(e.reference, e.parameters, self._number(e, i), e.layers) for i, e in enumerate(entries)
+            ModelEntry(e.reference, e.parameters, self._number(e, i), e.layers, e.origin)
+            for i, e in enumerate(entries)
         ]
         if len({entry.number for entry in entries}) < len(entries):
             raise RecipeError(f"`{where}` has a model twice: name each once")
-        return Slice(tuple(entries), combined(self.method.shared, levels, f"`{where}`"), base)
+        shared = combined(self.method.shared, levels, f"`{where}`")
+        shared = {key: value for key, value in shared.items() if key not in ONE_RUN}  # they have been used
+        if "weights_path" in shared:
+            shared["weights_path"] = resolve_path(shared["weights_path"], self.folder)
+        return Slice(tuple(entries), shared, base)
 
     def _check_count(self, count: int, has_base: bool, where: str) -> None:
         method = self.method
@@ -252,7 +278,7 @@ class _Parser:
         """A model that stands in several slices keeps its number; in one list it may stand twice, as two."""
         if self.data.get("models") is not None:
             return place
-        return self._numbers.setdefault(entry.reference, len(self._numbers))
+        return self._numbers.setdefault((entry.reference, entry.origin), len(self._numbers))
 
     def _source(
         self, data: Any, where: str, levels: list[Level], base: Reference | None, ranged: bool
@@ -260,22 +286,55 @@ class _Parser:
         """One entry of `models` or `sources`. The parameters of a base are never read, so they may be
         anything."""
         data = _mapping(data, f"`{where}`")
-        _check_keys(
-            data, ("model", "layer_range", "parameters") if ranged else ("model", "parameters"), f"`{where}`"
-        )
+        known = ("model", "origin", "layer_range", "parameters")
+        _check_keys(data, known if ranged else [k for k in known if k != "layer_range"], f"`{where}`")
         if "model" not in data:
             raise RecipeError(f"`model` is missing in `{where}`: give a folder or a hub id")
         reference = parse_reference(data["model"], f"`model` in `{where}`", self.folder)
         layers = _layers(data, where) if ranged else None
-        if base is not None and self.method.base != "ignored" and reference.same_as(base):
+        origin = self._origin(data, where, reference, base)
+        if base is not None and self.method.base != "ignored" and reference.same_as(base) and origin is None:
             return ModelEntry(reference, {}, layers=layers)
         level = parse_level(
             data.get("parameters"), f"{where}.parameters", self.method, self.notes, of_model=True
         )
-        values = combined(self.method.own, [level, *levels], repr(reference.label))
+        values = combined(self._own([level, *levels]), [level, *levels], repr(reference.label))
         if isinstance(values.get("preconditioner_path"), str):
             values["preconditioner_path"] = resolve_path(values["preconditioner_path"], self.folder)
-        return ModelEntry(reference, values, layers=layers)
+        return ModelEntry(reference, values, layers=layers, origin=origin)
+
+    def _own(self, levels: list[Level]) -> tuple[Parameter, ...]:
+        """The parameters of a model at these levels: without `weight` where a table has it."""
+        if not any("weights_path" in level.values for level in levels):
+            return self.method.own
+        for level in levels:
+            if "weight" in level.values:
+                raise RecipeError(
+                    f"`weight` in `{level.where}` and `weights_path` exclude each other: keep one of them"
+                )
+        return tuple(p for p in self.method.own if p.key != "weight")
+
+    def _origin(
+        self, data: Mapping[Any, Any], where: str, model: Reference, base: Reference | None
+    ) -> Reference | None:
+        """What the model's edit is counted from; None for the base."""
+        if data.get("origin") is None:
+            return None
+        origin = parse_reference(data["origin"], f"`origin` in `{where}`", self.folder)
+        if not self.method.edits or base is None:
+            reason = "has no `base_model`" if self.method.edits else f"is merged by `{self.method.name}`"
+            raise RecipeError(
+                f"`origin` in `{where}` says where an edit starts that is added to a base, but the recipe "
+                f"{reason}: {'add one' if self.method.edits else 'remove `origin`'}"
+            )
+        if origin.same_as(model):
+            raise RecipeError(f"`origin` in `{where}` is the model itself, whose edit would be zero")
+        return None if origin.same_as(base) else origin
+
+
+def _is_base(entry: ModelEntry, base: Reference) -> bool:
+    """Whether an entry is the base itself, whose edit is zero; with an origin it has one."""
+    return entry.origin is None and entry.reference.same_as(base)
 
 
 def _chat_template(value: Any) -> str | None:

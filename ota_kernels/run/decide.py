@@ -272,7 +272,8 @@ class Decider:
         follows."""
         settings = self.settings(tensor)
         found = self._surveys.of(tensor.name, lambda: self._found(tensor, settings, model))
-        return self.method.terms(settings, found)
+        terms, factor = self.method.terms(settings, found), settings.shared.get("layers")
+        return terms if factor is None else replace(terms, lambda_=terms.lambda_ * factor)
 
     def _found(self, tensor: TensorInputs, settings: Settings, model: ModelFound) -> Found:
         found = self._unknown(tensor)

@@ -14,8 +14,8 @@ import numpy as np
 from .. import __version__
 from ..planning.inputs import Inputs
 from ..planning.outputs import MERGE
-from ..planning.pairing import moments_key
 from ..planning.plan import Plan
+from ..planning.second_moments import moments_key
 from ..recipe.recipe import ModelEntry
 from ..select.thresholds import count_of_density
 from ..tensors.found import Selection

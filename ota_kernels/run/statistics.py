@@ -111,6 +111,8 @@ class Histograms(_Sums):
             yield tile.base
         for t in self.prefixes:
             yield from (tile.experts[t], *tile.curvatures[t].buffers)
+            if tile.origins and tile.origins[t] is not None:
+                yield tile.origins[t]
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from checkpoints import assert_same_tensors, load_merged, save_model
+from jobs import merge
 from oracle import spectral
 from tolerances import assert_close
 
@@ -160,6 +162,37 @@ def test_sixteen_bit_inputs(method, backend):
 def test_without_a_base(method, backend):
     n_experts, parameters = CASES[method][0]
     check(method, n_experts, parameters, backend, "float32", has_base=False)
+
+
+@pytest.mark.parametrize(("method", "case"), GROUPED)
+def test_files(method, case, tmp_path):
+    """A recipe of folders gives the bytes that the same tensors in memory do."""
+    n_experts, parameters = CASES[method][case]
+    tensors = model(n_experts)
+    with_base = method not in BASE_IGNORED
+    own = {k: v for k, v in parameters.items() if isinstance(v, list)}
+    if "weight" in methods.get(method).keys and "weight" not in own:
+        own["weight"] = [parameters.get("weight", 1.0)] * n_experts
+    shared = {k.rstrip("_"): v for k, v in parameters.items() if k not in own}
+    folders = [
+        save_model(tmp_path / str(t), {n: x[t] for n, x in tensors.items()}) for t in range(n_experts + 1)
+    ]
+    recipe = {
+        "merge_method": method,
+        "models": [
+            {"model": str(folder), "parameters": {k: v[t] for k, v in own.items()}}
+            for t, folder in enumerate(folders[1:])
+        ],
+        "parameters": shared,
+    } | ({"base_model": str(folders[0])} if with_base else {})
+    merge(recipe, tmp_path / "out")
+    found = ota_kernels.merge_state_dicts(
+        {n: x[0] for n, x in tensors.items()} if with_base else None,
+        [{n: x[1 + t] for n, x in tensors.items()} for t in range(n_experts)],
+        method=method,
+        **(parameters | own),
+    )
+    assert_same_tensors(load_merged(tmp_path / "out"), found)
 
 
 def test_every_method_is_tried():

@@ -257,6 +257,7 @@ register(
         source="mergekit",
         formula="w_1 where |d| KL(row) >= median + 1.5 (Q3 - Q1), else w_0",
         base="required",
+        edits=False,
         parameters=(),
         needs=lambda settings: [Need("row scores"), Need("ranks")],
         ranks=_arcee_ranks,

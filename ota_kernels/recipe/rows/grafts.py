@@ -109,6 +109,7 @@ register(
         source="arXiv 2111.09832",
         formula="sum_t weight_t n(F_t) w_t / sum_t weight_t n(F_t), F_t = max(h_t, fisher_floor)",
         base="ignored",
+        edits=False,
         parameters=(
             Parameter("weight", FINITE, 1.0, "the model's weight", "expert", affects="values"),
             *MOMENTS,

@@ -22,13 +22,13 @@ from ..settings import Settings
 _GRAM = [Need("gram")]
 
 
-def _combination(found: Found, weights, lambda_: float = 1.0, words: str = "constant") -> Terms:
+def _combination(weights, lambda_: float = 1.0, words: str = "constant") -> Terms:
     """sum_t a_t x_t, plus w_0 with a base. weights: numbers, or float64[rows or columns] each."""
     experts = tuple(
-        ExpertTerms(position=p, weight_scale=float(a))
+        ExpertTerms(weight_scale=float(a))
         if words == "constant"
-        else ExpertTerms(position=p, weights=np.ascontiguousarray(a, np.float64))
-        for p, a in zip(found.positions, weights, strict=True)
+        else ExpertTerms(weights=np.ascontiguousarray(a, np.float64))
+        for a in weights
     )
     return Terms(Words(score="none", select="all", weigh=words, divide="number"), experts, lambda_=lambda_)
 
@@ -58,10 +58,10 @@ def _base_as_expert(tensor: TensorInputs, settings: Settings) -> TensorInputs:
 def _slerp_terms(settings: Settings, found: Found) -> Terms:
     t = settings["t"]
     if found.gram is None:
-        return _combination(found, [1 - t, t])
+        return _combination([1 - t, t])
     norms = [n if n > 1e-8 else 1.0 for n in _norms(found.gram)]
     cosine = np.clip(found.gram[0, 1] / (norms[0] * norms[1]), -1, 1)
-    return _combination(found, _coefficients(cosine, t, np.abs(cosine) > 0.9995))
+    return _combination(_coefficients(cosine, t, np.abs(cosine) > 0.9995))
 
 
 register(
@@ -70,6 +70,7 @@ register(
         source="Shoemake 1985",
         formula="(sin((1-t) theta) w_0 + sin(t theta) w_1) / sin theta, theta between the tensors",
         base="required",
+        edits=False,
         parameters=(Parameter("t", FINITE, REQUIRED, "0: the base, 1: the other model", affects="values"),),
         needs=lambda settings: _GRAM,
         view=_base_as_expert,
@@ -102,12 +103,12 @@ def _nuslerp_terms(settings: Settings, found: Found) -> Terms:
     t = 0.5 if abs(first + second) < 1e-6 else second / (first + second)
     lambda_ = settings["lambda"] if settings.has_base else 1.0
     if found.gram is None:
-        return _combination(found, [1 - t, t], lambda_)
+        return _combination([1 - t, t], lambda_)
     norms = np.maximum(_norms(found.gram), 1e-7)
     cosine = np.clip(found.gram[..., 0, 1] / (norms[..., 0] * norms[..., 1]), -1, 1)
     weights = _coefficients(cosine, t, 1 - cosine**2 <= 1e-16)
     groups = _nuslerp_groups(settings, found.shape)
-    return _combination(found, weights, lambda_, "constant" if groups == "tensor" else f"by {groups}")
+    return _combination(weights, lambda_, "constant" if groups == "tensor" else f"by {groups}")
 
 
 register(
@@ -144,22 +145,22 @@ def _multislerp_terms(settings: Settings, found: Found) -> Terms:
         weights = weights / weights.sum()
     lambda_ = settings["lambda"] if settings.has_base else 1.0
     if len(weights) == 1:
-        return _combination(found, [1.0])
+        return _combination([1.0])
     if found.gram is None:
-        return _combination(found, weights, lambda_)
+        return _combination(weights, lambda_)
     norms, eps = _norms(found.gram), settings["eps"]
     if not norms.any():
-        return _combination(found, np.zeros(len(weights)), lambda_)
+        return _combination(np.zeros(len(weights)), lambda_)
     of_units = weights / (norms + eps)
     length = math.sqrt(max(float(of_units @ found.gram @ of_units), 0.0))
     if length < eps:
         if len(weights) == 2:
-            return _combination(found, weights, lambda_)
+            return _combination(weights, lambda_)
         raise InputError(
             f"{found.name}: multislerp: the weighted directions cancel, and opposite vectors have no mean on "
             "a sphere: change the weights, or take `linear`"
         )
-    return _combination(found, float(weights @ norms) * of_units / length, lambda_)
+    return _combination(float(weights @ norms) * of_units / length, lambda_)
 
 
 def _sums_to_zero(settings: Settings) -> str | None:
@@ -227,8 +228,8 @@ def karcher_coefficients(gram: np.ndarray, max_iter: int, tol: float) -> np.ndar
 def _karcher_terms(settings: Settings, found: Found) -> Terms:
     count = len(settings.experts)
     if found.gram is None or count == 1:
-        return _combination(found, [1 / count] * count)
-    return _combination(found, karcher_coefficients(found.gram, settings["max_iter"], settings["tol"]))
+        return _combination([1 / count] * count)
+    return _combination(karcher_coefficients(found.gram, settings["max_iter"], settings["tol"]))
 
 
 register(
@@ -237,6 +238,7 @@ register(
         source="arXiv 2603.04972",
         formula="mean norm times the Karcher mean of the directions w_t / N_t",
         base="ignored",
+        edits=False,
         parameters=(
             Parameter("max_iter", POSITIVE_INTEGER, 10, "steps at most", affects="values"),
             Parameter(
@@ -260,7 +262,7 @@ def _stock_groups(settings: Settings, shape: tuple[int, ...]) -> str:
 def _stock_terms(settings: Settings, found: Found) -> Terms:
     count = len(settings.experts)
     if found.gram is None:
-        return _combination(found, [1 / count] * count, settings["lambda"])
+        return _combination([1 / count] * count, settings["lambda"])
     norms, pairs = _norms(found.gram), np.triu_indices(count, 1)
     products = np.maximum(norms[..., pairs[0]] * norms[..., pairs[1]], 1e-6)
     cosine = np.clip(found.gram[..., pairs[0], pairs[1]] / products, -1, 1).mean(axis=-1)
@@ -268,7 +270,7 @@ def _stock_terms(settings: Settings, found: Found) -> Terms:
     flat = np.abs(divisor) < 1e-6
     tau = np.where(flat, 0.0, count * cosine / np.where(flat, 1.0, divisor))
     words = "by row" if found.gram.ndim == 3 else "constant"
-    return _combination(found, [tau / count] * count, settings["lambda"], words)
+    return _combination([tau / count] * count, settings["lambda"], words)
 
 
 register(

@@ -38,6 +38,7 @@ register(
         source="arXiv 2203.05482",
         formula="sum_t weight_t w_t / sum_t weight_t (normalize: false: not divided)",
         base="ignored",
+        edits=False,
         parameters=(
             Parameter("normalize", SWITCH, True, "divide by the sum of the weights"),
             Parameter("weight", FINITE, 1.0, "the model's weight", "expert"),
@@ -60,6 +61,7 @@ register(
         source="mergekit",
         formula="w, or scale w",
         base="ignored",
+        edits=False,
         parameters=(Parameter("scale", FINITE, None, "a factor of the tensor", "expert"),),
         terms=_passthrough_terms,
         copies=lambda settings: settings.experts[0]["scale"] is None,
@@ -108,6 +110,7 @@ register(
         source="arXiv 2507.17634",
         formula="sum_i c_i x_i of a run's checkpoints, oldest first; c_i as if its learning rate had decayed",
         base="ignored",
+        edits=False,
         parameters=(
             Parameter(
                 "decay",
@@ -120,7 +123,12 @@ register(
             Parameter(
                 "k", POSITIVE_INTEGER, None, "of lawa: how many of the last, all unless given", varies=False
             ),
+            Parameter(
+                "every", POSITIVE_INTEGER, None, "only checkpoints whose number is a multiple", varies=False
+            ),
+            Parameter("last", POSITIVE_INTEGER, None, "only so many of the newest", varies=False),
         ),
+        of_one_run=True,
         terms=_checkpoints_terms,
         check=_last_ones,
         least=1,
