@@ -158,9 +158,7 @@ class ShardWriter:
         """Write elements that are final; those of a file go from file to file where the system can."""
         begin = start * tensor.dtype.itemsize
         place, count = tensor.begin + begin, len(piece.data)
-        if piece.offset < 0 or not copy_at(
-            piece.origin, piece.offset, self._fds[tensor.shard], place, count
-        ):
+        if piece.offset < 0 or not copy_at(piece.origin, piece.offset, self._fds[tensor.shard], place, count):
             self.write(tensor, start, piece.data)
             return
         with self._lock:

@@ -78,7 +78,26 @@ def check(found, expected, dtype="float32") -> None:
 def test_every_row_with_edits_is_tried():
     rows = {name for name in methods.names() if methods.get(name).edits}
     like_others = {"breadcrumbs_ties", "dare_linear", "della", "ramplus_tl"}
-    assert rows == set(EDITS) | like_others
+    assert rows == set(EDITS) | like_others | set(OF_MATRICES)
+
+
+OF_MATRICES = ("covariance", "iso_c", "iso_cts", "tsv")
+
+
+@pytest.mark.parametrize("method", OF_MATRICES)
+def test_rows_of_matrices(method):
+    """The edit of a tensor grows with `layers`; edits from an origin are those of a base moved there."""
+    base, one, two, shift = drawn(4)
+    whole = ota_kernels.merge_state_dicts(base, [one, two], method=method, out_dtype="float64")
+    half = ota_kernels.merge_state_dicts(base, [one, two], method=method, layers=0.5, out_dtype="float64")
+    moved = [{name: w.double() + shift[name] for name, w in e.items()} for e in (one, two)]
+    origin = {name: w.double() + shift[name] for name, w in base.items()}
+    same = ota_kernels.merge_state_dicts(
+        base, moved, method=method, origins=[origin] * 2, out_dtype="float64"
+    )
+    for name, w in base.items():
+        torch.testing.assert_close(half[name], w + (whole[name] - w) / 2, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(same[name], whole[name], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])

@@ -73,7 +73,12 @@ def test_a_row_of_chance_keeps_its_share():
 def test_its_keys_follow_from_the_words():
     ota_kernels.method("plain", select="all")
     ota_kernels.method("curved", score="saliency", select="density", weigh="curvature")
-    assert {"lambda", "weight"} == methods.get("plain").keys - {"extra_tensors"}
+    assert {"lambda", "weight"} == methods.get("plain").keys - {
+        "extra_tensors",
+        "calibrate",
+        "layers",
+        "weights_path",
+    }
     assert {"density", "saliency_mass", "preconditioner_path", "power"} < methods.get("curved").keys
     assert "weight" not in methods.get("curved").keys
 
