@@ -1,6 +1,7 @@
 """Merge fine-tuned models at memory speed: OTA merging with Fast Fisher Grafting (arXiv 2509.11167).
 
 merge(recipe, out)               the whole job, from a YAML recipe to a folder
+sweep(recipe, out, values)       K merges that differ in parameters, with one read of the inputs
 plan(recipe)                     what it would read, write and hold in memory
 densities(recipe)                what each density would keep of each expert, and where
 merge_state_dicts(base, experts) dictionaries of tensors
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .run.files import merge_files
     from .run.grid.densities import densities
     from .run.job import merge, plan
+    from .run.sweep import sweep
     from .select.topk import topk_threshold
 
 # As in pyproject.toml. To ask the installed package takes as long as `ota-merge --help` does.
@@ -47,12 +49,14 @@ __all__ = [
     "merge_tensors",
     "method",
     "plan",
+    "sweep",
     "topk_threshold",
 ]
 
 _LAZY = {
     "merge": "run.job",
     "plan": "run.job",
+    "sweep": "run.sweep",
     "merge_files": "run.files",
     "densities": "run.grid.densities",
     "merge_tensors": "api",

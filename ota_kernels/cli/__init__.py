@@ -15,6 +15,7 @@ from ..errors import OtaError, one_line
 _COMMANDS = {
     "run": "Merge models as a recipe says.",
     "files": "Merge single files, such as ComfyUI's checkpoints.",
+    "sweep": "Merge the same models with several values of parameters, reading them once.",
     "plan": "Show what a merge would read, write and hold in memory.",
     "verify": "Check a merged folder: checksums, and its recipe once more.",
     "methods": "List the merge methods, or show one with its keys.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import os
 import tempfile
@@ -259,6 +260,20 @@ class Inputs:
         if path is not None and key not in self.moments:
             file = CurvatureFile.open(resolve_file(path), entry.model)
             self.moments[key] = self._files.enter_context(contextlib.closing(file))
+
+    def again(self, recipe: Recipe) -> Inputs:
+        """These files, which stay this one's to close, under a recipe that differs in parameters only."""
+        other = copy.copy(self)
+        other.__dict__.pop("bytes_per_element", None)
+        other._files = contextlib.ExitStack()
+        plain = {r: file for r, file in self.checkpoints.items() if r.adapter is None}
+        other.recipe = without_base(recipe, plain)
+        unsafe = self._prefixes.unsafe
+        other.pairing = Pairing(
+            other.recipe, self.models, self.moments, self.pairing.allow_crimes, _ADVICE, unsafe
+        )
+        other.untied = other.pairing.untied
+        return other
 
     def close(self) -> None:
         """Unmap and close everything."""

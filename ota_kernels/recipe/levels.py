@@ -23,7 +23,7 @@ from .parameters import (
 )
 
 # Of each group a model may have one; what a level says replaces the whole group of the levels further out.
-_EXCLUSIVE = (("precond_threshold", "density", "saliency_mass"), ("rank", "rank1_approx"))
+EXCLUSIVE = (("precond_threshold", "density", "saliency_mass"), ("rank", "rank1_approx"))
 
 TOP_KEYS = (
     "merge_method",
@@ -107,7 +107,7 @@ def parse_level(data: Any, where: str, method: Method, notes: Notes, *, of_model
                 f"{name} is {show(value)}: it holds for all tensors and takes no gradient or filter; "
                 f"it must be {fields[key].kind.allowed}"
             )
-    for group in _EXCLUSIVE:
+    for group in EXCLUSIVE:
         chosen = _chosen(values, group)
         if len(chosen) > 1:
             both = " and ".join(f"`{key}`" for key in chosen)
@@ -159,7 +159,7 @@ def combined(parameters: Sequence[Parameter], levels: Sequence[Level], owner: st
     set are left out. owner: what an error calls the model or slice. RecipeError where a required one is given
     nowhere."""
     values = [dict(level.values) for level in levels]
-    for group in _EXCLUSIVE:
+    for group in EXCLUSIVE:
         _keep_one(group, values, owner)
     found = {}
     for parameter in parameters:

@@ -168,7 +168,7 @@ class Engine:
             return math.prod(matrix) if matrix else math.lcm(terms.whole, tensor.columns)
 
         cut = units(ranges(), self._tile_elements, whole)
-        yield from self._pool.run(merge_unit, map(with_terms, cut))
+        yield from self._pool.together(merge_unit, map(with_terms, cut))
 
     def _key(self, index: int) -> int | None:
         return None if self._decider.model_scope else index

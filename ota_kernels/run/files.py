@@ -73,7 +73,7 @@ class FilesJob(Job):
 
     def _work_folder(self, out: Path) -> WorkFile:
         room = {"resume": self.options.resume, "overwrite": self.options.overwrite}
-        return WorkFile(out, self._needed_bytes, name=self.plan.layout.shards[0].name, **room)
+        return WorkFile(out, self.needed_bytes, name=self.plan.layout.shards[0].name, **room)
 
     def check_output(self, out: Path) -> dict | None:
         for label, path in self._sources().items():

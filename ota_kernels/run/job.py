@@ -30,6 +30,7 @@ from ..recipe.schema import Recipe, load_recipe, parse_recipe
 from ..select.pending import Store
 from ..tensors.result import Counts
 from ..tensors.segment import Segment
+from ..tensors.tile import TensorInputs
 from .card import model_card
 from .copies import copied
 from .decide import Decider
@@ -41,6 +42,7 @@ from .report import REPORT_NAME, build_report, published_report
 from .rules import RULES, Rules
 from .sinks import FileSink
 from .state import FORMAT, State, record_of
+from .surveys import Once, Surveys
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +92,8 @@ def merge(
 
 class Job:
     """One merge: open inputs, its plan, and `run`."""
+
+    surveys: Surveys = Once()  # what merges beside this one find too
 
     def __init__(self, recipe: Recipe, options: Options, rules: Rules = RULES) -> None:
         self.options, self._rules = options, rules
@@ -149,7 +153,16 @@ class Job:
             positions={e.name: e.positions for e in self.inputs.entries if e.is_computed},
             seed=self.options.seed,
             rules=self._rules,
+            surveys=self.surveys,
         )
+
+    def pool(self) -> Pool:
+        """What merges, a context manager."""
+        return Pool(self.plan.threads)
+
+    def release(self, tile: TensorInputs) -> None:
+        """The pages of a tile that is merged may go."""
+        release(tile)
 
     def __enter__(self) -> Job:
         return self
@@ -234,10 +247,11 @@ class Job:
 
     def _work_folder(self, out: Path) -> WorkFolder:
         options = self.options
-        return WorkFolder(out, self._needed_bytes, resume=options.resume, overwrite=options.overwrite)
+        return WorkFolder(out, self.needed_bytes, resume=options.resume, overwrite=options.overwrite)
 
     @property
-    def _needed_bytes(self) -> int:
+    def needed_bytes(self) -> int:
+        """Room that the output takes on the disk, and what waits for thresholds."""
         return self.plan.bytes_out + self.plan.spilled_bytes + _SPARE_BYTES
 
     def check_output(self, out: Path) -> dict | None:
@@ -292,7 +306,7 @@ class Job:
             if state.fresh:
                 log.append({"fingerprint": self.fingerprint})
             log.append(state.begin(self.backend.NAME))
-            with Pool(self.plan.threads) as pool:
+            with self.pool() as pool:
                 decider = self.decider(pool)
                 if state.found is None:
                     progress.stage("survey", 0)
@@ -334,7 +348,7 @@ class Job:
     def _engine(self, state: State, writer: ShardWriter, decider: Decider, store: Store) -> Engine:
         return Engine(
             self.tensors,
-            FileSink(writer, self.plan.layout.tensors, self.read_ahead),
+            FileSink(writer, self.plan.layout.tensors, self.read_ahead, self.release),
             decider=decider,
             found=state.found,
             tile_elements=self.plan.tile_elements,

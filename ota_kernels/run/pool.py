@@ -17,6 +17,7 @@ class InPlace:
 
     threads = 1
     run = staticmethod(map)
+    together = staticmethod(map)
 
 
 IN_PLACE = InPlace()
@@ -39,7 +40,7 @@ class Pool:
         items run in its own thread: a task that waited for others could hold up all of them. The first
         exception, an interrupt too, cancels what has not begun and waits for what has.
         """
-        if getattr(self._workers, "busy", False):
+        if self.is_worker:
             yield from map(fn, items)
             return
         pending: deque = deque()
@@ -54,6 +55,18 @@ class Pool:
             for future in pending:
                 future.cancel()
             wait(pending)
+
+    # Of units that other merges may share (run/gang.py).
+    together = run
+
+    def submit(self, task: Callable[[], object]) -> None:
+        """Have a worker do a task, which raises nothing."""
+        self._executor.submit(task)
+
+    @property
+    def is_worker(self) -> bool:
+        """Whether the caller is one of the threads."""
+        return getattr(self._workers, "busy", False)
 
     def close(self) -> None:
         self._executor.shutdown(cancel_futures=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,8 +26,15 @@ if TYPE_CHECKING:
 class FileSink:
     """Merged tiles go to the shards; each thread merges into one buffer of its own."""
 
-    def __init__(self, writer: ShardWriter, tensors: list, read_ahead: ReadAhead) -> None:
+    def __init__(
+        self,
+        writer: ShardWriter,
+        tensors: list,
+        read_ahead: ReadAhead,
+        release: Callable[[TensorInputs], None] = release,
+    ) -> None:
         self._writer, self._tensors, self._read_ahead = writer, tensors, read_ahead
+        self._release = release
         self._local = threading.local()
 
     def room(self, segment: Segment, nbytes: int) -> np.ndarray:
@@ -48,7 +55,7 @@ class FileSink:
             self._read_ahead(tensor.reads(segment.start, segment.stop))
 
     def done_with(self, tile: TensorInputs) -> None:
-        release(tile)
+        self._release(tile)
 
 
 class MemorySink:

@@ -6,7 +6,8 @@ same; those that differ in "masks" score alike, and share a sample of the scores
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import threading
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -57,6 +58,70 @@ class Once(Surveys):
         self, scope: Key, experts: Sequence[int], take: Callable[[Sequence[int]], list[Array]]
     ) -> list[Array]:
         return take(experts)
+
+
+class _Counted:
+    """What several merges ask for, each once: made by the first, and dropped after the last."""
+
+    def __init__(self, uses: int, is_worker: Callable[[], bool]) -> None:
+        self._uses, self._is_worker = uses, is_worker
+        self._lock = threading.Lock()
+        self._entries: dict[Key, _Entry] = {}
+
+    def of(self, key: Key, make: Callable[[], Result]) -> Result:
+        with self._lock:
+            entry = self._entries.setdefault(key, _Entry(self._uses))
+        # A worker does not wait: whoever makes it may need that worker.
+        if not entry.lock.acquire(blocking=not self._is_worker()):
+            return make()
+        try:
+            if not entry.made:
+                entry.value, entry.made = make(), True
+            entry.left -= 1
+            value = entry.value
+            if entry.left <= 0:
+                with self._lock:
+                    self._entries.pop(key, None)
+            return value
+        finally:
+            entry.lock.release()
+
+
+@dataclass
+class _Entry:
+    left: int
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    made: bool = False
+    value: Any = None
+
+
+class Shared(Surveys):
+    """Of merges that run at once. found: of those that find the same; scores: of those that score alike."""
+
+    def __init__(self, found: _Counted, scores: _Counted) -> None:
+        super().__init__()
+        self._found, self._scores = found, scores
+
+    def of(self, name: str | None, find: Callable[[], Result]) -> Result:
+        return self._found.of((name,), find)
+
+    def sampled(
+        self, scope: Key, experts: Sequence[int], take: Callable[[Sequence[int]], list[Array]]
+    ) -> list[Array]:
+        return self._scores.of((*scope, *experts), lambda: take(experts))
+
+    @staticmethod
+    def among(
+        merges: Sequence[tuple[Method, Sequence[OutputTensor]]], is_worker: Callable[[], bool]
+    ) -> list[Shared]:
+        """One for each merge."""
+
+        def counted(affects: tuple[str, ...]) -> list[_Counted]:
+            keys = [_key(method, outputs, affects) for method, outputs in merges]
+            each = {key: _Counted(n, is_worker) for key, n in Counter(keys).items()}
+            return [each[key] for key in keys]
+
+        return list(map(Shared, counted(("scores", "masks")), counted(("scores",))))
 
 
 class Kept:
