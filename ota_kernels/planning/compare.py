@@ -39,7 +39,15 @@ relative_attention_num_buckets relative_attention_max_distance
 # What a vocabulary that is made of all models' changes, and what restacked layers change.
 VOCABULARY = frozenset({"vocab_size"})
 LAYERS = frozenset(
-    {"num_hidden_layers", "n_layer", "num_layers", "layer_types", "no_rope_layers", "moe_layer_freq"}
+    {
+        *("num_hidden_layers", "n_layer", "num_layers", "layer_types", "no_rope_layers", "moe_layer_freq"),
+        *(
+            "encoder_layers",
+            "decoder_layers",
+            "vision_config.num_hidden_layers",
+            "audio_config.encoder_layers",
+        ),
+    }
 )
 _TEXT_SECTIONS = ("text_config", "llm_config", "language_config", "language_model_config")
 _SAME_ACTIVATION = {"swish": "silu", "gelu_pytorch_tanh": "gelu_new", "gelu_tanh": "gelu_new"}

@@ -196,12 +196,13 @@ class Inputs:
     def _rename(self) -> None:
         """Give all models the names of the first one, where only prefixes differ that say nothing."""
         parts = self.recipe.slices
-        models = {e.reference: self.models[e.reference] for e in parts[0].sources} if parts[0].whole else {}
+        entries = [e for part in parts for e in part.sources] if all(part.whole for part in parts) else []
+        models = {e.reference: self.models[e.reference] for e in entries}
         self._prefixes = prefixes_of(models)
         self.notes += self._prefixes.notes
         for reference, own in self._prefixes.own.items():
             self.models[reference] = Renamed(self.models[reference], own)
-            for entry in parts[0].experts:
+            for entry in (e for part in parts for e in part.experts):
                 if entry.reference == reference and moments_key(entry) in self.moments:
                     key = moments_key(entry)
                     self.moments[key] = RenamedMoments(self.moments[key], own)
@@ -297,8 +298,9 @@ class Inputs:
 
     def edited_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """What config.json of the output says beside types and ties, from that of the model that gives it."""
-        origins = [(model.config, number) for model, number in self.pairing.donors]
-        found = restacked(config, origins) if origins else config
+        found = config
+        for module, donors in self.pairing.donors.items():
+            found = restacked(found, [(model.config, number) for model, number in donors], module)
         found = found if self.alignment is None else self.alignment.edited_config(found)
         found = found if self._cut_rows is None else with_rows(found, self._cut_rows)
         architecture = self.recipe.references[0].architecture

@@ -4,9 +4,8 @@ from, and by which settings. Reads headers, and what compressed curvature has be
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 from ..errors import InputError, RecipeError
 from ..io.header import quoted
@@ -15,10 +14,11 @@ from ..recipe.reference import Reference
 from ..recipe.settings import Settings
 from ..tensors.curvature import Curvature, Uniform
 from ..tensors.dtypes import OUTPUT_NAMES, DType
-from . import buffers, layers, tied
+from . import buffers, tied
 from .check import shape_advice
 from .match import head_of, lacking_error, listing
 from .models import Model, Moments
+from .naming import Named, Naming
 from .outputs import AVERAGE, COPY, KEEP_BASE, MERGE, TAKE, OutputTensor, Part, with_origins
 from .precision import Precision
 from .prefixes import Renaming
@@ -27,16 +27,6 @@ from .second_moments import curvature_of, moments_key
 from .tables import check_rows
 
 logger = logging.getLogger(__name__)
-
-
-class _Named(NamedTuple):
-    """An output tensor of which only names are known. names: of the tensor in each model of the slice, in the
-    order of `Slice.sources`; position: of its layer in the slice, 0 to 1."""
-
-    name: str
-    part: Slice
-    names: tuple[str, ...]
-    position: float
 
 
 @dataclass
@@ -51,8 +41,7 @@ class Pairing:
     outputs: in
     the order in which they are written, that of the first model where layers are not restacked; untied: the
     output has an output matrix of its own although some model ties it to the embeddings; left_out: stored
-    tensors that are not written, with the reason; notes: what a user should know; donors: for each output
-    layer where layers are restacked, its model and its number there.
+    tensors that are not written, with the reason; notes: what a user should know; donors: as in naming.py.
     """
 
     recipe: Recipe
@@ -68,107 +57,32 @@ class Pairing:
 
     def __post_init__(self) -> None:
         self.method = self.recipe.method
-        self._models: dict[int, list[Model]] = {}
         self._resolvers: dict[int, Resolver] = {}
         self._settings: dict[tuple, Settings] = {}
-        self._stack_of: dict[int, layers.Stack] = {}
-        self.donors: list[tuple[Model, int]] = []
         self.left_out: dict[str, str] = {}
         self.notes: list[str] = []
         self._policy = self.recipe.parameters.get("extra_tensors", "error")
         if self.files == "intersection":
             self._policy = buffers.DROP
         self._precision = Precision(self.models.values(), self.recipe.dtype, self.recipe.out_dtype)
-        named = list(self._named())
-        self._check_filters(named)
-        self.outputs = self._with_curvature(self._paired(self._matched(named)))
+        naming = Naming(self.recipe, self.models, has_layers=self.files is None)
+        self._models_of, self.donors = naming.models_of, naming.donors
+        self._check_filters(naming.named)
+        self.outputs = self._with_curvature(self._paired(self._matched(naming.named)))
+        if naming.unnamed:
+            self.left_out |= dict.fromkeys(naming.unnamed, "of no part that `modules` names")
+            self.notes.append(f"left out, of no part that `modules` names: {listing(naming.unnamed)}")
         self.notes += self._precision.notes(listing)
         self._check_whole()
         check_rows(self.table, [*(output.name for output in self.outputs), *self.left_out])
 
-    # Names
-
-    def _named(self) -> Iterator[_Named]:
-        if len(self.recipe.modules) > 1:
-            names = ", ".join(repr(module.name) for module in self.recipe.modules)
-            raise RecipeError(
-                f"`modules` names {names}: parts of a model cannot be merged apart yet; name one"
-            )
-        slices = self.recipe.slices
-        if slices[0].whole:
-            yield from self._whole(slices[0])
-        else:
-            yield from self._restacked(slices)
-
-    def _models_of(self, part: Slice) -> list[Model]:
-        if id(part) not in self._models:
-            self._models[id(part)] = [self.models[entry.reference] for entry in part.sources]
-        return self._models[id(part)]
-
-    def _whole(self, part: Slice) -> Iterator[_Named]:
-        models = self._models_of(part)
-        names = dict.fromkeys(name for model in models[: len(part.entries)] for name in model.tensors)
-        stacks = layers.stacks(names) if self.files is None else {}
-        for name in names:
-            yield _Named(name, part, (name,) * len(models), layers.position(name, stacks))
-
-    def _restacked(self, slices: Sequence[Slice]) -> Iterator[_Named]:
-        """What comes before the layers is the first slice's, what comes after them the last one's."""
-        stacks = [self._stacks(part, f"slices[{i}]") for i, part in enumerate(slices)]
-        first, last = slices[0], slices[-1]
-        for name in dict.fromkeys(name for stack in stacks[0][: len(first.entries)] for name in stack.before):
-            yield _Named(name, first, (name,) * len(stacks[0]), 0.0)
-        number = 0
-        for part, of_part in zip(slices, stacks, strict=True):
-            starts = [entry.layers[0] for entry in part.sources]
-            size = part.entries[0].layers[1] - starts[0]
-            for j in range(size):
-                prefixes = [f"{s.prefix}{start + j}." for s, start in zip(of_part, starts, strict=True)]
-                here = zip(of_part, starts[: len(part.entries)], strict=False)
-                for rest in dict.fromkeys(rest for s, start in here for rest in s.layers[start + j]):
-                    names = tuple(prefix + rest for prefix in prefixes)
-                    output = f"{stacks[0][0].prefix}{number}.{rest}"
-                    yield _Named(output, part, names, layers.relative(j, size))
-                self.donors.append((self._models_of(part)[0], starts[0] + j))
-                number += 1
-        for name in dict.fromkeys(name for stack in stacks[-1][: len(last.entries)] for name in stack.after):
-            yield _Named(name, last, (name,) * len(stacks[-1]), 0.0)
-
-    def _stacks(self, part: Slice, where: str) -> list[layers.Stack]:
-        found = []
-        for entry, model in zip(part.sources, self._models_of(part), strict=True):
-            stack = self._stack(model)
-            if entry.layers[1] > len(stack.layers):
-                raise RecipeError(
-                    f"`{where}`: {entry.model} has {len(stack.layers)} layers, so `layer_range: "
-                    f"{list(entry.layers)}` ends "
-                    "beyond them"
-                )
-            found.append(stack)
-        return found
-
-    def _stack(self, model: Model) -> layers.Stack:
-        if id(model) not in self._stack_of:
-            self._stack_of[id(model)] = self._found_stack(model)
-        return self._stack_of[id(model)]
-
-    def _found_stack(self, model: Model) -> layers.Stack:
-        found = layers.stacks(model.tensors)
-        if len(found) != 1:
-            listed = ", ".join(f"{prefix}0 to {size - 1}" for prefix, size in found.items()) or "none"
-            raise RecipeError(
-                f"`slices` restack the layers of models with one stack of them; {model.label} has {listed}"
-            )
-        ((prefix, size),) = found.items()
-        return layers.Stack.of(model.tensors, prefix, size)
-
-    def _check_filters(self, named: list[_Named]) -> None:
+    def _check_filters(self, named: Sequence[Named]) -> None:
         for line in unused_filters(self.recipe, (n for each in named for n in (each.name, *each.names))):
             logger.warning("%s", line)
 
     # Copies: output matrices that are tied to the embeddings, and aliases
 
-    def _matched(self, named: list[_Named]) -> dict[str, tuple[_Named, list[Part]]]:
+    def _matched(self, named: Sequence[Named]) -> dict[str, tuple[Named, list[Part]]]:
         """The tensor of each model for every output tensor; without those that are copies of others."""
         pairs = {}
         for each in named:
@@ -190,12 +104,12 @@ class Pairing:
                     for p, source, is_tied in zip(parts, head.sources, head.tied, strict=True)
                 ]
             pairs[each.name] = (each, with_origins(each.part, parts))
-        if self.recipe.slices[0].whole and self.files is None:
+        if len(self.recipe.slices) == 1 and self.recipe.slices[0].whole and self.files is None:
             self._leave_aliases(pairs)
         self.notes += [f"{name} is left out: {reason}" for name, reason in self.left_out.items()]
         return pairs
 
-    def _leave_aliases(self, pairs: dict[str, tuple[_Named, list[Part]]]) -> None:
+    def _leave_aliases(self, pairs: dict[str, tuple[Named, list[Part]]]) -> None:
         sources = {
             name: tuple(p.name if p.name in p.model.tensors else None for p in parts)
             for name, (_, parts) in pairs.items()
@@ -212,7 +126,7 @@ class Pairing:
 
     # Pairs
 
-    def _paired(self, pairs: Mapping[str, tuple[_Named, list[Part]]]) -> list[OutputTensor]:
+    def _paired(self, pairs: Mapping[str, tuple[Named, list[Part]]]) -> list[OutputTensor]:
         lacking: dict[str, list[str]] = {}
         reasons: dict[str, list[str]] = {}  # one note for all tensors of one reason
         outputs = []
@@ -237,7 +151,7 @@ class Pairing:
         self.notes += [f"{reason}: {listing(names)}" for reason, names in reasons.items()]
         return outputs
 
-    def _choice(self, named: _Named, parts: Sequence[Part]) -> buffers.Choice:
+    def _choice(self, named: Named, parts: Sequence[Part]) -> buffers.Choice:
         """What is written for a tensor, where it is a buffer or some models lack it."""
         if all(p.name in p.model.tensors for p in parts) and not buffers.may_be_buffer(named.name):
             return buffers.PLAIN
@@ -246,7 +160,7 @@ class Pairing:
         held = [buffers.held_of(p) if p.name in p.model.tensors else None for p in parts]
         return buffers.choose(named.name, held, self._policy, named.part.base is not None)
 
-    def _chosen(self, named: _Named, parts: list[Part], choice: buffers.Choice) -> OutputTensor | None:
+    def _chosen(self, named: Named, parts: list[Part], choice: buffers.Choice) -> OutputTensor | None:
         """The output tensor of a choice; None where it is left out."""
         if choice.action == buffers.MISSING:
             return self._optional(named, parts)
@@ -261,7 +175,7 @@ class Pairing:
             return OutputTensor(named.name, shape, dtype, AVERAGE, None, there, (), None)
         return self._output(named, parts, dtype=choice.dtype)
 
-    def _optional(self, named: _Named, parts: list[Part]) -> OutputTensor | None:
+    def _optional(self, named: Named, parts: list[Part]) -> OutputTensor | None:
         """A tensor that some models lack, by its method's rule; None where it is left out."""
         has_base = named.part.base is not None
         found = [i for i, part in enumerate(parts) if part.name in part.model.tensors]
@@ -281,7 +195,7 @@ class Pairing:
             )
         return self._output(named, parts, experts)
 
-    def _copied(self, named: _Named, part: Part) -> OutputTensor:
+    def _copied(self, named: Named, part: Part) -> OutputTensor:
         """One tensor as it is, in the type of the output."""
         info = part.model.tensors[part.name]
         dtype = self._output_dtype(named.name, [part]) if info.dtype.is_float else info.dtype
@@ -289,7 +203,7 @@ class Pairing:
 
     def _output(
         self,
-        named: _Named,
+        named: Named,
         parts: list[Part],
         present: Sequence[int] | None = None,
         dtype: DType | None = None,
@@ -388,7 +302,7 @@ class Pairing:
 
     def _curvatures(
         self,
-        named: _Named,
+        named: Named,
         entries: Sequence[ModelEntry],
         own: Sequence[str],
         experts: Sequence[Part],

@@ -360,13 +360,6 @@ def test_slices_of_a_model_with_two_stacks(tmp_path):
         settings_of(stack(tmp_path, [("a", 0, 1)]))
 
 
-def test_several_modules_are_refused(models):
-    part = {"models": [{"model": str(models / "a")}]}
-    recipe = {"merge_method": "linear", "modules": {"text_decoder": part, "vision_tower": part}}
-    with pytest.raises(RecipeError, match="'text_decoder', 'vision_tower'"):
-        settings_of(recipe)
-
-
 # Files and dictionaries
 
 
