@@ -132,7 +132,7 @@ class Matrices:
             if formula is None:
                 found = merged.sub_(_float64(base).to(merged.device)).view(matrix.shape)
             else:
-                found = matrix.terms.lambda_ * formula.merged(edits)
+                found = formula.merged(edits).mul_(matrix.terms.lambda_)
             if settings["calibrate"] != "none":
                 alpha = 1.0 if settings["calibrate"] == "shrink" else 1 / len(edits)
                 found = formulas.svc(found, replace(edits, masked=False), alpha)

@@ -60,10 +60,8 @@ def leading(x: Tensor, k: int | None = None, least: float = 0.0) -> Triples:
     rows = u.T @ x
     # The length of u^T x is good to a rounding also where the root of an eigenvalue is not.
     s = rows.norm(dim=1)
-    s, order = s.sort(descending=True, stable=True)
     kept = int((s > (s[:1] * NULL).clamp_min(least)).sum())
-    order = order[:kept]
-    return Triples(u[:, order], s[:kept], rows[order].div_(s[:kept, None]))
+    return Triples(u[:, :kept], s[:kept], rows[:kept].div_(s[:kept, None]))
 
 
 def polar(x: Tensor) -> Tensor:

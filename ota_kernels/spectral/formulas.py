@@ -33,9 +33,9 @@ class Formula:
     by_columns: bool = False
 
     def bytes(self, shape: tuple[int, int]) -> int:
-        """Held at most while a matrix of this shape merges: measured, tests/spectral/test_memory.py."""
-        side = shape[1] if self.by_columns else min(shape)
-        return 8 * (5 * shape[0] * shape[1] + 6 * side * side)
+        """Held at most while a matrix of this shape merges (`python -m bench.spectral` measures it)."""
+        m, n = shape
+        return 8 * (6 * m * n + (4 * n * n if self.by_columns else 6 * min(shape) ** 2))
 
 
 def _stacked(parts: Sequence[Triples]) -> Triples:
@@ -69,13 +69,16 @@ def iso_cts(edits: Edits, common: int) -> Tensor:
     r, count = min(edits.shape), len(edits)
     q = round((r - common) / count)
     kc = max(r - q * count, 0)
-    shared = leading(_sum(edits), kc)
-    parts = []
-    for t in range(count):
-        d = edits[t]
-        parts.append(leading(d - shared.u @ (shared.u.T @ d), q, NULL * float(d.norm())))
-    u, s, vt = _stacked([*parts, shared])
+    common_ones = leading(_sum(edits), kc)
+    u, s, vt = _stacked([*(_own(edits[t], common_ones.u, q) for t in range(count)), common_ones])
+    del common_ones
     return (s.sum() / (kc + q * count)) * (polar(u) @ polar(vt))
+
+
+def _own(d: Tensor, shared: Tensor, q: int) -> Triples:
+    """The q leading triples of what directions that are shared (orthonormal columns) leave of d."""
+    least = NULL * float(d.norm())
+    return leading(d.sub_(shared @ (shared.T @ d)), q, least)
 
 
 def _sum(edits: Edits) -> Tensor:
@@ -93,20 +96,45 @@ def covariance(edits: Edits, by_norm: bool, ridge: float = 1e-10) -> Tensor:
     """
     import torch
 
-    n = edits.shape[1]
-    a = b = 0.0
+    m, n = edits.shape
+    first = edits[0]
+    a, b = first.new_zeros(n, n), first.new_zeros(m, n)
+    del first
     for t in range(len(edits)):
         d = edits[t]
-        square = float(d.square().sum())
+        square = float(d.norm()) ** 2
         g = 1.0 if not by_norm else 1 / square if square else 0.0
         c = d.T @ d
-        b += g * (d @ c)
-        a += g * c
+        b.addmm_(d, c, alpha=g)
+        a.add_(c, alpha=g)
+        del d, c
     mean = float(a.diagonal().sum()) / n
     if mean == 0:
         return b
     a.diagonal().add_(ridge * mean)
     return torch.cholesky_solve(b.T, torch.linalg.cholesky(a)).T
+
+
+def opcm(edits: Edits, alpha: float) -> Tensor:
+    """Experts one after another, each without what the merge so far points at (arXiv 2501.09522).
+
+    S_1 = d_1;  S_t = S_{t-1} + d_t - U_k (U_k^T d_t V_k) V_k^T - sum_{i >= k} (u_i^T d_t v_i) u_i v_i^T
+    U, s, V of S_{t-1};  k: the first i with (s_0 + .. + s_i) / sum s > alpha, 0 if none
+    """
+    merged = edits[0]
+    for t in range(1, len(edits)):
+        merged += _without_known(edits[t], merged, alpha)
+    return merged
+
+
+def _without_known(d: Tensor, merged: Tensor, alpha: float) -> Tensor:
+    u, s, vt = leading(merged)
+    above = (s.cumsum(0) > alpha * s.sum()).nonzero()
+    k = int(above[0]) if len(above) else 0
+    products = u.T @ d @ vt.T
+    known = products.diagonal().diag()
+    known[:k, :k] = products[:k, :k]
+    return d.sub_(u @ known @ vt)
 
 
 def svc(merged: Tensor, edits: Edits, alpha: float) -> Tensor:
@@ -121,7 +149,8 @@ def svc(merged: Tensor, edits: Edits, alpha: float) -> Tensor:
     total = torch.zeros_like(s)
     for t in range(len(edits)):
         b = u.T @ edits[t]
-        squares = b.square().sum(1)
-        shares = s * (vt * b).sum(1) / squares.where(squares > 0, 1.0)
+        squares = b.norm(dim=1).square()
+        shares = s * b.mul_(vt).sum(1) / squares.where(squares > 0, 1.0)
         total += shares.where(squares > 0, alpha).clamp_min(alpha)
+        del b
     return (u * (s * len(edits) / total)) @ vt

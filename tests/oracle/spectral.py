@@ -94,6 +94,22 @@ def covariance(d: list[np.ndarray], weights: str, ridge: float = 1e-10) -> Found
     return np.linalg.solve(a, b.T).T, np.linalg.cond(a)
 
 
+def opcm(d: list[np.ndarray], alpha: float) -> Found:
+    merged, condition = d[0], 1.0
+    for x in d[1:]:
+        u, s, vt = svd(merged)
+        reached = [i for i in range(len(s)) if s[: i + 1].sum() / s.sum() > alpha]
+        k = reached[0] if reached else 0
+        change = x - u[:, :k] @ (u[:, :k].T @ x @ vt[:k].T) @ vt[:k]
+        for i in range(k, len(s)):
+            change = change - (u[:, i] @ x @ vt[i]) * np.outer(u[:, i], vt[i])
+        squares = np.square(np.append(s, 0.0))
+        if len(s):  # each direction of the rest counts by itself
+            condition += len(s) * squares[0] / max(-np.diff(squares).max(), 1e-300)
+        merged = merged + change
+    return merged, condition
+
+
 def svc(m: np.ndarray, d: list[np.ndarray], alpha: float) -> Found:
     u, s, _ = svd(m)
     a = u.T @ m

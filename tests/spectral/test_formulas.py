@@ -30,6 +30,7 @@ FORMULAS = {
         lambda edits: formulas.covariance(edits, by_norm=True),
         lambda d: oracle.covariance(d, "norm"),
     ),
+    "opcm": (lambda edits: formulas.opcm(edits, 0.5), lambda d: oracle.opcm(d, 0.5)),
     "svc": (
         lambda edits: formulas.svc(sum(edits), edits, 1 / len(edits)),
         lambda d: oracle.svc(sum(d), d, 1 / len(d)),
