@@ -2,10 +2,10 @@
 
     python -m bench.spectral [--shapes 1024x1024,1024x4096] [--experts 5] [--runs 3] [--json]
 
-Formulas alone, on edits in memory; a merge gives each thread a matrix of its own. Seconds per billion parameters
-are those of a model of such matrices on one thread. Checked before: the singular values of what iso_c makes are
-all equal, and one expert's tsv and svc are the expert. Memory: what the process held at most beyond the edits,
-beside what `plan` counts for it.
+Formulas alone, on edits in memory; a merge gives each thread a matrix of its own. Seconds per billion
+parameters are those of a model of such matrices on one thread. Checked before: the singular values of what
+iso_c makes are all equal, and one expert's tsv and svc are the expert. Memory: what the process held at most
+beyond the edits, beside what `plan` counts for it.
 """
 
 from __future__ import annotations
@@ -115,7 +115,9 @@ def main() -> None:
     parser.add_argument("--shapes", default="1024x1024,1024x4096,4096x1024", help="[%(default)s]")
     parser.add_argument("--experts", type=int, default=5)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--json", type=Path, nargs="?", const=RESULTS / "spectral.json", help="also write JSON")
+    parser.add_argument(
+        "--json", type=Path, nargs="?", const=RESULTS / "spectral.json", help="also write JSON"
+    )
     arguments = parser.parse_args()
     check()
     rows, found = [], []

@@ -23,6 +23,7 @@ import torch
 from checkpoints import assert_same_tensors, load_merged, make_set
 from tolerances import assert_close
 
+import ota_kernels
 from ota_kernels import InputError, RunError, merge, plan
 from ota_kernels.backends import triton
 from ota_kernels.moments.compress import compress
@@ -130,6 +131,17 @@ class TestMergesOnTheDevice:
         for recipe, out in zip(recipes, ("packs", "experts"), strict=True):
             merge(recipe, tmp_path / out, backend="triton", **OPTIONS)
         assert_same_tensors(load_merged(tmp_path / "packs"), load_merged(tmp_path / "experts"))
+
+    def test_of_whole_matrices_are_those_of_native(self, models, tmp_path):
+        """Streamed, and of tensors that are there."""
+        recipe = models.recipe("tsv", density=0.3, calibrate="svc")
+        for backend in ("triton", "native"):
+            merge(recipe, tmp_path / backend, backend=backend, **OPTIONS)
+        assert_agree(models, tmp_path / "triton", tmp_path / "native")
+        merged = ota_kernels.merge_state_dicts(
+            models.base, models.experts, method="tsv", density=0.3, calibrate="svc", backend="triton"
+        )
+        assert_same_tensors(merged, load_merged(tmp_path / "triton"))
 
     def test_are_planned_with_their_pinned_memory(self, models):
         """A tile in flight takes its pages and as much pinned memory; three are in flight at least."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import oracle
 import pytest
 import torch
-from checkpoints import load_merged, make_set, model_digests
+from checkpoints import assert_same_tensors, load_merged, make_set, model_digests
 from jobs import Interrupt, merge
 from oracle import spectral
+from safetensors.torch import save_file
 from tolerances import assert_close
 
 import ota_kernels
@@ -142,6 +145,32 @@ def test_the_same_bytes_for_any_threads_tiles_and_kills(plain, tmp_path):
             )
     assert merge(recipe, out, threads=2, tile_elements=500, resume=True)["resumed"]
     assert model_digests(out) == expected
+
+
+def test_adapters_are_the_weights_that_they_stand_for(plain, tmp_path):
+    """Computed row by row, as often as an edit is read."""
+    models = []
+    for t in range(2):
+        adapter, full = tmp_path / f"adapter{t}", tmp_path / f"full{t}"
+        adapter.mkdir()
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+        (adapter / "adapter_config.json").write_text(json.dumps(config))
+        a, b = (
+            torch.randn(shape, generator=torch.Generator().manual_seed(t)) for shape in ((2, 17), (33, 2))
+        )
+        module = "base_model.model.layers.0.mlp"
+        factors = {f"{module}.lora_A.weight": 0.01 * a, f"{module}.lora_B.weight": b}
+        save_file(factors, adapter / "adapter_model.safetensors")
+        models.append({"model": f"{plain.base_folder}+{adapter}"})
+        ota_kernels.merge({"merge_method": "linear", "models": models[-1:], "dtype": "float32"}, full)
+    recipe = {"merge_method": "tsv", "base_model": str(plain.base_folder), "dtype": "float32"}
+    full = [{"model": str(tmp_path / f"full{t}")} for t in range(2)]
+    for name, given in (("of_adapters", models), ("of_weights", full)):
+        merge(recipe | {"models": given}, tmp_path / name, tile_elements=300)
+    found, expected = (load_merged(tmp_path / name) for name in ("of_adapters", "of_weights"))
+    assert_same_tensors(found, expected)
+    edit = found["layers.0.mlp.weight"].double() - plain.base["layers.0.mlp.weight"].double()
+    assert 0.1 < edit.norm() < 10
 
 
 def test_one_expert_and_no_edits(plain):
