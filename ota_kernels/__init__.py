@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .run.grid.densities import densities
     from .run.job import merge, plan
     from .run.sweep import sweep
-    from .select.topk import topk_threshold
+    from .topk import topk_threshold
 
 # As in pyproject.toml. To ask the installed package takes as long as `ota-merge --help` does.
 __version__ = "0.1.0"
@@ -65,7 +65,7 @@ _LAZY = {
     "graft": "api",
     "method": "recipe.own",
     "Merger": "merger",
-    "topk_threshold": "select.topk",
+    "topk_threshold": "topk",
 }
 
 

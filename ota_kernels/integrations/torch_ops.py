@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 
 from .. import api as functional
+from .. import topk as selection
 from ..arguments import recipe_of
 from ..errors import InputError, RecipeError
 from ..planning.buffers import written_type
 from ..recipe import methods
-from ..select import topk as selection
 from ..tensors.dtypes import BY_NAME
 
 _MODELS = "(Tensor[] tensors, Scalar[] numbers, str call) -> Tensor[]"

@@ -17,18 +17,18 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import InputError, RecipeError
-from ..integrations.tracing import traceable
-from ..processors import default_threads
-from ..run.pool import Pool
-from ..tensors import array as resident
-from ..tensors.array import Array
-from ..tensors.buffer import Buffer
-from ..tensors.convert import buffer_of
-from ..tensors.segment import CHUNK
-from . import order_statistics as ranks
-from .bracket import DEVIATIONS, cluster_count, error_of_sum
-from .sample import RUN, RUNS, clusters, runs_of
+from .errors import InputError, RecipeError
+from .integrations.tracing import traceable
+from .processors import default_threads
+from .run.pool import Pool
+from .select import order_statistics as ranks
+from .select.bracket import DEVIATIONS, cluster_count, error_of_sum
+from .select.sample import RUN, RUNS, clusters, runs_of
+from .tensors import array as resident
+from .tensors.array import Array
+from .tensors.buffer import Buffer
+from .tensors.convert import buffer_of
+from .tensors.segment import CHUNK
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _DIRECT = 1 << 15  # scores up to which partitioning takes less time than a sample and threads
