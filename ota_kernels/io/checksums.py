@@ -52,13 +52,17 @@ class Leaves:
 
     def forget(self, tensor: OutputTensor, begin: int, end: int) -> None:
         """Bytes [begin, end) of a tensor are not final."""
-        first = self._first[tensor.name]
+        first = self._first.get(tensor.name)
+        if first is None:  # it stands for several tensors, which are read at the end
+            return
         with self._lock:
             self.known[first + begin // LEAF : first - (-end // LEAF)] = False
 
     def add(self, tensor: OutputTensor, begin: int, data: np.ndarray) -> None:
         """data (uint8): what the tensor holds from byte `begin` on. Leaves that it holds a part of are not
         known afterwards."""
+        if tensor.name not in self._first:
+            return
         size, end = tensor.end - tensor.begin, begin + len(data)
         whole = range(-(-begin // LEAF), -(-size // LEAF) if end == size else end // LEAF)
         found = [_digest(data[i * LEAF - begin : (i + 1) * LEAF - begin]) for i in whole]

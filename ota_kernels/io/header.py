@@ -14,6 +14,7 @@ import struct
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -21,6 +22,7 @@ from ..errors import InputError
 from ..tensors.dtypes import BY_TAG, PACKED_BY_TAG, DType
 from .quantised import FOREIGN_TAGS
 from .signature import HEAD_BYTES, not_weights
+from .table import Table, TensorInfo
 
 PREFIX_BYTES = 8
 # The cap of the safetensors library: a longer header is a lie or an attack, never a model.
@@ -28,7 +30,7 @@ MAX_HEADER_BYTES = 100_000_000
 # Tensor data starts on a cache line; the format asks for 8 bytes.
 DATA_ALIGNMENT = 64
 _METADATA_KEY = "__metadata__"
-_ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
+_place = itemgetter(TensorInfo._fields.index("begin"), TensorInfo._fields.index("end"))
 # Sizes beyond a signed 64-bit integer overflow in the kernels and in every other reader.
 _MAX_SIZE = 2**63 - 1
 # What errors quote of a hostile value: bounded in length and depth.
@@ -37,31 +39,10 @@ _REPR.maxstring, _REPR.maxlist, _REPR.maxlevel = 200, 16, 3
 
 
 @dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """Where one tensor lies. begin, end: absolute byte offsets in its file."""
-
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-    @property
-    def numel(self) -> int:
-        """Elements; 1 for a 0-d tensor."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of tensor data."""
-        return self.end - self.begin
-
-
-@dataclass(frozen=True, slots=True)
 class Header:
     """A checked header: its tensors, in file order, fill [data_start, file_size) without gap or overlap."""
 
-    tensors: dict[str, TensorInfo]
+    tensors: Table
     metadata: dict[str, str]
     data_start: int
     file_size: int
@@ -96,10 +77,12 @@ def parse_header(text: bytes, file_size: int, path: Path) -> Header:
     if b"\\u" in text:  # without escapes, what is UTF-8 is valid Unicode
         for name in entries:
             _check_encodable(name, path)
-    tensors = [_parse_entry(name, entry, data_start, path) for name, entry in entries.items()]
-    tensors.sort(key=lambda info: (info.begin, info.end))
+    shapes: dict[tuple[int, ...], tuple[tuple[int, ...], int]] = {}
+    tensors = [_parse_entry(name, entry, data_start, shapes, path) for name, entry in entries.items()]
+    del entries
+    tensors.sort(key=_place)
     _check_layout(tensors, data_start, file_size, path)
-    return Header({info.name: info for info in tensors}, metadata, data_start, file_size)
+    return Header(Table(tensors), metadata, data_start, file_size)
 
 
 def build_header(
@@ -129,7 +112,7 @@ def build_header(
 def parse_json_object(text: bytes, where: str) -> dict[str, Any]:
     """The JSON object in `text`; InputError, naming `where`, for anything else, duplicate keys included."""
     try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_pairs)
+        value = _loads(text.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise InputError(f"{where} is not UTF-8 (byte {error.start})") from error
     except (ValueError, RecursionError) as error:
@@ -167,6 +150,28 @@ def _read_header_from(stream: BinaryIO, path: Path) -> Header:
     return parse_header(stream.read(length), file_size, path)
 
 
+def _loads(text: str) -> Any:
+    """json.loads; ValueError for a key that is there twice. A hook for each object would take several times
+    as long: without escapes, as many colons stand outside of strings as there are keys, if none is lost."""
+    if "\\" in text:
+        return json.loads(text, object_pairs_hook=_unique_pairs)
+    value = json.loads(text)
+    if _colons(value) == text.count(":"):
+        return value
+    return json.loads(text, object_pairs_hook=_unique_pairs)
+
+
+def _colons(value: Any) -> int:
+    """How many the text of an object has at least, without escapes: one for each key of it and of the objects
+    in it, and those in its keys and metadata."""
+    if type(value) is not dict:
+        return 0
+    inner = [item for item in value.values() if type(item) is dict]
+    count = len(value) + sum(map(len, inner)) + "".join(value).count(":")
+    metadata = value.get(_METADATA_KEY)
+    return count + (str(metadata).count(":") - len(metadata) if type(metadata) is dict else 0)
+
+
 def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
@@ -196,21 +201,30 @@ def _check_encodable(text: str, path: Path) -> None:
         raise InputError(f"{path}: {quoted(text)} in the header is not valid Unicode") from error
 
 
-def _parse_entry(name: str, entry: Any, data_start: int, path: Path) -> TensorInfo:
+def _parse_entry(
+    name: str,
+    entry: Any,
+    data_start: int,
+    shapes: dict[tuple[int, ...], tuple[tuple[int, ...], int]],
+    path: Path,
+) -> TensorInfo:
+    """shapes: those that were met before, with their elements."""
     try:
-        if entry.keys() != _ENTRY_KEYS:
+        if len(entry) != 3:
             raise ValueError(f"needs exactly dtype, shape and data_offsets, not {quoted(entry)}")
-        dtype = _parse_dtype(entry["dtype"])
-        shape, numel = _parse_shape(entry["shape"])
-        begin, end = _parse_offsets(entry["data_offsets"])
-        expected = dtype.nbytes(numel)
+        tag, sizes, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        dtype = BY_TAG.get(tag) if type(tag) is str else None
+        dtype = dtype or _parse_dtype(tag)
+        shape, numel = _parse_shape(sizes, shapes)
+        begin, end = _parse_offsets(offsets)
+        expected = dtype.nbytes(numel) if dtype.bits else dtype.itemsize * numel
         if end - begin != expected:
             raise ValueError(
                 f"{dtype.tag} of shape {quoted(list(shape))} takes {expected} bytes, "
                 f"but its offsets hold {end - begin}"
             )
     # What a tensor is called is quoted only here: a large model has hundreds of thousands of them.
-    except AttributeError:
+    except (KeyError, TypeError):
         fact = f"needs exactly dtype, shape and data_offsets, not {quoted(entry)}"
         raise InputError(f"{path}: tensor {quoted(name)}: {fact}") from None
     except ValueError as error:
@@ -230,31 +244,34 @@ def _parse_dtype(tag: Any) -> DType:
     return dtype
 
 
-def _parse_shape(shape: Any) -> tuple[tuple[int, ...], int]:
+def _parse_shape(
+    shape: Any, known: dict[tuple[int, ...], tuple[tuple[int, ...], int]]
+) -> tuple[tuple[int, ...], int]:
     """The shape and its number of elements, refused as soon as the running product passes 64 bits."""
     if type(shape) is not list:
         raise ValueError(f"shape {quoted(shape)} is not a list of integers from 0 to 2^63 - 1")
-    numel = 1
     for size in shape:
         if type(size) is not int or not 0 <= size <= _MAX_SIZE:
             raise ValueError(f"shape {quoted(shape)} is not a list of integers from 0 to 2^63 - 1")
-        numel *= size
-        if numel > _MAX_SIZE:
-            raise ValueError(f"shape {quoted(shape)} overflows 64 bits")
-    return tuple(shape), numel
+    key = tuple(shape)
+    if key not in known:
+        numel = 1
+        for size in key:
+            numel *= size
+            if numel > _MAX_SIZE:
+                raise ValueError(f"shape {quoted(shape)} overflows 64 bits")
+        known[key] = key, numel
+    return known[key]
 
 
 def _parse_offsets(offsets: Any) -> tuple[int, int]:
-    if type(offsets) is not list or len(offsets) != 2 or not all(map(_is_size, offsets)):
-        raise ValueError(f"data_offsets {quoted(offsets)} is not two integers from 0 to 2^63 - 1")
-    begin, end = offsets
-    if begin > end:
-        raise ValueError(f"data_offsets end before they begin: {quoted(offsets)}")
-    return begin, end
-
-
-def _is_size(value: Any) -> bool:
-    return type(value) is int and 0 <= value <= _MAX_SIZE
+    if type(offsets) is list and len(offsets) == 2:
+        begin, end = offsets
+        if type(begin) is int and type(end) is int and 0 <= begin <= _MAX_SIZE and 0 <= end <= _MAX_SIZE:
+            if begin > end:
+                raise ValueError(f"data_offsets end before they begin: {quoted(offsets)}")
+            return begin, end
+    raise ValueError(f"data_offsets {quoted(offsets)} is not two integers from 0 to 2^63 - 1")
 
 
 def _check_layout(tensors: list[TensorInfo], data_start: int, file_size: int, path: Path) -> None:

@@ -11,6 +11,7 @@ import os
 import resource
 import sys
 import threading
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
@@ -32,9 +33,10 @@ from .folder import (
     weight_files,
     where,
 )
-from .header import Header, TensorInfo, parse_json_object, quoted, read_header
+from .header import Header, parse_json_object, quoted, read_header
 from .parts import Part, parts_of
 from .signature import check_real
+from .table import Table
 from .ties import has_tied_embeddings
 from .torch_weights import SUFFIXES as TORCH_SUFFIXES
 from .torch_weights import read_torch_header
@@ -93,15 +95,17 @@ class Checkpoint:
         self._alone = alone
         self.root = root
         self.files = list(headers)
-        self.tensors: dict[str, TensorInfo] = {}
+        self.tensors: Table
         self._headers = headers
         self._parts = parts or {}
         self.stems = {part.prefix: part.stem for part in self._parts.values()} or {"": "model"}
-        self._paths: dict[str, Path] = {}
+        self._starts: list[int] = []  # number of each file's first tensor
         self._maps: dict[Path, MappedFile] = {}
         self._lock = threading.Lock()
-        for path, header in headers.items():
-            self._add_shard(path, header)
+        if len(headers) == 1 and not self._prefix(self.files[0]):
+            self.tensors, self._starts = headers[self.files[0]].tensors, [0]
+        else:
+            self._add_shards()
 
     @classmethod
     def open(cls, path: Path, label: str, alone: bool = False) -> Checkpoint:
@@ -118,7 +122,7 @@ class Checkpoint:
 
         Raises KeyError for a name that the checkpoint lacks, InputError if the shard cannot be mapped.
         """
-        path = self._paths[name]
+        path = self.path_of(name)
         with self._lock:
             if path not in self._maps:
                 self._maps[path] = MappedFile(path, self._headers[path])
@@ -129,16 +133,16 @@ class Checkpoint:
 
     def path_of(self, name: str) -> Path:
         """The file that holds tensor `name`."""
-        return self._paths[name]
+        return self.files[bisect_right(self._starts, self.tensors.row(name)) - 1]
 
     def metadata_of(self, name: str) -> dict[str, str]:
         """The `__metadata__` of the file that holds tensor `name`."""
-        return self._headers[self._paths[name]].metadata
+        return self._headers[self.path_of(name)].metadata
 
     @property
     def total_bytes(self) -> int:
         """Bytes of tensor data over all shards."""
-        return sum(info.nbytes for info in self.tensors.values())
+        return sum(info.nbytes for info in self.tensors.infos())
 
     @functools.cached_property
     def config(self) -> dict[str, Any] | None:
@@ -162,16 +166,19 @@ class Checkpoint:
                 mapped.close()
             self._maps.clear()
 
-    def _add_shard(self, path: Path, header: Header) -> None:
-        for own, info in header.tensors.items():
-            name = self._prefix(path) + own
-            if name in self._paths:
-                raise InputError(
-                    f"{self.label}: tensor {quoted(name)} is in two files, "
-                    f"{self._paths[name]} and {path.name}: remove one, or name the file that is meant"
-                )
-            self._paths[name] = path
-            self.tensors[name] = info
+    def _add_shards(self) -> None:
+        self.tensors = Table()
+        for path, header in self._headers.items():
+            self._starts.append(len(self.tensors))
+            prefix = self._prefix(path)
+            for info in header.tensors.infos():
+                name = prefix + info.name
+                if name in self.tensors:
+                    raise InputError(
+                        f"{self.label}: tensor {quoted(name)} is in two files, "
+                        f"{self.path_of(name)} and {path.name}: remove one, or name the file that is meant"
+                    )
+                self.tensors.add(name, *info[1:])
 
 
 def _headers_of(files: Sequence[Path]) -> dict[Path, Header]:

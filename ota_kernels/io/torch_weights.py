@@ -10,8 +10,9 @@ from typing import Any
 from ..errors import InputError
 from ..tensors.dtypes import BY_NAME
 from . import torchfile
-from .header import Header, TensorInfo, quoted
+from .header import Header, quoted
 from .signature import check_real
+from .table import Table, TensorInfo
 
 SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _INNER = "state_dict"  # training frameworks save one beside other things
@@ -31,7 +32,7 @@ def read_torch_header(path: Path) -> Header:
         raise InputError(
             f"{path}: holds {_named(content)}, not a dictionary of tensors: torch.save its state_dict()"
         )
-    return Header({name: _info(name, x, address, path) for name, x in content.items()}, {}, 0, size)
+    return Header(Table(_info(name, x, address, path) for name, x in content.items()), {}, 0, size)
 
 
 def _info(name: Any, tensor: Any, address: int, path: Path) -> TensorInfo:

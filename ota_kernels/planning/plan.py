@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ..backends import Backend
 from ..backends.triton import LEAST_SLOTS, MOST_SLOTS
 from ..errors import RecipeError
-from ..io.writer import Layout, layout
+from ..io.writer import Layout
 from ..processors import default_threads
 from ..recipe.needs import Needs
 from ..sizes import format_bytes
@@ -129,18 +129,17 @@ def pinned_bytes(backend: Backend, threads: int, per_element: int) -> int:
 
 def make_plan(
     inputs: Inputs,
+    output: Layout,
     decider: Work,
     backend: Backend,
     *,
     threads: Sequence[int],
     memory_limit: int,
-    shard_size: int,
     tile_elements: int | None = None,
     candidates_memory: int = DEFAULT_BUDGET,
-    metadata: Mapping[str, str] | None = None,
 ) -> Plan:
-    """The plan of a merge of open inputs, with the first number of threads that fits the memory limit.
-    metadata: of the output's headers. Raises RecipeError when the limit is too small for any."""
+    """The plan of a merge of open inputs, with the first number of threads that fits the memory limit. Raises
+    RecipeError when it is too small for any."""
     tensors = decider.tensors
     per_element = max((_bytes_per_element(t, backend) for t in tensors), default=1)
     each = max((_candidate_bytes(t, backend) for t in tensors), default=0)
@@ -162,7 +161,6 @@ def make_plan(
             f"a memory limit of {format_bytes(memory_limit)} is too small for this merge on {on}: "
             f"give it --memory-limit {math.ceil(need / 1e6)}MB{' or lower --threads' if fewer else ''}"
         )
-    output = layout([(e.name, e.dtype, e.shape) for e in inputs.entries], shard_size, inputs.stems, metadata)
     passes = 1 + decider.passes + decider.tensor_passes
     total = inputs.total_bytes
     return Plan(

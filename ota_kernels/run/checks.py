@@ -12,24 +12,30 @@ from ..tensors.result import NonFinite
 from ..tensors.segment import CHUNK
 from ..tensors.terms import Terms
 from ..tensors.tile import TensorInputs
+from .bundles import Bundle
 
 TermsOf = Callable[[TensorInputs], Terms]
 
 
 def check(
     tensors: Sequence[TensorInputs],
+    bundles: Iterable[Bundle],
     backend: Backend,
     terms_of: TermsOf,
     tile: TensorInputs,
     nonfinite: Iterable[NonFinite],
 ) -> None:
-    """Raise InputError for the first unusable input of a tile of one of the tensors."""
+    """Raise InputError for the first unusable input of a tile of one of the tensors; bundles: those among
+    them that stand for several."""
     for bad in nonfinite:
-        _fail(next(t for t in tensors if t.name == tile.name), backend, terms_of, bad)
+        tensor = next(t for t in tensors if t.name == tile.name)
+        bundle = next((p for p in bundles if p.inputs is tensor), None)
+        members = [tensor] if bundle is None else [output.inputs() for output in bundle.members]
+        found = ((one, *_count(one, backend, terms_of(one), bad)) for one in members)
+        _fail(*next(each for each in found if each[1] or len(members) == 1), bad)
 
 
-def _fail(tensor: TensorInputs, backend: Backend, terms_of: TermsOf, bad: NonFinite) -> NoReturn:
-    count, first = _count(tensor, backend, terms_of(tensor), bad)
+def _fail(tensor: TensorInputs, count: int, first: int, bad: NonFinite) -> NoReturn:
     if bad.role == "base":
         origin = tensor.base.origin
     elif bad.role == "weights":

@@ -37,6 +37,7 @@ from ..tensors.terms import (
     score_scale,
 )
 from ..tensors.tile import TensorInputs
+from .bundles import Bundle
 from .checks import check
 from .low_rank import LowRankForms, is_factored
 from .matrices import Matrices
@@ -78,7 +79,8 @@ class Decider:
 
     release: called with each tile of a large read, whose pages may go; wants: told what will be read soon;
     positions: the numbers in the recipe of a tensor's experts, by its name, where some do not take part;
-    seed: of random numbers; surveys: what was found before, and is kept.
+    bundles: those of the tensors that stand for several; seed: of random numbers; surveys: what was found
+    before, and is kept.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class Decider:
         release: Callable[[TensorInputs], None] = lambda tile: None,
         wants: Callable[[Iterable[Buffer]], None] = lambda buffers: None,
         positions: Mapping[str, Sequence[int]] | None = None,
+        bundles: Iterable[Bundle] = (),
         seed: int = 0,
         rules: Rules = RULES,
         surveys: Surveys | None = None,
@@ -98,7 +101,7 @@ class Decider:
         self.rules, self._surveys = rules, surveys or Once()
         self.method, self.tensors, self.backend, self.pool = method, tensors, backend, pool
         self._settings, self._release, self._wants = settings, release, wants
-        self._positions, self._seed = positions or {}, seed
+        self._positions, self._bundles, self._seed = positions or {}, bundles, seed
         self.needs = Needs.of(method, settings.values())
         self.model_scope = self.needs.model_scope
         # Curvature 1 is not comparable with second moments: where only some tensors have it, they take no
@@ -440,7 +443,7 @@ class Decider:
         """Raise InputError for the first unusable input, unless `on_nonfinite: base` repairs it."""
         settings = self.settings(tile)
         if settings.shared.get("on_nonfinite", "error") != "base":
-            check(self.tensors, self.backend, self.score_terms, tile, nonfinite)
+            check(self.tensors, self._bundles, self.backend, self.score_terms, tile, nonfinite)
 
     def _check_curvature(self, tensor: TensorInputs, t: int) -> None:
         self._reader.of_tensor(ValidCurvature(t), tensor, self.score_terms(tensor))

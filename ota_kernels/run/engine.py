@@ -27,6 +27,7 @@ from ..tensors.result import Counts
 from ..tensors.segment import CHUNK, Segment, units
 from ..tensors.terms import Terms, close, is_open
 from ..tensors.tile import TensorInputs
+from .bundles import Bundle, kept_by_member
 from .decide import Decider, ModelFound
 from .matrices import Matrix
 from .rules import Rules
@@ -93,7 +94,8 @@ class Engine:
     """Merges tensors (by number) into a sink, in units of tile_elements.
 
     found: what was found of the whole model; store: holds undecided elements; decided: thresholds of groups
-    that were decided before, to which a run adds its own.
+    that were decided before, to which a run adds its own; bundles: what stands for several tensors, by
+    number.
     """
 
     def __init__(
@@ -106,8 +108,9 @@ class Engine:
         tile_elements: int,
         store: Store,
         decided: Mapping[int | None, list[float | None]] | None = None,
+        bundles: Mapping[int, Bundle] | None = None,
     ) -> None:
-        self._tensors, self._sink, self._store = tensors, sink, store
+        self._tensors, self._sink, self._store, self._bundles = tensors, sink, store, bundles or {}
         self._tile_elements, self._decider, self._found = tile_elements, decider, found
         self._backend, self._pool = decider.backend, decider.pool
         self._groups: dict[int | None, Group] = {}
@@ -245,8 +248,15 @@ class Engine:
         self._decider.check(tile, stats.nonfinite)
         counts = Counts.of(stats, self._saliencies(tensor, terms))
         if not any(map(is_open, terms.experts)):
+            self._count_members(counts, segment, tile, terms)
             return room, counts
         return room, Pending.of(segment, tensor, stats, counts)
+
+    def _count_members(self, counts: Counts, segment: Segment, tile: TensorInputs, terms: Terms) -> None:
+        """What is counted of each tensor of a bundle, by exact thresholds."""
+        bundle = self._bundles.get(segment.index)
+        if bundle is not None:
+            counts.members = kept_by_member(self._backend, tile, terms, bundle.ends, segment)
 
     def _saliencies(self, tensor: TensorInputs, terms: Terms) -> list[float | None]:
         return [self._decider.saliency_threshold(tensor, terms, t) for t in range(len(terms.experts))]
@@ -331,7 +341,10 @@ class Engine:
         positions, merged, change = group.settle(pending, terms)
         counts = replace(pending.counts)
         counts.add(change)
-        counts.thresholds = self._saliencies(group.tensor(pending), terms)
+        tensor, segment = group.tensor(pending), pending.segment
+        counts.thresholds = self._saliencies(tensor, terms)
+        if segment.index in self._bundles:
+            self._count_members(counts, segment, tensor.slice(segment.start, segment.stop), terms)
         return positions, merged, counts
 
     def _patch(

@@ -22,8 +22,9 @@ from ..io.assets import Asset, plan_assets, recipe_asset, write_assets
 from ..io.leftovers import asset_notes
 from ..io.pages import release
 from ..io.workfolder import WorkFolder
-from ..io.writer import ShardWriter
+from ..io.writer import ShardWriter, layout
 from ..planning.inputs import Inputs
+from ..planning.outputs import OutputTensor
 from ..planning.plan import Plan, make_plan, memory_limit_of, thread_choices
 from ..recipe import methods
 from ..recipe.schema import Recipe, load_recipe, parse_recipe
@@ -31,6 +32,7 @@ from ..select.pending import Store
 from ..tensors.result import Counts
 from ..tensors.segment import Segment
 from ..tensors.tile import TensorInputs
+from .bundles import Bundle, bundles_of, can_be_bundled, places_of
 from .card import model_card
 from .copies import copied
 from .decide import Decider
@@ -118,25 +120,33 @@ class Job:
 
     def _prepare(self) -> None:
         options = self.options
-        entries = enumerate(self.inputs.entries)
-        self.tensors = {i: e.inputs() for i, e in entries if e.is_computed}
-        tensors = list(self.tensors.values())
-        self.read_ahead = ReadAhead(tensors)
+        entries = self.inputs.entries
+        self.tensors: dict[int, TensorInputs] = {}
+        self.bundles: dict[int, Bundle] = {}
+        self.read_ahead = ReadAhead([])
+        tensors = [(e.name, e.dtype, e.shape) for e in entries]
+        output = layout(tensors, options.shard_size, self.inputs.stems, self._metadata())
+        self.tensors, self.bundles = bundles_of(entries, output.tensors, self._may_be_bundled)
+        self.places = places_of(output.tensors, self.bundles)
+        self.read_ahead = ReadAhead(list(self.tensors.values()))
         self.plan = make_plan(
             self.inputs,
+            output,
             self.decider(IN_PLACE),
             self.backend,
             threads=thread_choices(options.threads, self.backend),
             memory_limit=memory_limit_of(options.memory_limit, self.backend),
-            shard_size=options.shard_size,
             tile_elements=options.tile_elements,
             candidates_memory=options.candidates_memory,
-            metadata=self._metadata(),
         )
 
     def _metadata(self) -> dict[str, str]:
         """What the output's headers say besides."""
         return {}
+
+    def _may_be_bundled(self, entry: OutputTensor, tensor: TensorInputs) -> bool:
+        words = self.decider(IN_PLACE).score_terms(tensor).words
+        return can_be_bundled(self.inputs.method, entry.settings, words)
 
     def decider(self, pool: Pool) -> Decider:
         """What decides for the tensors that are merged."""
@@ -151,6 +161,7 @@ class Job:
             release,
             self.read_ahead,
             positions={e.name: e.positions for e in self.inputs.entries if e.is_computed},
+            bundles=self.bundles.values(),
             seed=self.options.seed,
             rules=self._rules,
             surveys=self.surveys,
@@ -337,7 +348,7 @@ class Job:
                 writer.close()
                 store.close()
         seconds["sync"] = time.perf_counter() - started - seconds["survey"] - seconds["merge"]
-        report = build_report(self.inputs, self.plan, decider, state, self.fingerprint, seconds)
+        report = build_report(self.inputs, self.plan, decider, state, self.fingerprint, seconds, self.bundles)
         report |= {"options": self.options.of_result(), "found": state.model_found()}
         report |= {"notes": self.notes, "checksums": checksums.as_dict()}
         writer.write_index(work.files)
@@ -348,12 +359,13 @@ class Job:
     def _engine(self, state: State, writer: ShardWriter, decider: Decider, store: Store) -> Engine:
         return Engine(
             self.tensors,
-            FileSink(writer, self.plan.layout.tensors, self.read_ahead, self.release),
+            FileSink(writer, self.places, self.read_ahead, self.release),
             decider=decider,
             found=state.found,
             tile_elements=self.plan.tile_elements,
             store=store,
             decided=state.decided,
+            bundles=self.bundles,
         )
 
     def _merge(self, engine: Engine, state: State) -> Iterator[Event]:
@@ -367,7 +379,7 @@ class Job:
             if entry.is_computed or not state.gaps(index, entry.numel):
                 continue
             for start, piece in copied(self.backend, entry, self._rules.copy_bytes):
-                writer.copy(self.plan.layout.tensors[index], start, piece)
+                writer.copy(self.places[index], start, piece)
             yield Merged([(Segment(index, 0, entry.numel), Counts([]))])
 
     def _card(self, assets: list[Asset], report: dict) -> Asset:

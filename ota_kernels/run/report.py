@@ -6,6 +6,7 @@ import json
 import logging
 import platform
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from ..planning.second_moments import moments_key
 from ..recipe.recipe import ModelEntry
 from ..select.thresholds import count_of_density
 from ..tensors.found import Selection
+from .bundles import Bundle, by_output
 from .decide import Decider
 from .state import State
 
@@ -34,6 +36,7 @@ def build_report(
     state: State,
     fingerprint: str,
     seconds: dict[str, float],
+    bundles: Mapping[int, Bundle],
 ) -> dict:
     """Per expert and per tensor what was kept, and how the merge ran. backend: the one that finished it;
     backends: all that took part, where a merge was resumed.
@@ -43,7 +46,9 @@ def build_report(
     an expert's density because they equal the threshold; missing: edits that it asks for and that have no
     score above 0.
     """
-    counted = [(e, state.counts[i]) for i, e in enumerate(inputs.entries) if e.action == MERGE]
+    merged = {i: e for i, e in enumerate(inputs.entries) if e.action == MERGE and state.counts[i] is not None}
+    whole = {i: replace(e, shape=bundles[i].inputs.shape) if i in bundles else e for i, e in merged.items()}
+    counted = [(e, state.counts[i]) for i, e in whole.items()]
     overflow = sum(counts.overflow for _, counts in counted)
     if overflow:
         logger.warning("%d merged values exceed the range of the output type and became infinite", overflow)
@@ -62,7 +67,7 @@ def build_report(
                 "unkept": counts.unkept,
                 "thresholds": counts.thresholds,
             }
-            for entry, counts in counted
+            for entry, counts in by_output(inputs.entries, state.counts, bundles)
         },
         "not_merged": {e.name: e.action for e in inputs.entries if e.action != MERGE},
         "left_out": inputs.pairing.left_out,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, fields
+from dataclasses import fields
 
 from ..select.bracket import Bracket
 from ..select.pending import Pending
@@ -12,7 +12,7 @@ from ..tensors.segment import Segment
 from .decide import ModelFound
 from .engine import Decided, Event, Merged
 
-FORMAT = 6  # of the records, of the file of candidates, and of which runs are sampled
+FORMAT = 7  # of the records, of the file of candidates, and of which runs are sampled
 
 
 def as_found(reported: dict) -> ModelFound:
@@ -26,13 +26,13 @@ def as_found(reported: dict) -> ModelFound:
 def record_of(event: Event) -> dict | None:
     """The journal's record of something that happened; None for what a kill undoes."""
     if isinstance(event, Merged):
-        return {"unit": [[*segment, asdict(counts)] for segment, counts in event.done]}
+        return {"unit": [[*segment, {**vars(counts)}] for segment, counts in event.done]}
     if isinstance(event, Pending):
         if event.memory is not None:
             return None
         names = (f.name for f in fields(event) if f.name not in ("segment", "counts", "memory"))
         rest = {name: getattr(event, name) for name in names}
-        return {"pending": [*event.segment, asdict(event.counts), rest]}
+        return {"pending": [*event.segment, {**vars(event.counts)}, rest]}
     return {"decided": [event.index, event.thresholds, event.repeat]}
 
 
@@ -53,6 +53,7 @@ class State:
         self.backends: list[str] = []
         self._final: dict[int, list[tuple[int, int]]] = {}
         self._pending: dict[Segment, Pending] = {}
+        self._waiting: dict[int, set[Segment]] = {}  # the same by tensor
         self._again: set[Segment] = set()  # merged before by this process, and to be merged once more
         for record in records:
             self._replay(record)
@@ -92,16 +93,22 @@ class State:
         elif isinstance(event, Pending):
             new = [] if event.segment in self._pending else [event.segment]
             self._pending[event.segment] = event
+            self._waiting.setdefault(event.segment.index, set()).add(event.segment)
         else:
             self.decided[event.index] = event.thresholds
             if event.repeat:
                 self.repeats += 1
                 self._again |= {s for s in self._pending if event.index in (None, s.index)}
-                self._pending = {s: p for s, p in self._pending.items() if s not in self._again}
+                for segment in self._again & self._pending.keys():
+                    self._leave(segment)
         return new
 
+    def _leave(self, segment: Segment) -> None:
+        if self._pending.pop(segment, None) is not None:
+            self._waiting[segment.index].discard(segment)
+
     def _finish(self, segment: Segment, counts: Counts) -> None:
-        self._pending.pop(segment, None)
+        self._leave(segment)
         self._final.setdefault(segment.index, []).append((segment.start, segment.stop))
         if self.counts[segment.index] is None:
             self.counts[segment.index] = counts
@@ -122,9 +129,8 @@ class State:
         return list(self._pending.values())
 
     def _ranges(self, index: int) -> list[tuple[int, int]]:
-        return sorted(
-            self._final.get(index, []) + [(s.start, s.stop) for s in self._pending if s.index == index]
-        )
+        waiting = [(s.start, s.stop) for s in self._waiting.get(index, ())]
+        return sorted(self._final.get(index, []) + waiting)
 
     def gaps(self, index: int, numel: int) -> list[tuple[int, int]]:
         """The ranges of a tensor that are to be merged; an empty tensor has one until it is done."""

@@ -27,6 +27,7 @@ from ..select.pending import Store
 from ..tensors.array import Array
 from ..tensors.segment import CHUNK, Segment
 from ..tensors.tile import TensorInputs
+from .bundles import Bundle
 from .copies import copied
 from .engine import Engine, Range
 from .job import Job
@@ -224,7 +225,7 @@ def _compare_with_inputs(
     if any(shard != there.get(shard.name) for shard in planned.shards):
         return
     with _Shards(out, planned) as shards, Pool(job.plan.threads) as pool:
-        compared = _Compared(shards, planned.tensors)
+        compared = _Compared(shards, job.places)
         decider = job.decider(pool)
         found = decider.decide_model() if full else as_found(report["found"])
         pieces = [(i, 0, e.numel) for i, e in enumerate(job.inputs.entries) if not e.is_computed]
@@ -238,6 +239,7 @@ def _compare_with_inputs(
             found=found,
             tile_elements=job.plan.tile_elements,
             store=Store(job.plan.candidates_memory),
+            bundles=job.bundles,
         )
         for _ in engine.run([piece for piece in chosen if piece[0] in job.tensors]):
             pass
@@ -245,7 +247,7 @@ def _compare_with_inputs(
             if index not in job.tensors:
                 for start, piece in copied(job.backend, job.inputs.entries[index], 1 << 24):
                     compared.exactly(index, start, piece.data)
-    verdict.wrong |= compared.wrong()
+    verdict.wrong |= compared.wrong(job.bundles)
     elements = sum(stop - start for _, start, stop in chosen)
     total = sum(stop - start for _, start, stop in pieces)
     how = "everything" if full else f"{elements / max(total, 1):.2%} of the elements"
@@ -303,15 +305,19 @@ class _Compared:
     def done_with(self, tile: TensorInputs) -> None:
         pass
 
-    def wrong(self) -> dict[str, str]:
-        found: dict[int, list[int]] = {}
+    def wrong(self, bundles: Mapping[int, Bundle]) -> dict[str, str]:
+        """bundles: what stands for several tensors."""
+        found: dict[str, list[int]] = {}
         for segment in sorted(self._differing):
-            found.setdefault(segment.index, []).extend((segment.start + self._differing[segment]).tolist())
+            for place in (segment.start + self._differing[segment]).tolist():
+                name, bundle = self._tensors[segment.index].name, bundles.get(segment.index)
+                if bundle is not None:
+                    member, place = bundle.member(place)
+                    name = member.name
+                found.setdefault(name, []).append(place)
         return {
-            self._tensors[index].name: f"{len(places)} elements are not what the recipe gives, the first at "
-            f"flat index {places[0]}"
-            for index, places in found.items()
-            if places
+            name: f"{len(places)} elements are not what the recipe gives, the first at flat index {places[0]}"
+            for name, places in found.items()
         }
 
 

@@ -169,7 +169,8 @@ class MergeStats:
 class Counts:
     """What a merge counted for one tensor or a part of it: per expert the kept edits and the saliency
     threshold (None where everything is kept). repeats: how often a tensor of one tile was merged again
-    because a threshold lay outside its bracket."""
+    because a threshold lay outside its bracket; members: of a bundle (run/bundles.py), for each tensor in it
+    the elements that nobody keeps and each expert's kept ones."""
 
     kept: list[int]
     unkept: int = 0
@@ -177,6 +178,7 @@ class Counts:
     repaired: int = 0
     thresholds: list[float | None] = field(default_factory=list)
     repeats: int = 0
+    members: list[list[int]] | None = None
 
     @classmethod
     def of(cls, stats: MergeStats, thresholds: list[float | None]) -> Counts:
@@ -190,3 +192,6 @@ class Counts:
         self.repaired += times * other.repaired
         self.repeats += times * other.repeats
         self.thresholds = other.thresholds
+        if self.members is not None and other.members is not None:
+            pairs = zip(self.members, other.members, strict=True)
+            self.members = [[a + times * b for a, b in zip(*pair, strict=True)] for pair in pairs]
