@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+import types
 
 import pytest
 from checkpoints import make_set, shard_files
+
+# METHODS section 13.
+FLAGS = """
+--allow-crimes --unsafe-truncate-embeddings --copy-tokenizer --no-copy-tokenizer --write-model-card
+--no-write-model-card --out-shard-size --random-seed --lora-merge-dtype --lora-merge-cache
+--transformers-cache --trust-remote-code --lazy-unpickle --clone-tensors --low-cpu-memory --read-to-gpu
+--async-write --write-threads --cuda --device --multi-gpu --gpu-rich --num-threads -j -v --quiet
+--safe-serialization --no-safe-serialization
+"""
 
 
 @pytest.fixture
@@ -34,8 +46,6 @@ def run(ota_merge, recipe, *flags):
         ["--low-cpu-memory"],
         ["--read-to-gpu"],
         ["--async-write"],
-        ["--multi-gpu"],
-        ["--gpu-rich"],
         ["--write-threads", "3"],
         ["--lora-merge-cache", "x"],
     ],
@@ -84,7 +94,56 @@ def test_refused(ota_merge, recipe, flags, text):
     assert not out.exists()
 
 
-def test_cuda_is_a_device(ota_merge, recipe):
-    _, code, _, errors = run(ota_merge, recipe, "--cuda")
-    assert code != 0
-    assert "reference" in errors or "cuda" in errors.lower()
+@pytest.mark.parametrize("flag", ["--cuda", "--multi-gpu", "--gpu-rich"])
+def test_what_wants_a_gpu_is_a_device(ota_merge, recipe, flag):
+    _, code, _, errors = run(ota_merge, recipe, flag)
+    assert code == 2
+    assert "cuda" in errors.lower()
+    out, code, _, errors = run(ota_merge, recipe, flag, "--device", "cpu")
+    assert (code, errors) == (0, "")
+    assert out.is_dir()
+
+
+def test_the_seed_is_that_of_random_methods(ota_merge, recipe):
+    data = json.loads(recipe.read_text())
+    data |= {"merge_method": "dare_linear", "base_model": data["models"].pop(0)["model"]}
+    data["parameters"] = {"weight": 1, "density": 0.5}
+    recipe.write_text(json.dumps(data))
+    found = []
+    for seed in (5, 5, 6):
+        out, code, _, _ = run(ota_merge, recipe, "--random-seed", seed, "--overwrite")
+        assert code == 0
+        assert json.loads((out / "merge_report.json").read_text())["options"]["seed"] == seed
+        found.append((out / "model.safetensors").read_bytes())
+    assert found[0] == found[1] != found[2]
+
+
+def test_the_hubs_cache(ota_merge, recipe, monkeypatch):
+    """`--transformers-cache` is where models of the hub lie or are put."""
+    asked = []
+    hub = types.ModuleType("huggingface_hub")
+
+    def snapshot_download(repo, **_):
+        asked.append((repo, os.environ["HF_HUB_CACHE"]))
+        return json.loads(recipe.read_text())["models"][0]["model"]
+
+    hub.snapshot_download = snapshot_download
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    monkeypatch.setenv("HF_HUB_CACHE", "elsewhere")
+    data = json.loads(recipe.read_text())
+    (recipe.parent / "hub.yaml").write_text(
+        json.dumps(data | {"models": [{"model": "org/name"}, data["models"][1]]})
+    )
+    _, code, _, errors = run(ota_merge, recipe.parent / "hub.yaml", "--transformers-cache", "cache")
+    assert (code, errors) == (0, "")
+    assert asked[0] == ("org/name", "cache")
+
+
+def test_every_flag_of_mergekit_is_known(ota_merge):
+    """By its name, for folders and for single files."""
+    from ota_kernels.cli.files import files
+    from ota_kernels.cli.run import run as run_command
+
+    for command in (run_command, files):
+        known = {name for p in command.params for name in (*p.opts, *p.secondary_opts)}
+        assert set(FLAGS.split()) <= known

@@ -230,6 +230,19 @@ def test_a_model_without_tokenizer_has_the_bases_tokens(pair, caplog):
     assert any("has no tokenizer.json" in line for line in caplog.messages)
 
 
+@pytest.mark.parametrize("name", "ab")
+@pytest.mark.parametrize(
+    "content", ["{", "[1]", '{"model": {"vocab": {"a": "0"}}}', '{"model": {"vocab": [1]}}', "\xff"]
+)
+def test_a_tokenizer_that_cannot_be_read(pair, name, content):
+    """Damaged, not absent: an error that names the file."""
+    (pair / name / "tokenizer.json").write_bytes(content.encode("latin1"))
+    with pytest.raises((InputError, RecipeError)) as caught:
+        rows_of(recipe(pair, tokenizer_source="union"))
+    assert str(pair / name) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 WRONG = [
     ({"tokens": {"<x>": {}}}, "no model has the token '<x>'"),
     ({"tokens": {"<x>": {"source": "org/x"}}}, "org/x, which is no input"),

@@ -18,11 +18,10 @@ _WITHOUT_EFFECT = {
     "low_cpu_memory": "--memory-limit holds anyway",
     "read_to_gpu": "tiles are streamed",
     "async_write": "tiles are written as they come",
-    "multi_gpu": "one GPU is used",
-    "gpu_rich": "tiles are streamed",
     "write_threads": "tiles are written as they come",
     "lora_merge_cache": "adapters are added in the tile, without a copy",
 }
+_ON_A_GPU = ("cuda", "multi_gpu", "gpu_rich")
 # Of single files only.
 _WITHOUT_EFFECT_ON_FILES = {
     "copy_tokenizer": "files have no tokenizer",
@@ -71,7 +70,7 @@ _COMMON = (
     *(_flag(name) for name in _WITHOUT_EFFECT if name not in ("write_threads", "lora_merge_cache")),
     click.option("--write-threads", type=int, hidden=True),
     click.option("--lora-merge-cache", type=click.Path(), hidden=True),
-    click.option("--cuda", is_flag=True, hidden=True),
+    *(_flag(name) for name in _ON_A_GPU),
     click.option("--random-seed", type=int, hidden=True),
     click.option("--num-threads", "-j", type=click.IntRange(min=1), hidden=True),
     click.option("--transformers-cache", type=click.Path(), hidden=True),
@@ -116,7 +115,8 @@ def _translated(given: dict[str, Any], without_effect: Mapping[str, str]) -> dic
         raise RecipeError("--no-safe-serialization: pickled models are not written; leave the flag out")
     if cache := given.pop("transformers_cache"):
         os.environ["HF_HUB_CACHE"] = cache
-    if given.pop("cuda"):
+    on_a_gpu = {name for name in _ON_A_GPU if given.pop(name)}
+    if on_a_gpu and given["device"] == "auto":
         given["device"] = "cuda"
     ours = {"out_shard_size": "shard_size", "random_seed": "seed", "num_threads": "threads"}
     for theirs, own in ours.items():
