@@ -53,7 +53,6 @@ _MEMORY_LIMITS = {"native": 1 << 30, "reference": 1 << 30, "triton": 4 << 30}
 # Measured resident sizes of a process that has imported what the backend needs and merged one tile; triton's
 # under its interpreter: what the driver of a GPU maps comes on top, and differs.
 PROCESS_BYTES = {"native": 100 << 20, "reference": 420 << 20, "triton": 420 << 20}
-_TORCH_BYTES = 320 << 20  # whole matrices are torch's, also beside `native`
 _REFERENCE_TEMPORARIES = 12  # float32 arrays of a tile that the reference holds per expert
 _ASSUMED_BANDWIDTH = 8e9  # bytes per second per thread, for the estimated time from a warm page cache
 
@@ -146,10 +145,12 @@ def make_plan(
     candidates = decider.expected_candidates() * each
     # A small limit leaves room for tiles first.
     held = min(candidates_memory, memory_limit // 4)
-    shared = PROCESS_BYTES[backend.NAME] + min(candidates, held) + sum(map(_factor_bytes, tensors))
+    whole = decider.matrices.bytes(tensors) if decider.needs.matrices else 0
+    process = "reference" if whole and backend.NAME == "native" else backend.NAME  # matrices are torch's
+    shared = PROCESS_BYTES[process] + min(candidates, held) + sum(map(_factor_bytes, tensors))
     largest = _LOCAL_TILE_ELEMENTS if decider.brackets and not decider.model_scope else TILE_ELEMENTS
     for number in threads:
-        fixed = shared + _survey_bytes(tensors, decider, number, per_element)
+        fixed = shared + number * whole + _survey_bytes(tensors, decider, number, per_element)
         in_flight = number * per_element + pinned_bytes(backend, number, per_element)
         tile = tile_elements or _fitting_tile(memory_limit - fixed, in_flight, largest)
         if tile:
@@ -158,7 +159,8 @@ def make_plan(
         need = fixed + in_flight * _SMALLEST_TILE
         on, fewer = f"{number} thread{'s' if number > 1 else ''}", number > thread_choices(None, backend)[-1]
         raise RecipeError(
-            f"a memory limit of {format_bytes(memory_limit)} is too small for this merge on {on}: "
+            f"a memory limit of {format_bytes(memory_limit)} is too small for this merge on {on}"
+            f"{f', each of which holds a matrix ({format_bytes(whole)})' if whole else ''}: "
             f"give it --memory-limit {math.ceil(need / 1e6)}MB{' or lower --threads' if fewer else ''}"
         )
     passes = 1 + decider.passes + decider.tensor_passes
@@ -217,8 +219,6 @@ def _survey_bytes(tensors: list[TensorInputs], decider: Work, threads: int, per_
     matrices = [t for t in tensors if len(t.shape) == 2]
     if decider.needs.has("norms", "tensor"):
         size += max((12 * t.numel + 16 * min(t.shape) ** 2 for t in matrices), default=0)
-    if decider.needs.matrices:
-        size += threads * decider.matrices.bytes(tensors) + _TORCH_BYTES
     if decider.needs.svd:
         size += low_rank_bytes(t.shape for t in tensors)
     return size
