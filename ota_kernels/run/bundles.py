@@ -52,7 +52,7 @@ def can_be_bundled(method: Method, settings: Settings, words: Words) -> bool:
     alone = all(need.scope == "model" and need.statistic != "low rank" for need in method.needs(settings))
     plain = words.select in ("all", "at least") and words.weigh in ("constant", "curvature", "alone")
     repairs = settings.shared.get("on_nonfinite") == "base"
-    of_roles = method.keeps_base(settings, "embedding")
+    of_roles = method.keeps_base(settings, "embedding") or method.whole(settings)
     return alone and plain and words.score not in ("row magnitude", "spread") and not repairs and not of_roles
 
 

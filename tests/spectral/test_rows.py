@@ -173,6 +173,15 @@ def test_adapters_are_the_weights_that_they_stand_for(plain, tmp_path):
     assert 0.1 < edit.norm() < 10
 
 
+def test_small_neighbours_stay_matrices(tmp_path):
+    """Where other rows merge small tensors as one."""
+    models = make_set(tmp_path, {f"layers.{i}.mlp.weight": (5, 7) for i in range(40)}, dtype=torch.float32)
+    for parameters in ({}, {"elsewhere": "ota"}):
+        truth = oracle.evaluate(tensors_of(models, False), "tsv", **parameters)
+        merge(recipe_of(models, "tsv", parameters, False), tmp_path / "out", overwrite=True)
+        check("float32", load_merged(tmp_path / "out"), truth)
+
+
 def test_one_expert_and_no_edits(plain):
     """One expert of tsv is the expert; edits of 0 are the base."""
     one = ota_kernels.merge_state_dicts(plain.base, plain.experts[:1], method="tsv", out_dtype="float32")
