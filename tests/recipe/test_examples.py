@@ -4,6 +4,8 @@ evaluation of the recipe language and of the formulas (tests/oracle)."""
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -275,3 +277,34 @@ def test_tokens(tmp_path):
         assert made.decode(made.encode(text, add_special_tokens=False)) == text
     chat = made.apply_chat_template([{"role": "user", "content": "ab"}], tokenize=False)
     assert chat == "<|im_start|>ab<|im_end|>"
+
+
+def test_the_recipe_of_the_readme(tmp_path, ota_merge):
+    """It runs as it stands there, in a folder that has models of these names."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (text,) = (
+        b for b in re.findall(r"^```yaml\n(.*?)^```", readme, re.M | re.S) if "merge_method: slerp" in b
+    )
+    weights = {}
+    for seed, (name, tokens) in enumerate((("chat", ("<|im_end|>",)), ("math", ("<tool>",)))):
+        rows = tokenizer(
+            tmp_path / "models" / name, tokens, "{% for m in messages %}{{ m.content }}{% endfor %}"
+        )
+        like = weights.get("models/chat")
+        weights[f"models/{name}"] = llama(tmp_path / "models" / name, seed, 32, rows=rows, like=like)
+    (tmp_path / "recipe.yaml").write_text(text)
+    code, _, errors = ota_merge("run", tmp_path / "recipe.yaml", tmp_path / "out", "-q")
+    assert code == 0, errors
+    out = load_merged(tmp_path / "out")
+    expected = merge_recipe(yaml.safe_load(text), weights)
+    for name in expected.keys() - {"model.embed_tokens.weight", "lm_head.weight"}:
+        assert_close("bfloat16", out[name].double().numpy(), expected[name].out, expected[name].operand, 2)
+    rows = out["model.embed_tokens.weight"].double().numpy()
+    assert rows.shape == (24, 4)
+    ids = {
+        t["content"]: t["id"]
+        for t in json.loads((tmp_path / "out" / "tokenizer.json").read_text())["added_tokens"]
+    }
+    chat = weights["models/chat"]["model.embed_tokens.weight"]
+    np.testing.assert_allclose(rows[ids["<|im_end|>"]], chat[15], rtol=2**-8)  # forced: the same in both
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 24
