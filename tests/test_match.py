@@ -75,6 +75,31 @@ def test_what_the_configuration_says_of_ties(config, said):
     assert tie_in_config(config) is said
 
 
+def test_a_section_speaks_of_its_own_module(tmp_path):
+    """Bark: three language models, of which one ties its output matrices."""
+    config = {
+        "model_type": "bark",
+        "semantic_config": {"model_type": "semantic"},
+        "fine_acoustics_config": {"model_type": "fine_acoustics", "tie_word_embeddings": True},
+    }
+    assert tie_in_config(config, "semantic.lm_head.weight") is None
+    assert tie_in_config(config, "fine_acoustics.lm_head.weight") is True
+    assert tie_in_config(config, "lm_head.weight") is True
+    for i, name in enumerate("ab"):
+        random = torch.Generator().manual_seed(i)
+        names = (
+            "semantic.lm_head.weight",
+            "semantic.embed_tokens.weight",
+            "fine_acoustics.embed_tokens.weight",
+        )
+        save(tmp_path, name, {n: torch.randn(8, 4, generator=random) for n in names}, config)
+    listed = [{"model": str(tmp_path / name)} for name in "ab"]
+    merge({"merge_method": "linear", "models": listed}, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["fine_acoustics_config"]["tie_word_embeddings"] is True
+    assert "tie_word_embeddings" not in written
+
+
 def test_a_silent_configuration_is_told_by_what_is_stored():
     assert has_tied_embeddings({}, [EMBED])
     assert not has_tied_embeddings({}, [EMBED, "language_model.output.weight"])

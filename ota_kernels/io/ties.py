@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 # The head of a language model, by itself or under modules that have no number: layers have one.
@@ -17,11 +17,22 @@ def is_head(name: str) -> bool:
     return _HEAD.fullmatch(name) is not None
 
 
-def tie_in_config(config: Mapping[str, Any] | None) -> bool | None:
+def tie_in_config(config: Mapping[str, Any] | None, head: str = "") -> bool | None:
     """What config.json, nested configurations of language models included, says about `tie_word_embeddings`;
-    None where it is silent or contradicts itself."""
-    said = set(_tie_values(config or {}))
+    None where it is silent or contradicts itself. head: the output matrix in question; where a section of the
+    configuration is that of a module it lies in, what other sections say is about others."""
+    said = set(_tie_values(_of_module(config or {}, head.split("."))))
     return said.pop() if len(said) == 1 else None
+
+
+def _of_module(config: Mapping[str, Any], modules: Sequence[str]) -> Mapping[str, Any]:
+    """The configuration without the sections of other modules, where one is of one of these."""
+    own = {f"{module}_config" for module in modules} & {
+        k for k, v in config.items() if isinstance(v, Mapping)
+    }
+    if not own:
+        return config
+    return {k: v for k, v in config.items() if k in own or not isinstance(v, Mapping)}
 
 
 def _tie_values(config: Mapping[str, Any]) -> Iterator[bool]:

@@ -114,7 +114,9 @@ def head_of(models: Sequence[Model], names: Sequence[str]) -> Head | None:
 
 def _tied_on_paper(model: Model, head: str) -> bool:
     shape = tuple(model.tensors[head].shape)
-    return bool(tie_in_config(model.config)) and tied.embedding_of(head, model.tensors, shape) is not None
+    return (
+        bool(tie_in_config(model.config, head)) and tied.embedding_of(head, model.tensors, shape) is not None
+    )
 
 
 def lacking_error(

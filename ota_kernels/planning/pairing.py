@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from ..errors import InputError, RecipeError
 from ..io.header import quoted
+from ..io.ties import tie_in_config
 from ..recipe.recipe import ModelEntry, Recipe, Slice
 from ..recipe.reference import Reference
 from ..recipe.settings import Settings
@@ -93,7 +94,9 @@ class Pairing:
                 if all(head.tied):
                     self.left_out[each.name] = f"a copy of {head.sources[0]}, to which it is tied"
                     continue
-                self.untied = self.untied or any(head.tied) or bool(head.untied) or self._donor_ties()
+                self.untied = (
+                    self.untied or any(head.tied) or bool(head.untied) or self._donor_ties(each.name)
+                )
                 self.notes += [
                     f"{model.label}: config.json ties {each.name} to the embeddings, but its values are its "
                     "own: it is merged, and the output is not tied"
@@ -119,10 +122,12 @@ class Pairing:
             self.left_out[name] = f"a copy of {source} in every model that stores it"
             del pairs[name]
 
-    def _donor_ties(self) -> bool:
-        """Whether the model that gives the configuration ties its output matrix to the embeddings."""
+    def _donor_ties(self, head: str) -> bool:
+        """Whether the model that gives the configuration ties this output matrix to the embeddings."""
         donor = self.models.get(self.recipe.references[0])
-        return donor is not None and donor.tied_embeddings
+        if donor is None or tie_in_config(donor.config, head) == tie_in_config(donor.config):
+            return donor is not None and donor.tied_embeddings
+        return bool(tie_in_config(donor.config, head))
 
     # Pairs
 

@@ -69,7 +69,7 @@ def head_source(
     the model's own unless it is a copy of the embedding: config.json says so and the values agree wherever
     they are looked at, or config.json is silent, another model stores none, and all values agree.
     """
-    said = tie_in_config(model.config)
+    said = tie_in_config(model.config, head)
     if head in model.tensors:
         shape = tuple(model.tensors[head].shape)
         embedding = None if said is False else embedding_of(head, model.tensors, shape)

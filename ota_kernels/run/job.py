@@ -96,6 +96,7 @@ class Job:
     """One merge: open inputs, its plan, and `run`."""
 
     surveys: Surveys = Once()  # what merges beside this one find too
+    bundles_small = True  # whether small neighbouring tensors may merge as one
 
     def __init__(self, recipe: Recipe, options: Options, rules: Rules = RULES) -> None:
         self.options, self._rules = options, rules
@@ -145,8 +146,10 @@ class Job:
         return {}
 
     def _may_be_bundled(self, entry: OutputTensor, tensor: TensorInputs) -> bool:
-        words = self.decider(IN_PLACE).score_terms(tensor).words
-        return can_be_bundled(self.inputs.method, entry.settings, words)
+        method = self.inputs.method
+        if not self.bundles_small or method.python or method.whole(entry.settings):
+            return False
+        return can_be_bundled(method, entry.settings, self.decider(IN_PLACE).score_terms(tensor).words)
 
     def decider(self, pool: Pool) -> Decider:
         """What decides for the tensors that are merged."""

@@ -76,7 +76,7 @@ def pack(
     recipe = parse_recipe(how.recipe(paths, os.fspath(base)))
     with ExitStack() as stack:
         job = stack.enter_context(
-            Job(recipe, Options.of(**{"tile_elements": forms.SEGMENT, **(options or {})}))
+            _Graft(recipe, Options.of(**{"tile_elements": forms.SEGMENT, **(options or {})}))
         )
         if len(job.recipe.models) != len(paths):
             raise RecipeError(f"an expert is the base {base} itself: there is nothing to pack")
@@ -120,6 +120,12 @@ def _check_new_folder(out: Path, overwrite: bool) -> None:
         raise OutputError(f"{out}: is no folder of packs, and is not replaced: name another folder")
     if not out.parent.is_dir():
         raise OutputError(f"{out}: its folder does not exist: make it first")
+
+
+class _Graft(Job):
+    """What a pack's edits are found by; each tensor is packed by itself."""
+
+    bundles_small = False
 
 
 class _Packing:

@@ -99,6 +99,8 @@ def _text(value: Any) -> str:
 class _Combination(Job):
     """One merge of the sweep: of inputs that are open, with what others find."""
 
+    bundles_small = False  # what is found goes by the names of tensors
+
     def __init__(self, recipe: Recipe, options: Options, inputs: Inputs, gang: Gang, k: int) -> None:
         self._shared, self._gang, self.number = inputs, gang, k
         super().__init__(recipe, options, RULES)

@@ -484,3 +484,13 @@ def test_the_command_line(models, tmp_path, ota_merge):
     code, printed, errors = ota_merge("unpack", tmp_path / "e.pack", tmp_path / "out")
     assert code == 0, errors
     assert ota_merge("inspect", tmp_path / "e.pack")[1].count("a pack (ffg)") == 1
+
+
+def test_an_expert_of_many_small_tensors_is_packed(tmp_path):
+    base = {f"layers.{i}.norm": torch.arange(4.0) + i for i in range(64)}
+    save_model(tmp_path / "base", base)
+    expert = {name: x + 0.5 * (torch.arange(4) == 2) for name, x in base.items()}
+    save_model(tmp_path / "expert", expert)
+    pack([tmp_path / "expert"], tmp_path / "e.pack", base=tmp_path / "base", density=0.5)
+    unpack(tmp_path / "e.pack", tmp_path / "out")
+    assert_same_tensors(load_merged(tmp_path / "out"), expert)
