@@ -5,6 +5,7 @@
 #include <nanobind/stl/pair.h>
 
 #include "arguments.hpp"
+#include "lost.hpp"
 #include "pack.hpp"
 #include "places.hpp"
 
@@ -357,6 +358,10 @@ NB_MODULE(_native, m) {
           "place"_a.none(), "together"_a, "isa"_a);
     m.def("scatter", &scatter, "data"_a, "positions"_a, "elements"_a, "size"_a);
     m.def("is_in_memory", &ota::is_in_memory, "fd"_a);
+    m.def("guard", &ota::guard, "address"_a, "nbytes"_a);
+    m.def("unguard", &ota::unguard, "number"_a);
+    m.def("watch", &ota::watch, "on"_a);
+    m.def("lost", &ota::lost);
     m.def("scatter_in_file", &scatter_in_file, "fd"_a, "begin"_a, "n"_a, "positions"_a, "elements"_a, "size"_a);
     m.def("below", &below, "alternatives"_a, "size"_a, "at"_a, "values"_a);
     m.def("between", &between, "values"_a, "low"_a, "high"_a, "out"_a, "isa"_a);

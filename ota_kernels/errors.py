@@ -39,6 +39,15 @@ class RunError(OtaError):
     exit_code = 1
 
 
+class StoppedError(RunError):
+    """Another process of the merge has failed, and has said why: nothing more is shown. of_input: whether by
+    an InputError."""
+
+    def __init__(self, text: str, of_input: bool = False) -> None:
+        super().__init__(text)
+        self.of_input = of_input
+
+
 def one_line(text: str) -> str:
     """`text` with what would break a line or steer a terminal written as Python escapes it."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -9,6 +9,7 @@ from typing import Any
 
 from ota_kernels.recipe.schema import Recipe
 from ota_kernels.run.job import Job, Options, Progress, Silent, as_recipe
+from ota_kernels.run.ranks import of_environment
 from ota_kernels.run.rules import RULES, Rules
 from ota_kernels.tensors.segment import Segment
 
@@ -21,7 +22,7 @@ def merge(
     **options: Any,
 ) -> dict:
     """`ota_kernels.merge` with rules."""
-    with Job(as_recipe(recipe), Options.of(**options), rules) as job:
+    with of_environment() as ranks, Job(as_recipe(recipe), Options.of(**options), rules, ranks) as job:
         return job.run(Path(out), progress or Silent())
 
 

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 NAMES = ("triton", "native", "reference")  # the fastest first
 _ON_CPU = ("native", "reference")
-_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+(,\d+)*)?")
 
 
 class Backend(Protocol):
@@ -64,9 +64,12 @@ class Backend(Protocol):
 
 
 def check_device(device: str) -> None:
-    """RecipeError unless `device` is auto, cpu, cuda or cuda:N."""
+    """RecipeError unless `device` is auto, cpu, cuda, cuda:N, or several of these (cuda:0,2)."""
     if not _DEVICE.fullmatch(device):
-        raise RecipeError(f"unknown device {device!r}: choose auto, cpu, cuda or cuda:N")
+        raise RecipeError(f"unknown device {device!r}: choose auto, cpu, cuda, cuda:N or cuda:N,M")
+    _, _, numbers = device.partition(":")
+    if len(set(numbers.split(","))) <= numbers.count(","):
+        raise RecipeError(f"device {device!r} names one twice: a GPU works for one process")
 
 
 def select(name: str = "auto", device: str = "auto", python: bool = False) -> Backend:
@@ -79,6 +82,8 @@ def select(name: str = "auto", device: str = "auto", python: bool = False) -> Ba
     if name != "auto" and name not in NAMES:
         raise BackendError(f"unknown backend {name!r}: choose auto, {', '.join(NAMES[:-1])} or {NAMES[-1]}")
     check_device(device)
+    if "," in device:
+        raise BackendError(f"{device} takes a process for each: `ota-merge run` starts them, or torchrun")
     if python:
         if name not in ("auto", "reference") or device.startswith("cuda"):
             raise BackendError(

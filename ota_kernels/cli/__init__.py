@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 import importlib
 import logging
+import os
 import sys
 import traceback
 
 import click
 
-from ..errors import OtaError, one_line
+from ..errors import OtaError, StoppedError, one_line
 
 _COMMANDS = {
     "run": "Merge models as a recipe says.",
@@ -61,6 +62,7 @@ def main() -> None:
     # Imports and headers make many objects and hardly any garbage: to look for it after every 700 of them
     # would take as long as to import numpy.
     gc.set_threshold(50_000)
+    _fill_standard_files()
     try:
         cli.main(standalone_mode=False)
     except click.exceptions.Exit as stop:
@@ -70,12 +72,22 @@ def main() -> None:
         sys.exit(INTERRUPTED)
     except click.ClickException as error:
         _fail(" ".join(error.format_message().split()), error.exit_code)
+    except StoppedError as error:
+        sys.exit(error.exit_code)
     except OtaError as error:
         _fail(str(error), error.exit_code)
     except OSError as error:
         _fail(f"{error.filename or 'input/output'}: {error.strerror or error}", 1)
     except MemoryError:
         _fail("out of memory: lower --threads or --memory-limit", 1)
+
+
+def _fill_standard_files() -> None:
+    """A shard must not get the number of a standard output that is closed: what a library prints would go
+    into it."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
 
 
 def _fail(message: str, code: int) -> None:

@@ -44,7 +44,7 @@ class Share(click.ParamType):
 
 
 class Device(click.ParamType):
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N, or several: cuda:0,2."""
 
     name = "device"
 
@@ -77,7 +77,8 @@ _DEVICE = click.option(
     type=Device(),
     default="auto",
     show_default=True,
-    help="Where to compute: cpu, cuda (also of AMD), cuda:1, or a GPU if there is one.",
+    help="Where to compute: cpu, cuda (also of AMD; `run` takes all GPUs), cuda:1, cuda:0,2; auto: a GPU if "
+    "there is one.",
 )
 _MEMORY_LIMIT = click.option(
     "--memory-limit",

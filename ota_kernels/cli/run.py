@@ -2,10 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+
 import click
 
 from .compat import mergekit_flags
 from .options import merging
+
+
+class _Signal(KeyboardInterrupt):
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def _raise(number: int, _frame: object) -> None:
+    raise _Signal(number)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP as Ctrl-C, where nobody has them ignored (nohup)."""
+    before = {}
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        with contextlib.suppress(ValueError):  # not in the main thread
+            if signal.getsignal(number) == signal.SIG_DFL:
+                before[number] = signal.signal(number, _raise)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @click.command()
@@ -40,9 +70,14 @@ def run(recipe: str, out: str, dry_run: bool, intermediate_dir: str | None, quie
 
     from ..errors import RecipeError
     from ..run import job
+    from ..run.devices import command
+    from ..run.ranks import is_first
     from ..run.stages import load_stages, run_stages
     from . import show
 
+    several_gpus = None if dry_run else command(options["device"], sys.argv[1:])
+    if several_gpus is not None:
+        os.execv(several_gpus[0], several_gpus)
     several = len(load_stages(Path(recipe))) > 1
     if dry_run:
         if several:
@@ -51,9 +86,10 @@ def run(recipe: str, out: str, dry_run: bool, intermediate_dir: str | None, quie
         if not quiet:
             show.plan(plan)
         return
+    quiet = quiet or not is_first()
     progress = job.Silent() if quiet else show.progress()
     try:
-        with progress:
+        with _signals(), progress:
             if several:
                 folder = Path(intermediate_dir or f"{out}.stages")
                 stages = run_stages(
@@ -65,9 +101,16 @@ def run(recipe: str, out: str, dry_run: bool, intermediate_dir: str | None, quie
                 reports = list(stages)
             else:
                 reports = [(out, job.merge(recipe, out, progress=progress, **options))]
-    except KeyboardInterrupt:
-        click.echo("interrupted; the same command with --resume goes on", err=True)
-        raise SystemExit(130) from None
-    if not quiet:
+    except KeyboardInterrupt as stop:
+        number = getattr(stop, "number", signal.SIGINT)
+        said = {signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}.get(number, "interrupted")
+        click.echo(f"{said}; the same command with --resume goes on", err=True)
+        raise SystemExit(128 + number) from None
+    if quiet:
+        return
+    try:
         for place, report in reports:
             show.report(report, str(place))
+    except BrokenPipeError:  # the merge is done, whoever reads of it
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterable
@@ -108,7 +109,7 @@ def packed(found: dict) -> None:
 
 def progress():
     """A bar on a terminal, plain lines elsewhere; a context manager that is a job.Progress."""
-    return _Bar() if sys.stderr.isatty() else _Lines()
+    return _Bar() if sys.stderr is not None and sys.stderr.isatty() else _Lines()
 
 
 class _Bar:
@@ -156,11 +157,15 @@ class _Lines:
 
     def stage(self, name: str, total_bytes: int) -> None:
         self._name, self._total, self._done, self._last = name, total_bytes, 0, time.perf_counter()
-        click.echo(f"{name}: {format_bytes(total_bytes)}" if total_bytes else name, err=True)
+        self._say(f"{name}: {format_bytes(total_bytes)}" if total_bytes else name)
 
     def advance(self, nbytes: int) -> None:
         self._done += nbytes
         if time.perf_counter() - self._last >= _PLAIN_INTERVAL:
             self._last = time.perf_counter()
             share = self._done / max(self._total, 1)
-            click.echo(f"{self._name}: {share:.0%} of {format_bytes(self._total)}", err=True)
+            self._say(f"{self._name}: {share:.0%} of {format_bytes(self._total)}")
+
+    def _say(self, line: str) -> None:
+        with contextlib.suppress(OSError):  # nobody reads it any more: no reason to end a merge
+            click.echo(line, err=True)

@@ -48,6 +48,7 @@ class Leaves:
         self._first = dict(zip((t.name for t in plan.tensors), accumulate(counts, initial=0), strict=False))
         self.digests = np.zeros(sum(counts), np.uint64)
         self.known = np.zeros(len(self.digests), bool)
+        self._everybodys = self.known.copy()  # leaves that all processes know
         self._lock = threading.Lock()
 
     def forget(self, tensor: OutputTensor, begin: int, end: int) -> None:
@@ -71,6 +72,16 @@ class Leaves:
         with self._lock:
             self.digests[first + whole.start : first + whole.start + len(found)] = found
             self.known[first + whole.start : first + whole.start + len(found)] = True
+
+    def add_up(self, total: Callable[[np.ndarray], np.ndarray]) -> None:
+        """With those of other processes. total: adds up arrays of all of them. What only this one knew of was
+        written whole by this one."""
+        own = self.known & ~self._everybodys
+        digests = total(np.where(own, self.digests, np.uint64(0)))
+        known = total(own.astype(np.int64)) > 0
+        self.digests = np.where(self._everybodys, self.digests, digests)
+        self._everybodys = known | self._everybodys
+        self.known = self._everybodys.copy()
 
     def unknown(self) -> Iterator[tuple[OutputTensor, int, int]]:
         """Ranges of bytes (tensor, begin, end) of leaves that are not known, a leaf each."""
@@ -101,12 +112,18 @@ def _of_shard(header: bytes, tensors: Iterable[int]) -> str:
 
 
 def complete(
-    leaves: Leaves, read: Callable[[OutputTensor, int, int], np.ndarray], run: Callable = map
+    leaves: Leaves,
+    read: Callable[[OutputTensor, int, int], np.ndarray],
+    run: Callable = map,
+    part: tuple[int, int] = (0, 1),
 ) -> None:
-    """Find the leaves that are not known. read: bytes [begin, end) of a tensor; run: as `Pool.run`."""
+    """Find the leaves that are not known. read: bytes [begin, end) of a tensor; run: as `Pool.run`; part:
+    (i, n), only the i-th of n parts."""
 
     def of_leaf(place: tuple[OutputTensor, int, int]) -> None:
         leaves.add(place[0], place[1], read(*place))
 
-    for _ in run(of_leaf, list(leaves.unknown())):
+    unknown = list(leaves.unknown())
+    first, end = (len(unknown) * i // part[1] for i in (part[0], part[0] + 1))
+    for _ in run(of_leaf, unknown[first:end]):
         pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import numpy as np
 
@@ -47,3 +48,8 @@ def read_at(fd: int, offset: int, data: np.ndarray) -> bool:
             return False
         view, offset = view[count:], offset + count
     return True
+
+
+def of_rank(path: Path, rank: int) -> Path:
+    """The file of that rank: rank 0's has no number ("journal.jsonl", "journal.1.jsonl")."""
+    return path.with_name(f"{path.stem}.{rank}{path.suffix}") if rank else path

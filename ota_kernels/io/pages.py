@@ -1,15 +1,20 @@
-"""Pages of mapped files: which are wanted, and which may go."""
+"""Pages of mapped files: which are wanted, which may go, and which could not be read."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import mmap
+import os
 import sys
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 
+from ..errors import InputError, RunError
 from ..tensors.curvature import Curvature
 from ..tensors.tile import TensorInputs
 
@@ -54,6 +59,52 @@ def release(part: TensorInputs | Curvature) -> None:
     """Let go of the mapped pages of a tile, or of its curvature: resident memory stays what is in flight."""
     for buffer in part.buffers:
         advise(buffer.data, "dontneed")
+
+
+_guarded: dict[int, tuple[Path, int]] = {}  # number of a map -> its file, and its bytes
+
+
+def guarded(mapped: mmap.mmap, path: Path) -> np.ndarray:
+    """The bytes of a file's map. Where a read of them fails, `check_reads` says so, if they are `watched`."""
+    from .. import _native
+
+    data = np.frombuffer(mapped, np.uint8)
+    number = _native.guard(data.ctypes.data, data.size)
+    _guarded[number] = path, data.size
+    weakref.finalize(mapped, _forget, number).atexit = False
+    return data
+
+
+def _forget(number: int) -> None:
+    from .. import _native
+
+    _native.unguard(number)
+    del _guarded[number]
+
+
+@contextmanager
+def watched() -> Iterator[None]:
+    """In here a failing read of a mapped file gives zeros, for which `check_reads` must be asked before
+    anything made of them is kept. Else the system ends the process."""
+    from .. import _native
+
+    _native.watch(True)
+    try:
+        yield
+    finally:
+        _native.watch(False)
+
+
+def check_reads() -> None:
+    """Raise for the first file of which a read has failed: InputError where it has become shorter, RunError
+    for its disk."""
+    from .. import _native
+
+    for number in _native.lost():
+        path, size = _guarded[number]
+        if not os.path.exists(path) or os.path.getsize(path) < size:
+            raise InputError(f"{path}: changed while in use: it is shorter than before")
+        raise RunError(f"{path}: a read from its disk failed; --resume when it can be read")
 
 
 def _file_map(array: np.ndarray) -> tuple[int, int] | None:

@@ -34,6 +34,7 @@ from .folder import (
     where,
 )
 from .header import Header, parse_json_object, quoted, read_header
+from .pages import guarded
 from .parts import Part, parts_of
 from .signature import check_real
 from .table import Table
@@ -235,9 +236,7 @@ def _map(path: Path, expected_size: int) -> np.ndarray:
             size = stream.seek(0, 2)
             if size != expected_size:
                 raise InputError(f"{path}: changed while in use: {size} bytes now, {expected_size} before")
-            return np.frombuffer(
-                mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ, **untracked), np.uint8
-            )
+            return guarded(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ, **untracked), path)
     except OSError as error:
         raise InputError(f"{path}: cannot be mapped: {error.strerror}") from error
 

@@ -1,8 +1,10 @@
 """Where a merge works before it is published.
 
 .OUT.ota-merge/        hidden sibling of OUT; what a killed merge leaves, and what --resume continues
-    lock               held while a merge runs
-    journal.jsonl      fingerprint, decisions, finished ranges
+    lock               held while a merge runs; says by whom, and is touched all the while
+    journal.jsonl      fingerprint, decisions, finished ranges; of further ranks journal.1.jsonl, ...
+    candidates.bin     undecided elements; candidates.1.bin, ...
+    token              what every rank must see
     files/             the output folder, renamed to OUT when everything is on the disk
     replaced/          the former OUT, for the moment between two renames (--overwrite)
 """
@@ -10,14 +12,22 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from ..errors import OutputError, RunError
 from ..sizes import format_bytes
 from . import journal
 from .assets import sync_folder
+
+_TOUCH = 10.0  # seconds between two signs of life in the lock
+_STALE = 60.0  # seconds without one after which another host may take it
 
 
 class WorkFolder:
@@ -35,6 +45,7 @@ class WorkFolder:
         self._needed_bytes = needed_bytes
         self._resume, self._overwrite = resume, overwrite
         self._lock = -1
+        self._released = threading.Event()
 
     def check(self) -> None:
         """Raise OutputError where the merge could not begin; writes nothing."""
@@ -51,7 +62,7 @@ class WorkFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
             self._restore_replaced()
-            if not self._resume or not self.files.exists() or not journal.read(self.path):
+            if not self._resume or not self.files.exists() or not journal.read(self.path, repair=True):
                 self._empty()
             self.files.mkdir(exist_ok=True)
         except OSError as error:
@@ -64,6 +75,9 @@ class WorkFolder:
 
     def __exit__(self, *_: object) -> None:
         if self._lock >= 0:
+            self._released.set()
+            with suppress(OSError):
+                os.ftruncate(self._lock, 0)  # nobody holds it
             os.close(self._lock)
             self._lock = -1
 
@@ -78,13 +92,41 @@ class WorkFolder:
             )
 
     def _take_lock(self) -> None:
-        self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        """By the system where it has locks, across hosts by signs of life in the file: not every network file
+        system has locks that other hosts see."""
+        fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputError(
-                f"another merge is writing {self.out}: wait for it, or name another folder"
-            ) from error
+            holder = _holder(fd)
+            by = f" (process {holder['process']} on {holder['host']})" if holder else ""
+            busy = f"another merge is writing {self.out}{by}: wait for it, or name another folder"
+            with suppress(OSError):  # there are no locks
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise OutputError(busy) from error
+            if holder and holder["host"] != _host() and (age := self._age(fd)) < _STALE:
+                raise OutputError(f"{busy}; if that process is gone, try again in {_STALE - age:.0f} seconds")
+            with suppress(OSError):  # no room for a name
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, json.dumps({"host": _host(), "process": os.getpid()}).encode(), 0)
+        except BaseException:
+            os.close(fd)
+            raise
+        self._lock = fd
+        threading.Thread(target=self._touch, name="ota-lock", daemon=True).start()
+
+    def _age(self, fd: int) -> float:
+        """Seconds since the lock was touched, by the clock of the file system."""
+        clock = self.path / "clock"
+        clock.touch()
+        age = clock.stat().st_mtime - os.fstat(fd).st_mtime
+        clock.unlink()
+        return age
+
+    def _touch(self) -> None:
+        while not self._released.wait(_TOUCH):
+            with suppress(OSError):
+                os.utime(self.path / "lock")
 
     def _restore_replaced(self) -> None:
         """Put the former OUT back after a kill between the two renames: it goes only for a finished merge."""
@@ -99,15 +141,48 @@ class WorkFolder:
             elif entry.name != "lock":
                 entry.unlink()
 
-    def journal_records(self, fingerprint: str) -> list[dict]:
-        """The journal of the merge to resume; empty for a new one. OutputError when it is another merge's."""
-        records = journal.read(self.path)
-        if records and records[0].get("fingerprint") != fingerprint:
+    def records(self, fingerprint: str, inputs: Mapping[str, list]) -> dict[int, list[dict]]:
+        """The journals of the merge to resume, by rank; none for a new one. inputs: what tells whether a file
+        has changed, by its path. OutputError when they are another merge's, by the file that has changed."""
+        found = journal.read(self.path)
+        for first, *_ in found.values():
+            if first.get("fingerprint") == fingerprint:
+                continue
+            changed = [
+                path
+                for path, seen in first.get("inputs", {}).items()
+                if (inputs[path] != seen if path in inputs else not os.path.exists(path))
+            ]
+            what = f"was of another {changed[0]}, which has changed since" if changed else None
             raise OutputError(
-                f"the unfinished merge in {self.path} had another recipe, inputs or options: "
+                f"the unfinished merge in {self.path} {what or 'had another recipe, inputs or options'}: "
                 "--overwrite starts again"
             )
-        return records
+        return found
+
+    def meet(self, tell: Callable, wait: Callable[[], None], is_first: bool) -> None:
+        """Check that all ranks see this folder. tell, wait: as of `run.ranks.Ranks`. RunError where one does
+        not."""
+        token, path = tell(lambda: os.urandom(8).hex()), self.path / "token"
+        try:
+            if is_first:
+                path.write_text(token)
+            wait()
+            seen = path.read_text() if self.files.is_dir() else ""
+        except OSError:
+            seen = ""
+        if seen != token:
+            raise RunError(
+                f"{_host()} does not see {self.path} as rank 0 has made it: name an output folder on a file "
+                "system that all hosts share"
+            )
+
+    def check_written(self, sizes: Mapping[str, int]) -> None:
+        """RunError where a file is not there with its size, by its name: it was taken away from under us."""
+        for name, size in sizes.items():
+            path = self.files / name
+            if not path.is_file() or path.stat().st_size != size:
+                raise RunError(f"{path} was taken away while it was written: merge again with --overwrite")
 
     def remove_if_published(self) -> None:
         """Delete what a kill right after `publish` renamed the files left here."""
@@ -139,6 +214,13 @@ class WorkFile(WorkFolder):
         super().__init__(out, needed_bytes, resume=resume, overwrite=overwrite)
         self._name = name
 
+    def check_written(self, sizes: Mapping[str, int]) -> None:
+        """RunError where a file is not there with its size, by its name: it was taken away from under us."""
+        for name, size in sizes.items():
+            path = self.files / name
+            if not path.is_file() or path.stat().st_size != size:
+                raise RunError(f"{path} was taken away while it was written: merge again with --overwrite")
+
     def remove_if_published(self) -> None:
         if not (self.files / self._name).exists():
             self.remove()
@@ -151,3 +233,16 @@ class WorkFile(WorkFolder):
         except OSError as error:
             raise self._not_moved(error) from error
         self.remove()
+
+
+def _host() -> str:
+    return socket.gethostname()
+
+
+def _holder(fd: int) -> dict | None:
+    """Who holds the lock, as it says; None where nobody does."""
+    try:
+        found = json.loads(os.pread(fd, 1000, 0))
+        return {"host": str(found["host"]), "process": int(found["process"])}
+    except (ValueError, KeyError, TypeError):
+        return None

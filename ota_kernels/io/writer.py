@@ -111,15 +111,19 @@ def _groups(
 
 
 class ShardWriter:
-    """The shards of a layout in a folder, open for writing at any offset."""
+    """The shards of a layout in a folder, open for writing at any offset. create: make them, and write their
+    headers; shared: other processes, maybe on other hosts, write them too."""
 
-    def __init__(self, folder: Path, plan: Layout) -> None:
-        self._layout = plan
+    def __init__(self, folder: Path, plan: Layout, *, create: bool = True, shared: bool = False) -> None:
+        self._layout, self._folder, self._shared = plan, folder, shared
         self._fds: list[int] = []
         self._lock = threading.Lock()
         self._unsynced: set[int] = set()
         self._leaves = Leaves(plan)
         try:
+            if not create:
+                self._open()
+                return
             for number, shard in enumerate(plan.shards):
                 (folder / shard.name).parent.mkdir(parents=True, exist_ok=True)
                 self._fds.append(os.open(folder / shard.name, os.O_RDWR | os.O_CREAT, 0o644))
@@ -134,6 +138,11 @@ class ShardWriter:
             raise RunError(
                 f"cannot write to {folder}: {error.strerror}; make room or fix the folder, then --resume"
             ) from error
+
+    def _open(self) -> None:
+        """As they are."""
+        for shard in self._layout.shards:
+            self._fds.append(os.open(self._folder / shard.name, os.O_RDWR))
 
     def _write(self, shard: int, offset: int, data) -> None:
         write_at(self._fds[shard], offset, data)
@@ -174,9 +183,12 @@ class ShardWriter:
 
         size, fd = tensor.dtype.itemsize, self._fds[tensor.shard]
         begin, end = start * size, stop * size
-        if len(positions) and not _native.scatter_in_file(
-            fd, tensor.begin + begin, stop - start, positions, merged, size
-        ):
+        # Network file systems write mapped pages back whole: with what others wrote beside the range.
+        mapped = not self._shared and (
+            len(positions) == 0
+            or _native.scatter_in_file(fd, tensor.begin + begin, stop - start, positions, merged, size)
+        )
+        if not mapped:
             room = self._read(tensor, begin, end)
             _native.scatter(room, positions, merged, size)
             self.write(tensor, start, room)
@@ -197,9 +209,22 @@ class ShardWriter:
             raise RunError(f"{name} was cut while it was written; start again with --overwrite")
         return data
 
-    def checksums(self, run: Callable = map) -> Sums:
-        """Of everything that was written. run: as `Pool.run`, for what has to be read once more."""
-        complete(self._leaves, self._read, run)
+    def checksums(
+        self,
+        run: Callable = map,
+        total: Callable[[np.ndarray], np.ndarray] = lambda array: array,
+        part: tuple[int, int] = (0, 1),
+    ) -> Sums:
+        """Of everything that was written. run: as `Pool.run`, for what has to be read once more; total: adds
+        up arrays of all processes that write; part: (i, n), this one's number and how many they are."""
+        if self._shared:  # what others wrote is seen by who opens a file after they synced it
+            self.sync()
+            self._leaves.add_up(total)
+            self._close_files()
+            self._open()
+        complete(self._leaves, self._read, run, part)
+        if self._shared:
+            self._leaves.add_up(total)
         return self._leaves.sums()
 
     def sync(self) -> None:
@@ -209,25 +234,28 @@ class ShardWriter:
         for shard in sorted(shards):
             os.fdatasync(self._fds[shard])
 
-    def write_index(self, folder: Path) -> None:
-        """The index of every sharded part of the output; nothing for a single file."""
-        shards, stems = self._layout.shards, self._layout.stems
-        parts: dict[str, list[OutputTensor]] = {}
-        for tensor in self._layout.tensors:
-            parts.setdefault(part_of(tensor.name, stems), []).append(tensor)
-        for prefix, tensors in parts.items():
-            if len({t.shard for t in tensors}) == 1:
-                continue
-            index = {
-                "metadata": {"total_size": sum(t.end - t.begin for t in tensors)},
-                "weight_map": {
-                    t.name.removeprefix(prefix): shards[t.shard].name.removeprefix(prefix) for t in tensors
-                },
-            }
-            path = folder / f"{prefix}{stems[prefix]}.safetensors.index.json"
-            write_file(path, (json.dumps(index, indent=2) + "\n").encode())
-
     def close(self) -> None:
-        for fd in self._fds:
-            os.close(fd)
-        self._fds = []
+        self._close_files()
+
+    def _close_files(self) -> None:
+        while self._fds:
+            os.close(self._fds.pop())
+
+
+def write_index(folder: Path, plan: Layout) -> None:
+    """The index of every sharded part of the output; nothing for a single file."""
+    shards, stems = plan.shards, plan.stems
+    parts: dict[str, list[OutputTensor]] = {}
+    for tensor in plan.tensors:
+        parts.setdefault(part_of(tensor.name, stems), []).append(tensor)
+    for prefix, tensors in parts.items():
+        if len({t.shard for t in tensors}) == 1:
+            continue
+        index = {
+            "metadata": {"total_size": sum(t.end - t.begin for t in tensors)},
+            "weight_map": {
+                t.name.removeprefix(prefix): shards[t.shard].name.removeprefix(prefix) for t in tensors
+            },
+        }
+        path = folder / f"{prefix}{stems[prefix]}.safetensors.index.json"
+        write_file(path, (json.dumps(index, indent=2) + "\n").encode())

@@ -12,7 +12,7 @@ from ..io.pages import release
 from ..planning.inputs import Inputs
 from ..processors import default_threads
 from ..recipe.schema import parse_recipe
-from ..run.decide import scores_of
+from ..run.found import scores_of
 from ..run.grid.densities import densities as thresholds_of
 from ..run.pool import Pool
 from ..select import thresholds as decide

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..backends import Backend
 from ..errors import InputError
-from ..io.pages import advise
+from ..io.pages import advise, check_reads
 from ..planning.buffers import average
 from ..planning.outputs import AVERAGE, OutputTensor
 from ..tensors.buffer import Buffer
@@ -31,6 +31,7 @@ def copied(backend: Backend, entry: OutputTensor, nbytes: int) -> Iterator[tuple
         else:
             check_equal(entry.name, pieces)
             yield start, in_type(backend, entry.name, pieces[0], entry.dtype)
+        check_reads()
         for piece in pieces:
             advise(piece.data, "dontneed")
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 
 import numpy as np
 
 from ..backends import Backend
+from ..io.pages import check_reads
 from ..planning.roles import matrix_of, role_of
 from ..recipe.methods import Method
 from ..recipe.needs import Needs
@@ -29,9 +30,7 @@ from ..tensors.random import name_hash
 from ..tensors.result import SUMS
 from ..tensors.segment import CHUNK
 from ..tensors.terms import (
-    ExpertTerms,
     Terms,
-    Words,
     saliency_of_score,
     score_of_saliency,
     score_scale,
@@ -39,11 +38,13 @@ from ..tensors.terms import (
 from ..tensors.tile import TensorInputs
 from .bundles import Bundle
 from .checks import check
+from .found import ModelFound, open_threshold
 from .low_rank import LowRankForms, is_factored
 from .matrices import Matrices
 from .norms import edit_norm
 from .order import order_statistics
 from .pool import Pool
+from .ranks import ALONE, Ranks
 from .rules import RULES, Rules
 from .statistics import (
     Edits,
@@ -59,28 +60,13 @@ from .statistics import (
 from .surveys import Once, Surveys
 
 
-@dataclass(frozen=True)
-class ModelFound:
-    """What is found once for the whole model, per expert: the score threshold (None where it is decided
-    elsewhere), or the bracket in which it is expected; the mean weight that `normalise: model` divides by.
-    spread: how large tensors are sampled. A tensor may be sampled again, by a process that resumes: it must
-    find the same bracket, whatever the page cache holds then. sums: masked sums (tensors.found.SUMS), where a
-    method needs them."""
-
-    thresholds: tuple[float | None, ...]
-    brackets: tuple[Bracket | None, ...]
-    mean_weights: tuple[float | None, ...]
-    spread: bool
-    sums: tuple[tuple[float, ...], ...] | None = None
-
-
 class Decider:
     """Decides for one method over a list of tensors. settings: of each tensor, by its name.
 
     release: called with each tile of a large read, whose pages may go; wants: told what will be read soon;
     positions: the numbers in the recipe of a tensor's experts, by its name, where some do not take part;
     bundles: those of the tensors that stand for several; seed: of random numbers; surveys: what was found
-    before, and is kept.
+    before, and is kept; ranks: who decides of the model together.
     """
 
     def __init__(
@@ -97,8 +83,9 @@ class Decider:
         seed: int = 0,
         rules: Rules = RULES,
         surveys: Surveys | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.rules, self._surveys = rules, surveys or Once()
+        self.rules, self._surveys, self._ranks = rules, surveys or Once(), ranks
         self.method, self.tensors, self.backend, self.pool = method, tensors, backend, pool
         self._settings, self._release, self._wants = settings, release, wants
         self._positions, self._bundles, self._seed = positions or {}, bundles, seed
@@ -113,7 +100,7 @@ class Decider:
     # collector looks for circles.
     @property
     def _reader(self) -> Reader:
-        return Reader(self.backend, self.pool, self.check, self._release, self._wants)
+        return Reader(self.backend, self.pool, self.check, self._release, self._wants, self._ranks)
 
     @property
     def matrices(self) -> Matrices:
@@ -193,7 +180,8 @@ class Decider:
         experts = range(max(len(t.experts) for t in self.tensors))
         thresholds: list[float | None] = [None for _ in experts]
         brackets: list[Bracket | None] = [None for _ in experts]
-        spread = self.brackets and self.rules.cached([b for t in self.tensors for b in t.buffers])
+        buffers = [b for t in self.tensors for b in t.buffers]
+        spread = self.brackets and self._ranks.tell(lambda: self.rules.cached(buffers))
         if self.model_scope:
             surveyed = {t: s for t, s in enumerate(selections) if s.surveyed}
             for t, selection in list(surveyed.items()):
@@ -202,7 +190,7 @@ class Decider:
                     del surveyed[t]
             if self.brackets and surveyed:
                 taking_part = [self.prepare(t) for t in self.tensors if self.takes_part(t)]
-                brackets = self._sampled_brackets(taking_part, selections, spread)
+                brackets = self._sampled_brackets(taking_part, selections, spread, self._ranks)
                 surveyed = {t: s for t, s in surveyed.items() if brackets[t] is None}
             for t, threshold in self._model_thresholds(surveyed).items():
                 thresholds[t] = threshold
@@ -214,9 +202,13 @@ class Decider:
         return ModelFound(tuple(thresholds), tuple(brackets), tuple(means), spread, sums)
 
     def _sampled_brackets(
-        self, tensors: Sequence[TensorInputs], selections: Sequence[Selection], spread: bool
+        self,
+        tensors: Sequence[TensorInputs],
+        selections: Sequence[Selection],
+        spread: bool,
+        ranks: Ranks = ALONE,
     ) -> list[Bracket | None]:
-        """Per expert, None where it needs none or none is worth it."""
+        """Per expert, None where it needs none or none is worth it; found by `ranks` together."""
         elements = sum(t.numel for t in tensors)
         experts = [t for t, s in enumerate(selections) if s.surveyed and decide.keeps_some(s, elements)]
         found: list[Bracket | None] = [None] * len(selections)
@@ -224,18 +216,21 @@ class Decider:
             # What is sampled from a small tensor is merged next, while its pages are still mapped.
             release = self._release if elements > self.rules.mapped else None
             count, spread = self.rules.clusters(elements), spread or release is None
-            scope = None if self.model_scope else tensors[0].name
+            scope, part = None if self.model_scope else tensors[0].name, (ranks.rank, ranks.size)
+            score, run = self.score_terms, self.pool.run
             sampled = self._surveys.sampled(
                 (scope, "bracket"),
                 experts,
-                lambda of: sample(
-                    tensors, count, of, self.score_terms, self.backend, self.pool.run, release, spread
-                ),
+                lambda of: sample(tensors, count, of, score, self.backend, run, release, spread, part=part),
             )
-            of_expert = [(selections[t], s) for t, s in zip(experts, sampled, strict=True)]
-            brackets = self.pool.run(lambda pair: self.rules.bracket(*pair), of_expert)
-            for t, bracket in zip(experts, brackets, strict=True):
-                found[t] = bracket
+            of_expert = [(selections[t], ranks.total(s)) for t, s in zip(experts, sampled, strict=True)]
+
+            def brackets() -> list[dict | None]:
+                found = self.pool.run(lambda pair: self.rules.bracket(*pair), of_expert)
+                return [None if bracket is None else asdict(bracket) for bracket in found]
+
+            for t, bracket in zip(experts, ranks.tell(brackets), strict=True):
+                found[t] = None if bracket is None else Bracket(**bracket)
         return found
 
     def score_terms(self, tensor: TensorInputs) -> Terms:
@@ -324,8 +319,7 @@ class Decider:
             if bracket is None:
                 found.append(self._threshold(tensor, t, selection, model))
             else:
-                census = selection.rule == "mass" or bracket.span == 0
-                found.append(Threshold(bracket.lowest, bracket.span, census))
+                found.append(open_threshold(bracket, selection))
         return found
 
     def _threshold(self, tensor: TensorInputs, t: int, selection: Selection, model: ModelFound) -> Threshold:
@@ -440,7 +434,9 @@ class Decider:
     # Inputs that are not finite
 
     def check(self, tile: TensorInputs, nonfinite: Iterable) -> None:
-        """Raise InputError for the first unusable input, unless `on_nonfinite: base` repairs it."""
+        """Raise InputError for the first unusable input, unless `on_nonfinite: base` repairs it; and where a
+        file could not be read."""
+        check_reads()
         settings = self.settings(tile)
         if settings.shared.get("on_nonfinite", "error") != "base":
             check(self.tensors, self._bundles, self.backend, self.score_terms, tile, nonfinite)
@@ -471,10 +467,3 @@ _FINDERS = {
     "row scores": Decider._find_row_scores,
     "ranks": Decider._find_ranks,
 }
-
-
-def scores_of(experts: int, tile: TensorInputs) -> Terms:
-    """By which the saliencies of a tile's experts are computed, whatever a recipe selects."""
-    scales = [score_scale(tile.base is not None, c.bias_correction) for c in tile.curvatures]
-    words = Words(score="curvature" if tile.base is None else "saliency")
-    return Terms(words, tuple(ExpertTerms(score_scale=scales[t]) for t in range(experts)))

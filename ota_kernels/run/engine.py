@@ -28,8 +28,10 @@ from ..tensors.segment import CHUNK, Segment, units
 from ..tensors.terms import Terms, close, is_open
 from ..tensors.tile import TensorInputs
 from .bundles import Bundle, kept_by_member
-from .decide import Decider, ModelFound
+from .decide import Decider
+from .found import ModelFound, open_thresholds
 from .matrices import Matrix
+from .ranks import ALONE, Ranks
 from .rules import Rules
 
 Range = tuple[int, int, int]  # tensor number, first element, end
@@ -95,7 +97,8 @@ class Engine:
 
     found: what was found of the whole model; store: holds undecided elements; decided: thresholds of groups
     that were decided before, to which a run adds its own; bundles: what stands for several tensors, by
-    number.
+    number; ranks: who merges other ranges of the same tensors: thresholds over the model are decided
+    together, undecided elements stay where they arose.
     """
 
     def __init__(
@@ -109,10 +112,12 @@ class Engine:
         store: Store,
         decided: Mapping[int | None, list[float | None]] | None = None,
         bundles: Mapping[int, Bundle] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._tensors, self._sink, self._store, self._bundles = tensors, sink, store, bundles or {}
         self._tile_elements, self._decider, self._found = tile_elements, decider, found
         self._backend, self._pool = decider.backend, decider.pool
+        self._ranks = ranks
         self._groups: dict[int | None, Group] = {}
         self.decided = dict(decided or {})
         self._rules = decider.rules
@@ -134,8 +139,16 @@ class Engine:
             for result in results:
                 if isinstance(result[0], Pending):
                     yield from self._add(*result)
+        if self._settles_together:
+            self._groups.setdefault(None, self._new_group(None))
         for key in list(self._groups):
             yield from self._finish(key)
+
+    @property
+    def _settles_together(self) -> bool:
+        """Whether other ranks may have tiles whose thresholds are this one's."""
+        opened = any(bracket is not None for bracket in self._found.brackets)
+        return self._ranks.several and opened and None not in self.decided
 
     def _merge(self, todo: Iterable[Range]) -> Iterator[list[tuple]]:
         """The ranges' units in order: per segment (it, its final counts), or (what is pending of it, tensor,
@@ -265,7 +278,11 @@ class Engine:
         tensor = None if index is None else self._tensors[index]
         elements = self._decider.elements if tensor is None else tensor.numel
         selections, rules = self._decider.selections(tensor), self._rules
-        return Group(selections, elements, self._backend, self._store, rules.few, rules.batch)
+        together = {}
+        if index is None and self._settles_together:
+            brackets = open_thresholds(self._found, self._decider.selections())
+            together = {"brackets": brackets, "total": self._ranks.total}
+        return Group(selections, elements, self._backend, self._store, rules.few, rules.batch, **together)
 
     def _group(self, index: int) -> Group:
         key = self._key(index)

@@ -5,45 +5,38 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import itertools
 import json
 import logging
 import os
-import time
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from .. import __version__, backends
-from ..errors import BackendError, InputError, OutputError, RunError
-from ..io import journal
+from ..errors import BackendError, InputError, OutputError, RunError, StoppedError
 from ..io.assets import Asset, plan_assets, recipe_asset, write_assets
 from ..io.leftovers import asset_notes
-from ..io.pages import release
+from ..io.pages import release, watched
 from ..io.workfolder import WorkFolder
-from ..io.writer import ShardWriter, layout
+from ..io.writer import layout, write_index
 from ..planning.inputs import Inputs
 from ..planning.outputs import OutputTensor
 from ..planning.plan import Plan, make_plan, memory_limit_of, thread_choices
 from ..recipe import methods
 from ..recipe.schema import Recipe, load_recipe, parse_recipe
-from ..select.pending import Store
-from ..tensors.result import Counts
-from ..tensors.segment import Segment
 from ..tensors.tile import TensorInputs
 from .bundles import Bundle, bundles_of, can_be_bundled, places_of
 from .card import model_card
-from .copies import copied
 from .decide import Decider
-from .engine import Decided, Engine, Event, Merged
+from .devices import own_device
+from .merging import Done, Merging
 from .options import Options, Progress, Silent
 from .pool import IN_PLACE, Pool
+from .ranks import ALONE, Ranks, of_environment
 from .readahead import ReadAhead
 from .report import REPORT_NAME, build_report, published_report
 from .rules import RULES, Rules
-from .sinks import FileSink
-from .state import FORMAT, State, record_of
+from .state import FORMAT
 from .surveys import Once, Surveys
 
 logger = logging.getLogger(__name__)
@@ -85,10 +78,11 @@ def merge(
     """Merge the models of a recipe into the folder `out`; returns what merge_report.json says.
 
     recipe: a YAML file, a mapping of the same form, or a Recipe. options: the fields of `Options`, sizes in
-    bytes or as text ("5GB", "512MiB"). Raises RecipeError, InputError, OutputError or BackendError before
+    bytes or as text ("5GB", "512MiB"). Several processes that torchrun has started merge together, and all
+    return the report. Raises RecipeError, InputError, OutputError or BackendError before
     anything is written, InputError for values that are not finite, RunError (resumable) while running.
     """
-    with Job(as_recipe(recipe), Options.of(**options)) as job:
+    with of_environment() as ranks, Job(as_recipe(recipe), Options.of(**options), ranks=ranks) as job:
         return job.run(Path(out), progress or Silent())
 
 
@@ -98,9 +92,9 @@ class Job:
     surveys: Surveys = Once()  # what merges beside this one find too
     bundles_small = True  # whether small neighbouring tensors may merge as one
 
-    def __init__(self, recipe: Recipe, options: Options, rules: Rules = RULES) -> None:
-        self.options, self._rules = options, rules
-        self.backend = backends.select(options.backend, options.device, recipe.method.python)
+    def __init__(self, recipe: Recipe, options: Options, rules: Rules = RULES, ranks: Ranks = ALONE) -> None:
+        self.options, self.rules, self.ranks = options, rules, ranks
+        self.backend = backends.select(options.backend, own_device(options.device), recipe.method.python)
         self.inputs = self._open(recipe)
         self.recipe = self.inputs.recipe
         try:
@@ -166,13 +160,14 @@ class Job:
             positions={e.name: e.positions for e in self.inputs.entries if e.is_computed},
             bundles=self.bundles.values(),
             seed=self.options.seed,
-            rules=self._rules,
+            rules=self.rules,
             surveys=self.surveys,
+            ranks=self.ranks,
         )
 
     def pool(self) -> Pool:
         """What merges, a context manager."""
-        return Pool(self.plan.threads)
+        return Pool(self.plan.threads, self.ranks.check)
 
     def release(self, tile: TensorInputs) -> None:
         """The pages of a tile that is merged may go."""
@@ -238,26 +233,62 @@ class Job:
         return [*self.inputs.notes, *asset_notes(self.inputs.model_folders, names, source, read)]
 
     def run(self, out: Path, progress: Progress) -> dict:
-        out = out.resolve()
-        finished = self.check_output(out)
+        ranks, out = self.ranks, out.resolve()
+        self._check_agreement()
+        is_first = ranks.rank == 0
+        finished = ranks.tell(lambda: self.check_output(out))
         work = self._work_folder(out)
         if finished is not None:
-            work.remove_if_published()
+            if is_first:
+                work.remove_if_published()
             return finished
         assets = self.assets()
         self.notes  # noqa: B018 - of the folders as they are now
-        with work:
+        with work if is_first else contextlib.nullcontext():
             try:
-                report = self._run_in(work, assets, progress)
-            except InputError:
-                work.remove()  # nothing to resume: the inputs themselves must change
+                with watched():
+                    done = Merging(self, work, progress).run()
+                self._check_unchanged()
+                ranks.wait()
+                report = ranks.tell(lambda: self._finish(work, assets, done))
+            except (InputError, StoppedError) as error:
+                if is_first and (isinstance(error, InputError) or error.of_input):
+                    work.remove()  # nothing to resume: the inputs themselves must change
                 raise
             except BackendError as error:
                 raise RunError(
                     f"{error}; the journal is kept: --resume with --backend native goes on on the CPU"
                 ) from error
-            work.publish()
+            if is_first:
+                work.publish()
+            ranks.wait()
         return report
+
+    @functools.cached_property
+    def sources_seen(self) -> dict[str, list[int]]:
+        """[bytes, time in ns] of each file of weights and moments, by path, when this was first asked."""
+        return {str(path): _stamp(path) for path in self._files()}
+
+    def _files(self) -> list[Path]:
+        weights = (path for checkpoint in self.inputs.checkpoints.values() for path in checkpoint.files)
+        moments = (file.path for file in self.inputs.moments_files)
+        return list(dict.fromkeys([*weights, *moments]))
+
+    def _check_unchanged(self) -> None:
+        """InputError for a file that was written to while it was merged."""
+        for path, before in self.sources_seen.items():
+            if _stamp(Path(path)) != before:
+                raise InputError(f"{path}: has changed while it was merged: merge again when it is whole")
+
+    def _check_agreement(self) -> None:
+        """RunError where another rank was given something else than rank 0, or sees other inputs."""
+        own = [self.fingerprint, self.sources_seen]
+        fingerprint, seen = self.ranks.tell(lambda: own)
+        if [fingerprint, seen] == own:
+            return
+        unlike = [path for path in seen.keys() | own[1].keys() if seen.get(path) != own[1].get(path)]
+        what = f"has another {min(unlike)}" if unlike else "was given another recipe or other options"
+        raise RunError(f"rank {self.ranks.rank} {what} than rank 0: all must see and be told the same")
 
     def _work_folder(self, out: Path) -> WorkFolder:
         options = self.options
@@ -304,92 +335,32 @@ class Job:
             sources.setdefault(tokenizer, Path(os.path.expanduser(tokenizer)))
         return sources
 
-    def _run_in(self, work: WorkFolder, assets: list[Asset], progress: Progress) -> dict:
-        started = time.perf_counter()
-        state = State(work.journal_records(self.fingerprint), len(self.inputs.entries))
-        writer = ShardWriter(work.files, self.plan.layout)
-        store = Store(self.plan.candidates_memory, work.path / "candidates.bin")
-
-        def sync() -> None:
-            writer.sync()
-            store.sync()
-
-        log = journal.Journal(work.path, sync)
-        seconds = {}
-        try:
-            if state.fresh:
-                log.append({"fingerprint": self.fingerprint})
-            log.append(state.begin(self.backend.NAME))
-            with self.pool() as pool:
-                decider = self.decider(pool)
-                if state.found is None:
-                    progress.stage("survey", 0)
-                    state.found = decider.decide_model()
-                    log.append({"found": asdict(state.found)})
-                seconds["survey"] = time.perf_counter() - started
-                weights = self.inputs.bytes_per_element
-                progress.stage("merge", self.inputs.total_bytes)
-                progress.advance(sum(state.done_elements(i) * w for i, w in enumerate(weights)))
-                engine = self._engine(state, writer, decider, store)
-                try:
-                    for event in itertools.chain(self._copy(state, writer), self._merge(engine, state)):
-                        log.append(record_of(event), of_data=not isinstance(event, Decided))
-                        for segment in state.add(event):
-                            progress.advance((segment.stop - segment.start) * weights[segment.index])
-                except (KeyboardInterrupt, RunError, BackendError):
-                    with contextlib.suppress(RunError):
-                        for event in engine.checkpoint():
-                            log.append(record_of(event))
-                    raise
-                seconds["merge"] = time.perf_counter() - started - seconds["survey"]
-                progress.stage("sync", 0)
-                checksums = writer.checksums(pool.run)
-        finally:
-            try:
-                log.close()
-            finally:
-                writer.close()
-                store.close()
-        seconds["sync"] = time.perf_counter() - started - seconds["survey"] - seconds["merge"]
-        report = build_report(self.inputs, self.plan, decider, state, self.fingerprint, seconds, self.bundles)
-        report |= {"options": self.options.of_result(), "found": state.model_found()}
-        report |= {"notes": self.notes, "checksums": checksums.as_dict()}
-        writer.write_index(work.files)
+    def _finish(self, work: WorkFolder, assets: list[Asset], done: Done) -> dict:
+        """Write everything beside the shards; returns the report."""
+        report = build_report(
+            self.inputs, self.plan, done.decider, done.state, self.fingerprint, done.seconds, self.bundles
+        )
+        report |= {"options": self.options.of_result(), "found": done.state.model_found()}
+        report |= {"notes": self.notes, "processes": self.ranks.size, "checksums": done.checksums.as_dict()}
+        work.check_written({shard.name: shard.size for shard in self.plan.layout.shards})
+        write_index(work.files, self.plan.layout)
         cards = [self._card(assets, report)] if self.options.write_model_card else []
         write_assets(work.files, [*assets, *cards, _json_asset(REPORT_NAME, report)])
         return report
-
-    def _engine(self, state: State, writer: ShardWriter, decider: Decider, store: Store) -> Engine:
-        return Engine(
-            self.tensors,
-            FileSink(writer, self.places, self.read_ahead, self.release),
-            decider=decider,
-            found=state.found,
-            tile_elements=self.plan.tile_elements,
-            store=store,
-            decided=state.decided,
-            bundles=self.bundles,
-        )
-
-    def _merge(self, engine: Engine, state: State) -> Iterator[Event]:
-        sizes = {index: tensor.numel for index, tensor in self.tensors.items()}
-        todo = [(index, *gap) for index, numel in sizes.items() for gap in state.gaps(index, numel)]
-        return engine.run(todo, state.pending)
-
-    def _copy(self, state: State, writer: ShardWriter) -> Iterator:
-        """Tensors that no backend computes: of the only source, of several that must be equal, or a mean."""
-        for index, entry in enumerate(self.inputs.entries):
-            if entry.is_computed or not state.gaps(index, entry.numel):
-                continue
-            for start, piece in copied(self.backend, entry, self._rules.copy_bytes):
-                writer.copy(self.places[index], start, piece)
-            yield Merged([(Segment(index, 0, entry.numel), Counts([]))])
 
     def _card(self, assets: list[Asset], report: dict) -> Asset:
         has_config = any(a.name == "config.json" for a in assets)
         formula = methods.get(self.recipe.merge_method).formula
         card = model_card(self.recipe.as_dict(), report, __version__, formula=formula, has_config=has_config)
         return Asset("README.md", card.encode())
+
+
+def _stamp(path: Path) -> list[int]:
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    return [found.st_size, found.st_mtime_ns]
 
 
 def _json_asset(name: str, content: dict) -> Asset:

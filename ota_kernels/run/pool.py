@@ -26,8 +26,9 @@ IN_PLACE = InPlace()
 class Pool:
     """Threads that share the kernels' work. Kernels release the GIL, so threads are enough."""
 
-    def __init__(self, threads: int) -> None:
-        self.threads = threads
+    def __init__(self, threads: int, before_each: Callable[[], None] = lambda: None) -> None:
+        """before_each: called before each task is handed out, by the thread that has called `run`."""
+        self.threads, self._before_each = threads, before_each
         self._workers = threading.local()
         self._executor = ThreadPoolExecutor(
             threads, thread_name_prefix="ota", initializer=lambda: setattr(self._workers, "busy", True)
@@ -46,6 +47,7 @@ class Pool:
         pending: deque = deque()
         try:
             for item in items:
+                self._before_each()
                 pending.append(self._executor.submit(fn, item))
                 if len(pending) > 2 * self.threads:
                     yield pending.popleft().result()

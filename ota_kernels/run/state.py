@@ -9,8 +9,8 @@ from ..select.bracket import Bracket
 from ..select.pending import Pending
 from ..tensors.result import Counts
 from ..tensors.segment import Segment
-from .decide import ModelFound
 from .engine import Decided, Event, Merged
+from .found import ModelFound
 
 FORMAT = 7  # of the records, of the file of candidates, and of which runs are sampled
 
@@ -41,7 +41,7 @@ class State:
     wait for thresholds, thresholds of groups. repeats: groups that were merged again for their thresholds;
     backends: those that ran, the first one first.
 
-    records: a journal's, empty for a new merge; tensors: how many the output has.
+    records: of the journals of all ranks, in any order of the ranks; tensors: how many the output has.
     """
 
     def __init__(self, records: list[dict], tensors: int) -> None:
@@ -51,13 +51,17 @@ class State:
         self.decided: dict[int | None, list[float | None]] = {}
         self.repeats = 0
         self.backends: list[str] = []
-        self._final: dict[int, list[tuple[int, int]]] = {}
+        self._final: dict[int, dict[tuple[int, int], None]] = {}
         self._pending: dict[Segment, Pending] = {}
         self._waiting: dict[int, set[Segment]] = {}  # the same by tensor
         self._again: set[Segment] = set()  # merged before by this process, and to be merged once more
+        self._repeated: set[int | None] = set()  # groups
         for record in records:
             self._replay(record)
         self._again.clear()
+        for segment in list(self._pending):
+            if not self._repeated.isdisjoint((None, segment.index)):
+                self._leave(segment)
 
     def begin(self, backend: str) -> dict:
         """Note that a process runs on `backend`; returns the record."""
@@ -91,13 +95,17 @@ class State:
             for segment, counts in event.done:
                 self._finish(segment, counts)
         elif isinstance(event, Pending):
+            index, *place = event.segment
+            if tuple(place) in self._final.get(index, ()):
+                return []  # another rank has settled it since
             new = [] if event.segment in self._pending else [event.segment]
             self._pending[event.segment] = event
             self._waiting.setdefault(event.segment.index, set()).add(event.segment)
         else:
             self.decided[event.index] = event.thresholds
-            if event.repeat:
+            if event.repeat and event.index not in self._repeated:  # ranks record it each
                 self.repeats += 1
+                self._repeated.add(event.index)
                 self._again |= {s for s in self._pending if event.index in (None, s.index)}
                 for segment in self._again & self._pending.keys():
                     self._leave(segment)
@@ -109,7 +117,7 @@ class State:
 
     def _finish(self, segment: Segment, counts: Counts) -> None:
         self._leave(segment)
-        self._final.setdefault(segment.index, []).append((segment.start, segment.stop))
+        self._final.setdefault(segment.index, {})[segment.start, segment.stop] = None
         if self.counts[segment.index] is None:
             self.counts[segment.index] = counts
         else:
@@ -130,7 +138,7 @@ class State:
 
     def _ranges(self, index: int) -> list[tuple[int, int]]:
         waiting = [(s.start, s.stop) for s in self._waiting.get(index, ())]
-        return sorted(self._final.get(index, []) + waiting)
+        return sorted([*self._final.get(index, ()), *waiting])
 
     def gaps(self, index: int, numel: int) -> list[tuple[int, int]]:
         """The ranges of a tensor that are to be merged; an empty tensor has one until it is done."""

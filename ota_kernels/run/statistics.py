@@ -4,7 +4,8 @@
     update(arrays, backend, tile, terms): a tile    finish(arrays) -> value
 
 Work is cut into fixed chunks that are folded in order, so that sums depend on neither tiles, threads nor
-memory; threads, devices and ranks differ only in who combines.
+memory; threads, devices and ranks differ only in who combines. Of several tensors, sums are folded tensor by
+tensor, then over all tensors in order: ranks take whole tensors.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from ..tensors.segment import CHUNK, units
 from ..tensors.terms import Terms
 from ..tensors.tile import TensorInputs
 from .pool import Pool
+from .ranks import ALONE, Ranks
 
 Arrays = Any  # what a statistic holds while it is taken: arrays, or a list of them
 Check = Callable[[TensorInputs, Iterable[NonFinite]], None]
@@ -36,6 +38,7 @@ class Statistic(Protocol):
     """One reduction. reads: the buffers of a tile that it reads; by_rows: whether tiles are whole rows."""
 
     by_rows: bool
+    exact: bool  # whether arrays add up to the same in any order
 
     def new(self) -> Arrays: ...
 
@@ -53,7 +56,7 @@ class Statistic(Protocol):
 class _Sums:
     """What statistics share whose arrays are one array that adds up."""
 
-    by_rows = False
+    by_rows = exact = False
 
     def combine(self, into: np.ndarray, arrays: np.ndarray) -> None:
         into += arrays
@@ -96,6 +99,7 @@ class Histograms(_Sums):
 
     prefixes: dict[int, int]
     of_edits: bool = False
+    exact = True
 
     def new(self) -> np.ndarray:
         return np.zeros((len(self.prefixes), 2, BINS), np.int64)
@@ -147,7 +151,7 @@ class Gram(_Sums):
 class Pieces:
     """What statistics share that keep a piece of each tile, in order."""
 
-    by_rows = False
+    by_rows = exact = False
 
     def new(self) -> list:
         return []
@@ -227,6 +231,7 @@ class Reader:
     check: Check
     release: Callable[[TensorInputs], None]
     wants: Callable[[Iterable[Buffer]], None]
+    ranks: Ranks = ALONE
 
     def over(
         self,
@@ -234,20 +239,21 @@ class Reader:
         tensors: Sequence[TensorInputs],
         ready_for: Callable[[TensorInputs], tuple[TensorInputs, Terms]],
     ) -> Any:
-        """The statistic of all these tensors in order. ready_for: a tensor as it is read, and its terms;
-        asked right before its first tile."""
+        """The statistic (arrays that add up) of all these tensors, by all ranks together. ready_for: a tensor
+        as it is read, and its terms; asked right before its first tile."""
         size = max(map(_size, tensors), default=CHUNK)
         ready: dict[int, tuple[TensorInputs, Terms]] = {}
+        own = self.ranks.take(range(len(tensors)), [t.numel for t in tensors])
 
         def ranges() -> Iterator[tuple[int, int, int]]:
-            for index, tensor in enumerate(tensors):
-                ready[index] = ready_for(tensor)
-                yield index, 0, tensor.numel
+            for index in own:
+                ready[index] = ready_for(tensors[index])
+                yield index, 0, tensors[index].numel
 
-        def tiles() -> Iterator[list[tuple[TensorInputs, int, int, Terms]]]:
+        def tiles() -> Iterator[list[tuple[int, TensorInputs, int, int, Terms]]]:
             for unit in units(ranges(), size, lambda index: _whole(statistic, *ready[index])):
-                found = [(ready[i][0], a, b, ready[i][1]) for i, a, b in unit]
-                for tensor, a, b, _ in found:
+                found = [(i, ready[i][0], a, b, ready[i][1]) for i, a, b in unit]
+                for _, tensor, a, b, _ in found:
                     if not tensor.is_computed:
                         self.wants(statistic.reads(tensor.slice(a, b)))
                 yield found
@@ -255,13 +261,24 @@ class Reader:
                     if stop == tensors[i].numel:
                         ready.pop(i, None)
 
-        def of_unit(unit: list[tuple[TensorInputs, int, int, Terms]]) -> Arrays:
-            arrays = statistic.new()
-            for tensor, start, stop, terms in unit:
-                self._add(statistic, arrays, tensor.slice(start, stop), terms)
-            return arrays
+        def of_unit(unit: list[tuple[int, TensorInputs, int, int, Terms]]) -> list[tuple[int, Arrays]]:
+            """Arrays by tensor; exact ones together."""
+            arrays: dict[int, Arrays] = {}
+            for index, tensor, start, stop, terms in unit:
+                into = arrays.setdefault(-1 if statistic.exact else index, statistic.new())
+                self._add(statistic, into, tensor.slice(start, stop), terms)
+            return list(arrays.items())
 
-        return _folded(statistic, self.pool.run(of_unit, tiles()))
+        parts = (part for found in self.pool.run(of_unit, tiles()) for part in found)
+        if statistic.exact:
+            total = statistic.new()
+            for _, arrays in parts:
+                statistic.combine(total, arrays)
+            return statistic.finish(self.ranks.total(total))
+        of_each = np.stack([statistic.new() for _ in tensors]) if tensors else np.zeros(0)
+        for index, arrays in parts:
+            statistic.combine(of_each[index], arrays)
+        return _folded(statistic, self.ranks.total(of_each))
 
     def of_tensor(self, statistic: Statistic, tensor: TensorInputs, terms: Terms) -> Any:
         """The statistic of one tensor, chunk by chunk."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import RunError
-from ..io.offsets import read_at, write_at
+from ..io.offsets import of_rank, read_at, write_at
 from ..tensors.array import Array
 from ..tensors.result import STEP_BYTES, Alternatives, Candidates, Counts, MergeStats
 from ..tensors.segment import Segment
@@ -23,11 +23,11 @@ _LISTS = len(Alternatives._fields)  # of each expert
 
 @dataclass(frozen=True)
 class Pending:
-    """One merged tile with what waits of it: in memory, or at `offset` of the store's file.
+    """One merged tile with what waits of it: in memory, or at `offset` of one of the store's files.
 
     counts: of what is decided; reached, censuses: per expert, as in MergeStats; several: how many elements
     have their operands there; steps: how many scores each expert's bracket holds of them; alternatives: how
-    many of each expert.
+    many of each expert; file: of which rank.
     """
 
     segment: Segment
@@ -39,6 +39,7 @@ class Pending:
     alternatives: tuple[int, ...] = ()
     memory: Candidates | None = None
     offset: int = -1
+    file: int = 0
 
     @classmethod
     def of(cls, segment: Segment, tensor: TensorInputs, stats: MergeStats, counts: Counts) -> Pending:
@@ -101,11 +102,12 @@ class Pending:
 
 class Store:
     """Pending elements of many tiles. budget: bytes held in memory at most; path: the file for the rest
-    (None: an unnamed temporary file). `get` and `sync` from any thread, the rest from one."""
+    (None: an unnamed temporary file), of rank 0; rank: whose file is written. Elements stay in the file of
+    the rank that found them, whoever settles them. `get` and `sync` from any thread, the rest from one."""
 
-    def __init__(self, budget: int, path: Path | None = None) -> None:
-        self._budget, self._path = budget, path
-        self._fd = -1
+    def __init__(self, budget: int, path: Path | None = None, rank: int = 0) -> None:
+        self._budget, self._path, self._rank = budget, path, rank
+        self._fds: dict[int, int] = {}
         self._end = 0
 
     def put(self, pending: Pending) -> Pending:
@@ -125,28 +127,32 @@ class Store:
 
     def _write(self, pending: Pending) -> Pending:
         try:
-            self._open()
+            fd = self._open(self._rank)
             offset = self._end
             for array in _arrays(pending.memory):
-                write_at(self._fd, self._end, array)
+                write_at(fd, self._end, array)
                 self._end += array.size
         except OSError as error:
-            raise RunError(
-                f"cannot write {self._name}: {error.strerror}; free some room and --resume"
-            ) from error
-        return replace(pending, memory=None, offset=offset)
+            name = self._name(self._rank)
+            raise RunError(f"cannot write {name}: {error.strerror}; free some room and --resume") from error
+        return replace(pending, memory=None, offset=offset, file=self._rank)
 
     def restore(self, pending: Pending, tensor: TensorInputs) -> None:
-        """Know of elements of `tensor` that an earlier process put into the file."""
-        self._open()
-        self._end = max(self._end, pending.offset + pending.nbytes(tensor))
+        """Know of elements of `tensor` that an earlier process put into a file. Raises RunError where they
+        are not there."""
+        try:
+            size = os.fstat(self._open(pending.file)).st_size
+        except OSError as error:
+            raise self._unreadable(pending.file, error) from error
+        if size < pending.offset + pending.nbytes(tensor):
+            raise self._cut(pending.file)
 
     def get(self, pending: Pending, tensor: TensorInputs) -> Candidates:
         """The elements; tensor: the one (or the tile) they are elements of. Raises RunError where the file
         cannot be read."""
         if pending.memory is not None:
             return pending.memory
-        return pending.unpacked(self._read(pending.offset, pending.nbytes(tensor)), tensor)
+        return pending.unpacked(self._read(pending, 0, pending.nbytes(tensor)), tensor)
 
     def steps(self, pending: Pending, tensor: TensorInputs, t: int) -> list[Array]:
         """The steps of expert t, integers of 32 bits; without reading the elements."""
@@ -157,45 +163,53 @@ class Store:
         places = [of_steps + t]
         if pending.alternatives:
             places.append(of_steps + len(pending.steps) + _LISTS * t + Alternatives._fields.index("steps"))
-        return [self._read(pending.offset + sum(sizes[:i]), sizes[i]).view(np.uint32) for i in places]
+        return [self._read(pending, sum(sizes[:i]), sizes[i]).view(np.uint32) for i in places]
 
-    def _read(self, offset: int, size: int) -> np.ndarray:
+    def _read(self, pending: Pending, begin: int, size: int) -> np.ndarray:
         data = np.empty(size, np.uint8)
         try:
-            whole = read_at(self._fd, offset, data)
+            whole = read_at(self._fds[pending.file], pending.offset + begin, data)
         except OSError as error:
-            raise RunError(f"cannot read {self._name}: {error.strerror}; --resume when it can") from error
+            raise self._unreadable(pending.file, error) from error
         if not whole:
-            raise RunError(f"{self._name} was cut: start again with --overwrite")
+            raise self._cut(pending.file)
         return data
+
+    def _unreadable(self, file: int, error: OSError) -> RunError:
+        return RunError(f"cannot read {self._name(file)}: {error.strerror}; --resume when it can")
+
+    def _cut(self, file: int) -> RunError:
+        return RunError(f"{self._name(file)} was cut: start again with --overwrite")
 
     def drop(self, pending: Pending) -> None:
         """The elements will not be asked for again."""
         if pending.memory is not None and not pending.is_resident:
             self._budget += pending.nbytes(pending.memory.operands)
 
-    @property
-    def _name(self) -> str:
-        return str(self._path or "the file of candidates")
+    def _name(self, file: int) -> str:
+        return "the file of candidates" if self._path is None else str(of_rank(self._path, file))
 
     def sync(self) -> None:
-        """Wait until the file is on the disk."""
-        if self._fd >= 0:
-            os.fdatasync(self._fd)
+        """Wait until what was written is on the disk."""
+        if self._rank in self._fds:
+            os.fdatasync(self._fds[self._rank])
 
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        while self._fds:
+            os.close(self._fds.popitem()[1])
 
-    def _open(self) -> None:
-        if self._fd >= 0:
-            return
-        if self._path is None:
-            with tempfile.TemporaryFile() as file:
-                self._fd = os.dup(file.fileno())
-        else:
-            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+    def _open(self, file: int) -> int:
+        """The descriptor of a rank's file; what is written goes after what this rank's holds already."""
+        if file not in self._fds:
+            if self._path is None:
+                with tempfile.TemporaryFile() as unnamed:
+                    self._fds[file] = os.dup(unnamed.fileno())
+            else:
+                own = os.O_CREAT if file == self._rank else 0
+                self._fds[file] = os.open(of_rank(self._path, file), os.O_RDWR | own, 0o644)
+            if file == self._rank:
+                self._end = os.fstat(self._fds[file]).st_size
+        return self._fds[file]
 
 
 def _arrays(candidates: Candidates) -> list[np.ndarray]:

@@ -101,13 +101,15 @@ def sample(
     release: Callable[[TensorInputs], None] | None = None,
     spread: bool = True,
     near: int = NEAR,
+    part: tuple[int, int] = (0, 1),
 ) -> list[Array]:
     """Scores of about `count` * RUNS runs over all tensors, float32[clusters, elements] for each of `experts`
     (numbers). backend: for tensors on a device; the CPU scores others.
 
     release: given where mapped pages may not stay. Runs that are far apart are then read from the files;
     others, and what is no file, are mapped and released piece by piece. spread: one run in a cluster; else
-    RUNS runs in a window. near: elements between runs up to which pages are mapped rather than read.
+    RUNS runs in a window. near: elements between runs up to which pages are mapped rather than read. part:
+    (i, n): only the i-th of n parts is scored, the rest is 0.
     """
     if tensors and tensors[0].is_resident:
         return _sample_resident(tensors, in_pairs(tensors, count * RUNS), experts, terms_of, backend)
@@ -117,7 +119,7 @@ def sample(
     far_apart = sum(t.numel for t in tensors) > near * starts.size
     reads = release is not None and (far_apart or not spread)
     goes = [release is not None and not (reads and all(b.offset >= 0 for b in t.buffers)) for t in tensors]
-    scores = [np.empty((*starts.shape, RUN), np.float32) for _ in experts]
+    scores = [np.zeros((*starts.shape, RUN), np.float32) for _ in experts]
 
     def of_batch(pieces: Sequence[tuple[int, int]]) -> None:
         with Files() if reads else contextlib.nullcontext() as files:
@@ -138,7 +140,9 @@ def sample(
     cuts |= np.array(goes, bool)[index[1:]] & (np.diff(starts[:, 0] // CHUNK) != 0)
     begins = [0, *(np.flatnonzero(cuts) + 1).tolist(), len(index)]
     most = (_BATCH if release is None else _PART) // (runs * RUN)
-    for _ in run(of_batch, _batches(begins, most)):
+    batches = list(_batches(begins, most))
+    first, end = (len(batches) * i // part[1] for i in (part[0], part[0] + 1))
+    for _ in run(of_batch, batches[first:end]):
         pass
     return [of_expert.reshape(-1, runs * RUN) for of_expert in scores]
 

@@ -8,15 +8,15 @@ each tile --> alternatives below the thresholds, other elements merged again: pa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..tensors import array as resident
 from ..tensors.array import BINS, Array
-from ..tensors.found import Selection
-from ..tensors.result import Counts, dropped
+from ..tensors.found import Selection, Threshold
+from ..tensors.result import CENSUS, Counts, dropped
 from ..tensors.segment import Map
 from ..tensors.terms import ExpertTerms, Terms, is_open, score_bits, score_of_bits
 from ..tensors.tile import TensorInputs
@@ -34,7 +34,9 @@ class Group:
     """Pending tiles of one tensor, or of the whole model.
 
     selections: per expert; elements: how many the selections are over; store: holds the undecided elements;
-    few: scores in a bracket that a thread holds in memory; batch: scores that are counted at once.
+    few: scores in a bracket that a thread holds in memory; batch: scores that are counted at once;
+    brackets: of the model's experts (None: settled elsewhere), where other ranks have tiles of the group,
+    too; total: adds up arrays of all of them.
     """
 
     def __init__(
@@ -45,12 +47,15 @@ class Group:
         store: Store,
         few: int = FEW,
         batch: int = BATCH,
+        brackets: Sequence[Threshold | None] | None = None,
+        total: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> None:
         self.pending: list[Pending] = []
         self._ready: dict[int, tuple[TensorInputs, Terms]] = {}
         self._selections, self._elements = selections, elements
         self._backend, self._store = backend, store
         self._few, self._batch = few, batch
+        self._brackets, self._total = brackets, total
 
     def add(self, pending: Pending, tensor: TensorInputs, terms: Terms) -> None:
         """A tile merged by these terms; tensor: the one it is of."""
@@ -72,8 +77,10 @@ class Group:
     def thresholds(self, run: Map) -> tuple[list[float | None], list[int]]:
         """The exact score threshold of each expert that has a bracket (None for the others), and the experts
         whose threshold is outside of theirs (None, too)."""
-        terms = self.terms(self.pending[0]).experts
-        wanted = [t for t, e in enumerate(terms) if is_open(e)]
+        terms = self._brackets or self.terms(self.pending[0]).experts
+        wanted = [t for t, e in enumerate(terms) if e is not None and is_open(e)]
+        if self._total is not None:  # ranks add up one expert after the other
+            run = map
         # One expert a task: each goes through the candidates on its own.
         answers = dict(zip(wanted, run(lambda t: self._threshold(t, terms[t]), wanted), strict=True))
         listed = {t: x for t, x in answers.items() if x is not None and not isinstance(x, float)}
@@ -105,12 +112,16 @@ class Group:
         n = several + sum(count for count, _ in found)
         return positions[:n], merged[: n * size], counts
 
-    def _threshold(self, t: int, terms: ExpertTerms) -> float | Array | None:
+    def _summed(self, *numbers: int) -> list[int]:
+        """Of all ranks."""
+        return list(numbers) if self._total is None else self._total(np.array(numbers, np.int64)).tolist()
+
+    def _threshold(self, t: int, terms: ExpertTerms | Threshold) -> float | Array | None:
         """Expert t's threshold: the least kept score of the k largest, or of the share of mass; None where it
         lies outside the bracket. Where it is among the steps, its bits, int64 of shape ()."""
         selection, lowest = self._selections[t], terms.threshold
-        listed, histogram = sum(p.listed(t) for p in self.pending), None
-        few = listed <= self._few or self.pending[0].is_resident
+        (listed,), histogram = self._summed(sum(p.listed(t) for p in self.pending)), None
+        few = self._total is None and (listed <= self._few or self.pending[0].is_resident)
         if selection.rule == "mass" or not few:
             histogram = self._histogram(t, lowest, -1)
             listed = decide.available(selection, *histogram)
@@ -129,13 +140,14 @@ class Group:
         digit = decide.digit_of_rest(selection, rest, *histogram)
         return decide.second_digit(selection, digit, self._histogram(t, lowest, digit.prefix)[0])
 
-    def _account(self, t: int, terms: ExpertTerms, listed: int) -> tuple[int, int, int]:
+    def _account(self, t: int, terms: ExpertTerms | Threshold, listed: int) -> tuple[int, int, int]:
         """What is wanted of expert t's scores, what is above its bracket and what inside: counts, or masses.
         listed: what the steps hold: all that is inside, unless the bracket is one value."""
-        selection, reached = self._selections[t], sum(p.reached[t] for p in self.pending)
+        selection, (reached,) = self._selections[t], self._summed(sum(p.reached[t] for p in self.pending))
         if not terms.census:
             return decide.wanted(selection, self._elements, 0), reached - listed, listed
-        census = np.sum([p.censuses[t] for p in self.pending], axis=0)
+        census = np.sum([np.zeros(CENSUS, np.int64), *(p.censuses[t] for p in self.pending)], axis=0)
+        census = census if self._total is None else self._total(census)
         tied = reached - int(census[-1])
         if selection.rule == "density":
             return decide.wanted(selection, self._elements, 0), int(census[-1]), tied
@@ -155,6 +167,8 @@ class Group:
             more_counts, more_lows = resident.histogram(bits, prefix)
             counts += more_counts
             lows += more_lows
+        if self._total is not None:
+            counts, lows = self._total(np.stack([counts, lows]))
         return counts, lows
 
     def _in_bracket(self, t: int, lowest: float) -> Iterator[Array]:

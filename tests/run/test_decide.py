@@ -24,7 +24,7 @@ from tolerances import assert_close
 from ota_kernels.backends import native
 from ota_kernels.errors import InputError
 from ota_kernels.recipe.schema import MAX_MODELS
-from ota_kernels.run.decide import scores_of
+from ota_kernels.run.found import scores_of
 from ota_kernels.run.low_rank import low_rank, rank1
 from ota_kernels.select import thresholds as decide
 from ota_kernels.tensors.curvature import Full, LowRank, Uniform

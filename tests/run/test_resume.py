@@ -113,8 +113,7 @@ def work_folder(out: Path) -> Path:
 
 def journal(out: Path) -> list[dict]:
     """The whole records of an unfinished merge."""
-    lines = (work_folder(out) / "journal.jsonl").read_bytes().split(b"\n")
-    return [json.loads(line) for line in lines[:-1]]
+    return [record for records in read(work_folder(out)).values() for record in records]
 
 
 def finished_elements(out: Path) -> int:
@@ -172,7 +171,7 @@ def test_records_wait_for_the_data_that_they_speak_of(tmp_path):
         time.sleep(0.001)
     assert synced == [1]
     log.close()
-    assert read(tmp_path) == [{"decided": 1}, {"unit": 2}]
+    assert read(tmp_path) == {0: [{"decided": 1}, {"unit": 2}]}
 
 
 class TestKill:
@@ -347,12 +346,24 @@ class TestResume:
         merge(models.recipe(), tmp_path / "expected")
         assert model_digests(out) == model_digests(tmp_path / "expected")
 
-    def test_a_damaged_journal_is_an_error_that_says_what_to_do(self, models, tmp_path):
-        interrupted(models, tmp_path / "out", 3)
-        path = work_folder(tmp_path / "out") / "journal.jsonl"
-        path.write_bytes(b"}{\n" + path.read_bytes())
-        with pytest.raises(OutputError, match=r"journal.*--overwrite"):
-            merge(models.recipe(), tmp_path / "out", resume=True)
+    @pytest.mark.parametrize("variant", ["density", "per tensor"])
+    @pytest.mark.parametrize("place", [0.0, 0.3, 0.6, 0.95])
+    def test_what_follows_damage_in_a_journal_is_merged_again(
+        self, models, tmp_path, merged, caplog, variant, place
+    ):
+        out, parameters = tmp_path / "out", VARIANTS[variant]
+        interrupted(models, out, 12, **parameters, options={"candidates_memory": 0})
+        path = work_folder(out) / "journal.jsonl"
+        content = bytearray(path.read_bytes())
+        content[int(place * len(content))] ^= 4
+        path.write_bytes(content)
+        done = finished_elements(out)
+        with caplog.at_level("WARNING"):
+            merge(models.recipe(**parameters), out, merged.rules, resume=True, tile_elements=TILE)
+        assert "damaged after" in caplog.text or place == 0.95
+        assert merged.elements == total_elements(models) - done
+        merge(models.recipe(**parameters), tmp_path / "expected")
+        assert model_digests(out) == model_digests(tmp_path / "expected")
 
     @pytest.mark.parametrize("change", ["recipe", "shard_size", "input", "seed"])
     def test_of_another_merge_is_an_error_that_says_what_to_do(self, tmp_path, change):

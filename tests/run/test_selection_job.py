@@ -17,7 +17,8 @@ from models import random_experts, undecided
 
 from ota_kernels import RunError
 from ota_kernels.backends import native, reference
-from ota_kernels.run.decide import scores_of
+from ota_kernels.io import journal
+from ota_kernels.run.found import scores_of
 from ota_kernels.run.rules import Rules
 from ota_kernels.select.bracket import Bracket, bracket_of
 from ota_kernels.select.pending import Pending, Store
@@ -76,8 +77,7 @@ def assert_as_expected(out: Path, report: dict, expected: tuple[dict, dict]) -> 
 
 
 def records(out: Path) -> list[dict]:
-    path = out.parent / f".{out.name}.ota-merge" / "journal.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return journal.read(out.parent / f".{out.name}.ota-merge")[0]
 
 
 OPTIONS = [
@@ -241,7 +241,7 @@ def test_a_missed_bracket_after_a_resume_that_lacked_first_tiles(models, tmp_pat
     left = [r for r in found if r.get("pending", [0, 1])[1] > 0]
     assert len(left) < len(found)
     path = tmp_path / ".out.ota-merge" / "journal.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in left))
+    path.write_bytes(b"".join(map(journal.line_of, left)))
     report = merge(recipe, out, MISPLACED, resume=True, **options)
     assert report["resumed"]
     assert report["repeats"] == (1 if scope == "model" else 2)

@@ -29,7 +29,8 @@ from ...sizes import format_bytes
 from ...tensors.segment import units
 from ...tensors.terms import Terms, score_bits
 from ...tensors.tile import TensorInputs
-from ..decide import Decider, scores_of
+from ..decide import Decider
+from ..found import scores_of
 from ..job import Progress
 from ..pool import Pool
 from ..readahead import ReadAhead
