@@ -27,6 +27,7 @@ from .planning.second_moments import moments_key
 from .planning.tables import table_of
 from .processors import default_threads
 from .recipe.recipe import Recipe
+from .run import scale
 from .run.decide import Decider
 from .run.engine import Engine
 from .run.pool import Pool
@@ -229,7 +230,7 @@ class Placed:
                 dict(enumerate(tensors)),
                 sink,
                 decider=decider,
-                found=decider.decide_model(),
+                found=scale.decide(decider),
                 tile_elements=resident.TILE if on_device else TILE_ELEMENTS,
                 store=Store(_UNLIMITED),
                 decided=surveys.decided,

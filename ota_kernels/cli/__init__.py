@@ -19,6 +19,7 @@ _COMMANDS = {
     "sweep": "Merge the same models with several values of parameters, reading them once.",
     "plan": "Show what a merge would read, write and hold in memory.",
     "verify": "Check a merged folder: checksums, and its recipe once more.",
+    "recipe": "Write a recipe that needs no tuning.",
     "methods": "List the merge methods, or show one with its keys.",
     "inspect": "Show what a model is, and what differs between several.",
     "densities": "Show what each density would keep of each expert, and where.",

@@ -31,6 +31,8 @@ def demo(folder: Path, seeds: int) -> None:
         "\nkept: share of the experts' edits that is in the model.\n"
         "density 0.2: the most salient 20 % of each expert's edits.\n"
         "mass 0.9: the fewest edits that hold 90 % of an expert's saliency; no share to tune.\n"
+        "ota-merge recipe: mass 0.99, power 1, one unit for all weights, lambda auto. Where experts undo "
+        "each other,\nas these do, that lambda is too large.\n"
         f"\nBase, experts, recipes and merges: {first} and so on. Try next:\n"
         f"  ota-merge run {quote(str(first / 'ota_ffg_mass.yaml'))} {quote(str(folder / 'my_merge'))}"
     )

@@ -90,6 +90,12 @@ def report(merged: dict, out: str) -> None:
     for expert in merged["experts"]:
         threshold = "" if expert["threshold"] is None else f", threshold {expert['threshold']:.4g}"
         click.echo(f"  {expert['model']}: {expert['density']:.1%} of its edits kept{threshold}")
+    if scale := merged["lambda"]:
+        used = "by tensor" if scale["used"] is None else f"{scale['used']:.4g}"
+        automatic = f"automatic: {scale['auto']:.4g}"
+        click.echo(
+            f"  lambda {used} ({automatic}): {scale['length']:.3g} of the mean length of the experts' edits"
+        )
     if merged["repeats"]:
         click.echo(f"  {merged['repeats']} thresholds lay outside their bracket: merged again, exactly")
     if merged["repaired"]:

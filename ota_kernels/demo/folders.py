@@ -10,6 +10,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..recipe.advised import ADVISED
 from . import digits
 from .digits import EXPERTS, Mlp, Settings
 
@@ -23,6 +24,8 @@ RECIPES: dict[str, dict] = {
     "ota": {"merge_method": "ota"},
     "ota_ffg_density": {"merge_method": "ota", "parameters": {"density": 0.2}},
     "ota_ffg_mass": {"merge_method": "ota", "parameters": {"saliency_mass": 0.9}},
+    "advised": {"merge_method": "ota", "parameters": ADVISED},
+    "advised_one": {"merge_method": "ota", "parameters": ADVISED | {"lambda": 1}},
 }
 
 

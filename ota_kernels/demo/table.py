@@ -22,6 +22,8 @@ _MERGE_LABELS = {
     "ota": "OTA",
     "ota_ffg_density": "OTA+FFG density 0.2",
     "ota_ffg_mass": "OTA+FFG mass 0.9",
+    "advised": "ota-merge recipe",
+    "advised_one": "the same, lambda 1",
 }
 
 

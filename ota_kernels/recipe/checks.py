@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import RecipeError
 from .methods import Method
-from .parameters import Parameter, Value, is_constant, show
+from .parameters import AUTO, Conditions, Parameter, Value, is_constant, show
 from .recipe import Recipe, Slice
 from .settings import Settings
 
@@ -36,6 +36,7 @@ def check(recipe: Recipe) -> None:
             if fault := method.check(settings):
                 raise RecipeError(fault)
     _check_whole(recipe, method)
+    _check_lambda(recipe)
     _check_selections(recipe)
     _check_mean(recipe)
     _check_curvature(recipe, method)
@@ -71,6 +72,31 @@ def _check_whole(recipe: Recipe, method: Method) -> None:
                 "for the whole "
                 "merge; move it to the global `parameters`"
             )
+
+
+def _check_lambda(recipe: Recipe) -> None:
+    """What is found over the whole model is one factor, of an edit of a base."""
+    values = [part.shared.get("lambda") for part in recipe.slices]
+    conditions = [c.value for v in values if isinstance(v, Conditions) for c in v.items]
+    automatic, matched = AUTO in (*values, *conditions), recipe.parameters.get("match_norm") is not None
+    if automatic and any(value != AUTO for value in values):
+        raise RecipeError(
+            "`lambda: auto` is found over the whole model, and not for some tensors: give it no filter; "
+            "`times`, a further factor, may have filters and gradients"
+        )
+    if automatic and matched:
+        raise RecipeError("`lambda: auto` and `match_norm` exclude each other: keep one of them")
+    if not (automatic or matched):
+        return
+    key = "lambda: auto" if automatic else "match_norm"
+    if any(part.base is None for part in recipe.slices):
+        raise RecipeError(f"`{key}` needs a `base_model`: add one, or remove the key")
+    if recipe.parameters.get("calibrate", "none") != "none":
+        raise RecipeError(f"`{key}` does not know what `calibrate` makes of matrices: keep one of them")
+    if any(part.shared.get("fallback_to_base", True) is not True for part in recipe.slices):
+        raise RecipeError(
+            f"`{key}` needs `fallback_to_base: true`: a fallback to the experts' mean is no edit of theirs"
+        )
 
 
 def _check_selections(recipe: Recipe) -> None:

@@ -15,10 +15,10 @@ from . import methods
 from .methods import Method, Need
 from .parameters import (
     FINITE,
-    LAMBDA,
     NOT_NEGATIVE,
     POSITIVE,
     REQUIRED,
+    SCALE,
     SHARE,
     SWITCH,
     TEXT,
@@ -169,7 +169,7 @@ def _row(name: str, given: dict[str, str], least: int, most: int | None, formula
     weigh = _word("weigh", given, tuple(_WEIGHS))
     divide = _word("divide", given, tuple(_DIVIDES))
     reads_curvature = weigh == "curvature" or (select == "density" and score == "saliency")
-    parameters = [LAMBDA]
+    parameters = [*SCALE]
     if weigh == "weight":
         parameters.append(_WEIGHT)
     else:
@@ -207,7 +207,7 @@ def _row(name: str, given: dict[str, str], least: int, most: int | None, formula
             tuple(replace(e, vote=vote, probability=chance) for e, vote, chance in numbers),
             power=settings.power,
             epsilon=epsilon,
-            lambda_=settings["lambda"],
+            lambda_=settings.lambda_,
             denominator=float(len(experts)) if divide == "experts" else 1.0,
             zero="fallback" if divide == "kept weights" else "one",
             seed=found.seed,

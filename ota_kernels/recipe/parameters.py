@@ -219,6 +219,48 @@ SHARE = number("a number in [0, 1]", at_least=0, at_most=1)
 POSITIVE_INTEGER = whole("an integer >= 1", at_least=1)
 SWITCH = Kind("true or false", _parse_switch)
 TEXT = Kind("a path or name (text)", _parse_text)
+AUTO = "auto"
+
+
+def _parse_lambda(value: Any) -> float | str:
+    return AUTO if value == AUTO else FINITE.parse(value)
+
+
+def _parse_mean(value: Any) -> str:
+    if value != "mean":
+        raise ValueError
+    return value
+
+
+_LAMBDA = Kind(f"{FINITE.allowed}, or {AUTO}", _parse_lambda, "linear")
+
+
+def scale(default: float = 1.0) -> tuple[Parameter, ...]:
+    """The parameters of a method whose merged edit has a factor."""
+    return (
+        Parameter(
+            "lambda",
+            _LAMBDA,
+            default,
+            "the factor of the merged edit; auto: so much that what averaging took from it is undone",
+            affects="values",
+        ),
+        Parameter(
+            "times", FINITE, 1.0, "a further factor, of an automatic `lambda` or any", affects="values"
+        ),
+        Parameter(
+            "match_norm",
+            Kind("mean", _parse_mean),
+            None,
+            "mean: scale the merged edit to the mean length of the experts' edits",
+            varies=False,
+            affects="values",
+        ),
+    )
+
+
+SCALE = scale()
+# Of rows whose merged edit no sample of elements tells.
 LAMBDA = Parameter("lambda", FINITE, 1.0, "the factor of the merged edit", affects="values")
 DTYPE = Kind(f"{', '.join(OUTPUT_NAMES)} or auto", _parse_dtype)
 
@@ -255,6 +297,11 @@ def parse_value(value: Any, name: str, kind: Kind) -> Value:
 
 def _parse_gradient(values: list | tuple, name: str, kind: Kind) -> Value:
     ends = tuple(parse_plain(item, f"{name}[{i}]", kind) for i, item in enumerate(values))
+    words = [end for end in ends if isinstance(end, str)]
+    if words and kind.between != "steps" and len(set(ends)) > 1:
+        raise RecipeError(
+            f"{name} goes from {show(ends[0])} to {show(ends[-1])}: there is nothing between them"
+        )
     return ends[0] if all(end == ends[0] for end in ends) else Gradient(ends)
 
 

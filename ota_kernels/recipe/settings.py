@@ -43,6 +43,17 @@ class Settings:
         """The exponent of the curvature."""
         return self.shared.get("power", 1.0)
 
+    @property
+    def lambda_(self) -> float:
+        """The factor of the merged edit, without what is found over the whole model."""
+        factor = self.shared["lambda"]
+        return self.shared.get("times", 1.0) * (1.0 if isinstance(factor, str) else factor)
+
+    @property
+    def scaled(self) -> bool:
+        """Whether a further factor of the merged edit is found over the whole model."""
+        return isinstance(self.shared.get("lambda"), str) or self.shared.get("match_norm") is not None
+
     def gains(self, bias_corrections: Sequence[float]) -> list[float]:
         """g_t of each expert's g_t h_t^p, where h_t is what is stored divided by its bias correction."""
         scales = [e.get("scaling_factor", 1.0) for e in self.experts]

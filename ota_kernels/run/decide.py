@@ -7,6 +7,7 @@ the model.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -106,6 +107,25 @@ class Decider:
     def matrices(self) -> Matrices:
         """How matrices are merged whole, where some are."""
         return Matrices(self.method, self.settings, self.backend, self.check)
+
+    def of_sample(self, tensors: Sequence[TensorInputs]) -> Decider:
+        """One that takes these tensors, prepared, for the model."""
+        other = copy.copy(self)
+        other.tensors, other._surveys, other._ranks = tensors, Once(), ALONE
+        other.prepare = lambda tensor: tensor
+        return other
+
+    @property
+    def experts(self) -> int:
+        """Experts of the recipe that take part anywhere."""
+        return 1 + max((max(self.positions(t)) for t in self.tensors), default=-1)
+
+    def positions(self, tensor: TensorInputs) -> Sequence[int]:
+        """The numbers in the recipe of a tensor's experts."""
+        positions = self._positions.get(tensor.name, ())
+        if len(positions) != len(tensor.experts):  # unknown, or a view makes the base an expert
+            return range(len(tensor.experts))
+        return positions
 
     def settings(self, tensor: TensorInputs) -> Settings:
         """What the recipe says of a tensor."""
@@ -270,8 +290,10 @@ class Decider:
         follows."""
         settings = self.settings(tensor)
         found = self._surveys.of(tensor.name, lambda: self._found(tensor, settings, model))
-        terms, factor = self.method.terms(settings, found), settings.shared.get("layers")
-        return terms if factor is None else replace(terms, lambda_=terms.lambda_ * factor)
+        terms, factor = self.method.terms(settings, found), settings.shared.get("layers") or 1.0
+        if settings.scaled:
+            factor *= model.scale.factor(settings)
+        return replace(terms, lambda_=terms.lambda_ * factor)
 
     def _found(self, tensor: TensorInputs, settings: Settings, model: ModelFound) -> Found:
         found = self._unknown(tensor)
@@ -288,15 +310,12 @@ class Decider:
         """What is known of a tensor before anything of it is read; experts whose selection is no threshold
         keep everything."""
         count = len(tensor.experts)
-        positions = self._positions.get(tensor.name, ())
-        if len(positions) != count:  # none are known, or a method's view makes the base one of its experts
-            positions = range(count)
         corrections = [c.bias_correction for c in tensor.curvatures]
         masks = [s.surveyed or (s.rule == "threshold" and s.value > 0) for s in self.selections(tensor)]
         return Found(
             name=tensor.name,
             shape=tensor.shape,
-            positions=list(positions),
+            positions=list(self.positions(tensor)),
             seed=self._seed,
             name_hash=name_hash(tensor.name),
             is_matrix=matrix_of(tensor.name, tensor.shape) is not None,

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..select.bracket import Bracket
 from ..tensors.found import Selection, Threshold
 from ..tensors.terms import ExpertTerms, Terms, Words, score_scale
 from ..tensors.tile import TensorInputs
+
+if TYPE_CHECKING:
+    from .scale import Scale
 
 
 @dataclass(frozen=True)
@@ -17,13 +21,14 @@ class ModelFound:
     elsewhere), or the bracket in which it is expected; the mean weight that `normalise: model` divides by.
     spread: how large tensors are sampled. A tensor may be sampled again, by a process that resumes: it must
     find the same bracket, whatever the page cache holds then. sums: masked sums (tensors.found.SUMS), where a
-    method needs them."""
+    method needs them; scale: of the merged edit, where one was found (run/scale.py)."""
 
     thresholds: tuple[float | None, ...]
     brackets: tuple[Bracket | None, ...]
     mean_weights: tuple[float | None, ...]
     spread: bool
     sums: tuple[tuple[float, ...], ...] | None = None
+    scale: Scale | None = None
 
 
 def open_threshold(bracket: Bracket, selection: Selection) -> Threshold:

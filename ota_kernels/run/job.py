@@ -34,7 +34,7 @@ from .options import Options, Progress, Silent
 from .pool import IN_PLACE, Pool
 from .ranks import ALONE, Ranks, of_environment
 from .readahead import ReadAhead
-from .report import REPORT_NAME, build_report, published_report
+from .report import REPORT_NAME, build_report, length_note, published_report
 from .rules import RULES, Rules
 from .state import FORMAT
 from .surveys import Once, Surveys
@@ -341,7 +341,12 @@ class Job:
             self.inputs, self.plan, done.decider, done.state, self.fingerprint, done.seconds, self.bundles
         )
         report |= {"options": self.options.of_result(), "found": done.state.model_found()}
-        report |= {"notes": self.notes, "processes": self.ranks.size, "checksums": done.checksums.as_dict()}
+        lengths = length_note(report["lambda"], len(self.recipe.models))
+        report |= {
+            "notes": [*self.notes, *lengths],
+            "processes": self.ranks.size,
+            "checksums": done.checksums.as_dict(),
+        }
         work.check_written({shard.name: shard.size for shard in self.plan.layout.shards})
         write_index(work.files, self.plan.layout)
         cards = [self._card(assets, report)] if self.options.write_model_card else []

@@ -24,6 +24,7 @@ from ..io.writer import ShardWriter
 from ..select.pending import Pending, Store
 from ..tensors.result import Counts
 from ..tensors.segment import Segment
+from . import scale
 from .copies import copied
 from .decide import Decider
 from .engine import Decided, Engine, Event, Merged, Range
@@ -110,7 +111,7 @@ class Merging:
             log.append(state.begin(job.backend.NAME))
             if state.found is None:
                 self._progress.stage("survey", 0)
-                state.found = decider.decide_model()
+                state.found = scale.decide(decider, always=True)
                 check_reads()
             if not any("found" in record for record in own):
                 log.append({"found": asdict(state.found)})

@@ -22,11 +22,15 @@ from ..select.thresholds import count_of_density
 from ..tensors.found import Selection
 from .bundles import Bundle, by_output
 from .decide import Decider
+from .found import ModelFound
 from .state import State
 
 logger = logging.getLogger(__name__)
 
 REPORT_NAME = "merge_report.json"
+
+# Merged edits of a length between these, in mean lengths of the experts' edits, are nothing to remark upon.
+_SHORT, _LONG = 0.7, 3.0
 
 
 def build_report(
@@ -71,6 +75,7 @@ def build_report(
         },
         "not_merged": {e.name: e.action for e in inputs.entries if e.action != MERGE},
         "left_out": inputs.pairing.left_out,
+        "lambda": _scale(decider, state.found),
         "unkept": sum(counts.unkept for _, counts in counted),
         "overflow": overflow,
         "repaired": sum(counts.repaired for _, counts in counted),
@@ -90,6 +95,35 @@ def build_report(
             "numpy": np.__version__,
         },
     }
+
+
+def _scale(decider: Decider, found: ModelFound) -> dict | None:
+    """used: the factor of the merged edit, None where tensors differ in it; auto, match_norm: the factors
+    that those keys would find (run/scale.py); length: ||merged edit|| / mean_t ||d_t||; sampled: of so many
+    elements. None where the method has no factor, or a sample does not tell."""
+    if found.scale is None:
+        return None
+    settings = [decider.settings(tensor) for tensor in decider.tensors]
+    factor = found.scale.factor(settings[0])
+    used = {s.lambda_ * factor * (s.shared.get("layers") or 1.0) for s in settings}
+    return {
+        "used": used.pop() if len(used) == 1 else None,
+        "auto": found.scale.auto,
+        "match_norm": found.scale.match_norm,
+        "length": float(f"{factor * found.scale.length:.4g}"),
+        "sampled": found.scale.elements,
+    }
+
+
+def length_note(scale: dict | None, experts: int) -> list[str]:
+    """A line where a merged edit is much shorter or longer than those of the experts."""
+    if scale is None or experts < 2 or _SHORT <= scale["length"] <= _LONG or not scale["length"]:
+        return []
+    much = "short" if scale["length"] < _SHORT else "long"
+    return [
+        f"the merged edit is {much}: {scale['length']:.2g} times the mean length of the experts' edits; "
+        f"`lambda: auto` would be {scale['auto']:.3g} here"
+    ]
 
 
 def _curvature(inputs: Inputs, model: ModelEntry) -> str | None:

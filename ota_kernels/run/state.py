@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
+from dataclasses import asdict, fields
 
 from ..select.bracket import Bracket
 from ..select.pending import Pending
@@ -11,6 +11,7 @@ from ..tensors.result import Counts
 from ..tensors.segment import Segment
 from .engine import Decided, Event, Merged
 from .found import ModelFound
+from .scale import Scale
 
 FORMAT = 7  # of the records, of the file of candidates, and of which runs are sampled
 
@@ -20,7 +21,11 @@ def as_found(reported: dict) -> ModelFound:
     thresholds = tuple(None if x is None else float(x) for x in reported["thresholds"])
     sums = None if reported["sums"] is None else tuple(map(tuple, reported["sums"]))
     none = (None,) * len(thresholds)
-    return ModelFound(thresholds, none, tuple(reported["mean_weights"]), False, sums)
+    return ModelFound(thresholds, none, tuple(reported["mean_weights"]), False, sums, _scale(reported))
+
+
+def _scale(record: dict) -> Scale | None:
+    return None if record["scale"] is None else Scale(**record["scale"])
 
 
 def record_of(event: Event) -> dict | None:
@@ -77,7 +82,7 @@ class State:
             brackets = tuple(None if b is None else Bracket(**b) for b in made["brackets"])
             thresholds, means = tuple(made["thresholds"]), tuple(made["mean_weights"])
             sums = None if made["sums"] is None else tuple(map(tuple, made["sums"]))
-            self.found = ModelFound(thresholds, brackets, means, made["spread"], sums)
+            self.found = ModelFound(thresholds, brackets, means, made["spread"], sums, _scale(made))
         if "unit" in record:
             self.add(Merged([(Segment(*place), Counts(**counts)) for *place, counts in record["unit"]]))
         if "pending" in record:
@@ -129,7 +134,9 @@ class State:
         exact = [x if y is None else y for x, y in zip(self.found.thresholds, decided, strict=True)]
         thresholds = [x if x is None or math.isfinite(x) else str(x) for x in exact]  # "nan" keeps nothing
         sums = None if self.found.sums is None else [list(x) for x in self.found.sums]
-        return {"thresholds": thresholds, "mean_weights": list(self.found.mean_weights), "sums": sums}
+        return {"thresholds": thresholds, "mean_weights": list(self.found.mean_weights), "sums": sums} | {
+            "scale": None if self.found.scale is None else asdict(self.found.scale)
+        }
 
     @property
     def pending(self) -> list[Pending]:

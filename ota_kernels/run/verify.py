@@ -27,6 +27,7 @@ from ..select.pending import Store
 from ..tensors.array import Array
 from ..tensors.segment import CHUNK, Segment
 from ..tensors.tile import TensorInputs
+from . import scale
 from .bundles import Bundle
 from .copies import copied
 from .engine import Engine, Range
@@ -227,7 +228,7 @@ def _compare_with_inputs(
     with _Shards(out, planned) as shards, Pool(job.plan.threads) as pool:
         compared = _Compared(shards, job.places)
         decider = job.decider(pool)
-        found = decider.decide_model() if full else as_found(report["found"])
+        found = scale.decide(decider, always=True) if full else as_found(report["found"])
         pieces = [(i, 0, e.numel) for i, e in enumerate(job.inputs.entries) if not e.is_computed]
         for index, tensor in job.tensors.items():
             pieces += ranges_of(decider, index, tensor, [(0, tensor.numel)], CHUNK)

@@ -11,12 +11,13 @@ from ...tensors.terms import ExpertTerms, Terms, Words
 from ..methods import Method, Need, register
 from ..parameters import (
     FINITE,
-    LAMBDA,
     NOT_NEGATIVE,
     POSITIVE_INTEGER,
     REQUIRED,
+    SCALE,
     SWITCH,
     Parameter,
+    scale,
 )
 from ..settings import Settings
 from ..shares import share_of
@@ -66,7 +67,7 @@ def _sce_terms(settings: Settings, found: Found) -> Terms:
         weigh="constant",
         divide="kept weights",
     )
-    return Terms(words, experts, lambda_=settings["lambda"], least=_LEAST_WEIGHT, tie=1.0)
+    return Terms(words, experts, lambda_=settings.lambda_, least=_LEAST_WEIGHT, tie=1.0)
 
 
 register(
@@ -83,7 +84,7 @@ register(
                 "share of the elements where experts differ that is kept",
                 affects="masks",
             ),
-            LAMBDA,
+            *SCALE,
             Parameter("int8_mask", SWITCH, False, "accepted, without effect"),
         ),
         needs=_sce_needs,
@@ -100,7 +101,7 @@ register(
 def _ram_terms(settings: Settings, found: Found) -> Terms:
     words = Words(score="magnitude", select="above", weigh="constant", divide="kept count")
     experts = _experts(found, threshold=settings["epsilon"])
-    return Terms(words, experts, lambda_=settings["lambda"])
+    return Terms(words, experts, lambda_=settings.lambda_)
 
 
 def _ramplus_terms(settings: Settings, found: Found) -> Terms:
@@ -110,7 +111,7 @@ def _ramplus_terms(settings: Settings, found: Found) -> Terms:
     for t, position in enumerate(found.positions):
         alone = 1.0 if sums is None else _factor_alone(*sums[t][4:6], settings)
         experts.append(ExpertTerms(position=position, threshold=settings["epsilon"], alone=alone))
-    return Terms(words, tuple(experts), lambda_=settings["lambda"])
+    return Terms(words, tuple(experts), lambda_=settings.lambda_)
 
 
 def _factor_alone(shared: float, unique: float, settings: Settings) -> float:
@@ -126,7 +127,7 @@ def _ram_parameters(r: float, alpha: float) -> tuple[Parameter, ...]:
         Parameter(
             "alpha", NOT_NEGATIVE, alpha, "bound of the ratio of shared to lone edits", affects="values"
         ),
-        LAMBDA,
+        *SCALE,
     )
 
 
@@ -137,7 +138,7 @@ register(
         source="arXiv 2601.13572",
         formula=_RAM,
         base="required",
-        parameters=(_ram_parameters(0, 0)[0], LAMBDA),
+        parameters=(_ram_parameters(0, 0)[0], *SCALE),
         terms=_ram_terms,
         least=0,
     )
@@ -174,7 +175,7 @@ register(
 def _consensus_terms(settings: Settings, found: Found) -> Terms:
     words = Words(score="none", select="all", elect="agreement", weigh="constant", divide="number")
     return Terms(
-        words, _experts(found), lambda_=settings["lambda"], agreement=settings["q"], needed=settings["k"]
+        words, _experts(found), lambda_=settings.lambda_, agreement=settings["q"], needed=settings["k"]
     )
 
 
@@ -187,7 +188,7 @@ register(
         parameters=(
             Parameter("q", NOT_NEGATIVE, 0.4, "how much of the rest an edit must exceed to count"),
             Parameter("k", POSITIVE_INTEGER, 2, "experts whose edits must count for an element to change"),
-            LAMBDA,
+            *SCALE,
         ),
         terms=_consensus_terms,
         least=0,
@@ -197,7 +198,7 @@ register(
 
 def _magmax_terms(settings: Settings, found: Found) -> Terms:
     words = Words(score="none", select="all", elect="largest", weigh="constant", divide="number")
-    return Terms(words, _experts(found), lambda_=settings["lambda"])
+    return Terms(words, _experts(found), lambda_=settings.lambda_)
 
 
 register(
@@ -206,7 +207,7 @@ register(
         source="arXiv 2407.06322",
         formula="w_0 + lambda d_t*, t* the last t of the largest |d_t|",
         base="required",
-        parameters=(Parameter("lambda", FINITE, 0.5, "the factor of the merged edit"),),
+        parameters=scale(0.5),
         terms=_magmax_terms,
         least=0,
     )
@@ -218,7 +219,7 @@ register(
 
 def _nearswap_terms(settings: Settings, found: Found) -> Terms:
     words = Words(edit="clipped", score="none", select="all", weigh="constant", divide="number")
-    return Terms(words, _experts(found), clip=settings["t"], lambda_=settings["lambda"])
+    return Terms(words, _experts(found), clip=settings["t"], lambda_=settings.lambda_)
 
 
 register(
@@ -227,7 +228,7 @@ register(
         source="alchemonaut/QuartetAnemoi-70B",
         formula="w_0 + clip(t / max(|d|, 1e-6), 0, 1) d",
         base="required",
-        parameters=(Parameter("t", FINITE, REQUIRED, "edits up to this magnitude are taken whole"), LAMBDA),
+        parameters=(Parameter("t", FINITE, REQUIRED, "edits up to this magnitude are taken whole"), *SCALE),
         terms=_nearswap_terms,
         least=1,
         most=1,

@@ -9,7 +9,7 @@ from ...tensors.found import Found, selection_of
 from ...tensors.terms import ExpertTerms, Terms, Words, scale_weights
 from ...tensors.tile import TensorInputs
 from ..methods import Method, Need, register
-from ..parameters import FINITE, LAMBDA, NOT_NEGATIVE, SHARE, Parameter, choice
+from ..parameters import FINITE, NOT_NEGATIVE, SCALE, SHARE, Parameter, choice
 from ..settings import Settings
 from .ota import MOMENTS, SELECTION, gains, mean_needs, thresholds
 
@@ -32,7 +32,7 @@ def masked_sum(settings: Settings, found: Found, score: str, divide: str, denomi
         weigh="constant",
         divide=divide,
     )
-    return Terms(words, thresholds(found), lambda_=settings["lambda"], denominator=denominator)
+    return Terms(words, thresholds(found), lambda_=settings.lambda_, denominator=denominator)
 
 
 def selection_needs(settings: Settings) -> list[Need]:
@@ -51,7 +51,7 @@ register(
         source="arXiv 2509.11167",
         formula="w_0 + m d, m: the edits of largest h d^2; with `missing_curvature: uniform` of largest |d|",
         base="required",
-        parameters=(*SELECTION, *MOMENTS, SCOPE, LAMBDA),
+        parameters=(*SELECTION, *MOMENTS, SCOPE, *SCALE),
         needs=selection_needs,
         terms=_graft_terms,
         least=1,
@@ -78,7 +78,7 @@ register(
             Parameter(
                 "embeddings", choice("base", "merge"), "base", "what becomes of the embeddings", varies=False
             ),
-            LAMBDA,
+            *SCALE,
         ),
         needs=selection_needs,
         terms=_stitch_terms,

@@ -16,7 +16,7 @@ from ...tensors.found import Found
 from ...tensors.terms import ExpertTerms, Terms, Words
 from ...tensors.tile import TensorInputs
 from ..methods import Method, Need, register
-from ..parameters import FINITE, LAMBDA, NOT_NEGATIVE, POSITIVE, POSITIVE_INTEGER, REQUIRED, SWITCH, Parameter
+from ..parameters import FINITE, NOT_NEGATIVE, POSITIVE, POSITIVE_INTEGER, REQUIRED, SCALE, SWITCH, Parameter
 from ..settings import Settings
 
 _GRAM = [Need("gram")]
@@ -101,7 +101,7 @@ def _columns_of_the_first_axis(tensor: TensorInputs, settings: Settings) -> Tens
 def _nuslerp_terms(settings: Settings, found: Found) -> Terms:
     first, second = settings.each("weight")
     t = 0.5 if abs(first + second) < 1e-6 else second / (first + second)
-    lambda_ = settings["lambda"] if settings.has_base else 1.0
+    lambda_ = settings.lambda_ if settings.has_base else 1.0
     if found.gram is None:
         return _combination([1 - t, t], lambda_)
     norms = np.maximum(_norms(found.gram), 1e-7)
@@ -123,7 +123,7 @@ register(
             ),
             Parameter("nuslerp_flatten", SWITCH, True, "a tensor is one vector; false: each row is"),
             Parameter("nuslerp_row_wise", SWITCH, False, "without flatten: vectors along the first axis"),
-            LAMBDA,
+            *SCALE,
         ),
         needs=lambda settings: _GRAM,
         groups=_nuslerp_groups,
@@ -143,7 +143,7 @@ def _multislerp_terms(settings: Settings, found: Found) -> Terms:
     weights = np.array(settings.each("weight"), np.float64)
     if settings["normalize_weights"]:
         weights = weights / weights.sum()
-    lambda_ = settings["lambda"] if settings.has_base else 1.0
+    lambda_ = settings.lambda_ if settings.has_base else 1.0
     if len(weights) == 1:
         return _combination([1.0])
     if found.gram is None:
@@ -182,7 +182,7 @@ register(
             ),
             Parameter("normalize_weights", SWITCH, True, "divide the weights by their sum", affects="values"),
             Parameter("eps", POSITIVE, 1e-8, "norms below it count as none", affects="values"),
-            LAMBDA,
+            *SCALE,
         ),
         needs=lambda settings: _GRAM,
         check=_sums_to_zero,
@@ -262,7 +262,7 @@ def _stock_groups(settings: Settings, shape: tuple[int, ...]) -> str:
 def _stock_terms(settings: Settings, found: Found) -> Terms:
     count = len(settings.experts)
     if found.gram is None:
-        return _combination([1 / count] * count, settings["lambda"])
+        return _combination([1 / count] * count, settings.lambda_)
     norms, pairs = _norms(found.gram), np.triu_indices(count, 1)
     products = np.maximum(norms[..., pairs[0]] * norms[..., pairs[1]], 1e-6)
     cosine = np.clip(found.gram[..., pairs[0], pairs[1]] / products, -1, 1).mean(axis=-1)
@@ -270,7 +270,7 @@ def _stock_terms(settings: Settings, found: Found) -> Terms:
     flat = np.abs(divisor) < 1e-6
     tau = np.where(flat, 0.0, count * cosine / np.where(flat, 1.0, divisor))
     words = "by row" if found.gram.ndim == 3 else "constant"
-    return _combination([tau / count] * count, settings["lambda"], words)
+    return _combination([tau / count] * count, settings.lambda_, words)
 
 
 register(
@@ -281,7 +281,7 @@ register(
         base="required",
         parameters=(
             Parameter("filter_wise", SWITCH, False, "each row has its own tau"),
-            LAMBDA,
+            *SCALE,
         ),
         needs=lambda settings: _GRAM,
         groups=_stock_groups,

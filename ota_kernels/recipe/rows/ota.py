@@ -10,10 +10,10 @@ from ...tensors.found import Found, selection_of
 from ...tensors.terms import ExpertTerms, Terms, Words, scale_weights
 from ..methods import Method, Need, register
 from ..parameters import (
-    FINITE,
     NOT_NEGATIVE,
     POSITIVE,
     POSITIVE_INTEGER,
+    SCALE,
     SHARE,
     SWITCH,
     TEXT,
@@ -90,7 +90,7 @@ _OTA = (
         varies=False,
     ),
     Parameter("power", POSITIVE, 0.5, "p, the exponent of the curvature"),
-    Parameter("lambda", FINITE, 1.0, "the factor of the merged task vector", affects="values"),
+    *SCALE,
     Parameter(
         "fallback_to_base",
         SWITCH,
@@ -204,7 +204,7 @@ def _ota_terms(settings: Settings, found: Found) -> Terms:
         experts,
         power=settings["power"],
         epsilon=epsilon,
-        lambda_=settings["lambda"],
+        lambda_=settings.lambda_,
         denominator=float(len(experts)),
         fallback="base" if settings["fallback_to_base"] else "mean",
         repair=settings["on_nonfinite"] == "base",

@@ -62,7 +62,7 @@ def _terms(settings: Settings, found: Found) -> Terms:
         thresholds(found, weights),
         power=settings["power"],
         epsilon=epsilon,
-        lambda_=settings["lambda"],
+        lambda_=settings.lambda_,
     )
 
 

@@ -15,9 +15,9 @@ from ...tensors.terms import ExpertTerms, Terms, Words
 from ..methods import Method, Need, register
 from ..parameters import (
     FINITE,
-    LAMBDA,
     NOT_NEGATIVE,
     REQUIRED,
+    SCALE,
     SHARE,
     SWITCH,
     Parameter,
@@ -70,7 +70,7 @@ def _parameters(row: _Row) -> tuple[Parameter, ...]:
             affects="values",
         ),
         Parameter("rescale", SWITCH, row.rescale, "give kept edits the length that all edits have"),
-        LAMBDA,
+        *SCALE,
         Parameter("int8_mask", SWITCH, False, "accepted, without effect"),
     ]
     if row.sparsify == "outliers":
@@ -182,7 +182,7 @@ def _terms(row: _Row):
         return Terms(
             Words(score=score, select=select, elect=elect, weigh="constant", divide=divide),
             tuple(experts),
-            lambda_=settings["lambda"],
+            lambda_=settings.lambda_,
             denominator=total,
             tie=1.0,
             zero="one",

@@ -1,0 +1,97 @@
+"""Merges of six experts of a real encoder, scored on real texts.
+
+    python -m bench.quality                 everything: hours; what was scored before is not scored again
+    python -m bench.quality --tables        print what the cache holds
+    python -m bench.quality --methods ota,ties --sets b --threads 2
+
+Weights and texts come from packages (README.md beside this file) and stay in the cache: $OTA_QUALITY_CACHE,
+or ~/.cache/ota_kernels/quality.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+from pathlib import Path
+
+from ota_kernels.errors import OtaError
+
+from . import sources, tables
+from .merges import DENSITIES, Lab, Method, all_methods, failed, tasks_of
+from .scores import Scale
+from .tables import Results, settings_of
+
+_HELD_OUT = 200  # texts of a task and set
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.quality", description=__doc__.splitlines()[0])
+    parser.add_argument("--cache", type=Path, default=sources.default_cache())
+    parser.add_argument("--methods", help="labels of the table, by commas  [default: all]")
+    parser.add_argument("--sets", default="a,b")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tables", action="store_true", help="score nothing: print what the cache holds")
+    parser.add_argument("--figure", type=Path, help="SVG to write")
+    given = parser.parse_args()
+    given.cache.mkdir(parents=True, exist_ok=True)
+    try:
+        run(given)
+    except OtaError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def run(given: argparse.Namespace) -> None:
+    import torch
+
+    from . import experts
+    from .encoder import Encoder, base_folder
+    from .tasks import load
+
+    torch.set_num_threads(given.threads)
+    tasks = load(given.cache)
+    if not given.tables:
+        experts.train_all(given.cache, tasks)
+    base = base_folder(given.cache)
+    encoder = Encoder(base, tasks)
+    wanted = given.methods.split(",") if given.methods else None
+    methods = [m for m in all_methods() if wanted is None or m.label in wanted]
+    results = {}
+    for group in experts.SETS:
+        folders = experts.folders(given.cache, group, tasks)
+        place = given.cache / "scores" / group / next(iter(folders.values())).parent.parent.name
+        lab = Lab(place, base, folders, encoder, tasks_of(tasks, group, _HELD_OUT))
+        lab.frozen = given.tables or group not in given.sets.split(",")
+        results[group] = _results(lab, methods)
+    for group, other in zip(experts.SETS, reversed(experts.SETS), strict=True):
+        if results[group].merges:
+            print(f"\n{tables.merges(group, results[group], results[other], methods)}")
+        if results[group].grafts:
+            print(f"\n{tables.grafts(group, results[group])}")
+    if given.figure:
+        tables.figure(given.figure, results, methods)
+
+
+def _results(lab: Lab, methods: list[Method]) -> Results:
+    """Everything of one set, as far as it is known where the lab is frozen."""
+    base = lab.model("base", lab.base)
+    own = {task: lab.model(f"expert {task}", folder) for task, folder in lab.experts.items()}
+    found = Results(lab, Scale(base, own), base, own)
+    for method in methods:
+        for times, parameters in settings_of(method):
+            try:
+                scored = lab.merge(method, **parameters)
+            except subprocess.CalledProcessError as error:
+                print(f"{method.label} {parameters}: {failed(error)}", flush=True)
+                continue
+            if scored is not None:
+                found.merges.setdefault(method.label, {})[times] = scored
+    for density in DENSITIES:
+        for by in ("ffg", "magnitude"):
+            grafts = {task: lab.graft(task, density, by) for task in lab.experts}
+            if None not in grafts.values():
+                found.grafts[by, density] = grafts
+    return found
+
+
+if __name__ == "__main__":
+    main()

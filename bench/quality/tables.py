@@ -1,0 +1,134 @@
+"""What the bench prints: Markdown tables, and a figure of the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from .merges import DENSITIES, TIMES, Lab, Method, Scored
+from .scores import Scale
+
+LINEAR = "task_arithmetic"
+
+
+class Results:
+    """Of one set: methods' merges by times of the automatic lambda (1 among them), None for their default."""
+
+    def __init__(self, lab: Lab, scale: Scale, base: Scored, experts: Mapping[str, Scored]) -> None:
+        self.lab, self.scale, self.base, self.experts = lab, scale, base, experts
+        self.merges: dict[str, dict[float | None, Scored]] = {}
+        self.grafts: dict[tuple[str, float], dict[str, Scored]] = {}
+
+    def best(self, label: str) -> float | None:
+        """The setting of a method with the highest mean."""
+        found = self.merges[label]
+        return max(found, key=lambda times: self.scale.mean(found[times]))
+
+
+def settings_of(method: Method) -> list[tuple[float | None, dict]]:
+    """What a method is merged with, beside its own parameters."""
+    automatic = [(1.0, {"lambda": "auto"}), *((x, {"lambda": "auto", "times": x}) for x in TIMES)]
+    return [(None, {}), *(automatic if method.scaled else [])]
+
+
+def merges(name: str, results: Results, other: Results, methods: Sequence[Method]) -> str:
+    """One row per method and setting: default, automatic lambda, the best setting on the other set."""
+    tasks = results.scale.tasks
+    reference = results.merges.get(LINEAR, {}).get(results.best(LINEAR)) if LINEAR in results.merges else None
+    head = ["model", "lambda", *tasks, "mean", "worst", "edits kept", "- best linear"]
+    lines = [
+        f"Set {name}: accuracy, percent; mean and worst: percent of the expert's own; length in brackets.",
+        "",
+    ]
+    lines += [_row(head), _row(["-"] * len(head))]
+    lines.append(_line("base", "", results.base, results, None))
+    best = max(results.experts, key=lambda t: results.scale.mean(results.experts[t]))
+    lines.append(_line(f"best single expert ({best})", "", results.experts[best], results, None))
+    own = [f"{100 * results.experts[t].accuracy(t):.1f}" for t in tasks]
+    lines.append(_row(["each task by its own expert", "", *own, "100", "100", "100", ""]))
+    for method in methods:
+        found = results.merges.get(method.label, {})
+        if None not in found:
+            continue
+        shown: list[tuple[str, Scored]] = [("default", found[None])]
+        if 1.0 in found:
+            shown.append(("auto", found[1.0]))
+            elsewhere = other.best(method.label) if method.label in other.merges else None
+            if elsewhere in found and elsewhere not in (None, 1.0):
+                shown.append((f"best on the other set: auto x {elsewhere:g}", found[elsewhere]))
+            elif elsewhere is not None or method.label in other.merges:
+                shown.append(
+                    (f"best on the other set: {'auto' if elsewhere else 'default'}", found[elsewhere])
+                )
+        lines += [_line(method.label, label, scored, results, reference) for label, scored in shown]
+    return "\n".join(lines)
+
+
+def _line(label: str, setting: str, scored: Scored, results: Results, reference: Scored | None) -> str:
+    scale = results.scale
+    factor = "" if scored.factor is None else f", {scored.factor:.2f} ({scored.length:.2f})"
+    kept = "" if scored.kept is None else f"{100 * scored.kept:.0f}"
+    gap = "" if reference is None else _interval(scale.difference(scored, reference))
+    accuracies = [f"{100 * scored.accuracy(t):.1f}" for t in scale.tasks]
+    return _row(
+        [label, f"{setting}{factor}".removeprefix(", "), *accuracies, f"{scale.mean(scored):.1f}",
+         f"{scale.worst(scored):.0f}", kept, gap]
+    )  # fmt: skip
+
+
+def _interval(found: tuple[float, float, float]) -> str:
+    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*found)
+
+
+def grafts(name: str, results: Results) -> str:
+    """Share of an expert's gain that its grafts have, by density."""
+    tasks = results.scale.tasks
+    lines = [f"Set {name}: grafts of one expert, percent of its gain over the base: mean (worst).", ""]
+    lines += [_row(["density", "ffg", "magnitude", "difference"]), _row(["-"] * 4)]
+    for density in DENSITIES:
+        pair = [results.grafts.get((by, density)) for by in ("ffg", "magnitude")]
+        if None in pair:
+            continue
+        gains = [[results.scale.gain(t, of_task[t]) for t in tasks] for of_task in pair]
+        cells = [f"{sum(g) / len(g):.0f} ({min(g):.0f})" for g in gains]
+        lines.append(_row([f"{density:g}", *cells, _interval(results.scale.gain_difference(*pair))]))
+    return "\n".join(lines)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def figure(path: Path, results: Mapping[str, Results], methods: Sequence[Method]) -> None:
+    """Accuracy against length per method, and gain of grafts against density, of the last set."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    name, found = list(results.items())[-1]
+    drawing, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for method in methods:
+        points = [
+            (s.length, found.scale.mean(s)) for s in found.merges.get(method.label, {}).values() if s.length
+        ]
+        if len(points) > 2:
+            left.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, label=method.label)
+    left.set(
+        xlabel="length of the merged edit / mean length of the experts' edits",
+        ylabel="% of the experts' accuracy",
+    )
+    left.set_title(f"merges, set {name}")
+    left.legend(fontsize="x-small")
+    for by in ("ffg", "magnitude"):
+        at = [d for d in DENSITIES if (by, d) in found.grafts]
+        mean = [
+            sum(found.scale.gain(t, s) for t, s in found.grafts[by, d].items()) / len(found.scale.tasks)
+            for d in at
+        ]
+        if at:
+            right.plot(at, mean, marker="o", label=by)
+    right.set(xlabel="density", ylabel="% of the expert's gain", xscale="log", title=f"grafts, set {name}")
+    right.legend()
+    drawing.savefig(path)
+    pyplot.close(drawing)

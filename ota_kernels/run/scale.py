@@ -1,0 +1,221 @@
+"""How long the merged edit is: what `lambda: auto` and `match_norm` are.
+
+    e: the merged edit at lambda 1;  k_t = m_t d_t, as merged (signed as its weight, scaled as `rescale` does)
+    auto        min(sqrt(sum_t ||k_t||^2) / ||e||,  sum_t ||k_t||^2 / sum_t <e, k_t>)
+    match_norm  mean_t ||d_t|| / ||lambda e||                     norms and products over the whole model
+
+The first gives the merged edit the norm that the kept edits have together, as if none had been averaged away;
+the second, smaller where experts are alike, finds every kept edit in full in the merged one, on average.
+
+All sums are over a sample of every tensor that the names and shapes alone decide: the same elements whatever
+tiles, threads, backend and page cache. The sample is merged by the method itself, into float64.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from ..recipe.parameters import AUTO
+from ..recipe.settings import Settings
+from ..tensors import array as resident
+from ..tensors.dtypes import BY_NAME
+from ..tensors.random import name_hash
+from ..tensors.terms import Terms, close, is_open
+from ..tensors.tile import TensorInputs
+
+if TYPE_CHECKING:
+    from .decide import Decider
+from .found import ModelFound
+
+# Elements: a hundredth of the model, but so many at least and at most (a factor within 3 % needs no more).
+_LEAST, _MOST = 1 << 17, 1 << 20
+# Neighbouring elements of a sample. A disk reads pages of 2048 elements of 16 bits: shorter runs read more.
+_RUN = 256
+_FEWEST = 4  # runs of a tensor
+# Of these, what a sample of a tensor says is not what the tensor says.
+_WHOLE = {"norms", "gram", "row scores"}
+
+
+class Sums(NamedTuple):
+    """Over the model, of one merged edit e: sum_t ||k_t||^2, ||e||^2, sum_t <e, k_t>, and ||lambda e||^2
+    for each tensor's own lambda, `auto` and `match_norm` taken as 1; edits: ||d_t||^2 per expert."""
+
+    kept: float
+    merged: float
+    product: float
+    scaled: float
+    edits: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What the sums say. auto, match_norm: factors of those names; length: ||lambda e|| / mean_t ||d_t||
+    without either; elements: how many were sampled."""
+
+    auto: float
+    match_norm: float
+    length: float
+    elements: int
+
+    def factor(self, settings: Settings) -> float:
+        """By which these settings ask a merged edit to be multiplied."""
+        if settings["lambda"] == AUTO:
+            return self.auto
+        return 1.0 if settings.shared.get("match_norm") is None else self.match_norm
+
+    @classmethod
+    def of(cls, sums: Sums, elements: int) -> Scale:
+        """Factors to six digits: the sums' last ones differ between backends."""
+        mean = math.fsum(map(math.sqrt, sums.edits)) / max(len(sums.edits), 1)
+        length = math.sqrt(sums.merged)
+        if not (length and math.isfinite(sums.kept + sums.merged + sums.scaled)):
+            return cls(1.0, 1.0, 0.0, elements)  # nothing to scale, or what the merge itself refuses
+        auto = math.sqrt(sums.kept) / length
+        if sums.product > 0:
+            auto = min(auto, sums.kept / sums.product)
+        if len(sums.edits) == 1:
+            auto = 1.0
+        scaled = math.sqrt(sums.scaled) / mean if mean else 0.0
+        return cls(_six(auto), _six(1 / scaled) if scaled else 1.0, _six(scaled), elements)
+
+
+NONE = Scale(1.0, 1.0, 0.0, 0)
+
+
+def _six(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def decide(decider: Decider, always: bool = False) -> ModelFound:
+    """`decide_model`, and the scale where it is asked for; always: also for a report, where a sample is all
+    that it takes."""
+    found = decider.decide_model()
+    settings = [decider.settings(tensor) for tensor in decider.tensors]
+    if not settings or not all(s.has_base and "lambda" in s.shared for s in settings):
+        return found
+    if any(map(decider.method.whole, settings)):
+        return found
+    if settings[0].scaled or (always and not (_WHOLE | {"low rank"}) & _statistics(decider)):
+        return replace(found, scale=find(decider, found))
+    return found
+
+
+def find(decider: Decider, model: ModelFound) -> Scale:
+    """Of a decider's tensors. model: what was found of it."""
+    total = sum(t.numel for t in decider.tensors)
+    if not total:
+        return NONE
+    share = min(max(total / 100, _LEAST), _MOST) / total
+    ready = map(decider.prepare, decider.tensors)
+    pieces = [p for tensor in ready for p in _pieces(tensor, share, decider.score_terms(tensor).whole)]
+    terms_of = _terms_of_tensors if _WHOLE & _statistics(decider) else _terms_of_sample
+    numel = {tensor.name: tensor.numel for tensor in decider.tensors}
+    sampled: dict[str, int] = {}
+    for piece in pieces:
+        sampled[piece.name] = sampled.get(piece.name, 0) + piece.numel
+
+    def sums(pair: tuple[TensorInputs, Terms]) -> Sums:
+        piece, terms = pair
+        return _sums(decider, piece, terms, numel[piece.name] / sampled[piece.name])
+
+    found = list(decider.pool.run(sums, terms_of(decider, model, pieces)))
+    return Scale.of(_added(found), sum(sampled.values()))
+
+
+def _statistics(decider: Decider) -> set[str]:
+    return {need.statistic for need in decider.needs.everything}
+
+
+def _pieces(tensor: TensorInputs, share: float, whole: int) -> Iterator[TensorInputs]:
+    """A sample of one tensor: one tile of runs, each in its own stratum. whole: elements that must stay
+    together; they are then tiles of their own."""
+    run = whole if whole > 1 else _RUN
+    count = max(math.ceil(share * tensor.numel / run), _FEWEST)
+    if not tensor.numel:
+        return
+    if count * run >= tensor.numel:
+        yield tensor.made
+        return
+    places = tensor.numel // run if whole > 1 else tensor.numel - run
+    random = np.random.default_rng(name_hash(tensor.name))
+    starts = ((np.arange(count) + random.random(count)) * (places / count)).astype(np.int64)
+    if whole > 1:
+        yield from (tensor.slice(start * run, (start + 1) * run) for start in starts.tolist())
+        return
+    positions = (starts[:, None] + np.arange(run)).reshape(-1)
+    yield tensor.gather(
+        resident.beside(positions, tensor.experts[0].data) if tensor.is_resident else positions
+    )
+
+
+Settled = Iterator[tuple[TensorInputs, Terms]]
+
+
+def _terms_of_tensors(decider: Decider, model: ModelFound, pieces: list[TensorInputs]) -> Settled:
+    """The terms by which whole tensors merge: their statistics are read."""
+    whole = {tensor.name: tensor for tensor in decider.tensors}
+    unscaled = replace(model, scale=NONE)
+    for name, of_tensor in itertools.groupby(pieces, lambda piece: piece.name):
+        terms = decider.terms(decider.prepare(whole[name]), unscaled)
+        yield from ((piece, terms) for piece in of_tensor)
+
+
+def _terms_of_sample(decider: Decider, model: ModelFound, pieces: list[TensorInputs]) -> Settled:
+    """As if the sample were the model, with thresholds of its own: brackets depend on the page cache."""
+    sample = decider.of_sample(pieces)
+    found = sample.decide_model()
+    found = replace(found, mean_weights=model.mean_weights, sums=model.sums, scale=NONE)
+    of_model: list[float | None] | None = None
+    for piece in pieces:
+        terms = sample.terms(piece, found)
+        opened = [t for t, expert in enumerate(terms.experts) if is_open(expert)]
+        if not opened:
+            yield piece, terms
+        elif sample.model_scope:
+            of_model = of_model or sample.exact_thresholds(None, opened)
+            yield piece, close(terms, of_model)
+        else:
+            yield piece, close(terms, sample.exact_thresholds(piece, opened))
+
+
+def _sums(decider: Decider, piece: TensorInputs, terms: Terms, times: float) -> Sums:
+    """Of a piece that stands for `times` as many elements."""
+    tile = replace(piece, out_dtype=BY_NAME["float64"])
+    merged = _merged(decider, tile, terms, 1.0) - _merged(decider, tile, terms, 0.0)
+    every = replace(terms, words=replace(terms.words, score="none", select="all", edit="difference"))
+    kept = product = 0.0
+    places = decider.positions(piece)
+    edits = [0.0] * max(decider.experts, len(places))
+    for t, expert in enumerate(terms.experts):
+        of_expert = _edits(decider, tile, t, terms) * (
+            math.copysign(1.0, expert.weight_scale) * expert.edit_scale
+        )
+        kept += float(np.square(of_expert).sum())
+        product += float((merged * of_expert).sum())
+        edits[places[t]] = times * float(np.square(_edits(decider, tile, t, every)).sum())
+    length = float(np.square(merged).sum())
+    return Sums(
+        times * kept, times * length, times * product, times * length * terms.lambda_**2, tuple(edits)
+    )
+
+
+def _merged(decider: Decider, tile: TensorInputs, terms: Terms, factor: float) -> np.ndarray:
+    room = resident.empty(8 * tile.numel, tile.experts[0].data)
+    decider.backend.merge(tile, replace(terms, lambda_=factor, fallback="base"), room)
+    return resident.host(room).view(np.float64)
+
+
+def _edits(decider: Decider, tile: TensorInputs, t: int, terms: Terms) -> np.ndarray:
+    return resident.host(decider.backend.edits(tile, t, terms)[0]).astype(np.float64)
+
+
+def _added(parts: list[Sums]) -> Sums:
+    kept, merged, product, scaled = (math.fsum(values) for values in list(zip(*parts, strict=True))[:4])
+    edits = tuple(map(math.fsum, zip(*(part.edits for part in parts), strict=True)))
+    return Sums(kept, merged, product, scaled, edits)
