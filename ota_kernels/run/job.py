@@ -121,7 +121,8 @@ class Job:
         self.read_ahead = ReadAhead([])
         tensors = [(e.name, e.dtype, e.shape) for e in entries]
         output = layout(tensors, options.shard_size, self.inputs.stems, self._metadata())
-        self.tensors, self.bundles = bundles_of(entries, output.tensors, self._may_be_bundled)
+        may = functools.partial(self._may_be_bundled, self.decider(IN_PLACE))
+        self.tensors, self.bundles = bundles_of(entries, output.tensors, may)
         self.places = places_of(output.tensors, self.bundles)
         self.read_ahead = ReadAhead(list(self.tensors.values()))
         self.plan = make_plan(
@@ -139,11 +140,11 @@ class Job:
         """What the output's headers say besides."""
         return {}
 
-    def _may_be_bundled(self, entry: OutputTensor, tensor: TensorInputs) -> bool:
+    def _may_be_bundled(self, decider: Decider, entry: OutputTensor, tensor: TensorInputs) -> bool:
         method = self.inputs.method
         if not self.bundles_small or method.python or method.whole(entry.settings):
             return False
-        return can_be_bundled(method, entry.settings, self.decider(IN_PLACE).score_terms(tensor).words)
+        return can_be_bundled(method, entry.settings, decider.score_terms(tensor).words)
 
     def decider(self, pool: Pool) -> Decider:
         """What decides for the tensors that are merged."""

@@ -12,11 +12,12 @@ import pytest
 import torch
 from checkpoints import load_merged, make_set, save_model, write_recipe
 
-from ota_kernels import merge, merge_state_dicts
+from ota_kernels import merge, merge_state_dicts, plan
 from ota_kernels.errors import InputError, RecipeError
 from ota_kernels.planning.inputs import Inputs
 from ota_kernels.planning.layers import comes_before, position, stacks
 from ota_kernels.recipe.schema import parse_recipe
+from ota_kernels.run import job
 
 
 def names_of(layers: int, prefix: str = "model.layers.") -> dict[str, tuple[int, ...]]:
@@ -85,6 +86,22 @@ def test_values_of_every_level_and_kind_reach_the_output(models, tmp_path):
         assert torch.allclose(mlp, torch.tensor((w * a + 2 * b) / (w + 2)), rtol=1e-6)
         assert torch.allclose(attention, torch.tensor((a + b) / 2), rtol=1e-6)
     assert torch.allclose(out["model.norm.weight"], torch.tensor((6 * 1 + 2 * 2) / 8), rtol=1e-6)
+
+
+def test_a_gradient_is_planned_once(models, monkeypatch):
+    """Settings that differ from layer to layer do not make planning quadratic."""
+    made = []
+
+    class Counted(job.Decider):
+        def __init__(self, *args, **kwargs):
+            made.append(1)
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr(job, "Decider", Counted)
+    plan(linear(models), backend="reference")
+    plain = len(made)
+    plan(linear(models, parameters={"weight": [1, 2, 5, 9]}), backend="reference")
+    assert len(made) == 2 * plain
 
 
 def test_equal_settings_are_one_object(models):
