@@ -148,9 +148,7 @@ def test_the_command(files, ota_merge):
 
 @pytest.mark.parametrize("call", [2, 6])
 def test_an_interrupt_goes_on(files, call):
-    data = recipe(files, "localize_stitch", base_model=str(files / "base.safetensors"))
-    for model in data["models"]:
-        model["parameters"] = {}
+    data = recipe(files, "ties", base_model=str(files / "base.safetensors"))
     data["parameters"] = {"density": 0.3}
     whole = merged(data, files / "whole.safetensors", tile_elements=50)
     out = files / "out.safetensors"
