@@ -22,6 +22,7 @@ from ..planning.inputs import Inputs
 from ..recipe.recipe import Recipe
 from .job import Job, as_recipe
 from .options import Options, Progress, Silent
+from .rules import RULES, Rules
 
 NAMES = ("same", "intersection", "union")
 
@@ -53,10 +54,10 @@ def merge_files(
 class FilesJob(Job):
     """One merge of files."""
 
-    def __init__(self, recipe: Recipe, options: Options, names: str) -> None:
+    def __init__(self, recipe: Recipe, options: Options, names: str, rules: Rules = RULES) -> None:
         self._names = names
         _check(recipe)
-        super().__init__(recipe, replace(options, shard_size=sys.maxsize, write_model_card=False))
+        super().__init__(recipe, replace(options, shard_size=sys.maxsize, write_model_card=False), rules)
 
     def _open(self, recipe: Recipe) -> Inputs:
         return Inputs(recipe, files=self._names, lora_dtype=self.options.lora_merge_dtype)

@@ -153,10 +153,10 @@ def test_an_interrupt_goes_on(files, call):
     whole = merged(data, files / "whole.safetensors", tile_elements=50)
     out = files / "out.safetensors"
     options = {"backend": "reference", "tile_elements": 50}
-    with FilesJob(as_recipe(data), Options.of(**options), "same") as job:
-        job._rules = Rules(before=Interrupt("tile", call))
-        with pytest.raises(KeyboardInterrupt):
-            job.run(out, Silent())
+    rules = Rules(before=Interrupt("tile", call))
+    job = FilesJob(as_recipe(data), Options.of(**options), "same", rules)
+    with job, pytest.raises(KeyboardInterrupt):
+        job.run(out, Silent())
     assert not out.exists()
     with pytest.raises(OutputError, match="an unfinished merge into"):
         merge_files(data, out, **options)
