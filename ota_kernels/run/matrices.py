@@ -115,6 +115,16 @@ class Matrices:
         """(rows, columns) of a tensor's matrices, None where elements are merged one by one."""
         return matrix_of(tensor.name, tensor.shape) if self.method.whole(self.settings(tensor)) else None
 
+    def by_formula(self, tensor: TensorInputs) -> bool:
+        """Whether a row's formula merges the tensor's matrices, and not only calibrates them."""
+        return self.shape(tensor) is not None and self.method.matrix(self.settings(tensor)) is not None
+
+    def of(self, seen: TensorInputs, stored: TensorInputs, terms: Terms) -> Iterator[Matrix]:
+        """The matrices of a tensor."""
+        shape = self.shape(stored)
+        for start in range(0, stored.numel, math.prod(shape)):
+            yield Matrix(stored, seen, terms, shape, start)
+
     def bytes(self, tensors: Iterable[TensorInputs]) -> int:
         """What one worker holds while it merges the largest."""
         shapes = ((self.shape(t), self.method.matrix(self.settings(t))) for t in tensors)
@@ -139,6 +149,21 @@ class Matrices:
         edit = Buffer(_data(found, tensor.is_resident), _FLOAT64, f"the merged edit of {tensor.name}")
         inputs = replace(tensor, base=None, experts=(base, edit), curvatures=(Uniform(),) * 2, origins=())
         return inputs, _ADDED, counts
+
+    def sums(self, matrix: Matrix) -> tuple[float, float, float, list[float]]:
+        """Of the merged edit e at lambda 1 and what is kept of the edits, k_t: sum_t ||k_t||^2, ||e||^2,
+        sum_t <e, k_t>, and each ||d_t||^2."""
+        kept = _Edits(matrix, self.backend, matrix.terms.words.select != "all")
+        whole = replace(kept, masked=False)
+        with one_thread():
+            merged = self.method.matrix(self.settings(matrix.stored)).merged(kept)
+            of_kept, products, of_whole = [], [], []
+            for t in range(len(kept)):
+                k = kept[t]
+                of_kept.append(float(k.norm()) ** 2)
+                products.append(float(k.mul_(merged).sum()))
+                of_whole.append(float(whole[t].norm()) ** 2 if kept.masked else of_kept[-1])
+            return math.fsum(of_kept), float(merged.norm()) ** 2, math.fsum(products), of_whole
 
     def _by_elements(
         self, matrix: Matrix, thresholds: list[float | None], wanted: bool

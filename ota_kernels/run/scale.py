@@ -31,7 +31,8 @@ from ..tensors.tile import TensorInputs
 
 if TYPE_CHECKING:
     from .decide import Decider
-from .found import ModelFound
+    from .found import ModelFound
+    from .matrices import Matrix
 
 # Elements: a hundredth of the model, but so many at least and at most (a factor within 3 % needs no more).
 _LEAST, _MOST = 1 << 17, 1 << 20
@@ -99,9 +100,8 @@ def decide(decider: Decider, always: bool = False) -> ModelFound:
     settings = [decider.settings(tensor) for tensor in decider.tensors]
     if not settings or not all(s.has_base and "lambda" in s.shared for s in settings):
         return found
-    if any(map(decider.method.whole, settings)):
-        return found
-    if settings[0].scaled or (always and not (_WHOLE | {"low rank"}) & _statistics(decider)):
+    a_sample_tells = not ((_WHOLE | {"low rank"}) & _statistics(decider) or decider.needs.matrices)
+    if settings[0].scaled or (always and a_sample_tells):
         return replace(found, scale=find(decider, found))
     return found
 
@@ -112,9 +112,11 @@ def find(decider: Decider, model: ModelFound) -> Scale:
     if not total:
         return NONE
     share = min(max(total / 100, _LEAST), _MOST) / total
-    ready = map(decider.prepare, decider.tensors)
+    whole = [t for t in decider.tensors if decider.matrices.by_formula(t)]
+    ready = (decider.prepare(t) for t in decider.tensors if not decider.matrices.by_formula(t))
     pieces = [p for tensor in ready for p in _pieces(tensor, share, decider.score_terms(tensor).whole)]
-    terms_of = _terms_of_tensors if _WHOLE & _statistics(decider) else _terms_of_sample
+    by_tensors = _WHOLE & _statistics(decider) or decider.needs.matrices
+    terms_of = _terms_of_tensors if by_tensors else _terms_of_sample
     numel = {tensor.name: tensor.numel for tensor in decider.tensors}
     sampled: dict[str, int] = {}
     for piece in pieces:
@@ -125,7 +127,9 @@ def find(decider: Decider, model: ModelFound) -> Scale:
         return _sums(decider, piece, terms, numel[piece.name] / sampled[piece.name])
 
     found = list(decider.pool.run(sums, terms_of(decider, model, pieces)))
-    return Scale.of(_added(found), sum(sampled.values()))
+    matrices = _matrices(decider, model, whole)
+    found += decider.pool.run(lambda matrix: _sums_of_matrix(decider, matrix), matrices)
+    return Scale.of(_added(found), sum(sampled.values()) + sum(t.numel for t in whole))
 
 
 def _statistics(decider: Decider) -> set[str]:
@@ -203,6 +207,21 @@ def _sums(decider: Decider, piece: TensorInputs, terms: Terms, times: float) -> 
     return Sums(
         times * kept, times * length, times * product, times * length * terms.lambda_**2, tuple(edits)
     )
+
+
+def _matrices(decider: Decider, model: ModelFound, tensors: list[TensorInputs]) -> Iterator[Matrix]:
+    for tensor, (piece, terms) in zip(tensors, _terms_of_tensors(decider, model, tensors), strict=True):
+        yield from decider.matrices.of(decider.prepare(piece), tensor, terms)
+
+
+def _sums_of_matrix(decider: Decider, matrix: Matrix) -> Sums:
+    """Of all elements: no sample says what a formula makes of a matrix."""
+    kept, merged, product, of_experts = decider.matrices.sums(matrix)
+    places = decider.positions(matrix.stored)
+    edits = [0.0] * max(decider.experts, len(places))
+    for place, square in zip(places, of_experts, strict=True):
+        edits[place] = square
+    return Sums(kept, merged, product, merged * matrix.terms.lambda_**2, tuple(edits))
 
 
 def _merged(decider: Decider, tile: TensorInputs, terms: Terms, factor: float) -> np.ndarray:

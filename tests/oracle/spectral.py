@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from . import ota
+from . import options, ota
 from .parameters import Method, Model, Settings
 from .tensors import Merged, Tensor, merged, share_of
 
@@ -127,6 +127,7 @@ FORMULAS: dict[str, Callable[[list[np.ndarray], Settings], Found]] = {
     "iso_c": lambda d, settings: iso_c(d),
     "iso_cts": lambda d, settings: iso_cts(d, settings["common"]),
     "covariance": lambda d, settings: covariance(d, settings["covariance_weights"]),
+    "opcm": lambda d, settings: opcm(d, settings["alpha"]),
 }
 
 
@@ -149,6 +150,16 @@ def row(name: str) -> Callable:
     return evaluate
 
 
+def matched(evaluate: Callable) -> Callable:
+    """With the mean length of the experts' edits, over the whole model; the factor to six digits."""
+
+    def evaluate_matched(model: Model, settings: dict[str, Settings]) -> dict[str, Merged]:
+        factor = float(f"{options.norm_factor(model, evaluate(model, settings), settings):.6g}")
+        return evaluate(model, options.scaled(settings, dict.fromkeys(settings, factor)))
+
+    return evaluate_matched
+
+
 def _merged(name: str, tensor: Tensor, curvatures, masks, weights, settings: Settings) -> Merged:
     if tensor.role in ("matrix", "experts") and tensor.size:
         edits = np.where(masks, tensor.edits(), 0.0)
@@ -156,8 +167,9 @@ def _merged(name: str, tensor: Tensor, curvatures, masks, weights, settings: Set
         out = tensor.base + settings["lambda"] * found
         return merged(out, tensor, [settings["lambda"] * found], masks)
     shared = ota.SHARED | settings.shared
-    if settings["elsewhere"] == "mean":
-        shared |= {"masked_task_vector_merge_method": "linear"}
+    if settings["elsewhere"] != "ota":
+        times = len(tensor.experts) if settings["elsewhere"] == "sum" else 1
+        shared |= {"masked_task_vector_merge_method": "linear", "lambda": times * settings["lambda"]}
     return ota._ota(tensor, curvatures, masks, weights, replace(settings, shared=shared))
 
 
@@ -206,4 +218,6 @@ METHODS = {
         "iso_cts": {"common": 0.8},
         "covariance": {"covariance_weights": "equal"},
     }.items()
+} | {
+    "opcm": Method(matched(row("opcm")), _SHARED | {"alpha": 0.5, "elsewhere": "sum"}, _OWN, least=1),
 }

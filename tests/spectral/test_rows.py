@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -46,6 +47,8 @@ CASES = [
     ("iso_cts", {"common": 0.5, **FFG}),
     ("covariance", {}),
     ("covariance", {"covariance_weights": "norm", **FFG}),
+    ("opcm", {}),
+    ("opcm", {"alpha": 0.8, "elsewhere": "ota", **FFG}),
 ]  # fmt: skip
 
 
@@ -180,6 +183,21 @@ def test_small_neighbours_stay_matrices(tmp_path):
         truth = oracle.evaluate(tensors_of(models, False), "tsv", **parameters)
         merge(recipe_of(models, "tsv", parameters, False), tmp_path / "out", overwrite=True)
         check("float32", load_merged(tmp_path / "out"), truth)
+
+
+def test_auto_scales_what_formulas_make(plain, tmp_path):
+    """lambda: auto of the whole matrices, not of the mean of their edits."""
+    unscaled = oracle.evaluate(tensors_of(plain, False), "tsv")
+    kept = length = product = 0.0
+    for name, tensor in tensors_of(plain, False).items():
+        edit, edits = unscaled[name].out - tensor.base, tensor.edits()
+        kept, length = kept + np.square(edits).sum(), length + np.square(edit).sum()
+        product += sum((edit * d).sum() for d in edits)
+    factor = min(np.sqrt(kept / length), kept / product)
+    truth = oracle.evaluate(tensors_of(plain, False), "tsv", **{"lambda": factor})
+    report = merge(recipe_of(plain, "tsv", {"lambda": "auto"}, False), tmp_path / "out", tile_elements=300)
+    assert report["lambda"]["used"] == pytest.approx(factor, rel=1e-5)
+    check("bfloat16", load_merged(tmp_path / "out"), truth)
 
 
 def test_one_expert_and_no_edits(plain):

@@ -1,48 +1,52 @@
 """Rows of whole matrices: task singular vectors, isotropic merging, covariances of edits.
 
 X of m_1 d_1 .. m_T d_T, one matrix at a time (spectral/formulas.py);   out = w_0 + lambda X
-elsewhere (embeddings, output matrices, vectors): out = w_0 + lambda mean_t(m_t d_t), or as `ota` has it
+elsewhere (embeddings, output matrices, vectors): lambda mean_t(m_t d_t) (opcm: sum_t), or as by `ota`
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
 
 from ...spectral import formulas
 from ...spectral.formulas import Edits, Formula
 from ...tensors.found import Found
 from ...tensors.terms import Terms, Words, scale_weights
 from ..methods import Method, Need, register
-from ..parameters import LAMBDA, NOT_NEGATIVE, POSITIVE, SHARE, Parameter, choice
+from ..parameters import NOT_NEGATIVE, POSITIVE, SCALE, SHARE, Parameter, choice
 from ..settings import Settings
 from ..shares import share_of
 from .grafts import SCOPE, masked_sum, selection_needs
 from .ota import MOMENTS, SELECTION, gains, mean_needs, thresholds
 
-_PARAMETERS = (
-    LAMBDA,
-    Parameter(
-        "elsewhere",
-        choice("mean", "ota"),
-        "mean",
-        "embeddings, output matrices, vectors: the mean of the edits, or weighted by curvature as by `ota`",
-        varies=False,
-    ),
-    Parameter("power", POSITIVE, 0.5, "elsewhere: p, the exponent of the curvature"),
-    Parameter(
-        "normalise",
-        choice("none", "global", "model"),
-        "model",
-        "elsewhere: divide h_t^p by its mean over the tensor (global) or over the whole model (model)",
-        varies=False,
-    ),
-    Parameter("epsilon", NOT_NEGATIVE, 1e-26, "elsewhere: eps, added to each weight P_t"),
-    *SELECTION,
-    SCOPE,
-    *MOMENTS,
-)
+
+def _parameters(elsewhere: str, match_norm: str | None) -> tuple[Parameter, ...]:
+    """elsewhere, match_norm: the defaults."""
+    return (
+        *(replace(p, default=match_norm) if p.key == "match_norm" else p for p in SCALE),
+        Parameter(
+            "elsewhere",
+            choice(elsewhere, "ota"),
+            elsewhere,
+            f"embeddings, output matrices, vectors: the {elsewhere} of the edits, or their mean by curvature "
+            "as by `ota`",
+            varies=False,
+        ),
+        Parameter("power", POSITIVE, 0.5, "elsewhere: p, the exponent of the curvature"),
+        Parameter(
+            "normalise",
+            choice("none", "global", "model"),
+            "model",
+            "elsewhere: divide h_t^p by its mean over the tensor (global) or over the whole model (model)",
+            varies=False,
+        ),
+        Parameter("epsilon", NOT_NEGATIVE, 1e-26, "elsewhere: eps, added to each weight P_t"),
+        *SELECTION,
+        SCOPE,
+        *MOMENTS,
+    )
 
 
 def _needs(settings: Settings) -> list[Need]:
@@ -52,11 +56,12 @@ def _needs(settings: Settings) -> list[Need]:
 
 def _terms(settings: Settings, found: Found) -> Terms:
     """Of what is no matrix; and of matrices what is kept of their edits."""
-    mean = masked_sum(settings, found, "saliency", "number", float(len(settings.experts)))
-    if found.is_matrix or settings["elsewhere"] == "mean":
-        return mean
+    experts = 1 if settings["elsewhere"] == "sum" else len(settings.experts)
+    plain = masked_sum(settings, found, "saliency", "number", float(experts))
+    if found.is_matrix or settings["elsewhere"] != "ota":
+        return plain
     weights, epsilon = scale_weights(gains(settings, found), settings["epsilon"])
-    words = Words(score=mean.words.score, select=mean.words.select)
+    words = Words(score=plain.words.score, select=plain.words.select)
     return Terms(
         words,
         thresholds(found, weights),
@@ -67,7 +72,13 @@ def _terms(settings: Settings, found: Found) -> Terms:
 
 
 def _register(
-    name: str, source: str, formula: str, matrix: Callable[[Settings], Formula], *own: Parameter, **more: Any
+    name: str,
+    source: str,
+    formula: str,
+    matrix: Callable[[Settings], Formula],
+    *own: Parameter,
+    elsewhere: str = "mean",
+    match_norm: str | None = None,
 ) -> None:
     register(
         Method(
@@ -75,13 +86,12 @@ def _register(
             source=source,
             formula=formula,
             base="required",
-            parameters=(*own, *_PARAMETERS),
+            parameters=(*own, *_parameters(elsewhere, match_norm)),
             needs=_needs,
             terms=_terms,
             matrix=matrix,
             curvature_optional=True,
             least=1,
-            **more,
         )
     )
 
@@ -130,4 +140,19 @@ _register(
         "equal",
         "g_t: 1, or 1 / ||m_t d_t||^2, the minimum of WUDI's loss",
     ),
+)
+
+
+def _opcm(settings: Settings) -> Formula:
+    return Formula(functools.partial(formulas.opcm, alpha=settings["alpha"]))
+
+
+_register(
+    "opcm",
+    "arXiv 2501.09522",
+    "w_0 + S_T mean_t ||d_t|| / ||S_T||, S_t = S_{t-1} + what of m_t d_t S_{t-1} does not point at",
+    _opcm,
+    Parameter("alpha", SHARE, 0.5, "share of the singular values whose directions count as a span"),
+    elsewhere="sum",
+    match_norm="mean",
 )
