@@ -112,7 +112,7 @@ def _shape(text: str) -> tuple[int, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time the formulas of whole matrices.")
-    parser.add_argument("--shapes", default="1024x1024,1024x4096", help="[%(default)s]")
+    parser.add_argument("--shapes", default="512x512,512x2048,1024x1024", help="[%(default)s]")
     parser.add_argument("--experts", type=int, default=5)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument(

@@ -79,4 +79,5 @@ def _eigenvectors(gram: Tensor, k: int | None = None) -> Tensor:
     """Of the k largest eigenvalues (None: all) of a symmetric matrix, the largest first: float64[r, k]."""
     import torch
 
-    return torch.linalg.eigh(gram)[1].flip(1)[:, :k]
+    found = torch.linalg.eigh(gram)[1]
+    return found[:, found.shape[1] - (len(found) if k is None else min(k, len(found))) :].flip(1)

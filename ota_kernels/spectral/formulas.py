@@ -35,7 +35,7 @@ class Formula:
     def bytes(self, shape: tuple[int, int]) -> int:
         """Held at most while a matrix of this shape merges (`python -m bench.spectral` measures it)."""
         m, n = shape
-        return 8 * (6 * m * n + (4 * n * n if self.by_columns else 6 * min(shape) ** 2))
+        return 8 * (6 * m * n + 4 * n * n if self.by_columns else 9 * m * n + 7 * min(shape) ** 2)
 
 
 def _stacked(parts: Sequence[Triples]) -> Triples:
