@@ -174,7 +174,8 @@ class Decider:
     def passes(self) -> int:
         """Model-wide reads of the inputs before the merge."""
         histograms = 0 if self.brackets else 2 * self.needs.has("thresholds", "model")
-        return histograms + self.needs.has("mean weight", "model")
+        scaled = self.needs.matrices and any(s.scaled for s in self._settings.values())
+        return histograms + self.needs.has("mean weight", "model") + 2 * scaled
 
     @property
     def tensor_passes(self) -> int:

@@ -197,6 +197,7 @@ def test_auto_scales_what_formulas_make(plain, tmp_path):
     truth = oracle.evaluate(tensors_of(plain, False), "tsv", **{"lambda": factor})
     report = merge(recipe_of(plain, "tsv", {"lambda": "auto"}, False), tmp_path / "out", tile_elements=300)
     assert report["lambda"]["used"] == pytest.approx(factor, rel=1e-5)
+    assert report["passes"] == 5  # what is kept and the edits twice, and the base
     check("bfloat16", load_merged(tmp_path / "out"), truth)
 
 
