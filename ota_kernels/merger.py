@@ -196,7 +196,7 @@ class Placed:
 
     def _serving(self, label: str, name: str, tensor: Any) -> tuple[Backend, Read]:
         if self._served is None:
-            self._served = _serving(self._asked, tensor, f"{label}[{name!r}]")
+            self._served = serving(self._asked, tensor, f"{label}[{name!r}]")
         return self._served
 
     def _merge(
@@ -307,7 +307,7 @@ class _Moments:
 Read = Callable[[Any, str], Buffer]  # a tensor and what an error calls it
 
 
-def _serving(name: str, tensor: Any, origin: str) -> tuple[Backend, Read]:
+def serving(name: str, tensor: Any, origin: str) -> tuple[Backend, Read]:
     """The backend for tensors that are where this one is, and how it takes them."""
     device = device_of(tensor, origin)
     if device == "cpu":

@@ -17,6 +17,7 @@ _COMMANDS = {
     "run": "Merge models as a recipe says.",
     "files": "Merge single files, such as ComfyUI's checkpoints.",
     "sweep": "Merge the same models with several values of parameters, reading them once.",
+    "adapters": "Merge LoRA adapters into one adapter, in their core space.",
     "plan": "Show what a merge would read, write and hold in memory.",
     "verify": "Check a merged folder: checksums, and its recipe once more.",
     "recipe": "Write a recipe that needs no tuning.",

@@ -104,7 +104,7 @@ class Adapted:
 
     def _factors(self, a: str, b: str, dtype: str) -> tuple[np.ndarray, np.ndarray]:
         """[r, n] and [m, r]."""
-        return tuple(_matrix(self._adapter.tensors[key], dtype) for key in (a, b))
+        return tuple(factor(self._adapter.tensors[key], dtype) for key in (a, b))
 
     def source(self, name: str, stands_for: str | None = None) -> Source:
         change = self._changes.get(name)
@@ -201,7 +201,8 @@ def round_to(values: np.ndarray, dtype: str | None) -> np.ndarray:
     return np.where(np.isfinite(values), rounded.view(np.float32), values).astype(values.dtype)
 
 
-def _matrix(tensor: AdapterTensor, dtype: str) -> np.ndarray:
+def factor(tensor: AdapterTensor, dtype: str) -> np.ndarray:
+    """A or B as a matrix: float32 or float64 of [first axis, all others]."""
     return _values(tensor.buffer, dtype).reshape(tensor.shape[0], -1)
 
 

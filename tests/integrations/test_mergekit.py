@@ -1,0 +1,147 @@
+"""mergekit's own program with and without these methods in it. Runs where mergekit is installed:
+`bash tools/test_mergekit.sh` makes an environment with it and runs this file."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from checkpoints import load_merged, make_set
+
+from ota_kernels import RecipeError, merge
+from ota_kernels.integrations import mergekit
+
+SHAPES = {
+    "model.embed_tokens.weight": (20, 8),
+    "model.layers.0.mlp.up_proj.weight": (31, 24),
+    "model.norm.weight": (24,),
+}
+
+
+def test_without_mergekit_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mergekit.merge_methods", None)
+    with pytest.raises(RecipeError, match=r"pip install 'ota-kernels\[mergekit\]'"):
+        mergekit.register()
+
+
+class TestOneTensor:
+    """What needs no mergekit: the arguments that it hands over."""
+
+    BASE, EXPERTS = torch.zeros(4), [torch.ones(4), 2 * torch.ones(4)]
+
+    def merged(self, name, **values):
+        row = mergekit.methods.get(name)
+        return mergekit.merged(row, self.BASE, self.EXPERTS, ["a", "b"], "w", values)
+
+    def test_values_of_models_and_of_all(self):
+        found = self.merged("task_arithmetic", weight=[0.5, 1.0], **{"lambda": 2.0, "normalize": None})
+        assert found.tolist() == [5.0] * 4
+
+    @pytest.mark.parametrize(
+        ("name", "values", "text"),
+        [
+            ("ota", {}, "`ota` needs each model's `preconditioner_path`, or"),
+            ("ota", {"density": [0.5, None]}, "`density` is given for some models only"),
+            (
+                "ota",
+                {"missing_curvature": "uniform", "density": [0.5] * 2},
+                "give `density_scope: tensor`, or run",
+            ),
+            ("ramplus", {}, "takes sums over the whole model, and mergekit merges tensor by tensor"),
+        ],
+        ids=["moments", "some", "scope", "sums"],
+    )
+    def test_refused(self, name, values, text):
+        with pytest.raises(RecipeError, match=text):
+            self.merged(name, **values)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    pytest.importorskip("mergekit", reason="mergekit's own environment has it: bash tools/test_mergekit.sh")
+    found = make_set(tmp_path_factory.mktemp("models"), SHAPES, experts=2, dtype=torch.float32)
+    for folder in (found.base_folder, *found.expert_folders):
+        (folder / "config.json").write_text(
+            '{"model_type": "llama", "architectures": ["LlamaForCausalLM"], '
+            '"num_hidden_layers": 1, "hidden_size": 24, "vocab_size": 20}'
+        )
+    return found
+
+
+def run(module: str, recipe: dict, out, *options: str):
+    path = out.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(recipe))
+    command = [
+        sys.executable,
+        "-m",
+        module,
+        str(path),
+        str(out),
+        *options,
+        "--no-copy-tokenizer",
+        "--allow-crimes",
+    ]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def read(folder) -> dict[str, np.ndarray]:
+    return {name: tensor.double().numpy() for name, tensor in load_merged(folder).items()}
+
+
+THEIRS = {
+    "linear": {"weight": [0.25, 0.75]},
+    "task_arithmetic": {"weight": [0.5, -0.25], "lambda": 0.8},
+    "ties": {"weight": [1.0, 0.5], "density": 0.4},
+    "breadcrumbs": {"weight": [1.0, 0.5], "density": 0.4, "gamma": 0.1},
+    "sce": {"select_topk": 0.3},
+    "multislerp": {"weight": [1.0, 2.0]},
+    "nuslerp": {"weight": [1.0, 2.0]},
+    "karcher": {},
+    "ram": {},
+}
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_replaced_methods_agree_with_mergekit(models, tmp_path, name):
+    recipe = models.recipe(name, **THEIRS[name]) | {"dtype": "float32"}
+    if name in ("linear", "karcher", "nuslerp"):
+        del recipe["base_model"]
+    theirs = run("mergekit.scripts.run_yaml", recipe, tmp_path / "theirs")
+    assert theirs.returncode == 0, theirs.stderr[-2000:]
+    ours = run("ota_kernels.integrations.mergekit", recipe, tmp_path / "ours", "--replace")
+    assert ours.returncode == 0, ours.stderr[-2000:]
+    found, expected = read(tmp_path / "ours"), read(tmp_path / "theirs")
+    assert found.keys() == expected.keys() == SHAPES.keys()
+    for tensor in expected:
+        np.testing.assert_allclose(found[tensor], expected[tensor], rtol=2e-5, atol=1e-7)
+
+
+OURS = {
+    "ota": {"density": 0.3, "density_scope": "tensor", "lambda": 1.2},
+    "consensus": {"q": 0.3},
+    "tsv": {},
+}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_added_methods_are_ota_merge(models, tmp_path, name):
+    recipe = models.recipe(name, **OURS[name]) | {"dtype": "float32"}
+    done = run("ota_kernels.integrations.mergekit", recipe, tmp_path / "ours")
+    assert done.returncode == 0, done.stderr[-2000:]
+    merge(recipe, tmp_path / "alone")
+    found, expected = read(tmp_path / "ours"), read(tmp_path / "alone")
+    for tensor in expected:
+        np.testing.assert_allclose(found[tensor], expected[tensor], rtol=1e-6, atol=1e-9)
+
+
+def test_registering_twice_and_unknown_keys(models, tmp_path):
+    first = mergekit.register()
+    assert {"ota", "tsv", "consensus"} < set(first)
+    assert "ties" not in first
+    mergekit.register()
+    done = run("ota_kernels.integrations.mergekit", models.recipe("ota"), tmp_path / "x")
+    assert done.returncode == 0, done.stderr[-1500:]
