@@ -48,9 +48,28 @@ struct Merged {
     int64_t candidates;
     std::vector<int64_t> steps, alternatives;
 };
-// censuses: an array or none for each expert; lists: none where no threshold is a bracket.
+// Sums that a merge goes on with; see sums.py.
+ota::Sums sums_of(nb::handle given, int64_t n, ota::DType type) {
+    const int64_t bytes = n * (ota::item_size(type) == 2 ? 4 : 8);
+    const auto right = [&](const auto& plane) { return static_cast<int64_t>(plane.size()) == bytes; };
+    const auto numerator = array<OutBytes>(given.attr("new_numerator"), "sums are bytes");
+    const auto denominator = array<OutBytes>(given.attr("new_denominator"), "sums are bytes");
+    require(right(numerator) && right(denominator), "sums of n elements");
+    ota::Sums sums;
+    sums.new_numerator = numerator.data(), sums.new_denominator = denominator.data();
+    sums.removes = number<bool>(given, "removes");
+    if (given.attr("numerator").is_none()) return sums;
+    const auto before = array<Bytes>(given.attr("numerator"), "sums are bytes");
+    const auto weights = array<Bytes>(given.attr("denominator"), "sums are bytes");
+    require(right(before) && right(weights), "sums of n elements");
+    sums.numerator = before.data(), sums.denominator = weights.data();
+    return sums;
+}
+
+// censuses: an array or none for each expert; lists: none where no threshold is a bracket; sums: none where the merge
+// does not go on.
 Merged merge(nb::handle inputs, nb::handle terms, OutBytes out, const nb::list& censuses, nb::handle lists,
-             const std::string& isa) {
+             nb::handle sums, const std::string& isa) {
     const auto tile = read(inputs, terms);
     const ota::DType type = dtype(inputs.attr("out_dtype"));
     require(static_cast<int>(type) <= 3, "a merged tensor is float32, bfloat16, float16 or float64");
@@ -64,7 +83,8 @@ Merged merge(nb::handle inputs, nb::handle terms, OutBytes out, const nb::list& 
     }
     ota::Candidates undecided;
     if (!lists.is_none()) undecided = candidates(lists, *tile, type);
-    const ota::MergeArgs args{*tile, out.data(), type, lists.is_none() ? nullptr : &undecided};
+    const ota::Sums going_on = sums.is_none() ? ota::Sums{} : sums_of(sums, tile->n, type);
+    const ota::MergeArgs args{*tile, out.data(), type, lists.is_none() ? nullptr : &undecided, going_on};
     const ota::Kernels& table = kernels(isa);
     ota::MergeStats stats;
     {
@@ -350,7 +370,7 @@ NB_MODULE(_native, m) {
         .def_ro("alternatives", &Merged::alternatives);
     bind_packs(m);
     m.def("instruction_sets", &instruction_sets);
-    m.def("merge", &merge, "tile"_a, "terms"_a, "out"_a, "censuses"_a, "lists"_a.none(), "isa"_a);
+    m.def("merge", &merge, "tile"_a, "terms"_a, "out"_a, "censuses"_a, "lists"_a.none(), "sums"_a.none(), "isa"_a);
     m.def("histogram", &histogram, "tile"_a, "t"_a, "terms"_a, "of_edits"_a, "prefix"_a, "counts"_a, "lows"_a, "isa"_a);
     m.def("edits", &per_element<&ota::Kernels::edits>, "tile"_a, "t"_a, "terms"_a, "out"_a, "isa"_a);
     m.def("scores", &per_element<&ota::Kernels::scores>, "tile"_a, "t"_a, "terms"_a, "out"_a, "isa"_a);

@@ -163,11 +163,21 @@ struct MergeStats {
     NonFinite base, weights[kMaxExperts], curvature[kMaxExperts];
 };
 
+// N and D of a tile, elements of the accumulator's type, for a merge that goes on later: those of the experts before it
+// (none of the first), and those with its own. Where nobody keeps the element, D has the sign bit. removes: the tile's
+// experts are taken out again: their weights are negative.
+struct Sums {
+    const uint8_t *numerator = nullptr, *denominator = nullptr;
+    uint8_t *new_numerator = nullptr, *new_denominator = nullptr;
+    bool removes = false;
+};
+
 struct MergeArgs {
     const Tile& tile;
     uint8_t* out;  // overlaps no input
     DType out_dtype;
     Candidates* candidates;  // none where nothing is undecided
+    Sums sums = {};          // none where the merge does not go on
 };
 
 struct SurveyStats {

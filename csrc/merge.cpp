@@ -181,7 +181,7 @@ void merge_tile(const MergeArgs& args, MergeStats& stats) {
     prepare(tile, x);
     const Ranked ranked(tile, 0, tile.n_experts, x);
     const bool open = args.candidates != nullptr && has_spans(tile);
-    const Salient common = salient(args, open);
+    const Salient common = args.sums.new_numerator == nullptr ? salient(args, open) : nullptr;
     const Merge<Acc> m{args, stats, x, open};
     Waiting waiting;
     Resolver* resolver = nullptr;

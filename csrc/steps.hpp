@@ -261,9 +261,36 @@ void clear_sums(Strip<Acc>& x) {
     std::memset(x.denominator, 0, sizeof(x.denominator));
 }
 
+// The sums of the experts before this tile's, and whether one of them keeps the element.
+template <typename Acc>
+void load_sums(const Sums& sums, Strip<Acc>& x) {
+    const auto offset = sizeof(Acc) * static_cast<size_t>(x.offset), bytes = sizeof(Acc) * static_cast<size_t>(x.n);
+    std::memcpy(x.numerator, sums.numerator + offset, bytes);
+    std::memcpy(x.denominator, sums.denominator + offset, bytes);
+    for (int i = 0; i < x.n; ++i) {
+        const int32_t before = std::signbit(x.denominator[i]) ? 0 : -1;
+        x.any[i] = sums.removes ? before : x.any[i] | before;
+        x.denominator[i] = std::fabs(x.denominator[i]);
+    }
+}
+
+template <typename Acc>
+void save_sums(const Merge<Acc>& m) {
+    Strip<Acc>& x = m.x;
+    const Sums& sums = m.args.sums;
+    const auto offset = sizeof(Acc) * static_cast<size_t>(x.offset), bytes = sizeof(Acc) * static_cast<size_t>(x.n);
+    alignas(64) Acc signed_[kStrip];
+    for (int i = 0; i < x.n; ++i) {
+        if (sums.removes && m.args.tile.words.divide == Divide::kept_weights && x.denominator[i] == Acc(0)) x.any[i] = 0;
+        signed_[i] = x.any[i] ? x.denominator[i] : -x.denominator[i];
+    }
+    std::memcpy(sums.new_numerator + offset, x.numerator, bytes);
+    std::memcpy(sums.new_denominator + offset, signed_, bytes);
+}
+
+// N and D of the tile's experts, on top of what they hold.
 template <typename Acc>
 void add(const Tile& tile, Strip<Acc>& x) {
-    clear_sums(x);
     if (tile.words.weigh == Weigh::alone || tile.words.divide == Divide::kept_count) count_adders(tile, x);
     switch (form_of(tile)) {
         case Form::number: return add_all<Form::number>(tile, x);
@@ -352,7 +379,8 @@ void merge_strip(const Merge<Acc>& m) {
     const Ahead next(tile.base, x.offset, tile.n);
     for (int begin = 0; begin < x.n; begin += kChunk) next.fetch(begin);
     bool bad = tile.has_base() && count_unusable_base(x, m.stats.base);
-    if (!bad && is_plain(tile) && add_plain(tile, x)) {
+    const Sums& sums = m.args.sums;
+    if (!bad && sums.new_numerator == nullptr && is_plain(tile) && add_plain(tile, x)) {
         for (int t = 0; t < tile.n_experts; ++t) m.stats.kept[t] += x.n;
         std::memset(x.any, 0xff, sizeof(x.any));
         divide(m, x.any);
@@ -364,7 +392,9 @@ void merge_strip(const Merge<Acc>& m) {
     const bool repairs = bad && tile.numbers.repair;
     if (repairs) std::memcpy(selected, x.keep, sizeof(selected[0]) * static_cast<size_t>(tile.n_experts));
     elect(tile, x);
+    sums.numerator != nullptr ? load_sums(sums, x) : clear_sums(x);
     add(tile, x);
+    if (sums.new_numerator != nullptr) save_sums(m);
     divide(m, x.any);
     if (repairs) repair(m, selected);
     write(m);

@@ -110,6 +110,13 @@ def test_end_to_end(bench, data, tmp_path):
     assert len(processes["native"]["runs"]) == 1, printed
 
 
+def test_packs(bench, data, tmp_path):
+    printed = bench("packs", "--data", data, *TINY, "--json", tmp_path / "a.json")
+    figures = json.loads((tmp_path / "a.json").read_text())
+    assert list(figures["processes"]) == ["experts", "unpacked", "packs"], printed
+    assert figures["bytes_read"]["packs"] < figures["bytes_read"]["experts"]
+
+
 def test_density(bench, data, tmp_path):
     options = ["--hidden", 16, "--densities", "0.3", "--scores", 4096]
     bench("density", "--data", data, *TINY, *options, "--json", tmp_path / "a")

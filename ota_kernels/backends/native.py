@@ -72,9 +72,26 @@ def _nonfinite(t: int, base, weights, curvature) -> tuple[NonFinite, ...]:
     return tuple(NonFinite(role, at, bad.count, bad.first) for role, at, bad in named if bad and bad.count)
 
 
-def merge(tile: TensorInputs, terms: Terms, out: np.ndarray) -> MergeStats:
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """N = sum_t g_t P_t y_t and D = sum_t P_t of a tile's elements, for a merge that goes on later: bytes
+    of float32, of float64 where outputs are wider than 16 bits. D has the sign bit where nobody keeps the
+    element.
+
+    numerator, denominator: of the experts before this tile's, None of the first; new_...: with its own,
+    written; removes: its experts are taken out: their weights are negative.
+    """
+
+    new_numerator: np.ndarray
+    new_denominator: np.ndarray
+    numerator: np.ndarray | None = None
+    denominator: np.ndarray | None = None
+    removes: bool = False
+
+
+def merge(tile: TensorInputs, terms: Terms, out: np.ndarray, sums: Sums | None = None) -> MergeStats:
     """Merge one tile into `out` (uint8, the tile's elements in its out_dtype; it overlaps no input). Releases
-    the GIL.
+    the GIL. sums: what the merge goes on with, later.
 
     Candidates are views of memory that the thread's next merge with brackets uses again.
     """
@@ -82,7 +99,7 @@ def merge(tile: TensorInputs, terms: Terms, out: np.ndarray) -> MergeStats:
         return other.merge(tile, terms, out)
     censuses = [np.zeros(CENSUS, np.int64) if e.census else None for e in terms.experts]
     room = _room(tile, terms) if any(e.span for e in terms.experts) else None
-    found = _extension().merge(tile, terms, out, censuses, room, instruction_set())
+    found = _extension().merge(tile, terms, out, censuses, room, sums, instruction_set())
     nonfinite = _nonfinite(-1, found.base, None, None)
     for t, (weights, curvature) in enumerate(zip(found.weights, found.curvatures, strict=True)):
         nonfinite += _nonfinite(t, None, weights, curvature)

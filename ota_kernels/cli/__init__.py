@@ -26,6 +26,8 @@ _COMMANDS = {
     "densities": "Show what each density would keep of each expert, and where.",
     "pack": "Store an expert as its base plus packed edits.",
     "unpack": "Write the expert of a pack as a model.",
+    "add": "Merge one more expert into a finished merge.",
+    "remove": "Take an expert out of a finished merge.",
     "moments": "Get second moments: extract, compress, show, lift, estimate.",
     "demo": "Train small experts on digits, merge them, print what came out.",
 }

@@ -4,7 +4,7 @@ disk."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -73,7 +73,8 @@ class Packed:
         return f"{self.label}: {name}"
 
     def fingerprint(self) -> list:
-        return [self._base.fingerprint(), self.pack.fingerprint()]
+        shared = [] if self._shared is None else self._shared.fingerprint()
+        return [self._base.fingerprint(), self.pack.fingerprint(), *shared]
 
     def close(self) -> None:
         self.pack.close()
@@ -131,19 +132,23 @@ class Unpacked(Computed):
             yield self._base.slice(first, stop)
 
 
+def probes(sizes: Mapping[str, int]) -> list[tuple[str, int]]:
+    """Some tiles, spread over tensors of these sizes: (name, number of the tile)."""
+    found = [(name, j) for name, numel in sizes.items() for j in range(-(-numel // TILE))]
+    count = min(_PROBED, len(found))
+    return [found[i * len(found) // count] for i in range(count)]
+
+
 def other_base(pack: PackFile, base: Model) -> str | None:
     """Why a model is not the one that an expert was packed against; None where it is, as far as names,
     types, shapes and the elements of some tiles tell."""
-    found: list[tuple[str, int]] = []
     for name, entry in pack.entries.items():
         info = base.tensors.get(name)
         if info is None:
             return f"has no {quoted(name)}"
         if (tuple(info.shape), info.dtype) != (entry.shape, entry.dtype) or is_computed(base.source(name)):
             return f"{name} is {info.dtype.name}{list(info.shape)}, not {entry.dtype.name}{list(entry.shape)}"
-        found += ((name, j) for j in range(-(-entry.numel // TILE)))
-    for i in range(min(_PROBED, len(found))):
-        name, j = found[i * len(found) // min(_PROBED, len(found))]
+    for name, j in probes({name: entry.numel for name, entry in pack.entries.items()}):
         if not pack.is_base(name, base.source(name), [j]):
             return f"tile {j} of {name} is another"
     return None

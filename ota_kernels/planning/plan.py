@@ -54,6 +54,7 @@ _MEMORY_LIMITS = {"native": 1 << 30, "reference": 1 << 30, "triton": 4 << 30}
 # under its interpreter: what the driver of a GPU maps comes on top, and differs.
 PROCESS_BYTES = {"native": 100 << 20, "reference": 420 << 20, "triton": 420 << 20}
 _REFERENCE_TEMPORARIES = 12  # float32 arrays of a tile that the reference holds per expert
+_SUMS_BYTES = 32  # two sums of float64, those before and those after
 _ASSUMED_BANDWIDTH = 8e9  # bytes per second per thread, for the estimated time from a warm page cache
 
 
@@ -136,11 +137,13 @@ def make_plan(
     memory_limit: int,
     tile_elements: int | None = None,
     candidates_memory: int = DEFAULT_BUDGET,
+    sums: bool = False,
 ) -> Plan:
-    """The plan of a merge of open inputs, with the first number of threads that fits the memory limit. Raises
-    RecipeError when it is too small for any."""
+    """The plan of a merge of open inputs, with the first number of threads that fits the memory limit. sums:
+    whether sums are written beside it. Raises RecipeError when the limit is too small for any."""
     tensors = decider.tensors
     per_element = max((_bytes_per_element(t, backend) for t in tensors), default=1)
+    per_element += _SUMS_BYTES * sums
     each = max((_candidate_bytes(t, backend) for t in tensors), default=0)
     candidates = decider.expected_candidates() * each
     # A small limit leaves room for tiles first.

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import NamedTuple, Protocol, TypeVar
 
+from ..backends import Backend
 from ..select.pending import Pending, Store
 from ..select.settle import Group
 from ..tensors import array as resident
@@ -113,10 +114,11 @@ class Engine:
         decided: Mapping[int | None, list[float | None]] | None = None,
         bundles: Mapping[int, Bundle] | None = None,
         ranks: Ranks = ALONE,
+        backend: Backend | None = None,
     ) -> None:
         self._tensors, self._sink, self._store, self._bundles = tensors, sink, store, bundles or {}
         self._tile_elements, self._decider, self._found = tile_elements, decider, found
-        self._backend, self._pool = decider.backend, decider.pool
+        self._backend, self._pool = backend or decider.backend, decider.pool
         self._ranks = ranks
         self._groups: dict[int | None, Group] = {}
         self.decided = dict(decided or {})

@@ -104,6 +104,7 @@ def _check(recipe: Recipe) -> None:
         "modules": recipe.modules[0].name is not None,
         "tokenizer": recipe.vocabulary is not None,
         "chat_template": recipe.chat_template is not None,
+        "keep_sums": bool(recipe.parameters.get("keep_sums")),
     }
     for key, there in given.items():
         if there:

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__, backends
-from ..errors import BackendError, InputError, OutputError, RunError, StoppedError
+from ..errors import BackendError, InputError, OutputError, RecipeError, RunError, StoppedError
 from ..io.assets import Asset, plan_assets, recipe_asset, write_assets
 from ..io.leftovers import asset_notes
 from ..io.pages import release, watched
 from ..io.workfolder import WorkFolder
-from ..io.writer import layout, write_index
+from ..io.writer import ShardWriter, layout, write_index
 from ..planning.inputs import Inputs
 from ..planning.outputs import OutputTensor
 from ..planning.plan import Plan, make_plan, memory_limit_of, thread_choices
@@ -37,6 +37,7 @@ from .readahead import ReadAhead
 from .report import REPORT_NAME, build_report, length_note, published_report
 from .rules import RULES, Rules
 from .state import FORMAT
+from .sums_writing import SUMS, Earlier, Summing, base_probes, planes, uniform_tensors
 from .surveys import Once, Surveys
 
 logger = logging.getLogger(__name__)
@@ -94,7 +95,8 @@ class Job:
 
     def __init__(self, recipe: Recipe, options: Options, rules: Rules = RULES, ranks: Ranks = ALONE) -> None:
         self.options, self.rules, self.ranks = options, rules, ranks
-        self.backend = backends.select(options.backend, own_device(options.device), recipe.method.python)
+        asked = "native" if _keeps_sums(recipe) and options.backend == "auto" else options.backend
+        self.backend = backends.select(asked, own_device(options.device), recipe.method.python)
         self.inputs = self._open(recipe)
         self.recipe = self.inputs.recipe
         try:
@@ -120,10 +122,14 @@ class Job:
         self.bundles: dict[int, Bundle] = {}
         self.read_ahead = ReadAhead([])
         tensors = [(e.name, e.dtype, e.shape) for e in entries]
-        output = layout(tensors, options.shard_size, self.inputs.stems, self._metadata())
+        stems = self.inputs.stems
+        if _keeps_sums(self.recipe):
+            tensors, stems = tensors + planes(entries), stems | {SUMS: SUMS.rstrip("/")}
+        output = layout(tensors, options.shard_size, stems, self._metadata())
+        written = output.tensors[: len(entries)]
         may = functools.partial(self._may_be_bundled, self.decider(IN_PLACE))
-        self.tensors, self.bundles = bundles_of(entries, output.tensors, may)
-        self.places = places_of(output.tensors, self.bundles)
+        self.tensors, self.bundles = bundles_of(entries, written, may)
+        self.places = places_of(written, self.bundles)
         self.read_ahead = ReadAhead(list(self.tensors.values()))
         self.plan = make_plan(
             self.inputs,
@@ -134,7 +140,18 @@ class Job:
             memory_limit=memory_limit_of(options.memory_limit, self.backend),
             tile_elements=options.tile_elements,
             candidates_memory=options.candidates_memory,
+            sums=_keeps_sums(self.recipe),
         )
+
+    def summing(self, writer: ShardWriter) -> Summing | None:
+        """What merges where sums are written beside the merge, None without."""
+        if not _keeps_sums(self.recipe):
+            return None
+        named = [entry.name for entry in self.inputs.entries if entry.is_computed]
+        own = iter(self.plan.layout.tensors[len(self.inputs.entries) :])
+        return Summing(writer, dict(zip(named, zip(own, own, strict=True), strict=True)), self._earlier)
+
+    _earlier: Earlier | None = None  # sums that it goes on with
 
     def _metadata(self) -> dict[str, str]:
         """What the output's headers say besides."""
@@ -142,7 +159,8 @@ class Job:
 
     def _may_be_bundled(self, decider: Decider, entry: OutputTensor, tensor: TensorInputs) -> bool:
         method = self.inputs.method
-        if not self.bundles_small or method.python or method.whole(entry.settings):
+        apart = not self.bundles_small or _keeps_sums(self.recipe)
+        if apart or method.python or method.whole(entry.settings):
             return False
         return can_be_bundled(method, entry.settings, decider.score_terms(tensor).words)
 
@@ -234,6 +252,8 @@ class Job:
         return [*self.inputs.notes, *asset_notes(self.inputs.model_folders, names, source, read)]
 
     def run(self, out: Path, progress: Progress) -> dict:
+        if _keeps_sums(self.recipe) and self.backend.NAME != "native":
+            raise RecipeError(f"`keep_sums` is computed by the backend native, not by {self.backend.NAME}")
         ranks, out = self.ranks, out.resolve()
         self._check_agreement()
         is_first = ranks.rank == 0
@@ -273,7 +293,8 @@ class Job:
     def _files(self) -> list[Path]:
         weights = (path for checkpoint in self.inputs.checkpoints.values() for path in checkpoint.files)
         moments = (file.path for file in self.inputs.moments_files)
-        return list(dict.fromkeys([*weights, *moments]))
+        packs = (model.pack.path for model in self.inputs.packs.values())
+        return list(dict.fromkeys([*weights, *moments, *packs]))
 
     def _check_unchanged(self) -> None:
         """InputError for a file that was written to while it was merged."""
@@ -348,17 +369,29 @@ class Job:
             "processes": self.ranks.size,
             "checksums": done.checksums.as_dict(),
         }
+        report = self._completed(report)
         work.check_written({shard.name: shard.size for shard in self.plan.layout.shards})
         write_index(work.files, self.plan.layout)
         cards = [self._card(assets, report)] if self.options.write_model_card else []
         write_assets(work.files, [*assets, *cards, _json_asset(REPORT_NAME, report)])
         return report
 
+    def _completed(self, report: dict[str, Any]) -> dict[str, Any]:
+        """The report with what is said of the sums that are kept."""
+        if not _keeps_sums(self.recipe):
+            return report
+        probes = base_probes(self.tensors.values())
+        return report | {"sums": {"uniform": uniform_tensors(self.inputs.entries), "base": probes}}
+
     def _card(self, assets: list[Asset], report: dict) -> Asset:
         has_config = any(a.name == "config.json" for a in assets)
         formula = methods.get(self.recipe.merge_method).formula
         card = model_card(self.recipe.as_dict(), report, __version__, formula=formula, has_config=has_config)
         return Asset("README.md", card.encode())
+
+
+def _keeps_sums(recipe: Recipe) -> bool:
+    return bool(recipe.parameters.get("keep_sums"))
 
 
 def _stamp(path: Path) -> list[int]:

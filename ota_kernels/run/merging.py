@@ -129,6 +129,7 @@ class Merging:
                 decided=state.decided,
                 bundles=job.bundles,
                 ranks=self._ranks,
+                backend=job.summing(writer),
             )
             try:
                 for event in itertools.chain(self._copy(state, writer), self._events(engine, state, decider)):
@@ -169,7 +170,7 @@ class Merging:
             piece
             for i, tensor in job.tensors.items()
             if i not in dealt
-            for piece in ranges_of(decider, i, tensor, gaps[i], most // max(weights[i], 1))
+            for piece in ranges_of(decider, i, tensor, gaps[i], int(most // max(weights[i], 1)))
         ]
         lots, sizes = lots_of(pieces, weights, most if ranks.several else 0)
         for lot in ranks.take(lots, sizes):

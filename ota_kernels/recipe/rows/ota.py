@@ -10,6 +10,7 @@ from ...tensors.found import Found, selection_of
 from ...tensors.terms import ExpertTerms, Terms, Words, scale_weights
 from ..methods import Method, Need, register
 from ..parameters import (
+    AUTO,
     NOT_NEGATIVE,
     POSITIVE,
     POSITIVE_INTEGER,
@@ -137,6 +138,13 @@ _OTA = (
         "NaN, infinity or negative curvature: an error, or the base's value there",
         varies=False,
     ),
+    Parameter(
+        "keep_sums",
+        SWITCH,
+        False,
+        "write the sums over experts beside the merge, so that `ota-merge add` can go on with it",
+        varies=False,
+    ),
     *SELECTION,
     Parameter("scaling_factor", POSITIVE, 1.0, "g_t, the factor of the model's curvature", "expert"),
     Parameter(
@@ -180,6 +188,8 @@ def _ota_needs(settings: Settings) -> list[Need]:
         needs.append(Need("norms", reads=2, of_masks=True))
     if settings["masked_task_vector_merge_method"] == "ties" and settings["ties_density"] < 1:
         needs.append(Need("trims", reads=2, of_masks=True))
+    if settings["keep_sums"]:  # of what is kept for good
+        needs.append(Need("kept sums", "model", reads=0, of_masks=True))
     return needs
 
 
@@ -187,6 +197,27 @@ def mean_needs(settings: Settings) -> list[Need]:
     """The mean that `normalise` divides by."""
     rule = settings["normalise"]
     return [] if rule == "none" else [Need("mean weight", "model" if rule == "model" else "tensor")]
+
+
+def _ota_check(settings: Settings) -> str | None:
+    if not settings["keep_sums"]:
+        return None
+    wrong = None
+    if settings["masked_task_vector_merge_method"] == "ties":
+        wrong = "masked_task_vector_merge_method: ties", "elects signs by all experts"
+    if not settings["fallback_to_base"]:
+        wrong = "fallback_to_base: false", "takes the mean of all experts"
+    if settings["on_nonfinite"] == "base":
+        wrong = "on_nonfinite: base", "looks at all experts"
+    if settings.shared.get("calibrate", "none") != "none":
+        wrong = "calibrate", "looks at the whole merged edit"
+    if settings["lambda"] == AUTO or settings["match_norm"] is not None:
+        wrong = "lambda: auto or match_norm", "measures the whole merged edit"
+    if not settings.has_base:
+        wrong = "a recipe without base_model", "has no edits to add to"
+    if wrong is None:
+        return None
+    return f"`keep_sums` does not go with {wrong[0]}, which {wrong[1]}: leave one out"
 
 
 def _ota_terms(settings: Settings, found: Found) -> Terms:
@@ -197,7 +228,9 @@ def _ota_terms(settings: Settings, found: Found) -> Terms:
     weights, epsilon = [1.0] * len(settings.experts), settings["epsilon"]
     if words.weigh == "curvature":
         weights = gains(settings, found)
-        weights, epsilon = scale_weights(weights, epsilon)
+        # One factor for all experts, whoever joins them later: none.
+        if not settings["keep_sums"]:
+            weights, epsilon = scale_weights(weights, epsilon)
     experts = thresholds(found, weights)
     return Terms(
         words,
@@ -248,5 +281,6 @@ register(
         parameters=_OTA,
         needs=_ota_needs,
         terms=_ota_terms,
+        check=_ota_check,
     )
 )
