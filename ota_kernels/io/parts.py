@@ -22,6 +22,7 @@ from .folder import (
     where,
 )
 from .signature import check_real
+from .sizes import read_settings
 from .tokenizer import read_json
 
 _ROOT_FILES = {
@@ -90,7 +91,7 @@ def part_patterns(folder: Path) -> list[str]:
 def _with_weights(folder: Path, kind: str) -> list[tuple[str, str]]:
     """(subfolder, class) of the parts that have weights, as the list of modules or components says."""
     if kind == STACK:
-        modules = json.loads((folder / "modules.json").read_bytes())
+        modules = json.loads(read_settings(folder / "modules.json"))
         named = [(module["path"], str(module.get("type")).rpartition(".")[2]) for module in modules]
         return [pair for pair in named if _WEIGHTED_MODULE.fullmatch(pair[1])]
     check_real(folder / "model_index.json")
@@ -114,8 +115,10 @@ def _inner(folder: Path, kind: str, label: str) -> list[str]:
 def _module_paths(path: Path) -> list[str]:
     check_real(path)
     try:
-        modules = json.loads(path.read_bytes())
+        modules = json.loads(read_settings(path))
         paths = [module["path"] for module in modules]
+    except InputError:
+        raise
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path} is not a list of modules with a path: restore the file") from error
     for inner in paths:

@@ -37,6 +37,7 @@ from .header import Header, parse_json_object, quoted, read_header
 from .pages import guarded
 from .parts import Part, parts_of
 from .signature import check_real
+from .sizes import read_settings
 from .table import Table
 from .ties import has_tied_embeddings
 from .torch_weights import SUFFIXES as TORCH_SUFFIXES
@@ -296,7 +297,7 @@ def _check_weight_map(weight_map: dict[str, Path], headers: dict[Path, Header], 
 def _read_json_object(path: Path) -> dict[str, Any]:
     check_real(path)
     try:
-        text = path.read_bytes()
+        text = read_settings(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     return parse_json_object(text, str(path))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..errors import InputError, RecipeError
 from .signature import check_real
+from .sizes import read_settings
 
 # Vocabularies whose format is not read here; two of them are equal when their bytes are.
 _OPAQUE_VOCABULARIES = (
@@ -73,7 +74,11 @@ def _unreadable(path: Path, error: OSError) -> InputError:
 def read_json(path: Path) -> dict:
     """The JSON object in `path`; raises InputError when it is anything else."""
     try:
-        value = json.loads(read_bytes(path))
+        value = json.loads(read_settings(path))
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except InputError:
+        raise
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON ({error}): restore the file") from error
     if not isinstance(value, dict):

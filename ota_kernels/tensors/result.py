@@ -96,8 +96,9 @@ class Candidates(NamedTuple):
     @classmethod
     def none(cls, tile: TensorInputs) -> Candidates:
         """A tile without candidates."""
-        empty = resident.elements(resident.empty(0, tile.experts[0].data), _INDEX)
-        return cls(empty, tile.slice(0, 0), (empty,) * len(tile.experts))
+        nothing = tile.slice(0, 0)
+        empty = resident.elements(resident.empty(0, nothing.experts[0].data), _INDEX)
+        return cls(empty, nothing, (empty,) * len(tile.experts))
 
     @staticmethod
     def columns(tile: TensorInputs) -> list[int]:
