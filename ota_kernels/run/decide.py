@@ -174,7 +174,7 @@ class Decider:
     def passes(self) -> int:
         """Model-wide reads of the inputs before the merge."""
         histograms = 0 if self.brackets else 2 * self.needs.has("thresholds", "model")
-        scaled = self.needs.matrices and any(s.scaled for s in self._settings.values())
+        scaled = any(self.settings(t).scaled and self.matrices.by_formula(t) for t in self.tensors)
         return histograms + self.needs.has("mean weight", "model") + 2 * scaled
 
     @property
