@@ -106,7 +106,7 @@ class Decider:
     @property
     def matrices(self) -> Matrices:
         """How matrices are merged whole, where some are."""
-        return Matrices(self.method, self.settings, self.backend, self.check)
+        return Matrices(self.method, self.settings, self.backend, self.check, self._release)
 
     def of_sample(self, tensors: Sequence[TensorInputs]) -> Decider:
         """One that takes these tensors, prepared, for the model."""

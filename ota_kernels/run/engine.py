@@ -31,7 +31,6 @@ from ..tensors.tile import TensorInputs
 from .bundles import Bundle, kept_by_member
 from .decide import Decider
 from .found import ModelFound, open_thresholds
-from .matrices import Matrix
 from .ranks import ALONE, Ranks
 from .rules import Rules
 
@@ -200,8 +199,8 @@ class Engine:
     def _merge_alone(self, segment: Segment) -> list[tuple]:
         """A whole tensor in one tile: where densities are per tensor, it is settled before it is written."""
         tensor, terms = self._decide(segment.index)
-        if shape := self._decider.matrices.shape(self._tensors[segment.index]):
-            return self._merge_matrices(segment, tensor, terms, shape)
+        if self._decider.matrices.shape(self._tensors[segment.index]):
+            return list(self._merge_matrices(segment, tensor, terms))
         room, result = self._run_kernel(segment, tensor, terms)
         if isinstance(result, Pending) and not self._decider.model_scope:
             group = self._new_group(segment.index)
@@ -219,33 +218,32 @@ class Engine:
         return [self._result(segment, result, tensor, terms)]
 
     def _merge_segment(self, segment: Segment, tensor: TensorInputs, terms: Terms) -> list[tuple]:
-        if shape := self._decider.matrices.shape(self._tensors[segment.index]):
-            return self._merge_matrices(segment, tensor, terms, shape)
+        if self._decider.matrices.shape(self._tensors[segment.index]):
+            return list(self._merge_matrices(segment, tensor, terms))
         room, result = self._run_kernel(segment, tensor, terms)
         self._sink.write(segment, room, not isinstance(result, Pending))
         self._sink.done_with(tensor.stored.slice(segment.start, segment.stop))
         return [self._result(segment, result, tensor, terms)]
 
     def _merge_matrices(
-        self, segment: Segment, tensor: TensorInputs, terms: Terms, shape: tuple[int, int]
-    ) -> list[tuple[Segment, Counts]]:
+        self, segment: Segment, tensor: TensorInputs, terms: Terms
+    ) -> Iterator[tuple[Segment, Counts]]:
         """A segment that is one matrix, or several."""
-        index, size = segment.index, math.prod(shape)
-        done = []
-        for start in range(segment.start, segment.stop, size):
+        index, matrices = segment.index, self._decider.matrices
+        stored, thresholds = self._tensors[index], self._saliencies(tensor, terms)
+        for matrix in matrices.of(stored, tensor, terms, segment.start, segment.stop):
+            start, size = matrix.start, matrix.numel
             whole = Segment(index, start, start + size)
             self._rules.before("tile", whole)
-            matrix = Matrix(self._tensors[index], tensor, terms, shape, start)
-            given, own, counts = self._decider.matrices.merge(matrix, self._saliencies(tensor, terms))
+            given, own, counts = matrices.merge(matrix, thresholds)
             for a in range(0, size, self._tile_elements):
                 tile = given.slice(a, min(a + self._tile_elements, size))
                 part = Segment(index, start + a, start + a + tile.numel)
                 room = self._sink.room(part, tile.numel * tile.out_dtype.itemsize)
                 counts.overflow += self._backend.merge(tile, own, room).overflow
                 self._sink.write(part, room, True)
-            self._sink.done_with(matrix.stored.stored.slice(start, start + size))
-            done.append((whole, counts))
-        return done
+            self._sink.done_with(stored.stored.slice(start, start + size))
+            yield whole, counts
 
     def _result(
         self, segment: Segment, result: Counts | Pending, tensor: TensorInputs, terms: Terms

@@ -43,25 +43,31 @@ _CALIBRATION = formulas.Formula(lambda edits: edits[0])  # holds what a row's fo
 
 @dataclass(frozen=True)
 class Matrix:
-    """One matrix of a tensor: elements from `start`. stored: the tensor; seen: as its kernels see it."""
+    """One matrix of a tensor: elements from `start`. stored: the tensor; seen: as its kernels see it;
+    release: lets go of a tile's mapped pages."""
 
     stored: TensorInputs
     seen: TensorInputs
     terms: Terms
     shape: tuple[int, int]
     start: int
+    release: Callable[[TensorInputs], None]
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
 
     def tiles(self, of: TensorInputs) -> Iterator[tuple[int, int, TensorInputs]]:
-        """(start, stop, tile) within the matrix, of whole rows and of what the terms want whole."""
+        """(start, stop, tile) within the matrix, of whole rows and of what the terms want whole. Of several
+        tiles, the pages of each go when the next is asked for."""
         whole = math.lcm(self.terms.whole, self.shape[1], of.columns)
         step = max((resident.TILE if of.is_resident else CHUNK) // whole, 1) * whole
         for a in range(0, self.numel, step):
             b = min(a + step, self.numel)
-            yield a, b, of.slice(self.start + a, self.start + b)
+            tile = of.slice(self.start + a, self.start + b)
+            yield a, b, tile
+            if step < self.numel:
+                self.release(tile)
 
 
 @dataclass(frozen=True)
@@ -98,18 +104,22 @@ class _Edits:
             if self.masked:
                 kept, _ = self.backend.edits(tile, 0, terms)
                 d[_tensor(kept) == 0] = 0.0
+            if terms.repair:
+                d.nan_to_num_(0.0, 0.0, 0.0)
             found[a:b] = d
         return found.view(self.shape)
 
 
 @dataclass(frozen=True)
 class Matrices:
-    """The matrices of a merge. settings: of a tensor; check: raises for inputs that are not finite."""
+    """The matrices of a merge. settings: of a tensor; check: raises for inputs that are not finite;
+    release: lets go of a tile's mapped pages."""
 
     method: Method
     settings: Callable[[TensorInputs], Settings]
     backend: Backend
     check: Callable[[TensorInputs, Iterable[NonFinite]], None]
+    release: Callable[[TensorInputs], None]
 
     def shape(self, tensor: TensorInputs) -> tuple[int, int] | None:
         """(rows, columns) of a tensor's matrices, None where elements are merged one by one."""
@@ -119,11 +129,13 @@ class Matrices:
         """Whether a row's formula merges the tensor's matrices, and not only calibrates them."""
         return self.shape(tensor) is not None and self.method.matrix(self.settings(tensor)) is not None
 
-    def of(self, seen: TensorInputs, stored: TensorInputs, terms: Terms) -> Iterator[Matrix]:
-        """The matrices of a tensor."""
+    def of(
+        self, stored: TensorInputs, seen: TensorInputs, terms: Terms, start: int, stop: int
+    ) -> Iterator[Matrix]:
+        """Those of a tensor's elements from start to stop."""
         shape = self.shape(stored)
-        for start in range(0, stored.numel, math.prod(shape)):
-            yield Matrix(stored, seen, terms, shape, start)
+        for first in range(start, stop, math.prod(shape)):
+            yield Matrix(stored, seen, terms, shape, first, self.release)
 
     def bytes(self, tensors: Iterable[TensorInputs]) -> int:
         """What one worker holds while it merges the largest."""

@@ -211,7 +211,7 @@ def _sums(decider: Decider, piece: TensorInputs, terms: Terms, times: float) -> 
 
 def _matrices(decider: Decider, model: ModelFound, tensors: list[TensorInputs]) -> Iterator[Matrix]:
     for tensor, (piece, terms) in zip(tensors, _terms_of_tensors(decider, model, tensors), strict=True):
-        yield from decider.matrices.of(decider.prepare(piece), tensor, terms)
+        yield from decider.matrices.of(tensor, decider.prepare(piece), terms, 0, tensor.numel)
 
 
 def _sums_of_matrix(decider: Decider, matrix: Matrix) -> Sums:

@@ -226,6 +226,22 @@ def test_calibration_needs_a_base(plain):
         ota_kernels.merge_tensors(None, [torch.ones(3, 3)] * 2, method="ota", calibrate="svc")
 
 
+def test_repaired_elements_are_the_base_also_calibrated(plain):
+    """What is not finite is no edit, and spoils nothing else of its matrix."""
+    experts = [dict(e) for e in plain.experts]
+    experts[1]["layers.1.mlp.weight"] = experts[1]["layers.1.mlp.weight"].clone()
+    experts[1]["layers.1.mlp.weight"][3, 4] = float("nan")
+    merged = ota_kernels.merge_state_dicts(
+        plain.base, experts, plain.curvatures, method="ota", on_nonfinite="base", calibrate="svc"
+    )
+    assert all(tensor.isfinite().all() for tensor in merged.values())
+    whole = ota_kernels.merge_state_dicts(
+        plain.base, plain.experts, plain.curvatures, method="ota", calibrate="svc"
+    )
+    found, expected, base = (m["layers.1.mlp.weight"].double() for m in (merged, whole, plain.base))
+    assert (found - expected).norm() < 0.2 * (expected - base).norm()
+
+
 def test_a_wrong_input_is_named(plain):
     experts = [dict(e) for e in plain.experts]
     experts[1]["layers.1.mlp.weight"] = experts[1]["layers.1.mlp.weight"].clone()
