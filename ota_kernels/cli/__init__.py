@@ -21,6 +21,7 @@ _COMMANDS = {
     "plan": "Show what a merge would read, write and hold in memory.",
     "verify": "Check a merged folder: checksums, and its recipe once more.",
     "recipe": "Write a recipe that needs no tuning.",
+    "report": "Write a page about a merged folder: what was kept, where, how experts overlap.",
     "methods": "List the merge methods, or show one with its keys.",
     "inspect": "Show what a model is, and what differs between several.",
     "densities": "Show what each density would keep of each expert, and where.",

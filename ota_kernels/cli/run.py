@@ -58,8 +58,11 @@ def _signals() -> Iterator[None]:
     help="Of a RECIPE of several documents: where named results go.  [default: OUT.stages]",
 )
 @click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
+@click.option("--report", "page", is_flag=True, help="Write OUT/report.html too: see `ota-merge report`.")
 @mergekit_flags
-def run(recipe: str, out: str, dry_run: bool, intermediate_dir: str | None, quiet: bool, **options) -> None:
+def run(
+    recipe: str, out: str, dry_run: bool, intermediate_dir: str | None, quiet: bool, page: bool, **options
+) -> None:
     """Merge the models of RECIPE (YAML) into the folder OUT.
 
     Several documents in RECIPE are several merges: the `name` of one may stand for a model in others.
@@ -106,6 +109,10 @@ def run(recipe: str, out: str, dry_run: bool, intermediate_dir: str | None, quie
         said = {signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}.get(number, "interrupted")
         click.echo(f"{said}; the same command with --resume goes on", err=True)
         raise SystemExit(128 + number) from None
+    if page and is_first():
+        from .report import PAGE, write
+
+        write(Path(out), Path(out) / PAGE, threads=options["threads"])
     if quiet:
         return
     try:
