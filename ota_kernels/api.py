@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from .arguments import recipe_of
 from .errors import InputError, RecipeError
+from .integrations import gradients
 from .integrations.tracing import traceable
 from .merger import Merger, Placed
 from .run.sinks import GraftSink
@@ -88,7 +89,17 @@ def merge_state_dicts(
     models agree. Names that only some dictionaries have are an error unless `extra_tensors` says
     otherwise; of buffers, the first one's is taken. A name without curvature is an error unless
     `missing_curvature` says otherwise.
+
+    Weights with gradients: `weight` may be a torch tensor [experts], and `lambda_` one of shape (), of the
+    methods `linear` and `task_arithmetic`, which are linear in them; RecipeError for others. Results then
+    carry gradients for them, and for inputs that require them.
     """
+    if gradients.are_given(parameters):
+        from .integrations import torch_ops  # noqa: F401 - registers the operators
+
+        others = {"curvatures": curvatures, "origins": origins, "out_dtype": out_dtype, "threads": threads}
+        parameters |= others | {"backend": backend}
+        return gradients.merge_state_dicts(base, experts, method, parameters)
     placed = Placed(base, experts, curvatures, backend, threads, origins)
     return placed.merge(placed.recipe(method, out_dtype, parameters))
 

@@ -7,7 +7,8 @@ torch.ops.ota_kernels.topk_threshold(score, k, largest)    topk_threshold
 Importing this module registers them. In a region that torch traces, the functional API calls the functions
 below that have its names (tracing.py). An operator has one implementation, the functional API itself, for the
 tensors of every device. It leaves its inputs as they are and returns new, contiguous tensors. It has no
-gradient: results are detached, whether or not inputs require gradients.
+gradient: results are detached, whether or not inputs require gradients. Weights that are tensors go to
+another operator, which has gradients (gradients.py).
 
 `call` holds the arguments as JSON, in which {"tensor": i} and {"number": i} stand for items of the lists:
 tensors, and with dynamic shapes numbers too, are symbols while torch traces.
@@ -31,7 +32,9 @@ from ..arguments import recipe_of
 from ..errors import InputError, RecipeError
 from ..planning.buffers import written_type
 from ..recipe import methods
+from ..recipe.parameters import DTYPE, parse_plain
 from ..tensors.dtypes import BY_NAME
+from . import gradients
 
 _MODELS = "(Tensor[] tensors, Scalar[] numbers, str call) -> Tensor[]"
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
@@ -50,6 +53,8 @@ def merge_state_dicts(
     **options: Any,
 ) -> dict[str, Tensor]:
     """functional.merge_state_dicts by its operator."""
+    if any(isinstance(options.get(key), Tensor) for key in gradients.KEYS):
+        return gradients.merge_state_dicts(base, experts, method, {**options, "curvatures": curvatures})
     if not _uses_base(method):
         base = None
     arguments = {"base": base, "experts": experts, "curvatures": curvatures, "method": method, **options}
@@ -177,20 +182,14 @@ def _buffer_type(name: str, held: Sequence[Tensor]) -> torch.dtype | None:
 def _output_dtype(arguments: Mapping[str, Any]) -> torch.dtype | None:
     """The type that `out_dtype` asks for, None for each tensor's own."""
     base, experts, curvatures = (arguments[key] for key in ("base", "experts", "curvatures"))
+    given = arguments.get("out_dtype")
+    if not _first(base, experts):  # torch drops a call without results, so it could not raise later
+        recipe_of(base is not None, len(experts), curvatures is not None, arguments["method"], given, {})
     try:
-        recipe = recipe_of(
-            base is not None,
-            len(experts),
-            curvatures is not None,
-            arguments["method"],
-            arguments.get("out_dtype"),
-            {},
-        )
+        name = None if given is None else parse_plain(given, "`out_dtype`", DTYPE)
     except RecipeError:
-        if not _first(base, experts):  # torch drops a call without results, so it could not raise later
-            raise
         return None
-    return recipe.output_dtype and getattr(torch, recipe.output_dtype)
+    return name and getattr(torch, name)
 
 
 @torch.library.custom_op("ota_kernels::graft", mutates_args=(), schema=_MODELS, **_TAGS)
@@ -249,3 +248,5 @@ def _detach(ctx: Any, inputs: tuple[Any, ...], output: Tensor | list[Tensor]) ->
 
 for _operator in (_merge, _graft, _topk_threshold):
     _operator.register_autograd(lambda ctx, *gradients: None, setup_context=_detach)
+
+gradients.define()
