@@ -18,7 +18,7 @@ import sys
 
 import pytest
 
-sys.meta_path[:] = [finder for finder in sys.meta_path if "Editable" not in type(finder).__name__]
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in type(finder).__module__]
 sys.path.insert(0, "build/sanitized")
 from ota_kernels import _native
 
