@@ -196,6 +196,7 @@ class Job:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.read_ahead.close()
         self.inputs.close()
         self.backend.release()
 
