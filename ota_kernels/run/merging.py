@@ -12,7 +12,7 @@ import itertools
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import BackendError, RunError
@@ -28,6 +28,7 @@ from . import scale
 from .copies import copied
 from .decide import Decider
 from .engine import Decided, Engine, Event, Merged, Range
+from .found import ModelFound
 from .options import Progress
 from .shares import lot_bytes, lots_of, ranges_of
 from .sinks import FileSink
@@ -111,7 +112,7 @@ class Merging:
             log.append(state.begin(job.backend.NAME))
             if state.found is None:
                 self._progress.stage("survey", 0)
-                state.found = scale.decide(decider, always=True)
+                state.found = self._agreed(scale.decide(decider, always=True))
                 check_reads()
             if not any("found" in record for record in own):
                 log.append({"found": asdict(state.found)})
@@ -145,6 +146,11 @@ class Merging:
             self._lap("merge")
         finally:
             log.close()
+
+    def _agreed(self, found: ModelFound) -> ModelFound:
+        """With the scale that rank 0 has found: hosts may round its sums in other ways."""
+        told = self._ranks.tell(lambda: None if found.scale is None else asdict(found.scale))
+        return replace(found, scale=None if told is None else scale.Scale(**told))
 
     def _events(self, engine: Engine, state: State, decider: Decider) -> Iterator[Event]:
         """Of this rank's part: tensors of which some tiles wait already, then lots that it takes."""
