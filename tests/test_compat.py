@@ -12,6 +12,8 @@ from checkpoints import make_set, shard_files
 
 # METHODS section 13.
 FLAGS = """
+--no-allow-crimes --no-unsafe-truncate-embeddings --no-trust-remote-code --no-quiet --no-cuda
+--no-low-cpu-memory --no-lazy-unpickle --no-read-to-gpu --no-multi-gpu --no-async-write --no-clone-tensors
 --allow-crimes --unsafe-truncate-embeddings --copy-tokenizer --no-copy-tokenizer --write-model-card
 --no-write-model-card --out-shard-size --random-seed --lora-merge-dtype --lora-merge-cache
 --transformers-cache --trust-remote-code --lazy-unpickle --clone-tensors --low-cpu-memory --read-to-gpu
@@ -92,6 +94,19 @@ def test_refused(ota_merge, recipe, flags, text):
     assert code == 2
     assert text in errors
     assert not out.exists()
+
+
+def test_flags_that_say_no(ota_merge, recipe):
+    """Each takes back what is said before it, and nothing is said of what is not done."""
+    said_no = [f for f in FLAGS.split() if f.startswith("--no-") and f != "--no-safe-serialization"]
+    out, code, printed, errors = run(
+        ota_merge, recipe, "--cuda", "--clone-tensors", "--allow-crimes", *said_no
+    )
+    assert (code, "no effect" in errors) == (0, False)
+    assert "merged into" in printed  # not quiet
+    options = json.loads((out / "merge_report.json").read_text())["options"]
+    assert not options["allow_crimes"]
+    assert not (out / "README.md").exists()
 
 
 @pytest.mark.parametrize("flag", ["--cuda", "--multi-gpu", "--gpu-rich"])

@@ -21,6 +21,7 @@ _WITHOUT_EFFECT = {
     "write_threads": "tiles are written as they come",
     "lora_merge_cache": "adapters are added in the tile, without a copy",
 }
+_NEGATED = ("allow_crimes", "unsafe_truncate_embeddings", "trust_remote_code", "quiet")
 _ON_A_GPU = ("cuda", "multi_gpu", "gpu_rich")
 # Of single files only.
 _WITHOUT_EFFECT_ON_FILES = {
@@ -63,7 +64,13 @@ class TorchType(click.ParamType):
 
 
 def _flag(name: str) -> Callable:
-    return click.option(f"--{name.replace('_', '-')}", name, is_flag=True, hidden=True)
+    flag = name.replace("_", "-")
+    return click.option(f"--{flag}/--no-{flag}", name, default=False, hidden=True)
+
+
+def _negation(name: str) -> Callable:
+    """Of an option of ours that can only be set."""
+    return click.option(f"--no-{name.replace('_', '-')}", f"no_{name}", is_flag=True, hidden=True)
 
 
 _COMMON = (
@@ -71,6 +78,7 @@ _COMMON = (
     click.option("--write-threads", type=int, hidden=True),
     click.option("--lora-merge-cache", type=click.Path(), hidden=True),
     *(_flag(name) for name in _ON_A_GPU),
+    _negation("quiet"),
     click.option("--random-seed", type=int, hidden=True),
     click.option("--num-threads", "-j", type=click.IntRange(min=1), hidden=True),
     click.option("--transformers-cache", type=click.Path(), hidden=True),
@@ -82,6 +90,7 @@ _COMMON = (
     ),
 )
 _OF_FOLDERS = (
+    *(_negation(name) for name in _NEGATED if name != "quiet"),
     click.option("--out-shard-size", type=ShardSize(), hidden=True),
     click.option("--copy-tokenizer/--no-copy-tokenizer", default=True, help="Write the tokenizer's files."),
     click.option("--write-model-card/--no-write-model-card", default=True, help="Write README.md."),
@@ -108,6 +117,9 @@ def mergekit_flags(command: Callable, *, of_files: bool = False) -> Callable:
 
 
 def _translated(given: dict[str, Any], without_effect: Mapping[str, str]) -> dict[str, Any]:
+    for name in _NEGATED:
+        if given.pop(f"no_{name}", False):
+            given[name] = False
     for name, reason in without_effect.items():
         if given.pop(name) not in (None, False):
             click.echo(f"--{name.replace('_', '-')} has no effect here: {reason}", err=True)

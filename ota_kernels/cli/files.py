@@ -13,8 +13,20 @@ from .options import merging_files
 @click.command()
 @click.argument("recipe", type=click.Path(dir_okay=False))
 @click.argument("out", type=click.Path(), metavar="OUT.safetensors")
-@click.option("-i", "--intersection", is_flag=True, help="Merge the tensors that all files have.")
-@click.option("-u", "--union", is_flag=True, help="Merge all tensors, each over the files that have it.")
+@click.option(
+    "-i",
+    "--intersection",
+    "--tensor-intersection",
+    is_flag=True,
+    help="Merge the tensors that all files have.",
+)
+@click.option(
+    "-u",
+    "--union",
+    "--tensor-union",
+    is_flag=True,
+    help="Merge all tensors, each over the files that have it.",
+)
 @merging_files
 @click.option("--overwrite", is_flag=True, help="Replace OUT.")
 @click.option("--resume", is_flag=True, help="Go on with an unfinished merge; nothing to do if OUT is it.")

@@ -139,7 +139,7 @@ def test_the_command(files, ota_merge):
     assert (code, printed) == (0, f"{out} is complete already\n")
     code, _, errors = ota_merge("files", files / "r.yaml", out, "--resume", "--seed", "1")
     assert (code, "holds something else than this merge" in errors) == (2, True)
-    code, _, _ = ota_merge("files", files / "r.yaml", out, "--overwrite", "-q", "-u")
+    code, _, _ = ota_merge("files", files / "r.yaml", out, "--overwrite", "-q", "--tensor-union")
     assert code == 0
     assert load_file(out)["embed_tokens.weight"].dtype == torch.float16
     code, _, errors = ota_merge("files", files / "r.yaml", out, "-i", "-u")
