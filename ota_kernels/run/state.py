@@ -13,7 +13,7 @@ from .engine import Decided, Event, Merged
 from .found import ModelFound
 from .scale import Scale
 
-FORMAT = 7  # of the records, of the file of candidates, and of which runs are sampled
+FORMAT = 8  # of the records, of the file of candidates, and of which runs are sampled
 
 
 def as_found(reported: dict) -> ModelFound:

@@ -20,6 +20,7 @@ from .thresholds import SMALLEST, Selection
 
 # Half the width in standard errors of the sample: a bracket of one expert misses once in 2000.
 DEVIATIONS = 3.5
+_MOST_CLUSTERS = 50_000
 # Beyond this share of undecided elements, two histogram passes are cheaper than candidates.
 _WORTH_IT = 1 / 4
 # Deviation between successive clusters of the share that is kept, in those of a single element. Measured.
@@ -37,8 +38,9 @@ class Bracket:
 
 def cluster_count(elements: int) -> int:
     """How many clusters to sample of so many elements: sampling costs time in proportion to their number, and
-    candidates to the root of its inverse. The windows of large models are at most 1 % of their elements."""
-    return max(1, int(min(elements ** (2 / 3) / 80, max(1_400, elements / 1_200_000))))
+    candidates to the root of its inverse. The windows of large models are at most 1 % of their elements; of
+    the largest (above 60 billion) no more, since the scores of all clusters are held, 1 KB of each expert."""
+    return max(1, int(min(elements ** (2 / 3) / 80, max(1_400, elements / 1_200_000), _MOST_CLUSTERS)))
 
 
 def bracket_share(selection: Selection, elements: int) -> float:

@@ -14,8 +14,8 @@ from ota_kernels.backends import native
 from ota_kernels.errors import InputError
 from ota_kernels.io.reader import Checkpoint, MappedFile
 from ota_kernels.select import sample as sampling
-from ota_kernels.select.bracket import bracket_of
-from ota_kernels.select.sample import RUN, RUNS, Files, sample
+from ota_kernels.select.bracket import bracket_of, cluster_count
+from ota_kernels.select.sample import CLUSTER, RUN, RUNS, Files, sample
 from ota_kernels.select.thresholds import Selection
 from ota_kernels.tensors.buffer import Buffer
 from ota_kernels.tensors.curvature import Full, Uniform
@@ -191,3 +191,9 @@ def test_windows_that_are_asked_for_come_from_the_disk(tmp_path):
             window = (path, begin, begin + 4 * (500 * (RUNS - 1) + RUN))
             assert within_seconds(lambda window=window: cached_pages(*window) >= 4 * 500 * (RUNS - 1) // page)
         assert cached_pages(path) < 64  # of 1024
+
+
+def test_the_sample_of_the_largest_models_fits_the_memory():
+    """256 float32 scores of each cluster, and expert."""
+    assert cluster_count(405_000_000_000) * CLUSTER * 4 < 64 << 20
+    assert cluster_count(10**15) == cluster_count(10**12)
