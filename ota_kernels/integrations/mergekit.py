@@ -161,8 +161,9 @@ def _refuse_whole_model(row: Method, has_base: bool, n: int, given: Mapping[str,
     part = recipe.slices[0]
     shared = {p.key: part.shared.get(p.key) for p in row.shared}
     experts = [{p.key: entry.parameters.get(p.key) for p in row.own} for entry in part.experts]
-    needs = Needs.of(row, [Settings.of(row.name, has_base, shared, experts)])
-    whole = [need.statistic for need in needs.everything if need.scope == "model"]
+    settings = Settings.of(row.name, has_base, shared, experts)
+    whole = [need.statistic for need in Needs.of(row, [settings]).everything if need.scope == "model"]
+    whole += ["the length of the merged edit"] if settings.scaled else []
     if whole:
         hints = {"thresholds": "`density_scope: tensor`", "mean weight": "`normalise: global`"}
         hint = hints.get(whole[0])

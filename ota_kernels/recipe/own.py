@@ -9,14 +9,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from ..errors import RecipeError
-from ..tensors.found import Found, selection_of
+from ..tensors.found import Found
 from ..tensors.terms import ExpertTerms, Terms, Words, scale_weights
 from . import methods
 from .methods import Method, Need
 from .parameters import (
     FINITE,
-    NOT_NEGATIVE,
-    POSITIVE,
     REQUIRED,
     SCALE,
     SHARE,
@@ -24,10 +22,18 @@ from .parameters import (
     TEXT,
     Kind,
     Parameter,
-    choice,
     whole,
 )
-from .rows.ota import MOMENTS, SELECTION, thresholds
+from .rows.ota import (
+    EPSILON,
+    GAIN,
+    MOMENTS,
+    POWER,
+    SCOPE,
+    SELECTION,
+    selection_needs,
+    thresholds,
+)
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -55,17 +61,6 @@ _CHANCE = Parameter("density", SHARE, 1.0, "the chance that an edit is kept", "e
 _DENSITY = Parameter(
     "density", SHARE, 1.0, "share of the model's edits that is kept, the largest", "expert", affects="masks"
 )
-_SCOPE = Parameter(
-    "density_scope",
-    choice("model", "tensor"),
-    "model",
-    "`density` and `saliency_mass` count over the model or each tensor",
-    varies=False,
-    affects="masks",
-)
-_POWER = Parameter("power", POSITIVE, 0.5, "p, the exponent of the curvature")
-_EPSILON = Parameter("epsilon", NOT_NEGATIVE, 1e-26, "added to each weight", affects="values")
-_GAIN = Parameter("scaling_factor", POSITIVE, 1.0, "the factor of the model's curvature", "expert")
 
 Function = TypeVar("Function", bound="Callable[..., torch.Tensor]")
 
@@ -173,17 +168,16 @@ def _row(name: str, given: dict[str, str], least: int, most: int | None, formula
     if weigh == "weight":
         parameters.append(_WEIGHT)
     else:
-        parameters += [_POWER, _EPSILON, _GAIN]
+        parameters += [POWER, EPSILON, GAIN]
     if select == "density":
-        parameters += [*(SELECTION if score == "saliency" else (_DENSITY,)), _SCOPE]
+        parameters += [*(SELECTION if score == "saliency" else (_DENSITY,)), SCOPE]
     elif select == "random":
         parameters.append(_CHANCE)
     if reads_curvature:
         parameters += MOMENTS
 
     def needs(settings: Settings) -> list[Need]:
-        surveyed = select == "density" and any(selection_of(e).surveyed for e in settings.experts)
-        return [Need("thresholds", settings["density_scope"])] if surveyed else []
+        return selection_needs(settings) if select == "density" else []
 
     def terms(settings: Settings, found: Found) -> Terms:
         masked = select == "density" and any(b.masks for b in found.brackets)

@@ -52,8 +52,9 @@ class TestOneTensor:
                 "give `density_scope: tensor`, or run",
             ),
             ("ramplus", {}, "takes sums over the whole model, and mergekit merges tensor by tensor"),
+            ("opcm", {}, "takes the length of the merged edit over the whole model"),
         ],
-        ids=["moments", "some", "scope", "sums"],
+        ids=["moments", "some", "scope", "sums", "length"],
     )
     def test_refused(self, name, values, text):
         with pytest.raises(RecipeError, match=text):

@@ -73,7 +73,7 @@ def test_a_row_of_chance_keeps_its_share():
 def test_its_keys_follow_from_the_words():
     ota_kernels.method("plain", select="all")
     ota_kernels.method("curved", score="saliency", select="density", weigh="curvature")
-    assert {"lambda", "weight"} == methods.get("plain").keys - {
+    assert {"lambda", "times", "match_norm", "weight"} == methods.get("plain").keys - {
         "extra_tensors",
         "calibrate",
         "layers",

@@ -5,22 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ...tensors.curvature import floored
-from ...tensors.found import Found, selection_of
+from ...tensors.found import Found
 from ...tensors.terms import ExpertTerms, Terms, Words, scale_weights
 from ...tensors.tile import TensorInputs
-from ..methods import Method, Need, register
+from ..methods import Method, register
 from ..parameters import FINITE, NOT_NEGATIVE, SCALE, SHARE, Parameter, choice
 from ..settings import Settings
-from .ota import MOMENTS, SELECTION, gains, mean_needs, thresholds
-
-SCOPE = Parameter(
-    "density_scope",
-    choice("model", "tensor"),
-    "model",
-    "over what a density counts",
-    varies=False,
-    affects="masks",
-)
+from .ota import MOMENTS, SCOPE, SELECTION, gains, mean_needs, selection_needs, thresholds
 
 
 def masked_sum(settings: Settings, found: Found, score: str, divide: str, denominator: float = 1.0) -> Terms:
@@ -33,12 +24,6 @@ def masked_sum(settings: Settings, found: Found, score: str, divide: str, denomi
         divide=divide,
     )
     return Terms(words, thresholds(found), lambda_=settings.lambda_, denominator=denominator)
-
-
-def selection_needs(settings: Settings) -> list[Need]:
-    """Thresholds, where some expert's depends on the tensors."""
-    sparse = any(selection_of(e).surveyed for e in settings.experts)
-    return [Need("thresholds", settings["density_scope"])] if sparse else []
 
 
 def _graft_terms(settings: Settings, found: Found) -> Terms:

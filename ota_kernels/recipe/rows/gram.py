@@ -18,6 +18,7 @@ from ...tensors.tile import TensorInputs
 from ..methods import Method, Need, register
 from ..parameters import FINITE, NOT_NEGATIVE, POSITIVE, POSITIVE_INTEGER, REQUIRED, SCALE, SWITCH, Parameter
 from ..settings import Settings
+from .linear import divided_by_weights
 
 _GRAM = [Need("gram")]
 
@@ -163,13 +164,6 @@ def _multislerp_terms(settings: Settings, found: Found) -> Terms:
     return _combination(float(weights @ norms) * of_units / length, lambda_)
 
 
-def _sums_to_zero(settings: Settings) -> str | None:
-    weights = settings.each("weight")
-    if settings["normalize_weights"] and abs(math.fsum(weights)) <= 1e-12 * math.fsum(map(abs, weights)):
-        return f"the weights {weights} sum to 0: change them, or set `normalize_weights: false`"
-    return None
-
-
 register(
     Method(
         name="multislerp",
@@ -185,7 +179,7 @@ register(
             *SCALE,
         ),
         needs=lambda settings: _GRAM,
-        check=_sums_to_zero,
+        check=divided_by_weights("normalize_weights"),
         terms=_multislerp_terms,
         least=1,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from ...tensors.found import Found
 from ...tensors.terms import ExpertTerms, Terms, Words
@@ -19,12 +20,17 @@ def weighted(found: Found, weights: list[float], denominator: float = 1.0) -> Te
     return Terms(words, experts, denominator=denominator)
 
 
-def _sum_of_weights(settings: Settings) -> str | None:
-    weights = settings.each("weight")
-    # 0.1 + 0.2 - 0.3 is 3e-17 in binary: a sum that is rounding only counts as zero.
-    if settings["normalize"] and abs(math.fsum(weights)) <= 1e-12 * math.fsum(map(abs, weights)):
-        return f"the weights {show(weights)} sum to 0: change them, or set `normalize: false`"
-    return None
+def divided_by_weights(key: str) -> Callable[[Settings], str | None]:
+    """The check of a row whose weights are divided by their sum, where the switch `key` says so."""
+
+    def check(settings: Settings) -> str | None:
+        weights = settings.each("weight")
+        # 0.1 + 0.2 - 0.3 is 3e-17 in binary: a sum that is rounding only counts as zero.
+        if settings[key] and abs(math.fsum(weights)) <= 1e-12 * math.fsum(map(abs, weights)):
+            return f"the weights {show(weights)} sum to 0: change them, or set `{key}: false`"
+        return None
+
+    return check
 
 
 def _linear_terms(settings: Settings, found: Found) -> Terms:
@@ -44,7 +50,7 @@ register(
             Parameter("weight", FINITE, 1.0, "the model's weight", "expert"),
         ),
         terms=_linear_terms,
-        check=_sum_of_weights,
+        check=divided_by_weights("normalize"),
         least=1,
     )
 )

@@ -80,17 +80,37 @@ SELECTION = (
     ),
 )
 
-# The parameters of `ota`, in the order in which they are shown.
-_OTA = (
-    Parameter("epsilon", NOT_NEGATIVE, 1e-26, "eps, added to each weight P_t", affects="values"),
-    Parameter(
+SCOPE = Parameter(
+    "density_scope",
+    choice("model", "tensor"),
+    "model",
+    "`density` and `saliency_mass` count over the model or each tensor",
+    varies=False,
+    affects="masks",
+)
+
+# How curvature weighs.
+POWER = Parameter("power", POSITIVE, 0.5, "p, the exponent of the curvature")
+EPSILON = Parameter("epsilon", NOT_NEGATIVE, 1e-26, "eps, added to each weight P_t", affects="values")
+GAIN = Parameter("scaling_factor", POSITIVE, 1.0, "g_t, the factor of the model's curvature", "expert")
+
+
+def normalise(default: str) -> Parameter:
+    """What each expert's weights are divided by."""
+    return Parameter(
         "normalise",
         choice("none", "global", "model"),
-        "none",
+        default,
         "n: divide g_t * h_t^p by its mean over the tensor (global) or over the whole model (model)",
         varies=False,
-    ),
-    Parameter("power", POSITIVE, 0.5, "p, the exponent of the curvature"),
+    )
+
+
+# The parameters of `ota`, in the order in which they are shown.
+_OTA = (
+    EPSILON,
+    normalise("none"),
+    POWER,
     *SCALE,
     Parameter(
         "fallback_to_base",
@@ -99,14 +119,7 @@ _OTA = (
         "an element that no expert keeps takes the base's value; false: the experts' mean",
         affects="values",
     ),
-    Parameter(
-        "density_scope",
-        choice("model", "tensor"),
-        "model",
-        "`density` and `saliency_mass` count over the model or each tensor",
-        varies=False,
-        affects="masks",
-    ),
+    SCOPE,
     Parameter(
         "mask_weights",
         SWITCH,
@@ -146,7 +159,7 @@ _OTA = (
         varies=False,
     ),
     *SELECTION,
-    Parameter("scaling_factor", POSITIVE, 1.0, "g_t, the factor of the model's curvature", "expert"),
+    GAIN,
     Parameter(
         "rank",
         POSITIVE_INTEGER,
@@ -180,8 +193,7 @@ def _ota_needs(settings: Settings) -> list[Need]:
     needs = []
     if any(e["rank"] or e["rank1_approx"] for e in settings.experts):
         needs.append(Need("low rank", reads=2 if any(settings.each("rank")) else 1))
-    if any(selection_of(e).surveyed for e in settings.experts):
-        needs.append(Need("thresholds", settings["density_scope"]))
+    needs += selection_needs(settings)
     if settings["masked_task_vector_merge_method"] == "precond":
         needs += mean_needs(settings)
     if settings["rescale"]:
@@ -191,6 +203,12 @@ def _ota_needs(settings: Settings) -> list[Need]:
     if settings["keep_sums"]:  # of what is kept for good
         needs.append(Need("kept sums", "model", reads=0, of_masks=True))
     return needs
+
+
+def selection_needs(settings: Settings) -> list[Need]:
+    """Thresholds, where some expert's depends on the tensors."""
+    sparse = any(selection_of(e).surveyed for e in settings.experts)
+    return [Need("thresholds", settings["density_scope"])] if sparse else []
 
 
 def mean_needs(settings: Settings) -> list[Need]:

@@ -15,11 +15,22 @@ from ...spectral.formulas import Edits, Formula
 from ...tensors.found import Found
 from ...tensors.terms import Terms, Words, scale_weights
 from ..methods import Method, Need, register
-from ..parameters import NOT_NEGATIVE, POSITIVE, SCALE, SHARE, Parameter, choice
+from ..parameters import SCALE, SHARE, Parameter, choice
 from ..settings import Settings
 from ..shares import share_of
-from .grafts import SCOPE, masked_sum, selection_needs
-from .ota import MOMENTS, SELECTION, gains, mean_needs, thresholds
+from .grafts import masked_sum
+from .ota import (
+    EPSILON,
+    MOMENTS,
+    POWER,
+    SCOPE,
+    SELECTION,
+    gains,
+    mean_needs,
+    normalise,
+    selection_needs,
+    thresholds,
+)
 
 
 def _parameters(elsewhere: str, match_norm: str | None) -> tuple[Parameter, ...]:
@@ -34,15 +45,9 @@ def _parameters(elsewhere: str, match_norm: str | None) -> tuple[Parameter, ...]
             "as by `ota`",
             varies=False,
         ),
-        Parameter("power", POSITIVE, 0.5, "elsewhere: p, the exponent of the curvature"),
-        Parameter(
-            "normalise",
-            choice("none", "global", "model"),
-            "model",
-            "elsewhere: divide h_t^p by its mean over the tensor (global) or over the whole model (model)",
-            varies=False,
-        ),
-        Parameter("epsilon", NOT_NEGATIVE, 1e-26, "elsewhere: eps, added to each weight P_t"),
+        POWER,
+        normalise("model"),
+        EPSILON,
         *SELECTION,
         SCOPE,
         *MOMENTS,
