@@ -28,6 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.quality", description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=Path, default=sources.default_cache())
     parser.add_argument("--methods", help="labels of the table, by commas  [default: all]")
+    parser.add_argument("--tasks", help="of these alone, by commas  [default: all six]")
     parser.add_argument("--sets", default="a,b")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tables", action="store_true", help="score nothing: print what the cache holds")
@@ -49,6 +50,8 @@ def run(given: argparse.Namespace) -> None:
 
     torch.set_num_threads(given.threads)
     tasks = load(given.cache)
+    if given.tasks:
+        tasks = {name: tasks[name] for name in given.tasks.split(",")}
     if not given.tables:
         experts.train_all(given.cache, tasks)
     base = base_folder(given.cache)
@@ -58,7 +61,8 @@ def run(given: argparse.Namespace) -> None:
     results = {}
     for group in experts.SETS:
         folders = experts.folders(given.cache, group, tasks)
-        place = given.cache / "scores" / group / next(iter(folders.values())).parent.parent.name
+        trained = next(iter(folders.values())).parent.parent.name
+        place = given.cache / "scores" / f"{trained} {'-'.join(tasks)}" / group
         lab = Lab(place, base, folders, encoder, tasks_of(tasks, group, _HELD_OUT))
         lab.frozen = given.tables or group not in given.sets.split(",")
         results[group] = _results(lab, methods)

@@ -53,9 +53,8 @@ class Encoder:
     def load(self, folder: Path) -> None:
         """The weights of a folder, all of them."""
         weights: dict[str, torch.Tensor] = {}
-        for path in folder.glob("*.safetensors"):
-            if "exp_avg_sq" not in path.name:
-                weights |= load_file(path)
+        for path in folder.glob("model*.safetensors"):
+            weights |= load_file(path)
         self.model.load_state_dict(weights)
         self.model.eval()
 
