@@ -26,7 +26,7 @@ from ota_kernels.errors import OtaError
 
 LAYERS = 4
 TRIES = settings(
-    max_examples=int(os.environ.get("OTA_RECIPES", 25)),
+    max_examples=int(os.environ.get("OTA_RECIPES", 16)),
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 FILTERS = ["self_attn", "mlp", "layers.1", "norm", "embed_tokens", "lm_head", "down_proj.weight"]
