@@ -12,6 +12,7 @@ import traceback
 import click
 
 from ..errors import OtaError, StoppedError, one_line
+from . import remarks
 
 _COMMANDS = {
     "run": "Merge models as a recipe says.",
@@ -32,7 +33,7 @@ _COMMANDS = {
     "moments": "Get second moments: extract, compress, show, lift, estimate.",
     "demo": "Train small experts on digits, merge them, print what came out.",
 }
-INTERRUPTED = 130
+INTERRUPTED, WRONG_INPUT = 130, 2
 
 
 class _LazyGroup(click.Group):
@@ -68,11 +69,15 @@ def main() -> None:
     # would take as long as to import numpy.
     gc.set_threshold(50_000)
     _fill_standard_files()
+    remarks.hold()
     try:
         cli.main(standalone_mode=False)
+        remarks.release()
     except click.exceptions.Exit as stop:
+        remarks.release()
         sys.exit(stop.exit_code)
     except (KeyboardInterrupt, click.Abort):
+        remarks.release()
         click.echo("interrupted", err=True)
         sys.exit(INTERRUPTED)
     except click.ClickException as error:
@@ -98,5 +103,7 @@ def _fill_standard_files() -> None:
 def _fail(message: str, code: int) -> None:
     if logging.getLogger("ota_kernels").isEnabledFor(logging.INFO):
         traceback.print_exc()
+    if code != WRONG_INPUT:
+        remarks.release()
     click.echo(f"error: {one_line(message)}", err=True)
     sys.exit(code)

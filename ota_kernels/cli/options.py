@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 import click
 
 from ..errors import RecipeError
+from . import remarks
 
 
 class Size(click.ParamType):
@@ -60,6 +61,7 @@ class Device(click.ParamType):
 
 def _set_verbosity(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if value:
+        remarks.leave()
         logging.basicConfig(format="%(message)s")
         logging.getLogger("ota_kernels").setLevel(logging.INFO)
 

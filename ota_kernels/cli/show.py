@@ -14,6 +14,7 @@ from rich.table import Table
 
 from ..planning.plan import Plan
 from ..sizes import format_bytes, format_count, format_seconds
+from . import remarks
 
 _PLAIN_INTERVAL = 10.0  # seconds between lines where there is no terminal
 
@@ -140,6 +141,7 @@ class _Bar:
         self._progress.stop()
 
     def stage(self, name: str, total_bytes: int) -> None:
+        remarks.release()
         self._started, self._done = time.perf_counter(), 0
         self._progress.reset(self._task, description=name, total=total_bytes or None, rate="")
 
@@ -162,6 +164,7 @@ class _Lines:
         pass
 
     def stage(self, name: str, total_bytes: int) -> None:
+        remarks.release()
         self._name, self._total, self._done, self._last = name, total_bytes, 0, time.perf_counter()
         self._say(f"{name}: {format_bytes(total_bytes)}" if total_bytes else name)
 

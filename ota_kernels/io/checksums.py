@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .writer import Layout, OutputTensor
 
 LEAF = 1 << 18
+_TASK = 64  # leaves that one worker reads: those of small tensors are a few bytes
 
 
 @dataclass(frozen=True)
@@ -120,10 +121,11 @@ def complete(
     """Find the leaves that are not known. read: bytes [begin, end) of a tensor; run: as `Pool.run`; part:
     (i, n), only the i-th of n parts."""
 
-    def of_leaf(place: tuple[OutputTensor, int, int]) -> None:
-        leaves.add(place[0], place[1], read(*place))
+    def of_leaves(places: list[tuple[OutputTensor, int, int]]) -> None:
+        for place in places:
+            leaves.add(place[0], place[1], read(*place))
 
     unknown = list(leaves.unknown())
     first, end = (len(unknown) * i // part[1] for i in (part[0], part[0] + 1))
-    for _ in run(of_leaf, unknown[first:end]):
+    for _ in run(of_leaves, (unknown[i : min(i + _TASK, end)] for i in range(first, end, _TASK))):
         pass

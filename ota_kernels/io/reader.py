@@ -38,7 +38,7 @@ from .pages import guarded
 from .parts import Part, parts_of
 from .signature import check_real
 from .sizes import read_settings
-from .table import Table
+from .table import Table, TensorInfo
 from .ties import has_tied_embeddings
 from .torch_weights import SUFFIXES as TORCH_SUFFIXES
 from .torch_weights import read_torch_header
@@ -60,9 +60,12 @@ class MappedFile:
 
     def buffer(self, name: str) -> Buffer:
         """A zero-copy view of tensor `name`. Raises KeyError for a name that the file lacks."""
+        return self.view(self.header.tensors[name])
+
+    def view(self, info: TensorInfo) -> Buffer:
+        """A zero-copy view of a tensor of the file."""
         if self._bytes is None:
             raise ValueError(f"{self.path} is closed")
-        info = self.header.tensors[name]
         return Buffer(self._bytes[info.begin : info.end], info.dtype, self._origin, info.begin)
 
     def close(self) -> None:
@@ -107,7 +110,7 @@ class Checkpoint:
         if len(headers) == 1 and not self._prefix(self.files[0]):
             self.tensors, self._starts = headers[self.files[0]].tensors, [0]
         else:
-            self._add_shards()
+            self.tensors = self._together()
 
     @classmethod
     def open(cls, path: Path, label: str, alone: bool = False) -> Checkpoint:
@@ -125,10 +128,12 @@ class Checkpoint:
         Raises KeyError for a name that the checkpoint lacks, InputError if the shard cannot be mapped.
         """
         path = self.path_of(name)
-        with self._lock:
-            if path not in self._maps:
-                self._maps[path] = MappedFile(path, self._headers[path])
-            return self._maps[path].buffer(name.removeprefix(self._prefix(path)))
+        mapped = self._maps.get(path)
+        if mapped is None:
+            with self._lock:
+                mapped = self._maps.get(path) or MappedFile(path, self._headers[path])
+                self._maps[path] = mapped
+        return mapped.view(self.tensors[name])
 
     def _prefix(self, path: Path) -> str:
         return self._parts[path].prefix if path in self._parts else ""
@@ -168,19 +173,22 @@ class Checkpoint:
                 mapped.close()
             self._maps.clear()
 
-    def _add_shards(self) -> None:
-        self.tensors = Table()
+    def _together(self) -> Table:
+        """The tensors of all files."""
+        first_in: dict[str, Path] = {}
+        infos: list[TensorInfo] = []
         for path, header in self._headers.items():
-            self._starts.append(len(self.tensors))
+            self._starts.append(len(infos))
             prefix = self._prefix(path)
             for info in header.tensors.infos():
                 name = prefix + info.name
-                if name in self.tensors:
+                if first_in.setdefault(name, path) is not path:
                     raise InputError(
                         f"{self.label}: tensor {quoted(name)} is in two files, "
-                        f"{self.path_of(name)} and {path.name}: remove one, or name the file that is meant"
+                        f"{first_in[name]} and {path.name}: remove one, or name the file that is meant"
                     )
-                self.tensors.add(name, *info[1:])
+                infos.append(info._replace(name=name) if prefix else info)
+        return Table(infos)
 
 
 def _headers_of(files: Sequence[Path]) -> dict[Path, Header]:

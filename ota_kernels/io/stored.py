@@ -24,7 +24,7 @@ from .header import quoted
 MOMENT = "exp_avg_sq"
 ROW, COLUMN = f"{MOMENT}_row", f"{MOMENT}_col"
 CODES, SCALE = f"{MOMENT}_log8", f"{MOMENT}_scale"
-_DTYPES = ("float32", "bfloat16", "float16")
+FULL_TYPES = ("float32", "bfloat16", "float16")
 
 
 class Tensors(Protocol):
@@ -87,14 +87,14 @@ class Stored(ABC):
 class StoredFull(Stored):
     @property
     def itemsize(self) -> int:
-        return BY_NAME[self._require_dtype(self.keys[0], *_DTYPES)].itemsize
+        return BY_NAME[self._require_dtype(self.keys[0], *FULL_TYPES)].itemsize
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.file.key_shape(self.keys[0])
 
     def curvature(self, bias_correction: float) -> Full:
-        self._require_dtype(self.keys[0], *_DTYPES)
+        self._require_dtype(self.keys[0], *FULL_TYPES)
         return Full(self.file.key_buffer(self.keys[0]), bias_correction)
 
 

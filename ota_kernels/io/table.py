@@ -8,6 +8,7 @@ import sys
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 from ..tensors.dtypes import DType
 
@@ -32,26 +33,26 @@ class TensorInfo(NamedTuple):
         return self.end - self.begin
 
 
+class _Rows(dict[str, int]):
+    """Numbers of rows by name; those of equal names are one object."""
+
+    __slots__ = ("__weakref__",)
+
+
+_known: WeakValueDictionary[tuple, _Rows] = WeakValueDictionary()
+
+
 class Table(Mapping[str, TensorInfo]):
-    """TensorInfo by name, made when it is asked for; in the order in which rows were added."""
+    """TensorInfo by name, made when it is asked for; in the order in which they were given."""
 
     __slots__ = ("_begins", "_dtypes", "_ends", "_rows", "_shapes")
 
     def __init__(self, infos: Iterable[TensorInfo] = ()) -> None:
-        self._rows: dict[str, int] = {}
-        self._dtypes: list[DType] = []
-        self._shapes: list[tuple[int, ...]] = []
-        self._begins, self._ends = array("q"), array("q")
-        for info in infos:
-            self.add(*info)
-
-    def add(self, name: str, dtype: DType, shape: tuple[int, ...], begin: int, end: int) -> None:
-        """One more row; name: of none that is there."""
-        self._rows[sys.intern(name)] = len(self._dtypes)  # files of a merge have the same names
-        self._dtypes.append(dtype)
-        self._shapes.append(shape)
-        self._begins.append(begin)
-        self._ends.append(end)
+        """infos: of different names."""
+        names, dtypes, shapes, begins, ends = tuple(zip(*infos, strict=True)) or ((),) * 5
+        self._rows = _rows_of(names)
+        self._dtypes, self._shapes = dtypes, shapes
+        self._begins, self._ends = array("q", begins), array("q", ends)
 
     def row(self, name: str) -> int:
         """The number of a tensor. KeyError for a name that is not there."""
@@ -73,3 +74,13 @@ class Table(Mapping[str, TensorInfo]):
     def infos(self) -> Iterator[TensorInfo]:
         """All rows, in order."""
         return map(TensorInfo, self._rows, self._dtypes, self._shapes, self._begins, self._ends)
+
+
+def _rows_of(names: tuple[str, ...]) -> _Rows:
+    """Files of a merge have the same names: they are kept once."""
+    key = (len(names), *names[:1], *names[-1:])
+    found = _known.get(key)
+    if found is None or tuple(found) != names:
+        found = _Rows(zip(map(sys.intern, names), range(len(names)), strict=True))
+        _known[key] = found
+    return found

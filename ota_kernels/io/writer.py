@@ -21,7 +21,7 @@ from .header import build_header
 from .offsets import copy_at, read_at, write_at
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class OutputTensor:
     """One tensor of the output. begin, end: absolute byte offsets in its shard."""
 

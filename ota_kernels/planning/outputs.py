@@ -57,7 +57,7 @@ def with_origins(part: Slice, parts: list[Part]) -> list[Part]:
     ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class OutputTensor:
     """One output tensor.
 

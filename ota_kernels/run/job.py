@@ -34,7 +34,7 @@ from .options import Options, Progress, Silent
 from .pool import IN_PLACE, Pool
 from .ranks import ALONE, Ranks, of_environment
 from .readahead import ReadAhead
-from .report import REPORT_NAME, build_report, length_note, published_report
+from .report import REPORT_NAME, as_text, build_report, length_note, published_report
 from .rules import RULES, Rules
 from .state import FORMAT
 from .sums_writing import SUMS, Earlier, Summing, base_probes, planes, uniform_tensors
@@ -374,7 +374,7 @@ class Job:
         work.check_written({shard.name: shard.size for shard in self.plan.layout.shards})
         write_index(work.files, self.plan.layout)
         cards = [self._card(assets, report)] if self.options.write_model_card else []
-        write_assets(work.files, [*assets, *cards, _json_asset(REPORT_NAME, report)])
+        write_assets(work.files, [*assets, *cards, Asset(REPORT_NAME, as_text(report))])
         return report
 
     def _completed(self, report: dict[str, Any]) -> dict[str, Any]:
@@ -401,7 +401,3 @@ def _stamp(path: Path) -> list[int]:
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     return [found.st_size, found.st_mtime_ns]
-
-
-def _json_asset(name: str, content: dict) -> Asset:
-    return Asset(name, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,6 +28,7 @@ from .state import State
 logger = logging.getLogger(__name__)
 
 REPORT_NAME = "merge_report.json"
+_SHORT = 6  # items of an object that are written in one line
 
 # Merged edits of a length between these, in mean lengths of the experts' edits, are nothing to remark upon.
 _SHORT, _LONG = 0.7, 3.0
@@ -181,6 +182,28 @@ def _share(decider: Decider, t: int, kept: Mapping[str, int]) -> _Share:
             more = sum(kept[x.name] for x in group) - k
             beyond, missing = beyond + max(0, more), missing + max(0, -more)
     return _Share(beyond, missing)
+
+
+def as_text(report: Mapping[str, Any]) -> bytes:
+    """The report as JSON, with a line for each tensor."""
+    text = bytearray()
+    for piece in _lines(report, ""):
+        text += piece.encode()
+    return bytes(text + b"\n")
+
+
+def _lines(value: Any, indent: str) -> Iterator[str]:
+    """JSON, cut at the items of objects that hold more than a few numbers."""
+    items = value if isinstance(value, Mapping) else {}
+    if len(items) <= _SHORT and not any(isinstance(item, Mapping | str) for item in items.values()):
+        yield json.dumps(value, allow_nan=False)
+        return
+    comma = "{"
+    for key, item in items.items():
+        yield f"{comma}\n{indent}  {json.dumps(key)}: "
+        yield from _lines(item, indent + "  ")
+        comma = ","
+    yield f"\n{indent}}}"
 
 
 def published_report(out: Path) -> dict:

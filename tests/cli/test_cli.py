@@ -326,3 +326,25 @@ def test_the_installed_script_runs(recipe, tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
     merge(recipe, tmp_path / "expected")
     assert model_digests(tmp_path / "out") == model_digests(tmp_path / "expected")
+
+
+def test_remarks_about_inputs_wait_for_an_error_about_them(tmp_path):
+    """An error is one line, whatever was remarked before it; without one, remarks are printed."""
+    models = make_set(tmp_path, {"w": (4, 4)}, experts=2)
+    listed = [{"model": str(folder)} for folder in models.expert_folders]
+    recipe = write_recipe(
+        tmp_path / "linear.yaml",
+        {"merge_method": "linear", "parameters": {"weight": 1, "int8_mask": True}, "models": listed},
+    )
+    config = models.expert_folders[0] / "config.json"
+    config.write_text(json.dumps({"model_type": "llama", "hidden_act": "silu"}))
+    run = [sys.executable, "-c", "from ota_kernels.cli import main; main()", "plan", str(recipe)]
+    fine = subprocess.run(run, capture_output=True, text=True)
+    assert fine.returncode == 0, fine.stderr
+    assert "int8_mask" in fine.stderr
+    other = models.expert_folders[1] / "config.json"
+    other.write_text(json.dumps({"model_type": "llama", "hidden_act": "gelu"}))
+    refused = subprocess.run(run, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1
+    assert "hidden_act" in refused.stderr
