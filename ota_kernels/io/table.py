@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import sys
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import ItemsView, Iterable, Iterator, Mapping, ValuesView
 from typing import NamedTuple
 from weakref import WeakValueDictionary
 
@@ -60,7 +60,8 @@ class Table(Mapping[str, TensorInfo]):
 
     def __getitem__(self, name: str) -> TensorInfo:
         i = self._rows[name]
-        return TensorInfo(name, self._dtypes[i], self._shapes[i], self._begins[i], self._ends[i])
+        row = name, self._dtypes[i], self._shapes[i], self._begins[i], self._ends[i]
+        return tuple.__new__(TensorInfo, row)  # TensorInfo(*row) would take twice as long
 
     def __contains__(self, name: object) -> bool:
         return name in self._rows
@@ -74,6 +75,25 @@ class Table(Mapping[str, TensorInfo]):
     def infos(self) -> Iterator[TensorInfo]:
         """All rows, in order."""
         return map(TensorInfo, self._rows, self._dtypes, self._shapes, self._begins, self._ends)
+
+    def values(self) -> ValuesView[TensorInfo]:
+        return _Values(self)
+
+    def items(self) -> ItemsView[str, TensorInfo]:
+        return _Items(self)
+
+
+# Those of Mapping look every name up.
+
+
+class _Values(ValuesView):
+    def __iter__(self) -> Iterator[TensorInfo]:
+        return self._mapping.infos()
+
+
+class _Items(ItemsView):
+    def __iter__(self) -> Iterator[tuple[str, TensorInfo]]:
+        return zip(self._mapping, self._mapping.infos(), strict=True)
 
 
 def _rows_of(names: tuple[str, ...]) -> _Rows:
