@@ -39,22 +39,17 @@ from ..tensors.terms import (
 from ..tensors.tile import TensorInputs
 from .bundles import Bundle
 from .checks import check
+from .finders import FINDERS
 from .found import ModelFound, open_threshold
 from .low_rank import LowRankForms, is_factored
 from .matrices import Matrices
-from .norms import edit_norm
-from .order import order_statistics
 from .pool import Pool
 from .ranks import ALONE, Ranks
 from .rules import RULES, Rules
 from .statistics import (
-    Edits,
-    Gram,
-    Grams,
     MaskedSums,
     MeanWeight,
     Reader,
-    RowDivergence,
     ValidCurvature,
     exact_thresholds,
 )
@@ -100,7 +95,8 @@ class Decider:
     # Made for each use: kept, it would be a circle of references, and inputs would stay open until Python's
     # collector looks for circles.
     @property
-    def _reader(self) -> Reader:
+    def reader(self) -> Reader:
+        """What takes statistics of these tensors."""
         return Reader(self.backend, self.pool, self.check, self._release, self._wants, self._ranks)
 
     @property
@@ -219,7 +215,7 @@ class Decider:
         sums = None
         if self.needs.has("sums", "model"):
             statistic = MaskedSums(len(selections), len(SUMS))
-            sums = tuple(map(tuple, self._reader.over(statistic, self.tensors, self._ready).tolist()))
+            sums = tuple(map(tuple, self.reader.over(statistic, self.tensors, self._ready).tolist()))
         return ModelFound(tuple(thresholds), tuple(brackets), tuple(means), spread, sums)
 
     def _sampled_brackets(
@@ -266,16 +262,17 @@ class Decider:
         if not selections:
             return {}
         tensors = [t for t in self.tensors if self.takes_part(t)]
-        return exact_thresholds(lambda h: self._reader.over(h, tensors, self._ready), selections)
+        return exact_thresholds(lambda h: self.reader.over(h, tensors, self._ready), selections)
 
     def _model_means(self) -> list[float]:
         settings = next(iter(self._settings.values()))
-        statistic = MeanWeight(self._gains, settings.power, len(settings.experts))
+        statistic = MeanWeight(self.gains, settings.power, len(settings.experts))
         elements = sum(t.numel for t in self.tensors)
-        totals = self._reader.over(statistic, self.tensors, self._ready)
+        totals = self.reader.over(statistic, self.tensors, self._ready)
         return [total / max(elements, 1) for total in totals.tolist()]
 
-    def _gains(self, tile: TensorInputs) -> list[float]:
+    def gains(self, tile: TensorInputs) -> list[float]:
+        """g_t of each expert of a tile, bias correction divided out."""
         return self.settings(tile).gains([c.bias_correction for c in tile.curvatures])
 
     # One tensor
@@ -304,7 +301,7 @@ class Decider:
         if model.sums is not None:
             found.model_sums = np.array(model.sums)
         for need in self.needs.of_tensor:
-            _FINDERS[need.statistic](self, tensor, settings, found)
+            FINDERS[need.statistic](self, tensor, settings, found)
         return found
 
     def _unknown(self, tensor: TensorInputs) -> Found:
@@ -346,14 +343,14 @@ class Decider:
         if selection.rule == "all":
             return KEEP_ALL
         if selection.surveyed and not self.model_scope:
-            return Threshold(self._select(tensor, t, self.score_terms(tensor), selection))
+            return Threshold(self.select(tensor, t, self.score_terms(tensor), selection))
         if not self.takes_part(tensor):
             return Threshold(decide.KEEP_ALL)
         if selection.rule == "threshold":
             return Threshold(score_of_saliency(selection.value), masks=selection.value > 0)
         return Threshold(model.thresholds[t])
 
-    def _select(
+    def select(
         self, tensor: TensorInputs, t: int, terms: Terms, selection: Selection, of_edits: bool = False
     ) -> float:
         """The exact threshold over one tensor: directly where it is small, else by two histogram reads."""
@@ -366,7 +363,7 @@ class Decider:
             self.check(tensor, bad)
             values = resident.host(values)
             return decide.threshold_of_scores(selection, abs(values) if of_edits else values)
-        take = self._reader.of_tensor
+        take = self.reader.of_tensor
         return exact_thresholds(lambda h: take(h, tensor, terms), {t: selection}, of_edits)[t]
 
     def exact_thresholds(self, tensor: TensorInputs | None, experts: list[int]) -> list[float | None]:
@@ -380,69 +377,11 @@ class Decider:
         else:
             terms = self.score_terms(tensor)
             for t in experts:
-                found[t] = self._select(tensor, t, terms, selections[t])
+                found[t] = self.select(tensor, t, terms, selections[t])
         return found
 
-    # Statistics of one tensor, by name
-
-    def _find_means(self, tensor: TensorInputs, settings: Settings, found: Found) -> None:
-        statistic = MeanWeight(self._gains, settings.power, len(settings.experts))
-        totals = self._reader.of_tensor(statistic, tensor, self.score_terms(tensor))
-        found.means = [total / max(tensor.numel, 1) for total in totals.tolist()]
-
-    def _find_norms(self, tensor: TensorInputs, settings: Settings, found: Found) -> None:
-        """edit_scales: norm(d) / norm(m d); 0 where the masked norm is below the relative threshold."""
-        role = role_of(tensor.name, tensor.shape)
-        masked_terms = self.method.terms(settings, found)
-        whole = replace(found, brackets=[Threshold(masks=b.masks) for b in found.brackets])
-        whole_terms = self.method.terms(settings, whole)
-
-        def norm(t: int, terms: Terms) -> float:
-            edits = self._reader.of_tensor(Edits(t), tensor, terms)
-            return edit_norm(edits, tensor.shape, role, settings["approximate_norm"])
-
-        for t in range(len(settings.experts)):
-            of_all, of_masked = norm(t, whole_terms), norm(t, masked_terms)
-            small = of_masked == 0 or of_masked < settings["rescale_relative_threshold"] * of_all
-            found.edit_scales[t] = 0.0 if small else of_all / of_masked
-
-    def _find_trims(self, tensor: TensorInputs, settings: Settings, found: Found) -> None:
-        """The least |d| among the ties_density share of the largest masked edits."""
-        density = Selection("density", settings["ties_density"])
-        terms = self.method.terms(settings, replace(found, trims=[0.0] * len(found.trims)))
-        each = (self._select(tensor, t, terms, density, True) for t in range(len(settings.experts)))
-        found.trims = [math.inf if math.isnan(least) else least for least in each]  # infinity: none survives
-
-    def _find_sums(self, tensor: TensorInputs, settings: Settings, found: Found) -> None:
-        statistic = MaskedSums(len(tensor.experts), len(SUMS))
-        found.sums = self._reader.of_tensor(statistic, tensor, self.method.terms(settings, found))
-
-    def _find_gram(self, tensor: TensorInputs, settings: Settings, found: Found) -> None:
-        groups = self.method.groups(settings, tensor.shape)
-        statistic = Gram(len(tensor.experts)) if groups == "tensor" else Grams(groups)
-        found.gram = self._reader.of_tensor(statistic, tensor, self.method.terms(settings, found))
-
-    def _find_row_scores(self, tensor: TensorInputs, settings: Settings, found: Found) -> None:
-        terms = self.method.terms(settings, found)
-        count = range(len(tensor.experts))
-        found.row_scores = [self._reader.of_tensor(RowDivergence(t), tensor, terms) for t in count]
-
-    def _find_ranks(self, tensor: TensorInputs, settings: Settings, found: Found) -> None:
-        """What stands at the ranks that the method asks for; of one score for all experts, found once."""
-        terms, n = self.method.terms(settings, found), tensor.numel
-        experts = [0] if terms.words.score == "spread" else list(range(len(tensor.experts)))
-        wanted = {t: lambda nonzero, t=t: self.method.ranks(settings, t, n, nonzero) for t in experts}
-        wanted = {t: ranks for t, ranks in wanted.items() if n and ranks(n)}
-        samples = (
-            self._samples(tensor, list(wanted), lambda _: terms) if n > self.rules.direct and wanted else {}
-        )
-        found.at = [[] for _ in tensor.experts]
-        for t, ranks in wanted.items():
-            found.at[t] = order_statistics(self._reader, tensor, t, terms, ranks, samples.get(t))
-        if experts == [0]:
-            found.at = found.at[:1] * len(tensor.experts)
-
-    def _samples(self, tensor: TensorInputs, experts: list[int], terms_of) -> dict[int, np.ndarray]:
+    def samples(self, tensor: TensorInputs, experts: list[int], terms_of) -> dict[int, np.ndarray]:
+        """float32[clusters, elements] of each of these experts' scores."""
         count = self.rules.clusters(tensor.numel)
         found = self._surveys.sampled(
             (tensor.name, "ranks"),
@@ -462,7 +401,7 @@ class Decider:
             check(self.tensors, self._bundles, self.backend, self.score_terms, tile, nonfinite)
 
     def _check_curvature(self, tensor: TensorInputs, t: int) -> None:
-        self._reader.of_tensor(ValidCurvature(t), tensor, self.score_terms(tensor))
+        self.reader.of_tensor(ValidCurvature(t), tensor, self.score_terms(tensor))
 
     # What a report says
 
@@ -476,14 +415,3 @@ class Decider:
             return None
         selection = self.selections(tensor)[t]
         return selection.value if selection.rule == "threshold" else saliency_of_score(score)
-
-
-_FINDERS = {
-    "mean weight": Decider._find_means,
-    "norms": Decider._find_norms,
-    "trims": Decider._find_trims,
-    "sums": Decider._find_sums,
-    "gram": Decider._find_gram,
-    "row scores": Decider._find_row_scores,
-    "ranks": Decider._find_ranks,
-}

@@ -1,0 +1,96 @@
+"""Statistics of one tensor by their names in a method's needs: each puts into Found what it says."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ..planning.roles import role_of
+from ..recipe.settings import Settings
+from ..tensors.found import Found, Selection, Threshold
+from ..tensors.result import SUMS
+from ..tensors.terms import Terms
+from ..tensors.tile import TensorInputs
+from .norms import edit_norm
+from .order import order_statistics
+from .statistics import Edits, Gram, Grams, MaskedSums, MeanWeight, RowDivergence
+
+if TYPE_CHECKING:
+    from .decide import Decider
+
+
+def _means(decider: Decider, tensor: TensorInputs, settings: Settings, found: Found) -> None:
+    statistic = MeanWeight(decider.gains, settings.power, len(settings.experts))
+    totals = decider.reader.of_tensor(statistic, tensor, decider.score_terms(tensor))
+    found.means = [total / max(tensor.numel, 1) for total in totals.tolist()]
+
+
+def _norms(decider: Decider, tensor: TensorInputs, settings: Settings, found: Found) -> None:
+    """edit_scales: norm(d) / norm(m d); 0 where the masked norm is below the relative threshold."""
+    role = role_of(tensor.name, tensor.shape)
+    masked_terms = decider.method.terms(settings, found)
+    whole = replace(found, brackets=[Threshold(masks=b.masks) for b in found.brackets])
+    whole_terms = decider.method.terms(settings, whole)
+
+    def norm(t: int, terms: Terms) -> float:
+        edits = decider.reader.of_tensor(Edits(t), tensor, terms)
+        return edit_norm(edits, tensor.shape, role, settings["approximate_norm"])
+
+    for t in range(len(settings.experts)):
+        of_all, of_masked = norm(t, whole_terms), norm(t, masked_terms)
+        small = of_masked == 0 or of_masked < settings["rescale_relative_threshold"] * of_all
+        found.edit_scales[t] = 0.0 if small else of_all / of_masked
+
+
+def _trims(decider: Decider, tensor: TensorInputs, settings: Settings, found: Found) -> None:
+    """The least |d| among the ties_density share of the largest masked edits."""
+    density = Selection("density", settings["ties_density"])
+    terms = decider.method.terms(settings, replace(found, trims=[0.0] * len(found.trims)))
+    each = (decider.select(tensor, t, terms, density, True) for t in range(len(settings.experts)))
+    found.trims = [math.inf if math.isnan(least) else least for least in each]  # infinity: none survives
+
+
+def _sums(decider: Decider, tensor: TensorInputs, settings: Settings, found: Found) -> None:
+    statistic = MaskedSums(len(tensor.experts), len(SUMS))
+    found.sums = decider.reader.of_tensor(statistic, tensor, decider.method.terms(settings, found))
+
+
+def _gram(decider: Decider, tensor: TensorInputs, settings: Settings, found: Found) -> None:
+    groups = decider.method.groups(settings, tensor.shape)
+    statistic = Gram(len(tensor.experts)) if groups == "tensor" else Grams(groups)
+    found.gram = decider.reader.of_tensor(statistic, tensor, decider.method.terms(settings, found))
+
+
+def _row_scores(decider: Decider, tensor: TensorInputs, settings: Settings, found: Found) -> None:
+    terms = decider.method.terms(settings, found)
+    count = range(len(tensor.experts))
+    found.row_scores = [decider.reader.of_tensor(RowDivergence(t), tensor, terms) for t in count]
+
+
+def _ranks(decider: Decider, tensor: TensorInputs, settings: Settings, found: Found) -> None:
+    """What stands at the ranks that the method asks for; of one score for all experts, found once."""
+    terms, n = decider.method.terms(settings, found), tensor.numel
+    experts = [0] if terms.words.score == "spread" else list(range(len(tensor.experts)))
+    wanted = {t: lambda nonzero, t=t: decider.method.ranks(settings, t, n, nonzero) for t in experts}
+    wanted = {t: ranks for t, ranks in wanted.items() if n and ranks(n)}
+    samples = (
+        decider.samples(tensor, list(wanted), lambda _: terms) if n > decider.rules.direct and wanted else {}
+    )
+    found.at = [[] for _ in tensor.experts]
+    for t, ranks in wanted.items():
+        found.at[t] = order_statistics(decider.reader, tensor, t, terms, ranks, samples.get(t))
+    if experts == [0]:
+        found.at = found.at[:1] * len(tensor.experts)
+
+
+FINDERS: Mapping[str, Callable[[Decider, TensorInputs, Settings, Found], None]] = {
+    "mean weight": _means,
+    "norms": _norms,
+    "trims": _trims,
+    "sums": _sums,
+    "gram": _gram,
+    "row scores": _row_scores,
+    "ranks": _ranks,
+}
