@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 import yaml
 from checkpoints import load_merged, save_model
 
-from ota_kernels.errors import RecipeError
-from ota_kernels.run.stages import load_stages
+from ota_kernels import merge
+from ota_kernels.errors import OutputError, RecipeError
+from ota_kernels.run.stages import load_stages, run_stages
 
 
 @pytest.fixture
@@ -51,6 +53,35 @@ def test_results_are_models_of_others_whatever_the_order(models, ota_merge):
     assert (out / "model.safetensors").stat().st_mtime_ns == before
     (models / "out.stages" / "second" / "model.safetensors").unlink()
     assert json.loads((out / "merge_report.json").read_text())["method"] == "linear"
+
+
+def test_going_on_between_stages(models):
+    """What is complete is not done again; what has changed since is not taken for it."""
+    path = write(
+        models / "multi.yaml",
+        linear(str(models / "a"), str(models / "b"), name="first", dtype="float32"),
+        linear("first", str(models / "c"), dtype="float32"),
+    )
+    done = []
+
+    def stopping(recipe, out):
+        done.append(out.name)
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        return merge(recipe, out, backend="reference")
+
+    places = models / "out", models / "parts"
+    with pytest.raises(KeyboardInterrupt):
+        list(run_stages(path, *places, stopping))
+    assert done == ["first", "out"]
+    before = (models / "parts" / "first" / "model.safetensors").stat().st_mtime_ns
+    go_on = functools.partial(merge, backend="reference", resume=True)
+    assert [place.name for place, _ in run_stages(path, *places, go_on)] == ["first", "out"]
+    assert (models / "parts" / "first" / "model.safetensors").stat().st_mtime_ns == before
+    assert torch.all(load_merged(models / "out")["w"] == (1.5 + 3) / 2)
+    save_model(models / "a", {"w": torch.zeros(4), "norm": torch.zeros(2)})
+    with pytest.raises(OutputError, match=r"first holds something else than this merge"):
+        list(run_stages(path, *places, go_on))
 
 
 def test_named_results_only_go_where_they_are_asked(models, ota_merge):

@@ -39,10 +39,11 @@ class Pairing:
     models, by label, whose names differ from the first one's in a way that that error explains; files: models
     are files of any names, none of which is a layer's or tied to another: "same" where all must have them,
     "intersection" of those that all have, "union" of all; None: models of folders; table: of `weights_path`.
-    outputs: in
-    the order in which they are written, that of the first model where layers are not restacked; untied: the
-    output has an output matrix of its own although some model ties it to the embeddings; left_out: stored
-    tensors that are not written, with the reason; notes: what a user should know; donors: as in naming.py.
+
+    outputs: in the order in which they are written, that of the first model where layers are not restacked;
+    untied: the output has an output matrix of its own although some model ties it to the embeddings;
+    left_out: stored tensors that are not written, with the reason; notes: what a user should know; donors: as
+    in naming.py.
     """
 
     recipe: Recipe
