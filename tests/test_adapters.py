@@ -15,7 +15,7 @@ from ota_kernels.errors import InputError
 from ota_kernels.planning.adapters import round_to
 from ota_kernels.planning.inputs import Inputs
 from ota_kernels.recipe.schema import parse_recipe
-from ota_kernels.tensors.computed import is_computed, whole_rows
+from ota_kernels.tensors.computed import is_computed
 
 SHAPES = {
     "model.embed_tokens.weight": (70, 12),
@@ -223,10 +223,6 @@ def test_any_slice_has_the_same_bits(model, tmp_path):
             positions = rng.integers(0, len(source), 50)
             assert source.gather(positions).data.view(np.float32).tobytes() == whole[positions].tobytes()
             assert len(next(source.parts(3, 5))) == 2 * source.columns
-
-
-def test_tiles_of_whole_rows():
-    assert [whole_rows(n, 12) for n in (100, 96, 12, 5)] == [96, 96, 12, 12]
 
 
 def test_merged_with_another_model(model, tmp_path):

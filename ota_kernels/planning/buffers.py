@@ -22,7 +22,6 @@ from .tied import are_equal
 
 # What happens to a tensor.
 MERGE, TAKE, AVERAGE, DROP, MISSING = "merge", "take", "average", "drop", "missing"
-POLICIES = ("error", "take", "drop", "average")
 
 # Kinds of buffers. A module computes FIXED ones when it is built, so models of one kind have equal ones; what
 # CONSTANTS are called, parameters are called too; STATISTICS are means of activations; EMA: a second copy of

@@ -7,7 +7,7 @@ import logging
 import numbers
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..errors import RecipeError
 from . import methods
@@ -15,7 +15,7 @@ from .checkpoints import chosen, matched
 from .checks import check
 from .documents import load_documents
 from .levels import TOP_KEYS, Level, Notes, combined, parse_level, place_of
-from .parameters import DTYPE, REQUIRED, TEXT, Kind, Parameter, parse_plain, show, suggest
+from .parameters import DTYPE, TEXT, Kind, Parameter, parse_plain, show, suggest
 from .recipe import ModelEntry, Module, Recipe, Slice
 from .reference import Reference, parse_reference, resolve_path
 from .vocabulary import Vocabulary, parse_source, parse_vocabulary
@@ -30,24 +30,6 @@ CHAT_TEMPLATES = ("auto", "alpaca", "chatml", "exaone", "llama3", "mistral")
 
 _IGNORED_TOP_KEYS = ("name",)
 _FORMS = ("models", "slices", "modules")
-
-
-class ParameterHelp(NamedTuple):
-    """One recipe key as help and README print it; default None: not set."""
-
-    key: str
-    default: Any
-    allowed: str
-    help: str
-
-
-def describe_parameters(method: str) -> list[ParameterHelp]:
-    """The keys that a method accepts under `parameters`, those of the whole merge first."""
-    row = methods.get(method)
-    return [
-        ParameterHelp(p.key, None if p.default is REQUIRED else p.default, p.kind.allowed, p.help)
-        for p in (*row.shared, *row.own)
-    ]
 
 
 def load_recipe(path: str | Path) -> Recipe:

@@ -83,8 +83,3 @@ Source = Buffer | Computed
 def is_computed(source: object) -> bool:
     """Whether its elements have no address until they are sliced."""
     return isinstance(source, Computed)
-
-
-def whole_rows(elements: int, columns: int) -> int:
-    """The largest number of whole rows' elements in a tile of `elements`, of one row at least."""
-    return max(1, elements // columns) * columns

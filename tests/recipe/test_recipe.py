@@ -14,7 +14,7 @@ from ota_kernels.errors import RecipeError
 from ota_kernels.recipe import methods
 from ota_kernels.recipe.methods import Method
 from ota_kernels.recipe.parameters import is_constant
-from ota_kernels.recipe.schema import MAX_MODELS, describe_parameters, load_recipe, parse_recipe
+from ota_kernels.recipe.schema import MAX_MODELS, load_recipe, parse_recipe
 
 
 def ota(parameters=None, own=None, **top):
@@ -826,17 +826,16 @@ def test_register_adds_a_row():
 @pytest.mark.parametrize("name", methods.names())
 def test_every_accepted_key_is_declared_and_described(name):
     row = methods.get(name)
-    described = describe_parameters(name)
-    assert {line.key for line in described} == row.keys
-    assert all(line.help and line.allowed for line in described)
+    assert {p.key for p in (*row.shared, *row.own)} == row.keys
+    assert all(p.help and p.kind.allowed for p in row.by_key.values())
     assert "\n" not in row.formula
 
 
 def test_description_tells_default_and_range():
-    described = {line.key: line for line in describe_parameters("ota")}
+    described = methods.get("ota").by_key
     assert described["lambda"].default == 1.0
-    assert described["density"][1:3] == (None, "a number in [0, 1]")
-    assert described["normalise"].allowed == "none, global or model"
+    assert (described["density"].default, described["density"].kind.allowed) == (None, "a number in [0, 1]")
+    assert described["normalise"].kind.allowed == "none, global or model"
 
 
 @pytest.mark.parametrize(
