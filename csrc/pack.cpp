@@ -175,6 +175,13 @@ void load_base(const Work& w, Acc* out) {
     }
 }
 
+template <typename Acc>
+Acc shared_at(const Work& w, int64_t i) {
+    uint16_t half;
+    std::memcpy(&half, w.shared + 2 * i, 2);
+    return static_cast<Acc>(w.shared_type == ota::DType::bf16 ? from_bf16(half) : from_f16(half));
+}
+
 // w_0 + scale sign, or w_0 + scale e of the experts' shared edit e: one product and one sum, in Acc.
 template <typename Acc>
 int64_t edited(const Work& w) {
@@ -191,10 +198,51 @@ int64_t edited(const Work& w) {
                 out[p] += values[i >> 3] >> (i & 7) & 1 ? scale : -scale;
                 return;
             }
-            uint16_t half;
-            std::memcpy(&half, w.shared + 2 * (from - w.start + p), 2);
-            out[p] += scale * static_cast<Acc>(w.shared_type == ota::DType::bf16 ? from_bf16(half) : from_f16(half));
+            out[p] += scale * shared_at<Acc>(w, from - w.start + p);
         });
+    });
+}
+
+// Elements at ascending positions: `base` and `shared` hold those alone, and so does `out`. Stored: of the base, Acc: of
+// what comes out.
+template <typename Put>
+int64_t at_positions(const Work& w, const int64_t* positions, int64_t count, int64_t value_bits, Put put) {
+    for (int64_t g = 0; g < count;) {
+        const int64_t j = positions[g] / w.tile, from = j * w.tile, n = std::min(w.tile, w.numel - from);
+        int64_t end = g;
+        while (end < count && positions[end] < from + n) ++end;
+        const uint8_t* record = w.records + w.offsets[j];
+        const int64_t bytes = w.offsets[j + 1] - w.offsets[j], of_values = (w.counts[j] * value_bits + 7) / 8;
+        if (w.counts[j] < 0 || w.counts[j] > n || of_values > bytes) return j;
+        const uint8_t* values = record + bytes - of_values;
+        const bool sound = each_kept(record, bytes - of_values, n, w.counts[j], [&](int64_t p, int64_t i) {
+            while (g < end && positions[g] < from + p) ++g;
+            for (; g < end && positions[g] == from + p; ++g) put(g, values, i);
+        });
+        if (!sound) return j;
+        g = end;
+    }
+    return -1;
+}
+
+template <typename Acc>
+int64_t edited_at(const Work& w, const int64_t* positions, int64_t count) {
+    auto* out = reinterpret_cast<Acc*>(w.out);
+    load_base(w, out);
+    const Acc scale = static_cast<Acc>(w.scale);
+    const bool of_signs = w.values == Values::sign;
+    return at_positions(w, positions, count, of_signs ? 1 : 0, [&](int64_t g, const uint8_t* values, int64_t i) {
+        if (of_signs)
+            out[g] += values[i >> 3] >> (i & 7) & 1 ? scale : -scale;
+        else
+            out[g] += scale * shared_at<Acc>(w, g);
+    });
+}
+
+int64_t exact_at(const Work& w, const int64_t* positions, int64_t count, int64_t size) {
+    std::memcpy(w.out, w.base, static_cast<size_t>(count * size));
+    return at_positions(w, positions, count, 8 * size, [&](int64_t g, const uint8_t* values, int64_t i) {
+        std::memcpy(w.out + g * size, values + i * size, static_cast<size_t>(size));
     });
 }
 
@@ -202,35 +250,59 @@ void require(bool ok, const char* what) {
     if (!ok) throw std::invalid_argument(what);
 }
 
-int64_t unpack(Bytes base, int64_t size, int type, Bytes records, Ints offsets, Ints counts, int64_t first, int64_t tile, int64_t numel,
-               int64_t start, int64_t stop, int values, double scale, std::optional<Bytes> shared, int shared_type,
-               OutBytes out) {
-    const auto n = stop - start, tiles = static_cast<int64_t>(counts.size());
+// What both entry points take, checked. n: elements that come out.
+Work work_of(const Bytes& base, int64_t size, int type, const Bytes& records, const Ints& offsets, const Ints& counts,
+             int64_t first, int64_t tile, int64_t numel, int64_t n, int values, double scale,
+             const std::optional<Bytes>& shared, int shared_type, const OutBytes& out) {
     const auto kind = static_cast<Values>(values);
+    const auto code = static_cast<ota::DType>(type);
+    const auto tiles = static_cast<int64_t>(counts.size());
     require(values >= 0 && values <= 2 && (kind == Values::exact || (type >= 0 && type <= 3)), "unknown codes");
     require(size == 1 || size == 2 || size == 4 || size == 8, "elements of whole bytes");
-    require(tile > 0 && 0 <= start && start <= stop && stop <= numel, "elements of the tensor");
-    require(tiles > 0 && first * tile <= start && stop <= (first + tiles) * tile, "tiles that hold the elements");
-    require((first + tiles - 1) * tile < numel, "tiles of the tensor");
+    require(kind == Values::exact || size == ota::item_size(code), "a size that is the type's");
+    require(tile > 0 && first >= 0 && (tiles == 0 || (first + tiles - 1) * tile < numel), "tiles of the tensor");
     require(static_cast<int64_t>(offsets.size()) == tiles + 1, "where each record begins, and the last one ends");
     for (int64_t j = 0; j < tiles; ++j) require(offsets.data()[j] <= offsets.data()[j + 1], "records in order");
     require(offsets.data()[tiles] - offsets.data()[0] == static_cast<int64_t>(records.size()), "whole records");
-    const auto code = static_cast<ota::DType>(type);
-    require(kind == Values::exact || size == ota::item_size(code), "a size that is the type's");
     require(static_cast<int64_t>(base.size()) == n * size, "the base's elements");
-    const bool wide = code == ota::DType::f64;
-    const int64_t of_out = kind == Values::exact ? size : wide ? 8 : 4;
+    const int64_t of_out = kind == Values::exact ? size : code == ota::DType::f64 ? 8 : 4;
     require(static_cast<int64_t>(out.size()) == n * of_out, "room for the elements");
     require(kind == Values::exact || reinterpret_cast<uintptr_t>(out.data()) % 8 == 0, "aligned room");
     if (kind == Values::shared)
         require(shared && static_cast<int64_t>(shared->size()) == 2 * n && (shared_type == 1 || shared_type == 2),
                 "the shared edit's elements");
-    const Work w{base.data(),  records.data(), shared ? shared->data() : nullptr,
-                 code,         static_cast<ota::DType>(shared_type),
-                 offsets.data(), counts.data(), first, tiles, tile, numel, start, stop, kind, scale, out.data()};
+    return {base.data(),    records.data(), shared ? shared->data() : nullptr,
+            code,           static_cast<ota::DType>(shared_type),
+            offsets.data(), counts.data(),  first, tiles, tile, numel, 0, n, kind, scale, out.data()};
+}
+
+// Elements [start, stop), which the tiles from `first` on hold. The number of a tile whose record is none of its own, -1.
+int64_t unpack(Bytes base, int64_t size, int type, Bytes records, Ints offsets, Ints counts, int64_t first, int64_t tile,
+               int64_t numel, int64_t start, int64_t stop, int values, double scale, std::optional<Bytes> shared,
+               int shared_type, OutBytes out) {
+    require(0 <= start && start <= stop && stop <= numel, "elements of the tensor");
+    Work w = work_of(base, size, type, records, offsets, counts, first, tile, numel, stop - start, values, scale, shared,
+                     shared_type, out);
+    require(w.tiles > 0 && first * tile <= start && stop <= (first + w.tiles) * tile, "tiles that hold the elements");
+    w.start = start, w.stop = stop;
     nb::gil_scoped_release unlocked;
-    if (kind != Values::exact) return wide ? edited<double>(w) : edited<float>(w);
+    if (w.values != Values::exact) return w.type == ota::DType::f64 ? edited<double>(w) : edited<float>(w);
     return size == 1 ? exact<1>(w) : size == 2 ? exact<2>(w) : size == 4 ? exact<4>(w) : exact<8>(w);
+}
+
+// Elements at ascending positions of a tensor; base, shared: theirs alone; records, offsets, counts: of all tiles.
+int64_t unpack_at(Bytes base, int64_t size, int type, Bytes records, Ints offsets, Ints counts, int64_t tile,
+                  int64_t numel, Ints positions, int values, double scale, std::optional<Bytes> shared, int shared_type,
+                  OutBytes out) {
+    const auto n = static_cast<int64_t>(positions.size());
+    const Work w = work_of(base, size, type, records, offsets, counts, 0, tile, numel, n, values, scale, shared,
+                           shared_type, out);
+    require(w.tiles * tile >= numel && offsets.data()[0] == 0, "all tiles");
+    for (int64_t i = 0; i < n; ++i)
+        require(positions.data()[i] >= (i ? positions.data()[i - 1] : 0) && positions.data()[i] < numel, "in order");
+    nb::gil_scoped_release unlocked;
+    if (w.values == Values::exact) return exact_at(w, positions.data(), n, size);
+    return w.type == ota::DType::f64 ? edited_at<double>(w, positions.data(), n) : edited_at<float>(w, positions.data(), n);
 }
 
 }  // namespace
@@ -238,4 +310,6 @@ int64_t unpack(Bytes base, int64_t size, int type, Bytes records, Ints offsets, 
 void bind_packs(nb::module_& m) {
     m.def("unpack", &unpack, "base"_a, "size"_a, "type"_a, "records"_a, "offsets"_a, "counts"_a, "first"_a, "tile"_a, "numel"_a,
           "start"_a, "stop"_a, "values"_a, "scale"_a, "shared"_a.none(), "shared_type"_a, "out"_a);
+    m.def("unpack_at", &unpack_at, "base"_a, "size"_a, "type"_a, "records"_a, "offsets"_a, "counts"_a, "tile"_a, "numel"_a,
+          "positions"_a, "values"_a, "scale"_a, "shared"_a.none(), "shared_type"_a, "out"_a);
 }

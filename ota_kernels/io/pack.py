@@ -145,33 +145,33 @@ class PackFile:
         columns = np.frombuffer(table.data.tobytes(), "<u4").reshape(-1, COLUMNS).astype(np.int64)
         ends = np.concatenate([[0], np.cumsum(columns[:, 0])])
         kept, n = columns[:, 1], np.minimum(TILE, entry.numel - TILE * np.arange(len(columns)))
-        if ends[-1] != self._file.header.tensors[RECORDS + name].nbytes or (kept > n).any():
+        records = self._file.buffer(RECORDS + name)
+        if ends[-1] != len(records) or (kept > n).any():
             raise self.error(f"is a damaged pack: records of {quoted(name)} do not add up; make it again")
-        return Tiles(ends, np.ascontiguousarray(kept), columns[:, 2], columns[:, 3])
+        sound = np.zeros(len(kept), bool)
+        return Tiles(records, ends, np.ascontiguousarray(kept), columns[:, 2], columns[:, 3], sound)
 
-    def records(self, name: str, first: int, last: int) -> np.ndarray:
-        """Those of the tiles [first, last) of a tensor, uint8; checked."""
+    def _check_records(self, name: str, numbers: Iterable[int]) -> None:
+        """InputError where the record of one of these tiles is not what was written; each is looked at
+        once."""
         tiles = self.tiles(name)
-        found = self._file.buffer(RECORDS + name).data[tiles.ends[first] : tiles.ends[last]]
-        for j in range(first, last):
-            record = found[tiles.ends[j] - tiles.ends[first] : tiles.ends[j + 1] - tiles.ends[first]]
-            if record_crc(int(tiles.kept[j]), record) != tiles.crcs[j]:
-                raise self.damaged(name, j)
-        return found
+        for j in numbers:
+            record = tiles.records.data[tiles.ends[j] : tiles.ends[j + 1]]
+            if not tiles.sound[j] and record_crc(int(tiles.kept[j]), record) != tiles.crcs[j]:
+                raise self._damaged(name, j)
+            tiles.sound[j] = True
 
     def parts(self, name: str, start: int, stop: int) -> Iterator[Buffer]:
         """The records that elements [start, stop) of a tensor are in."""
         if stop > start:
-            ends = self.tiles(name).ends
-            yield self._file.buffer(RECORDS + name).slice(
-                int(ends[start // TILE]), int(ends[-(-stop // TILE)])
-            )
+            tiles = self.tiles(name)
+            yield tiles.records.slice(int(tiles.ends[start // TILE]), int(tiles.ends[-(-stop // TILE)]))
 
     def record_bytes(self, name: str) -> int:
         """Of all records of a tensor."""
         return self._file.header.tensors[RECORDS + name].nbytes
 
-    def damaged(self, name: str, tile: int) -> InputError:
+    def _damaged(self, name: str, tile: int) -> InputError:
         """The error about a tile whose record is not what was written."""
         return self.error(f"is damaged: tile {tile} of {quoted(name)}; fetch it or make it again")
 
@@ -182,33 +182,64 @@ class PackFile:
         in float64. base: the same elements of the base; shared: of the shared edit."""
         from .. import _native
 
-        entry = self.entries[name]
-        first, last = start // TILE, -(-stop // TILE)
-        wide = entry.dtype.itemsize if entry.values == EXACT else 8 if entry.dtype.name == "float64" else 4
-        out = np.empty((stop - start) * wide, np.uint8)
+        out = self._room(name, stop - start)
         if stop > start:
-            tiles = self.tiles(name)
+            tiles, first, last = self.tiles(name), start // TILE, -(-stop // TILE)
+            self._check_records(name, range(first, last))
             bad = _native.unpack(
-                base.data,
-                entry.dtype.itemsize,
-                -1 if entry.values == EXACT else entry.dtype.code,
-                self.records(name, first, last),
-                tiles.ends[first : last + 1],
-                tiles.kept[first:last],
-                first,
-                TILE,
-                entry.numel,
-                start,
-                stop,
-                VALUES.index(entry.values),
-                entry.scale,
-                None if shared is None else shared.data,
-                0 if shared is None else shared.dtype.code,
-                out,
+                records=tiles.records.data[tiles.ends[first] : tiles.ends[last]],
+                offsets=tiles.ends[first : last + 1],
+                counts=tiles.kept[first:last],
+                first=first,
+                start=start,
+                stop=stop,
+                out=out,
+                **self._given(name, base, shared),
             )
             if bad >= 0:
-                raise self.damaged(name, first + bad)
+                raise self._damaged(name, first + bad)
         return out
+
+    def gathered(
+        self, name: str, base: Buffer, positions: np.ndarray, shared: Buffer | None = None
+    ) -> np.ndarray:
+        """As `elements`, at positions in ascending order (int64[m]), which may repeat; base and shared: the
+        elements there."""
+        from .. import _native
+
+        tiles, out = self.tiles(name), self._room(name, len(positions))
+        self._check_records(name, np.unique(positions // TILE).tolist())
+        bad = _native.unpack_at(
+            records=tiles.records.data,
+            offsets=tiles.ends,
+            counts=tiles.kept,
+            positions=positions,
+            out=out,
+            **self._given(name, base, shared),
+        )
+        if bad >= 0:
+            raise self._damaged(name, bad)
+        return out
+
+    def _room(self, name: str, count: int) -> np.ndarray:
+        entry = self.entries[name]
+        size = entry.dtype.itemsize if entry.values == EXACT else 8 if entry.dtype.name == "float64" else 4
+        return np.empty(count * size, np.uint8)
+
+    def _given(self, name: str, base: Buffer, shared: Buffer | None) -> dict[str, Any]:
+        """What the decoder is told of a tensor."""
+        entry = self.entries[name]
+        return {
+            "base": base.data,
+            "size": entry.dtype.itemsize,
+            "type": -1 if entry.values == EXACT else entry.dtype.code,
+            "tile": TILE,
+            "numel": entry.numel,
+            "values": VALUES.index(entry.values),
+            "scale": entry.scale,
+            "shared": None if shared is None else shared.data,
+            "shared_type": 0 if shared is None else shared.dtype.code,
+        }
 
     def is_base(self, name: str, base: Buffer, tiles: Iterable[int]) -> bool:
         """Whether these tiles of a tensor of a base are those that it was packed against. base: the whole
@@ -247,18 +278,23 @@ class PackFile:
 
     def close(self) -> None:
         """Let go of the map."""
+        if hasattr(self, "tiles"):
+            self.tiles.cache_clear()
         self._file.close()
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Of the tiles of a tensor, int64: ends, where each record begins, and the end of the last one; kept;
-    crcs, of the records; base_crcs, of the base's elements."""
+    """Of the tiles of a tensor: their records; ends, where each begins, and the end of the last one; kept;
+    crcs, of the records; base_crcs, of the base's elements (int64 each); sound: which records are known to
+    be whole."""
 
+    records: Buffer
     ends: np.ndarray
     kept: np.ndarray
     crcs: np.ndarray
     base_crcs: np.ndarray
+    sound: np.ndarray
 
 
 def metadata(

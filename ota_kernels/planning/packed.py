@@ -23,6 +23,7 @@ from ..tensors.computed import Computed, Source, is_computed
 from ..tensors.dtypes import BY_NAME
 from .models import Info, Model
 
+_MAPPED = 1 << 13  # bytes of which the pages are let go
 _PROBED = 64  # tiles of a base that tell whether it is the one; `unpack` looks at all
 
 
@@ -100,7 +101,8 @@ class Unpacked(Computed):
             self._verify(start, stop)
         made = self._model.pack.elements(self._name, base, start, stop, shared)
         for read in self.parts(start, stop):
-            advise(read.data, "dontneed")
+            if read.data.nbytes >= _MAPPED:  # a call takes longer than few pages are worth
+                advise(read.data, "dontneed")
         return Buffer(made, self.dtype, self.origin)
 
     def _verify(self, start: int, stop: int) -> None:
@@ -109,15 +111,13 @@ class Unpacked(Computed):
             raise self._model.pack.error(f"{self._base.origin} is not the base that it was packed against")
 
     def gather(self, positions: np.ndarray) -> Buffer:
-        positions = np.asarray(positions)
-        size = self.dtype.itemsize
-        out = np.empty((positions.size, size), np.uint8)
-        order = np.argsort(positions // TILE, kind="stable")
-        cuts = np.flatnonzero(np.diff(positions[order] // TILE)) + 1
-        for chosen in np.split(order, cuts) if positions.size else ():
-            low, high = int(positions[chosen].min()), int(positions[chosen].max()) + 1
-            made = self.slice(low, high).data.reshape(-1, size)
-            out[chosen] = made[positions[chosen] - low]
+        positions = np.asarray(positions).astype(np.int64, copy=False)
+        order = np.argsort(positions, kind="stable")
+        ascending = positions[order]
+        shared = None if self._shared is None else self._shared.gather(ascending)
+        made = self._model.pack.gathered(self._name, self._base.gather(ascending), ascending, shared)
+        out = np.empty_like(made).reshape(-1, self.dtype.itemsize)
+        out[order] = made.reshape(-1, self.dtype.itemsize)
         return Buffer(out.reshape(-1), self.dtype, self.origin)
 
     def rows(self, first: int, stop: int) -> np.ndarray:

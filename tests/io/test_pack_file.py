@@ -185,6 +185,21 @@ def test_tiles_decode_alone_and_in_any_order(parts, path, one, other):
     pack.close()
 
 
+@given(st.lists(st.integers(0, N - 1), max_size=300))
+def test_elements_at_positions(parts, path, positions):
+    """Ascending, some of them more than once; of signs, in float32."""
+    base, expert = parts
+    with closing(PackFile(path, "e")) as pack:
+        at = np.sort(np.array(positions, np.int64))
+        found = pack.gathered("w", Buffer(base[at].view(np.uint8), BF16), at)
+        assert found.tobytes() == expert[at].tobytes()
+        at %= 200
+        at.sort()
+        of_signs = pack.elements("signs", Buffer(base[:200].view(np.uint8), BF16), 0, 200).view(np.float32)
+        found = pack.gathered("signs", Buffer(base[at].view(np.uint8), BF16), at).view(np.float32)
+        assert found.tolist() == of_signs[at].tolist()
+
+
 def test_says_what_it_is(parts, path):
     pack = PackFile(path, "e")
     assert (pack.form, pack.expert, pack.settings) == ("ffg", "expert", {"density": 0.05})
