@@ -8,6 +8,7 @@ the model.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -107,11 +108,12 @@ class Decider:
     def of_sample(self, tensors: Sequence[TensorInputs]) -> Decider:
         """One that takes these tensors, prepared, for the model."""
         other = copy.copy(self)
+        other.__dict__.pop("experts", None)
         other.tensors, other._surveys, other._ranks = tensors, Once(), ALONE
         other.prepare = lambda tensor: tensor
         return other
 
-    @property
+    @functools.cached_property
     def experts(self) -> int:
         """Experts of the recipe that take part anywhere."""
         return 1 + max((max(self.positions(t)) for t in self.tensors), default=-1)
