@@ -91,8 +91,6 @@ def _check_lambda(recipe: Recipe) -> None:
     key = "lambda: auto" if automatic else "match_norm"
     if any(part.base is None for part in recipe.slices):
         raise RecipeError(f"`{key}` needs a `base_model`: add one, or remove the key")
-    if recipe.parameters.get("calibrate", "none") != "none":
-        raise RecipeError(f"`{key}` does not know what `calibrate` makes of matrices: keep one of them")
     if any(part.shared.get("fallback_to_base", True) is not True for part in recipe.slices):
         raise RecipeError(
             f"`{key}` needs `fallback_to_base: true`: a fallback to the experts' mean is no edit of theirs"

@@ -185,19 +185,34 @@ def test_small_neighbours_stay_matrices(tmp_path):
         check("float32", load_merged(tmp_path / "out"), truth)
 
 
-def test_auto_scales_what_formulas_make(plain, tmp_path):
-    """lambda: auto of the whole matrices, not of the mean of their edits."""
-    unscaled = oracle.evaluate(tensors_of(plain, False), "tsv")
+def automatic(model: dict[str, oracle.Tensor], found: dict[str, oracle.Merged]) -> float:
+    """lambda: auto, of what was merged at lambda 1."""
     kept = length = product = 0.0
-    for name, tensor in tensors_of(plain, False).items():
-        edit, edits = unscaled[name].out - tensor.base, tensor.edits()
+    for name, tensor in model.items():
+        edit, edits = found[name].out - tensor.base, np.where(found[name].masks, tensor.edits(), 0.0)
         kept, length = kept + np.square(edits).sum(), length + np.square(edit).sum()
         product += sum((edit * d).sum() for d in edits)
-    factor = min(np.sqrt(kept / length), kept / product)
-    truth = oracle.evaluate(tensors_of(plain, False), "tsv", **{"lambda": factor})
+    return min(np.sqrt(kept / length), kept / product)
+
+
+def test_auto_scales_what_formulas_make(plain, tmp_path):
+    """lambda: auto of the whole matrices, not of the mean of their edits."""
+    model = tensors_of(plain, False)
+    factor = automatic(model, oracle.evaluate(model, "tsv"))
+    truth = oracle.evaluate(model, "tsv", **{"lambda": factor})
     report = merge(recipe_of(plain, "tsv", {"lambda": "auto"}, False), tmp_path / "out", tile_elements=300)
     assert report["lambda"]["used"] == pytest.approx(factor, rel=1e-5)
     assert report["passes"] == 5  # what is kept and the edits twice, and the base
+    check("bfloat16", load_merged(tmp_path / "out"), truth)
+
+
+@pytest.mark.parametrize(("method", "parameters"), [("ota", FFG), ("tsv", {})], ids=str)
+def test_auto_measures_before_calibration(plain, tmp_path, method, parameters):
+    model = tensors_of(plain, True)
+    factor = automatic(model, oracle.evaluate(model, method, **parameters))
+    truth = spectral.calibrated(model, oracle.evaluate(model, method, **parameters, **{"lambda": factor}))
+    recipe = recipe_of(plain, method, parameters | {"lambda": "auto", "calibrate": "svc"}, True)
+    merge(recipe, tmp_path / "out", tile_elements=300)
     check("bfloat16", load_merged(tmp_path / "out"), truth)
 
 
