@@ -106,7 +106,7 @@ def test_merges_are_scored_once_and_remembered(lab, results):
 
 
 def test_tables_say_what_was_scored(results):
-    text = tables.merges("a", results, results, [NO_TUNING, LINEAR])
+    text = tables.merges("a", results, [results], [NO_TUNING, LINEAR])
     rows = [line for line in text.splitlines() if line.startswith(f"| {LINEAR.label} ")]
     assert len(rows) == 3  # default, auto, and the best on the other set, which here is one of the two
     best = results.merges[LINEAR.label][results.best(LINEAR.label)]

@@ -65,20 +65,23 @@ def run(given: argparse.Namespace) -> None:
         place = given.cache / "scores" / f"{trained} {'-'.join(tasks)}" / group
         lab = Lab(place, base, folders, encoder, tasks_of(tasks, group, _HELD_OUT))
         lab.frozen = given.tables or group not in given.sets.split(",")
-        results[group] = _results(lab, methods)
-    for group, other in zip(experts.SETS, reversed(experts.SETS), strict=True):
-        if results[group].merges:
-            print(f"\n{tables.merges(group, results[group], results[other], methods)}")
-        if results[group].grafts:
-            print(f"\n{tables.grafts(group, results[group])}")
-    if given.figure:
+        if found := _results(lab, methods):
+            results[group] = found
+    for group, found in results.items():
+        others = [results[name] for name in results if name != group]
+        print(f"\n{tables.merges(group, found, others, methods)}")
+        if found.grafts:
+            print(f"\n{tables.grafts(group, found)}")
+    if given.figure and results:
         tables.figure(given.figure, results, methods)
 
 
-def _results(lab: Lab, methods: list[Method]) -> Results:
-    """Everything of one set, as far as it is known where the lab is frozen."""
+def _results(lab: Lab, methods: list[Method]) -> Results | None:
+    """Everything of one set; as far as it is known where the lab is frozen, None for nothing."""
     base = lab.model("base", lab.base)
     own = {task: lab.model(f"expert {task}", folder) for task, folder in lab.experts.items()}
+    if base is None or None in own.values():
+        return None
     found = Results(lab, Scale(base, own), base, own)
     for method in methods:
         for times, parameters in settings_of(method):

@@ -31,8 +31,8 @@ def settings_of(method: Method) -> list[tuple[float | None, dict]]:
     return [(None, {}), *(automatic if method.scaled else [])]
 
 
-def merges(name: str, results: Results, other: Results, methods: Sequence[Method]) -> str:
-    """One row per method and setting: default, automatic lambda, the best setting on the other set."""
+def merges(name: str, results: Results, others: Sequence[Results], methods: Sequence[Method]) -> str:
+    """A row per method and setting: default, automatic lambda, the best on the other set, if it is given."""
     tasks = results.scale.tasks
     reference = results.merges.get(LINEAR, {}).get(results.best(LINEAR)) if LINEAR in results.merges else None
     head = ["model", "lambda", *tasks, "mean", "worst", "edits kept", "- best linear"]
@@ -53,13 +53,12 @@ def merges(name: str, results: Results, other: Results, methods: Sequence[Method
         shown: list[tuple[str, Scored]] = [("default", found[None])]
         if 1.0 in found:
             shown.append(("auto", found[1.0]))
-            elsewhere = other.best(method.label) if method.label in other.merges else None
-            if elsewhere in found and elsewhere not in (None, 1.0):
-                shown.append((f"best on the other set: auto x {elsewhere:g}", found[elsewhere]))
-            elif elsewhere is not None or method.label in other.merges:
-                shown.append(
-                    (f"best on the other set: {'auto' if elsewhere else 'default'}", found[elsewhere])
-                )
+            for other in others:
+                if method.label in other.merges:
+                    best = other.best(method.label)
+                    what = "default" if best is None else "auto" if best == 1 else f"auto x {best:g}"
+                    if best in found:
+                        shown.append((f"best on the other set: {what}", found[best]))
         lines += [_line(method.label, label, scored, results, reference) for label, scored in shown]
     return "\n".join(lines)
 

@@ -23,8 +23,10 @@ import numpy as np
 
 from ..recipe.parameters import AUTO
 from ..recipe.settings import Settings
+from ..select.thresholds import KEEP_NOTHING, SMALLEST
 from ..tensors import array as resident
 from ..tensors.dtypes import BY_NAME
+from ..tensors.found import Selection
 from ..tensors.random import name_hash
 from ..tensors.terms import Terms, close, is_open
 from ..tensors.tile import TensorInputs
@@ -36,9 +38,9 @@ if TYPE_CHECKING:
 
 # Elements: a hundredth of the model, but so many at least and at most (a factor within 3 % needs no more).
 _LEAST, _MOST = 1 << 17, 1 << 20
-# Neighbouring elements of a sample. A disk reads pages of 2048 elements of 16 bits: shorter runs read more.
-_RUN = 256
-_FEWEST = 4  # runs of a tensor
+# Neighbouring elements of a sample: a cache line or several. Rows are alike: longer runs would say less.
+_RUN = 64
+_FEWEST = 16  # runs of a tensor
 # Of these, what a sample of a tensor says is not what the tensor says.
 _WHOLE = {"norms", "gram", "row scores"}
 
@@ -117,19 +119,16 @@ def find(decider: Decider, model: ModelFound) -> Scale:
     pieces = [p for tensor in ready for p in _pieces(tensor, share, decider.score_terms(tensor).whole)]
     by_tensors = _WHOLE & _statistics(decider) or decider.needs.matrices
     terms_of = _terms_of_tensors if by_tensors else _terms_of_sample
-    numel = {tensor.name: tensor.numel for tensor in decider.tensors}
-    sampled: dict[str, int] = {}
-    for piece in pieces:
-        sampled[piece.name] = sampled.get(piece.name, 0) + piece.numel
+    times = _times(decider, pieces)
 
     def sums(pair: tuple[TensorInputs, Terms]) -> Sums:
         piece, terms = pair
-        return _sums(decider, piece, terms, numel[piece.name] / sampled[piece.name])
+        return _sums(decider, piece, terms, times[piece.name])
 
     found = list(decider.pool.run(sums, terms_of(decider, model, pieces)))
     matrices = _matrices(decider, model, whole)
     found += decider.pool.run(lambda matrix: _sums_of_matrix(decider, matrix), matrices)
-    return Scale.of(_added(found), sum(sampled.values()) + sum(t.numel for t in whole))
+    return Scale.of(_added(found), sum(p.numel for p in pieces) + sum(t.numel for t in whole))
 
 
 def _statistics(decider: Decider) -> set[str]:
@@ -173,19 +172,51 @@ def _terms_of_tensors(decider: Decider, model: ModelFound, pieces: list[TensorIn
 def _terms_of_sample(decider: Decider, model: ModelFound, pieces: list[TensorInputs]) -> Settled:
     """As if the sample were the model, with thresholds of its own: brackets depend on the page cache."""
     sample = decider.of_sample(pieces)
-    found = sample.decide_model()
-    found = replace(found, mean_weights=model.mean_weights, sums=model.sums, scale=NONE)
-    of_model: list[float | None] | None = None
+    thresholds = list(model.thresholds)
+    if sample.model_scope:
+        for t, selection in enumerate(sample.selections()):
+            if selection.surveyed:
+                thresholds[t] = _threshold(decider, sample, pieces, t, selection)
+    found = replace(model, thresholds=tuple(thresholds), brackets=(None,) * len(thresholds), scale=NONE)
     for piece in pieces:
         terms = sample.terms(piece, found)
         opened = [t for t, expert in enumerate(terms.experts) if is_open(expert)]
-        if not opened:
-            yield piece, terms
-        elif sample.model_scope:
-            of_model = of_model or sample.exact_thresholds(None, opened)
-            yield piece, close(terms, of_model)
-        else:
-            yield piece, close(terms, sample.exact_thresholds(piece, opened))
+        yield piece, close(terms, sample.exact_thresholds(piece, opened)) if opened else terms
+
+
+def _threshold(
+    decider: Decider, sample: Decider, pieces: list[TensorInputs], t: int, selection: Selection
+) -> float:
+    """Expert t's over the model: each score counts as many times as its piece stands for. Small tensors are
+    sampled whole, and hold much of the saliency."""
+    times = _times(decider, pieces)
+    taking_part = [piece for piece in pieces if sample.takes_part(piece)]
+
+    def scores(piece: TensorInputs) -> np.ndarray:
+        return resident.host(decider.backend.scores(piece, t, sample.score_terms(piece))[0])
+
+    found = list(decider.pool.run(scores, taking_part))
+    if not found:
+        return KEEP_NOTHING
+    of_each = np.concatenate(
+        [np.full(len(s), times[p.name]) for s, p in zip(found, taking_part, strict=True)]
+    )
+    values = np.concatenate(found)
+    order = np.argsort(-values, kind="stable")
+    values, of_each = values[order], of_each[order]
+    reached = np.cumsum(of_each * (values.astype(np.float64) if selection.rule == "mass" else 1.0))
+    at = int(np.searchsorted(reached, selection.value * reached[-1]))
+    if selection.value <= 0 or not values[0]:
+        return KEEP_NOTHING
+    return max(float(values[min(at, len(values) - 1)]), SMALLEST)
+
+
+def _times(decider: Decider, pieces: list[TensorInputs]) -> dict[str, float]:
+    """How many elements one of a tensor's sample stands for."""
+    sampled: dict[str, int] = {}
+    for piece in pieces:
+        sampled[piece.name] = sampled.get(piece.name, 0) + piece.numel
+    return {t.name: t.numel / sampled[t.name] for t in decider.tensors if t.name in sampled}
 
 
 def _sums(decider: Decider, piece: TensorInputs, terms: Terms, times: float) -> Sums:

@@ -229,3 +229,22 @@ def test_what_has_no_meaning_is_refused(parameters, says):
 def test_a_factor_of_an_edit_needs_a_base():
     with pytest.raises(RecipeError, match="needs a `base_model`"):
         ota_kernels.merge_state_dicts(None, EXPERTS, MOMENTS, lambda_="auto")
+
+
+def test_small_tensors_that_hold_much_saliency_do_not_count_twice(monkeypatch):
+    """Biases are sampled whole and matrices by a tenth: thresholds of the model must weigh them so."""
+    shapes = {"layers.0.weight": (1000, 1500), **{f"layers.{i}.bias": (500,) for i in range(4)}}
+    base, experts, moments = random_models(3, shapes)
+    for of_expert in moments:
+        for name in shapes:
+            if name.endswith("bias"):
+                of_expert[name] *= 3e3
+
+    def length() -> float:
+        merged = ota_kernels.merge_state_dicts(base, experts, moments, lambda_="auto", saliency_mass=0.9)
+        return math.sqrt(sum(float(np.square(merged[n] - base[n]).sum()) for n in shapes))
+
+    sampled = length()
+    monkeypatch.setattr(scale, "_LEAST", 1 << 30)
+    monkeypatch.setattr(scale, "_MOST", 1 << 30)
+    assert sampled == pytest.approx(length(), rel=0.02)
