@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import oracle
-import ota_kernels.select.topk as selection
 import pytest
 import torch
 from models import Experts, decider_of, random_experts, with_buffers
@@ -26,6 +25,7 @@ from tolerances import assert_close
 import ota_kernels
 import ota_kernels.merger as functional
 import ota_kernels.tensors.array as resident
+import ota_kernels.topk as selection
 from ota_kernels import graft, merge_state_dicts, merge_tensors, topk_threshold
 from ota_kernels.backends import native, triton
 from ota_kernels.errors import BackendError, InputError

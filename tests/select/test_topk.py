@@ -10,12 +10,12 @@ import oracle
 import pytest
 import torch
 from models import Experts, random_experts
-from ota_kernels.select.topk import Bracket, at_positions, brackets_of, sorted_at
 from scores import CASES, DTYPES, LARGE, assert_grafted, ranks, sorted_answers, tensor_of
 
 from ota_kernels import graft, merge_state_dicts, topk_threshold
 from ota_kernels.errors import BackendError, InputError, RecipeError
 from ota_kernels.tensors.convert import buffer_of
+from ota_kernels.topk import Bracket, at_positions, brackets_of, sorted_at
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
