@@ -79,6 +79,8 @@ def results(lab):
         found.merges[method.label] = {t: lab.merge(method, **p) for t, p in settings_of(method)[:2]}
     for by in ("ffg", "magnitude"):
         found.grafts[by, 0.1] = {task: lab.graft(task, 0.1, by) for task in lab.experts}
+    for label in ("ffg .1 signs", "emr"):
+        found.packs[label] = {task: lab.packed(task, label) for task in lab.experts}
     return found
 
 
@@ -97,7 +99,7 @@ def test_merges_are_scored_once_and_remembered(lab, results):
     assert scored.factor != 1
     assert 0 < scored.kept < 1
     lines = (lab._folder / "scores.jsonl").read_text().splitlines()
-    assert len(lines) == 1 + 2 + 4 + 4
+    assert len(lines) == 1 + 2 + 4 + 4 + 4
     assert all(set("".join(json.loads(x)["scored"]["right"].values())) <= {"0", "1"} for x in lines)
     again = Lab(lab._folder, lab.base, lab.experts, None, {})
     again.frozen = True
@@ -113,6 +115,17 @@ def test_tables_say_what_was_scored(results):
     assert "+0.0 [+0.0, +0.0]" in text
     assert f"| {results.scale.mean(best):.1f} |" in text
     assert "| 0.1 |" in tables.grafts("a", results)
+
+
+def test_packs_are_scored_with_their_size(lab, results):
+    """Signs of a tenth take 0.57 bits, a few KB of headers beside them."""
+    assert all(set(found) == set(lab.experts) for found in results.packs.values())
+    for scored in results.packs["ffg .1 signs"].values():
+        assert 0.5 < scored.bits < 6
+    assert all(9 < scored.bits < 14 for scored in results.packs["emr"].values())
+    rows = tables.packs("a", results).splitlines()
+    assert [row.split(" | ")[0] for row in rows[-2:]] == ["| ffg .1 signs", "| emr"]
+    assert not (lab._folder / "packing").exists()
 
 
 def test_the_interval_is_of_paired_texts():

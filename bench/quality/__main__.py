@@ -17,7 +17,7 @@ from pathlib import Path
 from ota_kernels.errors import OtaError
 
 from . import sources, tables
-from .merges import DENSITIES, Lab, Method, all_methods, failed, tasks_of
+from .merges import DENSITIES, PACKS, Lab, Method, all_methods, failed, tasks_of
 from .scores import Scale
 from .tables import Results, settings_of
 
@@ -72,6 +72,8 @@ def run(given: argparse.Namespace) -> None:
         print(f"\n{tables.merges(group, found, others, methods)}")
         if found.grafts:
             print(f"\n{tables.grafts(group, found)}")
+        if found.packs:
+            print(f"\n{tables.packs(group, found)}")
     if given.figure and results:
         tables.figure(given.figure, results, methods)
 
@@ -97,6 +99,10 @@ def _results(lab: Lab, methods: list[Method]) -> Results | None:
             grafts = {task: lab.graft(task, density, by) for task in lab.experts}
             if None not in grafts.values():
                 found.grafts[by, density] = grafts
+    for label in PACKS:
+        packs = {task: lab.packed(task, label) for task in lab.experts}
+        if None not in packs.values():
+            found.packs[label] = packs
     return found
 
 

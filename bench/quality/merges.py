@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from ota_kernels.io.header import read_header
 from ota_kernels.recipe import methods
 from ota_kernels.recipe.advised import ADVISED
 from ota_kernels.recipe.parameters import REQUIRED
@@ -27,6 +28,19 @@ TIMES = (
     1.4,
     2.0,
 )  # of the automatic lambda, beside 1; the best on one set is reported on the other
+# Forms of packs: label -> options of `ota-merge pack`, and whether it takes the expert's second moments.
+PACKS: dict[str, tuple[list[str], bool]] = {
+    "ffg .02 exact": (["--density", "0.02"], True),
+    "ffg .05 exact": (["--density", "0.05"], True),
+    "ffg .05 exact, by magnitude": (["--density", "0.05"], False),
+    "ffg .05 signs": (["--density", "0.05", "--values", "sign"], True),
+    "ffg .1 signs": (["--density", "0.1", "--values", "sign"], True),
+    "compeft .05": (["--form", "compeft", "--density", "0.05"], False),
+    "compeft .1": (["--form", "compeft", "--density", "0.1"], False),
+    "tswitch .4": (["--form", "tswitch"], False),
+    "bitdelta": (["--form", "bitdelta"], False),
+    "emr": (["--form", "emr"], False),
+}
 DENSITIES = (0.02, 0.05, 0.1, 0.2, 0.4)  # of grafts
 
 
@@ -81,12 +95,14 @@ def all_methods() -> tuple[Method, ...]:
 
 class Scored(NamedTuple):
     """One merge. right: per task, a character for each held-out text, 1 where it is right; kept: edits kept;
-    factor: its lambda as used, None without one; length: ||merged edit|| / mean_t ||d_t||."""
+    factor: its lambda as used, None without one; length: ||merged edit|| / mean_t ||d_t||; bits: per
+    parameter of a pack."""
 
     right: dict[str, str]
     kept: float | None = None
     factor: float | None = None
     length: float | None = None
+    bits: float | None = None
 
     def accuracy(self, task: str) -> float:
         return self.right[task].count("1") / len(self.right[task])
@@ -131,6 +147,34 @@ class Lab:
             "parameters": {} if by == "ffg" else {"missing_curvature": "uniform"},
         }
         return self._once(f"graft {task} {density} {by}", lambda: self._run(recipe, [task]))
+
+    def packed(self, task: str, label: str) -> Scored | None:
+        """An expert packed and unpacked again, scored on its task; of `emr` with all others."""
+        return self._once(f"pack {task} {label}", lambda: self._unpacked(task, label))
+
+    def _unpacked(self, task: str, label: str) -> Scored:
+        (options, by_saliency), together = PACKS[label], label == "emr"
+        experts = list(self.experts.values()) if together else [self.experts[task]]
+        place = self._folder / "packing"
+        folders = [place / str(t) for t in range(len(experts))]  # whose names packs have
+        place.mkdir(exist_ok=True)
+        for folder, expert in zip(folders, experts, strict=True):
+            folder.symlink_to(expert)
+        moments = ["--moments", self.moments(task, "adam")] if by_saliency else []
+        target = place / ("packs" if together else "expert.pack")
+        ota_merge("pack", *folders, target, "--base", self.base, "-q", *options, *moments)
+        number = list(self.experts).index(task)
+        pack = target / f"{number}.pack" if together else target
+        ota_merge("unpack", pack, place / "out", "-q")
+        files = list(target.iterdir()) if together else [target]
+        size = sum(file.stat().st_size for file in files) / len(experts)
+        scored = self._score(place / "out", [task])
+        shutil.rmtree(place)
+        return scored._replace(bits=8 * size / self._parameters())
+
+    def _parameters(self) -> int:
+        header = read_header(self.base / "model.safetensors")
+        return sum(info.numel for info in header.tensors.values())
 
     def recipe(self, method: Method, parameters: Mapping[str, Any]) -> dict[str, Any]:
         row = methods.get(method.merge_method)

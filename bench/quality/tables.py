@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .merges import DENSITIES, TIMES, Lab, Method, Scored
+from .merges import DENSITIES, PACKS, TIMES, Lab, Method, Scored
 from .scores import Scale
 
 LINEAR = "task_arithmetic"
@@ -18,6 +18,7 @@ class Results:
         self.lab, self.scale, self.base, self.experts = lab, scale, base, experts
         self.merges: dict[str, dict[float | None, Scored]] = {}
         self.grafts: dict[tuple[str, float], dict[str, Scored]] = {}
+        self.packs: dict[str, dict[str, Scored]] = {}
 
     def best(self, label: str) -> float | None:
         """The setting of a method with the highest mean."""
@@ -94,19 +95,34 @@ def grafts(name: str, results: Results) -> str:
     return "\n".join(lines)
 
 
+def packs(name: str, results: Results) -> str:
+    """Share of an expert's gain that its pack has, against its size."""
+    tasks = results.scale.tasks
+    lines = [f"Set {name}: experts packed and unpacked, percent of the gain over the base: mean (worst).", ""]
+    lines += [_row(["form", "bits per parameter", "gain"]), _row(["-"] * 3)]
+    for label in PACKS:
+        found = results.packs.get(label)
+        if found is not None:
+            gains = [results.scale.gain(t, found[t]) for t in tasks]
+            bits = sum(found[t].bits for t in tasks) / len(tasks)
+            lines.append(_row([label, f"{bits:.2f}", f"{sum(gains) / len(gains):.0f} ({min(gains):.0f})"]))
+    return "\n".join(lines)
+
+
 def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
 def figure(path: Path, results: Mapping[str, Results], methods: Sequence[Method]) -> None:
-    """Accuracy against length per method, and gain of grafts against density, of the last set."""
+    """Accuracy against length per method, gain of grafts against density and of packs against size, of the
+    last set."""
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
     name, found = list(results.items())[-1]
-    drawing, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    drawing, (left, right, last) = pyplot.subplots(1, 3, figsize=(16, 4.5), layout="constrained")
     for method in methods:
         points = [
             (s.length, found.scale.mean(s)) for s in found.merges.get(method.label, {}).values() if s.length
@@ -129,5 +145,14 @@ def figure(path: Path, results: Mapping[str, Results], methods: Sequence[Method]
             right.plot(at, mean, marker="o", label=by)
     right.set(xlabel="density", ylabel="% of the expert's gain", xscale="log", title=f"grafts, set {name}")
     right.legend()
+    tasks = found.scale.tasks
+    for label, of_task in found.packs.items():
+        bits, gain = (
+            sum(values) / len(tasks)
+            for values in ([of_task[t].bits for t in tasks], [found.scale.gain(t, of_task[t]) for t in tasks])
+        )
+        last.plot(bits, gain, marker="o")
+        last.annotate(label, (bits, gain), fontsize="x-small")
+    last.set(xlabel="bits per parameter", ylabel="% of the expert's gain", title=f"packs, set {name}")
     drawing.savefig(path)
     pyplot.close(drawing)
