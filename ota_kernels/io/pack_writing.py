@@ -21,7 +21,6 @@ from . import pack
 from .new_file import new_file
 from .offsets import read_at, write_at
 from .pack import Base, Entry
-from .pack_codec import TILE
 
 _COPY = 1 << 24  # bytes
 _U8, _U32 = BY_NAME["uint8"], BY_NAME["uint32"]
@@ -164,8 +163,3 @@ class PackWriter:
                         file.write(pack.RECORDS + name, at, piece)
                         at += len(piece)
         return os.path.getsize(out)
-
-
-def tile_count(numel: int) -> int:
-    """Of a tensor of so many elements."""
-    return -(-numel // TILE)
