@@ -16,6 +16,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from ota_kernels.errors import BackendError
+from ota_kernels.recipe import methods
 
 from .data import WEIGHTS, llama_set
 
@@ -47,7 +48,8 @@ class Case:
 
     @property
     def label(self) -> str:
-        keys = {**self.own, **self.shared}
+        optional = methods.get(self.method).base == "optional"
+        keys = {**self.own, **self.shared} | ({} if self.base or not optional else {"base": "none"})
         return self.method + (f" ({', '.join(f'{k}: {_shown(v)}' for k, v in keys.items())})" if keys else "")
 
     def of_expert(self, t: int) -> dict[str, Any]:

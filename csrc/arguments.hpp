@@ -210,8 +210,13 @@ inline std::unique_ptr<ota::Tile> read(nb::handle inputs, nb::handle terms) {
         x.seed = nb::cast<uint64_t>(terms.attr("seed") & nb::int_(0xffffffffu));
         x.name_hash = number<uint64_t>(terms, "name_hash");
     }
-    const bool whole = tile->index == nullptr && tile->start % tile->columns == 0 && tile->n % tile->columns == 0;
-    require(whole || select != ota::Select::random_by_rank, "`random by rank` takes tiles of whole rows");
+    if (select == ota::Select::random_by_rank) {
+        const nb::object ranked = terms.attr("ranked");
+        tile->ranked = nb::cast<int64_t>(ranked[0]), tile->apart = nb::cast<int64_t>(ranked[1]);
+        const int64_t block = tile->ranked * tile->apart;
+        const bool whole = tile->n == 0 || (block > 0 && tile->start % block == 0 && tile->n % block == 0);
+        require(tile->index == nullptr && whole, "`random by rank` takes tiles of whole rows");
+    }
     return tile;
 }
 

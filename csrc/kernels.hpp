@@ -50,7 +50,7 @@ struct Curvature {
 };
 
 // The words by their places in terms.WORDS.
-enum class Edit : int { difference, clipped };
+enum class Edit : int { difference, clipped, by_chance };
 enum class Score : int { none, saliency, curvature, magnitude, row_magnitude, spread };
 enum class Select : int { all, at_least, between, above, random, random_by_rank };
 enum class Elect : int { none, sum, count, largest, agreement };
@@ -101,6 +101,7 @@ struct Tile {
     int64_t columns = 1;  // of a row of the tensor
     int64_t start = 0;    // flat index of element 0, unless:
     const int64_t* index = nullptr;  // flat index of each element
+    int64_t ranked = 1, apart = 1;   // of `random by rank`: elements of a row, and how far apart they are
     Operand base;
     int n_experts = 0;
     Expert experts[kMaxExperts];

@@ -26,6 +26,12 @@ inline void clipped(const W* __restrict w, const Acc* __restrict origin, double 
     }
 }
 
+template <typename W, typename Acc>
+inline void by_chance(const W* __restrict w, const Acc* __restrict origin, const float* __restrict p, int n,
+                      Acc* __restrict y) {
+    for (int i = 0; i < n; ++i) y[i] = (static_cast<Acc>(w[i]) - origin[i]) / static_cast<Acc>(p[i]);
+}
+
 // Score.
 
 // s = (h k) (2^16 d)^2 with k = 2^32: float32 never underflows where the true saliency is above 1e-57, and powers of

@@ -103,6 +103,11 @@ void elect(const Tile& tile, Strip<Acc>& x) {
     for (int t = 0; t < n_experts; ++t)
         if (tile.experts[t].trim > 0) trim(x.edits[t], tile.experts[t].trim, n, x.keep[t]);
     if (words.elect == Elect::none) return;
+    if (words.edit == Edit::by_chance)
+        for (int t = 0; t < n_experts; ++t) {
+            const float* p = x.chances + t * tile.n + x.offset;
+            for (int i = 0; i < n; ++i) x.edits[t][i] /= p[i];
+        }
     const auto each = [&](auto step) {
         for (int t = 0; t < n_experts; ++t) step(t, x.edits[t], tile.experts[t].vote, x.keep[t]);
     };
@@ -167,7 +172,7 @@ const Acc* weight_plane(const Tile& tile, int t, int room, Strip<Acc>& x) {
     return p;
 }
 
-// One group of experts; W: the type that their weights are read as. clipped edits are planes of their own.
+// One group of experts; W: the type that their weights are read as. Edits that are not w - w_0 are planes of their own.
 template <Form F, typename W, typename Acc>
 void add_group(const Tile& tile, int first, int size, Strip<Acc>& x) {
     Added<W, Acc> experts[kGroup] = {};
@@ -186,9 +191,11 @@ void add_group(const Tile& tile, int first, int size, Strip<Acc>& x) {
         from = origin(tile, t, x);
     }
     const Acc epsilon = static_cast<Acc>(tile.numbers.epsilon);
-    if (tile.words.edit == Edit::clipped) {
+    if (tile.words.edit != Edit::difference) {
         alignas(64) Acc edit[kStrip];
-        clipped(experts[0].w, from, tile.numbers.clip, x.n, edit);
+        tile.words.edit == Edit::clipped
+            ? clipped(experts[0].w, from, tile.numbers.clip, x.n, edit)
+            : by_chance(experts[0].w, from, x.chances + first * tile.n + x.offset, x.n, edit);
         Added<Acc, Acc> one = {edit, experts[0].h, experts[0].p, experts[0].keep, experts[0].counted,
                                experts[0].weight_scale, experts[0].edit_scale};
         add<1, F>(&one, x.n, epsilon, x.zeros, x.numerator, x.denominator);
@@ -201,7 +208,7 @@ void add_group(const Tile& tile, int first, int size, Strip<Acc>& x) {
 
 template <Form F, typename Acc>
 void add_all(const Tile& tile, Strip<Acc>& x) {
-    bool alone = tile.words.edit == Edit::clipped;  // edits that are not w - w_0 are added one by one
+    bool alone = tile.words.edit != Edit::difference;  // edits that are not w - w_0 are added one by one
     for (int t = 0; t < tile.n_experts; ++t) alone |= tile.experts[t].origin.data != nullptr;
     by_groups(tile.n_experts, alone ? 1 : kMost<Acc>, [&](int first, int size) {
         x.direct ? add_group<F, Direct<Acc>>(tile, first, size, x) : add_group<F, float>(tile, first, size, x);

@@ -23,7 +23,7 @@ struct alignas(64) Strip {
     int n;
     Place place;
     bool direct;              // whether experts' weights are read as Direct<Acc>
-    const uint8_t* by_rank;   // masks of `random by rank`, n of the tile for each expert
+    const float* chances;     // p of `random by rank`, n of the tile for each expert
     alignas(64) Acc base[kStrip], numerator[kStrip], denominator[kStrip], origin_room[kStrip], p_room[kGroup][kStrip];
     alignas(64) Acc zeros[kStrip];
     alignas(64) int32_t ones[kStrip];     // -1
@@ -50,7 +50,7 @@ bool reads_direct(const Tile& tile) {
 template <typename Acc>
 void prepare(const Tile& tile, Strip<Acc>& x) {
     x.direct = reads_direct<Acc>(tile);
-    x.by_rank = nullptr;
+    x.chances = nullptr;
     std::memset(x.zeros, 0, sizeof(x.zeros));
     for (int i = 0; i < kStrip; ++i) x.ones[i] = -1;
 }
@@ -277,8 +277,10 @@ void select(const Tile& tile, int t, const float* s, Strip<Acc>& x) {
             break;
         }
         case Select::random_by_rank: {
-            const uint8_t* kept = x.by_rank + t * tile.n + x.offset;
-            for (int i = 0; i < n; ++i) keep[i] = kept[i] ? -1 : 0;
+            const float* p = x.chances + t * tile.n + x.offset;
+            alignas(64) float u[kStrip];
+            uniform(Philox(tile.numbers, e.position), x.place, n, u);
+            for (int i = 0; i < n; ++i) keep[i] = u[i] < p[i] ? -1 : 0;
             break;
         }
     }
@@ -293,49 +295,48 @@ inline void use(const float* s, const int32_t* usable, int n, float* used) {
     }
 }
 
-// Masks of `random by rank` of a tile of whole rows, for expert t: 1 where an edit is kept. room: 3 rows.
+// p of the elements of a tile of whole rows for expert t, by their ranks. room: 3 rows, and a block of them.
 template <typename Acc>
-void keep_by_rank(const Tile& tile, int t, Strip<Acc>& x, uint32_t* room, uint8_t* keep) {
+void find_chances(const Tile& tile, int t, Strip<Acc>& x, uint32_t* room, float* p) {
     const Expert& e = tile.experts[t];
-    uint32_t *bits = room, *order = room + tile.columns, *spare = order + tile.columns;
-    for (int64_t row = 0; row < tile.n; row += tile.columns) {
-        for (int64_t at = 0; at < tile.columns; at += x.n) {
-            go_to(tile, row + at, x);
-            if (x.n > tile.columns - at) x.n = static_cast<int>(tile.columns - at);
+    const int64_t length = tile.ranked, block = length * tile.apart;
+    uint32_t *row = room, *order = row + length, *spare = order + length, *bits = spare + length;
+    for (int64_t first = 0; first < tile.n; first += block) {
+        for (int64_t at = 0; at < block; at += x.n) {
+            go_to(tile, first + at, x);
+            if (x.n > block - at) x.n = static_cast<int>(block - at);
             load_base(tile, x);
             find_edits(tile, t, x);
             for (int i = 0; i < x.n; ++i) bits[at + i] = suspicion(x.edits[t][i]);
         }
-        sort_places(bits, tile.columns, order, spare);
-        for (int64_t rank = 0; rank < tile.columns; ++rank)
-            bits[order[rank]] = bit_cast<uint32_t>(probability_of_rank(e, rank, tile.columns));
-        alignas(64) float u[kStrip];
-        for (int64_t at = 0; at < tile.columns; at += kStrip) {
-            const int n = static_cast<int>(tile.columns - at < kStrip ? tile.columns - at : kStrip);
-            uniform(Philox(tile.numbers, e.position), {tile.start + row + at, nullptr, tile.columns}, n, u);
-            for (int i = 0; i < n; ++i) keep[row + at + i] = u[i] < bit_cast<float>(bits[at + i]) ? 1 : 0;
+        for (int64_t begin = 0; begin < tile.apart; ++begin) {
+            for (int64_t i = 0; i < length; ++i) row[i] = bits[begin + i * tile.apart];
+            sort_places(row, length, order, spare);
+            for (int64_t rank = 0; rank < length; ++rank)
+                p[first + begin + order[rank] * tile.apart] = probability_of_rank(e, rank, length);
         }
     }
 }
 
-// The masks of the experts [first, last) in memory of their own; none where no word asks for them.
+// Those of the experts [first, last) in memory of their own; none where no word asks for them.
 struct Ranked {
-    uint8_t* masks = nullptr;
+    float* chances = nullptr;
 
     template <typename Acc>
     Ranked(const Tile& tile, int first, int last, Strip<Acc>& x) {
         if (tile.words.select != Select::random_by_rank || tile.n == 0) return;
-        masks = static_cast<uint8_t*>(std::malloc(static_cast<size_t>(tile.n * tile.n_experts)));
-        auto* room = static_cast<uint32_t*>(std::malloc(sizeof(uint32_t) * static_cast<size_t>(3 * tile.columns)));
-        if (masks == nullptr || room == nullptr) {
-            std::free(masks), std::free(room);
+        const auto numbers = [](int64_t n) { return std::malloc(sizeof(float) * static_cast<size_t>(n)); };
+        chances = static_cast<float*>(numbers(tile.n * tile.n_experts));
+        auto* room = static_cast<uint32_t*>(numbers(tile.ranked * (3 + tile.apart)));
+        if (chances == nullptr || room == nullptr) {
+            std::free(chances), std::free(room);
             throw std::bad_alloc();
         }
-        for (int t = first; t < last; ++t) keep_by_rank(tile, t, x, room, masks + t * tile.n);
+        for (int t = first; t < last; ++t) find_chances(tile, t, x, room, chances + t * tile.n);
         std::free(room);
-        x.by_rank = masks;
+        x.chances = chances;
     }
-    ~Ranked() { std::free(masks); }
+    ~Ranked() { std::free(chances); }
     Ranked(const Ranked&) = delete;
     Ranked& operator=(const Ranked&) = delete;
 };

@@ -170,12 +170,21 @@ def uniforms(terms: Terms, position: int, index: np.ndarray) -> np.ndarray:
     return philox.uniforms(terms.seed, NAME, position, 0, stop)[index]
 
 
-def _rank_probability(d32: np.ndarray, e: ExpertTerms, columns: int) -> np.ndarray:
-    rows = np.abs(d32).reshape(-1, columns)
-    rank = np.argsort(np.argsort(rows, axis=1, kind="stable"), axis=1, kind="stable")
-    if columns == 1:
+def _rank_probability(d32: np.ndarray, e: ExpertTerms, length: int, apart: int) -> np.ndarray:
+    if length == 1:
         return np.full(d32.shape, F32(e.probability))
-    return ((e.probability - e.spread) + 2 * e.spread * rank / (columns - 1)).astype(F32).reshape(-1)
+    rows = np.abs(d32).reshape(-1, length, apart)
+    rank = np.argsort(np.argsort(rows, axis=1, kind="stable"), axis=1, kind="stable")
+    return ((e.probability - e.spread) + 2 * e.spread * rank / (length - 1)).astype(F32).reshape(-1)
+
+
+def chances(x: Inputs, terms: Terms) -> np.ndarray:
+    """What edits are divided by, float32[T, n]."""
+    if terms.words.edit != "by chance":
+        return np.ones_like(x.d32)
+    return np.array(
+        [_rank_probability(d, e, *terms.ranked) for d, e in zip(x.d32, terms.experts, strict=True)]
+    )
 
 
 def masks(x: Inputs, terms: Terms, s: np.ndarray) -> np.ndarray:
@@ -196,7 +205,7 @@ def masks(x: Inputs, terms: Terms, s: np.ndarray) -> np.ndarray:
         elif word == "random":
             m = uniforms(terms, e.position, x.index) < F32(e.probability)
         else:
-            m = uniforms(terms, e.position, x.index) < _rank_probability(x.d32[t], e, x.columns)
+            m = uniforms(terms, e.position, x.index) < _rank_probability(x.d32[t], e, *terms.ranked)
         found.append(m)
     return np.array(found)
 
@@ -205,7 +214,7 @@ def _added(x: Inputs, terms: Terms, kept: np.ndarray) -> np.ndarray:
     """g_t, bool[T, n]."""
     word = terms.words.elect
     kept = kept & (np.abs(x.d32) >= np.array([[e.trim] for e in terms.experts], F32))
-    v = np.array([[e.vote] for e in terms.experts], F32) * x.d32
+    v = np.array([[e.vote] for e in terms.experts], F32) * (x.d32 / chances(x, terms))
     if word == "none":
         return kept
     if word == "largest":
@@ -246,6 +255,7 @@ def evaluate(given: TensorInputs, terms: Terms) -> Evaluated:
         added = _added(x, terms, kept)
         d = x.w - x.origin
         y = np.clip(terms.clip / np.maximum(np.abs(d), 1e-6), 0, 1) * d if words.edit == "clipped" else d
+        y = y / chances(x, terms).astype(np.float64)
         p = _weights(x, terms, added)
         edits = np.array([[e.edit_scale] for e in terms.experts]) * y
         numerator = np.where(added, p * edits, 0).sum(0)

@@ -57,16 +57,6 @@ def release() -> None:
     """Give up memory that is kept for the next tiles: a thread's, which goes with the thread."""
 
 
-def _other(terms: Terms):
-    """The reference, for functions of Python, and for rows of `random by rank` whose elements are no
-    neighbours (tensors of three axes and more): too rare for a loop of their own."""
-    if terms.function is None and terms.ranked[1] == 1:
-        return None
-    from . import reference
-
-    return reference
-
-
 def _nonfinite(t: int, base, weights, curvature) -> tuple[NonFinite, ...]:
     named = ("base", -1, base), ("weights", t, weights), ("curvature", t, curvature)
     return tuple(NonFinite(role, at, bad.count, bad.first) for role, at, bad in named if bad and bad.count)
@@ -95,8 +85,6 @@ def merge(tile: TensorInputs, terms: Terms, out: np.ndarray, sums: Sums | None =
 
     Candidates are views of memory that the thread's next merge with brackets uses again.
     """
-    if other := _other(terms):
-        return other.merge(tile, terms, out)
     censuses = [np.zeros(CENSUS, np.int64) if e.census else None for e in terms.experts]
     room = _room(tile, terms) if any(e.span for e in terms.experts) else None
     found = _extension().merge(tile, terms, out, censuses, room, sums, instruction_set())
@@ -198,8 +186,6 @@ def histogram(
 
 def edits(tile: TensorInputs, t: int, terms: Terms) -> tuple[np.ndarray, tuple[NonFinite, ...]]:
     """The masked edits m_t d_t of expert t, float32[n]."""
-    if other := _other(terms):
-        return other.edits(tile, t, terms)
     out = np.empty(tile.numel, np.float32)
     bad = _extension().edits(tile, t, terms, out, instruction_set())
     return out, _nonfinite(t, bad.base, bad.weights, bad.curvature)
@@ -231,8 +217,6 @@ def gram(tile: TensorInputs, by: str = "tensor") -> np.ndarray:
 
 def masked_sums(tile: TensorInputs, terms: Terms) -> np.ndarray:
     """Sums over edits and masks, float64[T, 6]; columns as SUMS (tensors/result.py) names them."""
-    if other := _other(terms):
-        return other.masked_sums(tile, terms)
     found = _extension().masked_sums(tile, terms, instruction_set())
     return np.array([[getattr(sums, name) for name in SUMS] for sums in found], np.float64)
 

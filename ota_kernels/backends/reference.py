@@ -55,8 +55,10 @@ def merge(tile: TensorInputs, terms: Terms, out: np.ndarray) -> MergeStats:
         m & (x.d32.abs() >= torch.tensor(e.trim, dtype=torch.float32)) if e.trim else m
         for m, x, e in zip(masks, experts, terms.experts, strict=True)
     ]
+    chances = [torch_words.chance(terms, t, x) for t, x in enumerate(experts)]
     votes = [
-        torch.tensor(e.vote, dtype=torch.float32) * x.d32 for x, e in zip(experts, terms.experts, strict=True)
+        torch.tensor(e.vote, dtype=torch.float32) * (x.d32 / p)
+        for x, e, p in zip(experts, terms.experts, chances, strict=True)
     ]
     added = torch_words.elect(terms, survive, votes)
 
@@ -66,10 +68,13 @@ def merge(tile: TensorInputs, terms: Terms, out: np.ndarray) -> MergeStats:
         torch.where(
             g,
             p
-            * (e.edit_scale * (torch_words.clip(x.edit, terms.clip) if words.edit == "clipped" else x.edit)),
+            * (
+                e.edit_scale
+                * (torch_words.clip(x.edit, terms.clip) if words.edit == "clipped" else x.edit / c.to(acc))
+            ),
             zero,
         )
-        for g, p, x, e in zip(added, weights, experts, terms.experts, strict=True)
+        for g, p, x, e, c in zip(added, weights, experts, terms.experts, chances, strict=True)
     )
     denominator = torch_words.divide(terms, added, weights)
     nobody = ~torch.stack(masks).any(0)

@@ -177,6 +177,13 @@ def by_rank(d32: torch.Tensor, e: ExpertTerms, length: int, stride: int) -> torc
     return torch.from_numpy(of_rank)[rank].reshape(-1)
 
 
+def chance(terms: Terms, t: int, x: Expert) -> torch.Tensor:
+    """What edits are divided by: p_t(i) with "by chance", else 1."""
+    return (
+        by_rank(x.d32, terms.experts[t], *terms.ranked) if terms.words.edit == "by chance" else torch.ones(())
+    )
+
+
 def select(word: str, terms: Terms, t: int, x: Expert, s: torch.Tensor, place: Place) -> torch.Tensor:
     e = terms.experts[t]
     if word == "all":

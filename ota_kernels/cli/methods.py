@@ -9,6 +9,7 @@ import click
 from ..recipe import methods as table
 from ..recipe.methods import Method
 from ..recipe.parameters import REQUIRED, Parameter
+from ..recipe.settings import Settings
 
 
 @click.command()
@@ -21,10 +22,12 @@ def methods(name: str | None, markdown: bool) -> None:
         return
     rows = [table.get(each) for each in table.names()]
     if markdown:
-        click.echo("| name | formula | base | models beside a base | from |\n|---|---|---|---|---|")
+        click.echo("| name | formula | base | models beside a base | curvature | passes | from |")
+        click.echo("|---|---|---|---|---|---|---|")
         for row in rows:
-            formula = row.formula.replace("|", "\\|")
-            click.echo(f"| `{row.name}` | {formula} | {row.base} | {_count(row)} | {row.source} |")
+            formula, curvature = row.formula.replace("|", "\\|"), _curvature(row)
+            needs = f"{row.base} | {_count(row)} | {curvature} | {_passes(row)}"
+            click.echo(f"| `{row.name}` | {formula} | {needs} | {row.source} |")
         return
     width = max(len(row.name) for row in rows)
     for row in rows:
@@ -35,6 +38,23 @@ def _count(row: Method) -> str:
     if row.most is None:
         return f"{row.least} or more"
     return str(row.least) if row.least == row.most else f"{row.least} to {row.most}"
+
+
+def _curvature(row: Method) -> str:
+    return "" if not row.curvature else "optional" if row.curvature_optional else "yes"
+
+
+def _passes(row: Method) -> int:
+    """Reads of the inputs, where every density is 0.5 and nothing else is asked for."""
+    usual = {"density": 0.5, "select_topk": 0.5}
+
+    def value(p: Parameter) -> Any:
+        return usual.get(p.key, 0.5 if p.default is REQUIRED else p.default)
+
+    own = [{p.key: value(p) for p in row.own}] * max(row.least, min(2, row.most or 2))
+    settings = Settings.of(row.name, row.base != "ignored", {p.key: value(p) for p in row.shared}, own)
+    whole = 0 if row.matrix(settings) is None else 2
+    return 1 + whole + sum(n.reads for n in row.needs(settings) if n.statistic != "thresholds")
 
 
 def _default(parameter: Parameter) -> str:
@@ -54,7 +74,8 @@ def _text(value: Any) -> str:
 
 
 def _one(row: Method) -> str:
-    lines = [f"{row.name} ({row.source}): {row.formula}", f"base: {row.base}; models: {_count(row)}", ""]
+    lines = [f"{row.name} ({row.source}): {row.formula}", f"base: {row.base}; models: {_count(row)}"]
+    lines += [f"passes over the inputs: {_passes(row)}; shown: {row.shown or 'by its own authors only'}", ""]
     for p in row.by_key.values():
         of = "each model's" if p.level == "expert" else "of the merge"
         lines.append(f"  {p.key}: {p.help} ({p.kind.allowed}; {of}; default: {_default(p)})")

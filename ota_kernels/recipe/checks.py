@@ -134,7 +134,9 @@ def _check_curvature(recipe: Recipe, method: Method) -> None:
         return
     entries = [entry for part in recipe.slices for entry in part.experts]
     without = dict.fromkeys(repr(e.model) for e in entries if "preconditioner_path" not in e.parameters)
-    if method.curvature_optional and not any("preconditioner_path" in e.parameters for e in entries):
+    given = any("preconditioner_path" in e.parameters for e in entries)
+    asked = any(recipe.parameters.get(k) == v for k, v in (("select", "saliency"), ("weigh", "curvature")))
+    if method.curvature_optional and not given and not asked:
         return
     if without:
         raise RecipeError(

@@ -69,12 +69,13 @@ class Need(NamedTuple):
 class Method:
     """What a merge method needs and which recipe keys it accepts.
 
-    formula: one line in the symbols of README, "Methods"; source: the paper, or where it is from; base:
-    "required", "optional" or "ignored" (there it is one more model); edits: whether it adds edits to a base,
-    so that `origin` and `layers` mean something; of_one_run: whether its models are checkpoints of one run,
-    oldest first, and the newest gives what is not floating point; parameters: its keys, each of which may
-    stand at every level of a recipe, those of an expert also under a model; least, most: models beside a
-    base; absent: what becomes of a tensor that some models lack (METHODS, "optional tensors").
+    formula: one line in the symbols of README, "Methods"; source: the paper, or where it is from; shown:
+    where others tried it; base: "required", "optional" or "ignored" (there it is one more model); edits:
+    whether it adds edits to a base, so that `origin` and `layers` mean something; of_one_run: whether its
+    models are checkpoints of one run, oldest first, and the newest gives what is not floating point;
+    parameters: its keys, each of which may stand at every level of a recipe, those of an expert also under a
+    model; least, most: models beside a base; absent: what becomes of a tensor that some models lack (METHODS,
+    "optional tensors").
 
     Pure functions: terms: what the kernels compute for a tensor, from its settings and what was found; needs:
     what must be known before a tensor merges, read after read; ranks: the places of expert t's scores that
@@ -103,6 +104,7 @@ class Method:
     matrix: Callable[[Settings], Formula | None] = lambda settings: None
     curvature_optional: bool = False
     source: str = ""
+    shown: str = ""
     edits: bool = True
     of_one_run: bool = False
     least: int = 2

@@ -49,7 +49,8 @@ class Bundle:
 def can_be_bundled(method: Method, settings: Settings, words: Words) -> bool:
     """Whether elements merge without looking at the tensor they are of, and what is kept of each tensor can
     be counted by scores."""
-    alone = all(need.scope == "model" and need.statistic != "low rank" for need in method.needs(settings))
+    apart = ("low rank", "ranks", "signs")
+    alone = all(need.scope == "model" and need.statistic not in apart for need in method.needs(settings))
     plain = words.select in ("all", "at least") and words.weigh in ("constant", "curvature", "alone")
     repairs = settings.shared.get("on_nonfinite") == "base"
     of_roles = method.keeps_base(settings, "embedding") or method.whole(settings)

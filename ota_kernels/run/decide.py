@@ -40,10 +40,11 @@ from ..tensors.terms import (
 from ..tensors.tile import TensorInputs
 from .bundles import Bundle
 from .checks import check
-from .finders import FINDERS
+from .finders import FINDERS, located
 from .found import ModelFound, open_threshold
 from .low_rank import LowRankForms, is_factored
 from .matrices import Matrices
+from .order import Ready
 from .pool import Pool
 from .ranks import ALONE, Ranks
 from .rules import RULES, Rules
@@ -51,6 +52,7 @@ from .statistics import (
     MaskedSums,
     MeanWeight,
     Reader,
+    Signs,
     ValidCurvature,
     exact_thresholds,
 )
@@ -92,6 +94,7 @@ class Decider:
         # part in absolute and model-wide thresholds and keep all their edits.
         self._all_uniform = all(isinstance(c, Uniform) for t in tensors for c in t.curvatures)
         self._forms = LowRankForms(backend, pool)
+        self._places = {tensor.name: i for i, tensor in enumerate(tensors)}
 
     # Made for each use: kept, it would be a circle of references, and inputs would stay open until Python's
     # collector looks for circles.
@@ -172,8 +175,9 @@ class Decider:
     def passes(self) -> int:
         """Model-wide reads of the inputs before the merge."""
         histograms = 0 if self.brackets else 2 * self.needs.has("thresholds", "model")
+        others = ("mean weight", "sums", "ranks", "signs")
         scaled = any(self.settings(t).scaled and self.matrices.by_formula(t) for t in self.tensors)
-        return histograms + self.needs.has("mean weight", "model") + 2 * scaled
+        return histograms + sum(self.needs.has(statistic, "model") for statistic in others) + 2 * scaled
 
     @property
     def tensor_passes(self) -> int:
@@ -189,7 +193,15 @@ class Decider:
 
     def decide_model(self) -> ModelFound:
         """Brackets from a sample of all tensors, or thresholds from reads of them, or nothing at all."""
-        return self._surveys.of(None, self._decide_model)
+        found = self._surveys.of(None, self._decide_model)
+        if not self.needs.has("signs", "model"):
+            return found
+
+        def ready(tensor: TensorInputs) -> tuple[TensorInputs, Terms]:
+            prepared, settings = self.prepare(tensor), self.settings(tensor)
+            return prepared, self.method.terms(settings, self._found(prepared, settings, found))
+
+        return replace(found, signs=int(self.reader.over(Signs(), self.tensors, ready)[0]))
 
     def _decide_model(self) -> ModelFound:
         if not self.tensors:
@@ -218,7 +230,10 @@ class Decider:
         if self.needs.has("sums", "model"):
             statistic = MaskedSums(len(selections), len(SUMS))
             sums = tuple(map(tuple, self.reader.over(statistic, self.tensors, self._ready).tolist()))
-        return ModelFound(tuple(thresholds), tuple(brackets), tuple(means), spread, sums)
+        at = None
+        if self.needs.has("ranks", "model"):
+            at = tuple(map(tuple, located(self, self.tensors, None, self._ready)))
+        return ModelFound(tuple(thresholds), tuple(brackets), tuple(means), spread, sums, at=at)
 
     def _sampled_brackets(
         self,
@@ -290,6 +305,7 @@ class Decider:
         follows."""
         settings = self.settings(tensor)
         found = self._surveys.of(tensor.name, lambda: self._found(tensor, settings, model))
+        found.signs = model.signs
         terms, factor = self.method.terms(settings, found), settings.shared.get("layers") or 1.0
         if settings.scaled:
             factor *= model.scale.factor(settings)
@@ -302,6 +318,8 @@ class Decider:
             found.means = list(model.mean_weights)
         if model.sums is not None:
             found.model_sums = np.array(model.sums)
+        if model.at is not None:
+            found.at = [[x.seen_from(tensor.name, self._places) for x in own] for own in model.at]
         for need in self.needs.of_tensor:
             FINDERS[need.statistic](self, tensor, settings, found)
         return found
@@ -382,13 +400,17 @@ class Decider:
                 found[t] = self.select(tensor, t, terms, selections[t])
         return found
 
-    def samples(self, tensor: TensorInputs, experts: list[int], terms_of) -> dict[int, np.ndarray]:
-        """float32[clusters, elements] of each of these experts' scores."""
-        count = self.rules.clusters(tensor.numel)
+    def samples(
+        self, tensors: Sequence[TensorInputs], name: str | None, experts: list[int], ready: Ready
+    ) -> dict[int, np.ndarray]:
+        """float32[clusters, elements] of each of these experts' scores. name: of the tensor, None for the
+        model; ready: a tensor as it is read, and its terms."""
+        count = self.rules.clusters(sum(t.numel for t in tensors))
+        prepared = [ready(t)[0] for t in tensors]
         found = self._surveys.sampled(
-            (tensor.name, "ranks"),
+            (name, "ranks"),
             experts,
-            lambda of: sample([tensor], count, of, terms_of, self.backend, self.pool.run),
+            lambda of: sample(prepared, count, of, lambda t: ready(t)[1], self.backend, self.pool.run),
         )
         return dict(zip(experts, map(resident.host, found), strict=True))
 

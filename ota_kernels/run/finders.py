@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..planning.roles import role_of
 from ..recipe.settings import Settings
-from ..tensors.found import Found, Selection, Threshold
+from ..tensors.found import At, Found, Selection, Threshold
 from ..tensors.result import SUMS
 from ..tensors.terms import Terms
 from ..tensors.tile import TensorInputs
 from .norms import edit_norm
-from .order import order_statistics
+from .order import Located, Ready, order_statistics
 from .statistics import Edits, Gram, Grams, MaskedSums, MeanWeight, RowDivergence
 
 if TYPE_CHECKING:
@@ -70,19 +70,28 @@ def _row_scores(decider: Decider, tensor: TensorInputs, settings: Settings, foun
 
 
 def _ranks(decider: Decider, tensor: TensorInputs, settings: Settings, found: Found) -> None:
-    """What stands at the ranks that the method asks for; of one score for all experts, found once."""
-    terms, n = decider.method.terms(settings, found), tensor.numel
-    experts = [0] if terms.words.score == "spread" else list(range(len(tensor.experts)))
+    terms = decider.method.terms(settings, found)
+    places = located(decider, [tensor], tensor.name, lambda _: (tensor, terms))
+    found.at = [[At(x.score, x.index) for x in own] for own in places]
+
+
+def located(
+    decider: Decider, tensors: Sequence[TensorInputs], name: str | None, ready: Ready
+) -> list[list[Located]]:
+    """Per expert what stands at the ranks that the method asks for, over some tensors; of one score for all
+    experts, found once. name: of the tensor, None for the model."""
+    settings, n = decider.settings(tensors[0]), sum(t.numel for t in tensors)
+    first, terms = ready(tensors[0])
+    count = len(first.experts)
+    experts = [0] if terms.words.score == "spread" else list(range(count))
     wanted = {t: lambda nonzero, t=t: decider.method.ranks(settings, t, n, nonzero) for t in experts}
     wanted = {t: ranks for t, ranks in wanted.items() if n and ranks(n)}
-    samples = (
-        decider.samples(tensor, list(wanted), lambda _: terms) if n > decider.rules.direct and wanted else {}
-    )
-    found.at = [[] for _ in tensor.experts]
+    large = n > decider.rules.direct and wanted
+    samples = decider.samples(tensors, name, list(wanted), ready) if large else {}
+    found: list[list[Located]] = [[] for _ in range(count)]
     for t, ranks in wanted.items():
-        found.at[t] = order_statistics(decider.reader, tensor, t, terms, ranks, samples.get(t))
-    if experts == [0]:
-        found.at = found.at[:1] * len(tensor.experts)
+        found[t] = order_statistics(decider.reader, tensors, t, ready, ranks, samples.get(t))
+    return found[:1] * count if experts == [0] else found
 
 
 FINDERS: Mapping[str, Callable[[Decider, TensorInputs, Settings, Found], None]] = {

@@ -10,6 +10,7 @@ from ..select.bracket import Bracket
 from ..tensors.found import Selection, Threshold
 from ..tensors.terms import ExpertTerms, Terms, Words, score_scale
 from ..tensors.tile import TensorInputs
+from .order import Located
 
 if TYPE_CHECKING:
     from .scale import Scale
@@ -20,8 +21,9 @@ class ModelFound:
     """What is found once for the whole model, per expert: the score threshold (None where it is decided
     elsewhere), or the bracket in which it is expected; the mean weight that `normalise: model` divides by.
     spread: how large tensors are sampled. A tensor may be sampled again, by a process that resumes: it must
-    find the same bracket, whatever the page cache holds then. sums: masked sums (tensors.found.SUMS), where a
-    method needs them; scale: of the merged edit, where one was found (run/scale.py)."""
+    find the same bracket, whatever the page cache holds then. sums: masked sums (tensors.found.SUMS), at:
+    what stands at the ranks of each expert's scores, signs: how many more sums of votes are positive than
+    negative; where a method needs them; scale: of the merged edit, where one was found (run/scale.py)."""
 
     thresholds: tuple[float | None, ...]
     brackets: tuple[Bracket | None, ...]
@@ -29,6 +31,8 @@ class ModelFound:
     spread: bool
     sums: tuple[tuple[float, ...], ...] | None = None
     scale: Scale | None = None
+    at: tuple[tuple[Located, ...], ...] | None = None
+    signs: int | None = None
 
 
 def open_threshold(bracket: Bracket, selection: Selection) -> Threshold:

@@ -1,15 +1,15 @@
-"""Exact order statistics of one tensor's scores before it merges.
+"""Exact order statistics of scores, of one tensor or of a whole model, before it merges.
 
     a small sample --> an interval of scores around each rank --> one read: count above, collect inside
 
-A rank is a place in the total order (score, flat index): of the k largest scores exactly k are kept, also
-where many are equal. What is found is the score there, and the index of the element.
+A rank is a place in the total order (score, place of the tensor, flat index): of the k largest scores exactly
+k are kept, also where many are equal. What is found is the score there, the tensor, and the element's index.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from ..tensors import array as resident
 from ..tensors.found import At, Rank
 from ..tensors.result import NonFinite
 from ..tensors.segment import CHUNK
-from ..tensors.terms import Terms
+from ..tensors.terms import LAST_INDEX, Terms
 from ..tensors.tile import TensorInputs
 from .statistics import Pieces, Reader
 
@@ -38,9 +38,10 @@ EVERYTHING = Interval(-math.inf, math.inf)
 
 
 class _Piece(NamedTuple):
-    """One tile: flat index of its first element; scores that are not 0; for each interval how many scores are
-    above, and those inside."""
+    """One tile: its tensor, and flat index of its first element; scores that are not 0; for each interval how
+    many scores are above, and those inside."""
 
+    name: str
     start: int
     nonzero: int
     above: list[int]
@@ -57,7 +58,7 @@ class Collected(Pieces):
     def update(self, arrays: list, backend: Backend, tile: TensorInputs, terms: Terms) -> Iterable[NonFinite]:
         found, bad = backend.scores(tile, self.t, terms)
         scores, infinity = resident.host(found), np.float32(math.inf)
-        piece = _Piece(tile.start, int(np.count_nonzero(scores)), [], [])
+        piece = _Piece(tile.name, tile.start, int(np.count_nonzero(scores)), [], [])
         for low, high in self.intervals:
             inside, above = native.between(scores, low, np.nextafter(np.float32(high), infinity))
             piece.inside.append(inside.copy())
@@ -70,49 +71,63 @@ class Collected(Pieces):
 
 
 Ranks = Callable[[int], list[Rank]]  # the ranks that are wanted, from how many scores are not 0
+Ready = Callable[[TensorInputs], tuple[TensorInputs, Terms]]
+
+_WIDER = 8.0  # intervals around ranks that a sample misjudged, before everything is collected
 
 
 def order_statistics(
-    reader: Reader, tensor: TensorInputs, t: int, terms: Terms, ranks: Ranks, sample: np.ndarray | None
-) -> list[At]:
-    """What stands at the ranks of expert t's scores. sample: float32[clusters, elements] of them, None for
-    tensors that are sorted at once."""
-    found = None
+    reader: Reader,
+    tensors: Sequence[TensorInputs],
+    t: int,
+    ready: Ready,
+    ranks: Ranks,
+    sample: np.ndarray | None,
+) -> list[Located]:
+    """What stands at the ranks of expert t's scores over these tensors, in their order. ready: a tensor as it
+    is read, and its terms; sample: float32[clusters, elements] of the scores, None where they are sorted at
+    once."""
+    n, found = sum(tensor.numel for tensor in tensors), None
     if sample is not None:
-        nonzero = round(np.count_nonzero(sample) / sample.size * tensor.numel)
+        nonzero = round(np.count_nonzero(sample) / sample.size * n)
         ordered = np.sort(sample, axis=None)
-        intervals = [_interval(ordered, sample, rank, tensor.numel) for rank in ranks(nonzero)]
-        found = _read(reader, tensor, t, terms, ranks, intervals)
+        for deviations in (DEVIATIONS, _WIDER * DEVIATIONS):
+            if found is None:
+                intervals = [_interval(ordered, sample, rank, n, deviations) for rank in ranks(nonzero)]
+                found = _read(reader, tensors, t, ready, ranks, intervals)
     if found is None:
-        found = _read(reader, tensor, t, terms, ranks, [EVERYTHING])
-    return [_located(reader, tensor, t, terms, tie) for tie in found]
+        found = _read(reader, tensors, t, ready, ranks, [EVERYTHING])
+    by_name = {tensor.name: tensor for tensor in tensors}
+    return [_located(reader, by_name[tie.name], t, ready, tie) for tie in found]
 
 
 def _read(
     reader: Reader,
-    tensor: TensorInputs,
+    tensors: Sequence[TensorInputs],
     t: int,
-    terms: Terms,
+    ready: Ready,
     ranks: Ranks,
     intervals: list[Interval],
 ) -> list[_Tie] | None:
     """One read: what stands at the ranks, None where one lies outside of its interval. One interval may
     serve all."""
-    pieces = reader.of_tensor(Collected(t, intervals), tensor, terms)
-    wanted = ranks(sum(p.nonzero for p in pieces))
+    pieces = [
+        piece for tensor in tensors for piece in reader.of_tensor(Collected(t, intervals), *ready(tensor))
+    ]
+    wanted, n = ranks(sum(p.nonzero for p in pieces)), sum(tensor.numel for tensor in tensors)
     last = len(intervals) - 1
-    found = [_at(pieces, min(i, last), rank, tensor.numel) for i, rank in enumerate(wanted)]
+    found = [_at(pieces, min(i, last), rank, n) for i, rank in enumerate(wanted)]
     return None if None in found else found
 
 
-def _interval(ordered: np.ndarray, sample: np.ndarray, rank: Rank, n: int) -> Interval:
+def _interval(ordered: np.ndarray, sample: np.ndarray, rank: Rank, n: int, deviations: float) -> Interval:
     """Sampled scores around a rank, as far away as the sample errs (see select/bracket.py)."""
     ascending = rank.place if not rank.descending else n - 1 - rank.place
     m = len(ordered)
     target = (min(max(ascending, 0), n - 1) + 0.5) / n * m
     at = ordered[min(int(target), m - 1)]
     squares = squared_differences(sample, at)
-    margin = DEVIATIONS * float(error_of_sum(squares, len(sample))) + 1 if len(sample) > 1 else m
+    margin = deviations * float(error_of_sum(squares, len(sample))) + 1 if len(sample) > 1 else m
     low, high = math.floor(target - margin), math.ceil(target + margin)
     return Interval(
         float(ordered[low]) if low >= 0 else -math.inf, float(ordered[high]) if high < m else math.inf
@@ -120,9 +135,10 @@ def _interval(ordered: np.ndarray, sample: np.ndarray, rank: Rank, n: int) -> In
 
 
 class _Tie(NamedTuple):
-    """Of the elements of this score, number `within` of the piece that begins at `start`."""
+    """Of the elements of this score, number `within` of the piece of a tensor that begins at `start`."""
 
     score: float
+    name: str
     start: int
     within: int
 
@@ -141,13 +157,31 @@ def _at(pieces: list[_Piece], k: int, rank: Rank, n: int) -> _Tie | None:
     tie = from_top - larger if rank.descending else rank.place - (n - larger - sum(equal))
     ends = np.cumsum(equal)
     piece = int(np.searchsorted(ends, tie, side="right"))
-    return _Tie(float(score), pieces[piece].start, tie - (int(ends[piece - 1]) if piece else 0))
+    return _Tie(
+        float(score), pieces[piece].name, pieces[piece].start, tie - (int(ends[piece - 1]) if piece else 0)
+    )
 
 
-def _located(reader: Reader, tensor: TensorInputs, t: int, terms: Terms, tie: _Tie) -> At:
+class Located(NamedTuple):
+    """An element: its score, its tensor, its flat index there."""
+
+    score: float
+    name: str
+    index: int
+
+    def seen_from(self, name: str, places: Mapping[str, int]) -> At:
+        """As a bound of the elements of a tensor: those of earlier tensors stand before it, those of later
+        ones after it."""
+        before = places[name] - places[self.name]
+        return At(self.score, self.index if before == 0 else LAST_INDEX if before < 0 else -1)
+
+
+def _located(reader: Reader, tensor: TensorInputs, t: int, ready: Ready, tie: _Tie) -> Located:
     """With the index of the element, from its piece's scores once more."""
+    tensor, terms = ready(tensor)
     begin = tie.start - tensor.start
     step = resident.TILE if tensor.is_resident else CHUNK
     tile = tensor.slice(begin, min(begin + step, tensor.numel))
     scores = resident.host(reader.backend.scores(tile, t, terms)[0])
-    return At(tie.score, tie.start + int(np.flatnonzero(scores == np.float32(tie.score))[tie.within]))
+    index = tie.start + int(np.flatnonzero(scores == np.float32(tie.score))[tie.within])
+    return Located(tie.score, tie.name, index)

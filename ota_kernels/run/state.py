@@ -11,6 +11,7 @@ from ..tensors.result import Counts
 from ..tensors.segment import Segment
 from .engine import Decided, Event, Merged
 from .found import ModelFound
+from .order import Located
 from .scale import Scale
 
 FORMAT = 8  # of the records, of the file of candidates, and of which runs are sampled
@@ -21,11 +22,17 @@ def as_found(reported: dict) -> ModelFound:
     thresholds = tuple(None if x is None else float(x) for x in reported["thresholds"])
     sums = None if reported["sums"] is None else tuple(map(tuple, reported["sums"]))
     none = (None,) * len(thresholds)
-    return ModelFound(thresholds, none, tuple(reported["mean_weights"]), False, sums, _scale(reported))
+    at, signs = _located(reported.get("at")), reported.get("signs")
+    means, scale = tuple(reported["mean_weights"]), _scale(reported)
+    return ModelFound(thresholds, none, means, False, sums, scale, at, signs)
 
 
 def _scale(record: dict) -> Scale | None:
     return None if record["scale"] is None else Scale(**record["scale"])
+
+
+def _located(at: list | None) -> tuple[tuple[Located, ...], ...] | None:
+    return None if at is None else tuple(tuple(Located(*x) for x in own) for own in at)
 
 
 def record_of(event: Event) -> dict | None:
@@ -82,7 +89,8 @@ class State:
             brackets = tuple(None if b is None else Bracket(**b) for b in made["brackets"])
             thresholds, means = tuple(made["thresholds"]), tuple(made["mean_weights"])
             sums = None if made["sums"] is None else tuple(map(tuple, made["sums"]))
-            self.found = ModelFound(thresholds, brackets, means, made["spread"], sums, _scale(made))
+            at, signs, scale = _located(made["at"]), made["signs"], _scale(made)
+            self.found = ModelFound(thresholds, brackets, means, made["spread"], sums, scale, at, signs)
         if "unit" in record:
             self.add(Merged([(Segment(*place), Counts(**counts)) for *place, counts in record["unit"]]))
         if "pending" in record:
@@ -134,9 +142,10 @@ class State:
         exact = [x if y is None else y for x, y in zip(self.found.thresholds, decided, strict=True)]
         thresholds = [x if x is None or math.isfinite(x) else str(x) for x in exact]  # "nan" keeps nothing
         sums = None if self.found.sums is None else [list(x) for x in self.found.sums]
-        return {"thresholds": thresholds, "mean_weights": list(self.found.mean_weights), "sums": sums} | {
-            "scale": None if self.found.scale is None else asdict(self.found.scale)
-        }
+        found = {"thresholds": thresholds, "mean_weights": list(self.found.mean_weights), "sums": sums}
+        found["scale"] = None if self.found.scale is None else asdict(self.found.scale)
+        found["at"] = None if self.found.at is None else [[list(x) for x in own] for own in self.found.at]
+        return found | {"signs": self.found.signs}
 
     @property
     def pending(self) -> list[Pending]:

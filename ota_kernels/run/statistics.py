@@ -208,6 +208,25 @@ class RowDivergence(Pieces):
         return np.float32(np.concatenate(arrays) * 2.0**32)
 
 
+class Signs(_Sums):
+    """How many more of the sums E of the votes are positive than negative: int64[1]."""
+
+    exact = True
+
+    def new(self) -> np.ndarray:
+        return np.zeros(1, np.int64)
+
+    def update(self, arrays, backend: Backend, tile: TensorInputs, terms: Terms) -> Iterable[NonFinite]:
+        total, bad = np.zeros(tile.numel, np.float32), []
+        for t, e in enumerate(terms.experts):
+            edits, found = backend.edits(tile, t, terms)
+            votes = np.float32(e.vote) * resident.host(edits)
+            total += np.sign(votes) if terms.words.elect == "count" else votes
+            bad += found
+        arrays += np.count_nonzero(total > 0) - np.count_nonzero(total < 0)
+        return bad
+
+
 class ValidCurvature(_Sums):
     """Nothing but whether expert t's curvature is finite and not negative."""
 

@@ -76,7 +76,8 @@ class Found:
 
     The rest is None until the statistic of that name was taken: gram: float64[T, T], or [groups, T, T]; sums:
     float64[T, len(SUMS)] over the tensor, model_sums over the model; row_scores: float32[rows] per expert;
-    at: what stands at the ranks that were asked for, per expert.
+    at: what stands at the ranks that were asked for, per expert; signs: of the sums of votes over the model,
+    how many more are positive than negative.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Found:
     model_sums: np.ndarray | None = None
     row_scores: list[np.ndarray] | None = None
     at: list[list[At]] | None = None
+    signs: int | None = None
 
     @property
     def numel(self) -> int:

@@ -8,6 +8,7 @@ outputs and float64 for wider ones. w_0 is the base, 0 without one.
     edit
       difference          y_t = d_t
       clipped             y_t = clip(clip / max(|d_t|, 1e-6), 0, 1) d_t                      (nearswap)
+      by chance           y_t = d_t / p_t(i) of `random by rank`; so are votes: d32_t / p_t in v_t (della)
     score
       none                select is all, random or random by rank
       saliency            s_t = (h_t score_scale_t) ((2^16 d32_t) (2^16 d32_t))                   (FFG)
@@ -75,7 +76,7 @@ BLOCK = 1 << 15  # elements that a function of Python computes at a time (backen
 
 # The words of each step; kernels know them by their place here.
 WORDS = {
-    "edit": ("difference", "clipped"),
+    "edit": ("difference", "clipped", "by chance"),
     "score": ("none", "saliency", "curvature", "magnitude", "row magnitude", "spread"),
     "select": ("all", "at least", "between", "above", "random", "random by rank"),
     "elect": ("none", "sum", "count", "largest", "agreement"),
@@ -100,6 +101,8 @@ class Words:
             word = getattr(self, step.name)
             if word not in WORDS[step.name]:
                 raise ValueError(f"{step.name}: {word!r} is none of {', '.join(WORDS[step.name])}")
+        if self.edit == "by chance" and self.select != "random by rank":
+            raise ValueError("edit: 'by chance' goes with select: 'random by rank'")
 
     @property
     def codes(self) -> tuple[int, ...]:
@@ -180,7 +183,7 @@ class Terms:
         """A tile is a whole number of so many elements."""
         if self.function is not None:
             return BLOCK
-        return math.prod(self.ranked) if self.words.select == "random by rank" else 1
+        return max(math.prod(self.ranked), 1) if self.words.select == "random by rank" else 1
 
 
 def is_open(terms: ExpertTerms) -> bool:

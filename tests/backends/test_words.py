@@ -51,6 +51,8 @@ NAMED = {
     "ramplus": Words(score="magnitude", select="above", weigh="alone", divide="kept count"),
     "dare": Words(score="none", select="random", weigh="constant", divide="number"),
     "della": Words(score="none", select="random by rank", elect="sum", weigh="constant"),
+    "della by chance": Words("by chance", "none", "random by rank", "sum", "constant", "kept weights"),
+    "della_linear by chance": Words("by chance", "none", "random by rank", "none", "constant", "number"),
     "magmax": Words(score="none", select="all", elect="largest", weigh="constant", divide="number"),
     "consensus": Words(score="none", select="all", elect="agreement", weigh="constant", divide="number"),
     "nuslerp by row": Words(score="none", select="all", weigh="by row", divide="number"),
@@ -312,8 +314,11 @@ def word(step: str):
 
 @hypothesis.given(st.data())
 def test_combinations(backend, data):
-    words = Words(*(data.draw(word(step), label=step) for step in WORDS))
-    if words.edit == "clipped" and words.weigh == "curvature":
+    drawn = {step: data.draw(word(step), label=step) for step in WORDS}
+    if drawn["edit"] == "by chance" and drawn["select"] != "random by rank":
+        drawn["edit"] = "difference"
+    words = Words(**drawn)
+    if words.edit != "difference" and words.weigh == "curvature":
         words = replace(words, weigh="constant")
     seed, experts = data.draw(st.integers(0, 1000)), data.draw(st.integers(1, 9))
     options = {

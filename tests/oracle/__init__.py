@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from . import absent, elementwise, gram, options, ota, spectral, task_vectors
+from . import absent, combine, elementwise, gram, options, ota, spectral, task_vectors
 from .ota import kept_by_density, kept_by_mass, low_rank, norm, rank1, score
 from .parameters import Method, Settings, resolve
 from .tensors import Merged, Tensor, task_vector
@@ -35,6 +35,7 @@ METHODS: dict[str, Method] = {
     **elementwise.METHODS,
     **task_vectors.METHODS,
     **gram.METHODS,
+    **combine.METHODS,
     **spectral.METHODS,
 }
 

@@ -12,9 +12,9 @@ Decisions, all float32, d = float32(w) - float32(w_0):
     rank-random        u < float32(p), p in float64 from the rank in the row, in the order (|d| ascending,
                        index ascending)
     election           y_t = float32(weight_t r_t) d_t, and with `rescale_by: density` of rank-random, whose
-                       factor is of each element, (float32(weight_t) d_t) float32(1 / float32(p)); added in
-                       recipe order to a float32 that starts at 0 (`consensus: count`: sign(y_t) is). An
-                       expert with y_t = 0 never agrees
+                       factor is of each element, float32(weight_t) (d_t / float32(p)); added in recipe order
+                       to a float32 that starts at 0 (`consensus: count`: sign(y_t) is). An expert of y_t = 0
+                       never agrees
     den = 0            elect: sum g_t float32(weight_t), in float32 and recipe order, is 0, or the float64
                        sum is; else |sum_t weight_t| < 1e-8 in float64
 
@@ -193,7 +193,7 @@ def _weighted(row: Row, tensor: Tensor, kept: Kept, settings: Settings) -> Weigh
         if settings["rescale"] and settings["rescale_by"] == "density":
             inverse = 1.0 / np.where(mask, kept.probability[t], np.float32(1)).astype(np.float64)
             if row.sparsify == "rank-random":
-                vote = (np.float32(weight) * d32[t]) * np.float32(inverse)
+                vote = np.float32(weight) * (d32[t] / np.where(mask, kept.probability[t], np.float32(1)))
             else:
                 inverse = 1.0 / own["density"] if 0 < own["density"] < 1 else 1.0
                 vote = np.float32(weight * inverse) * d32[t]

@@ -6,9 +6,10 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from checkpoints import assert_same_tensors, load_merged, save_model
+from checkpoints import assert_same_tensors, load_merged, save_model, second_moments
 from jobs import merge
 from oracle import spectral
+from safetensors.torch import save_file
 from tolerances import assert_close
 
 import ota_kernels
@@ -39,6 +40,8 @@ CASES: dict[str, list[tuple[int, dict]]] = {
         (3, {"weight": [1, -0.7, 0.4], "density": 0.5, "rescale": True, "normalize": False, "lambda_": 0.8}),
         (1, {"weight": 0.7, "density": 0.5}),
         (3, {"weight": [0.5, 0.3, 1.0], "density": 0.4, "consensus": "count"}),
+        (3, {"weight": 1.0, "density": [0.4, 0.1, 1.0], "density_scope": "model"}),
+        (2, {"weight": [1.0, -1.0], "density": 0.6, "zero_sign": "majority", "normalize": False}),
     ],
     "dare_linear": [
         (3, {"weight": [0.5, 0.3, 1.0], "density": 0.4}),
@@ -52,12 +55,19 @@ CASES: dict[str, list[tuple[int, dict]]] = {
         (3, {"weight": [0.5, 0.3, 1.0], "density": 0.6, "gamma": 0.1}),
         (2, {"weight": 1.0, "density": [0.95, 0.3], "gamma": [0.2, 0.0], "rescale": True}),
     ],
-    "breadcrumbs_ties": [(3, {"weight": [0.5, 0.3, 1.0], "density": 0.5, "gamma": 0.05})],
+    "breadcrumbs_ties": [
+        (3, {"weight": [0.5, 0.3, 1.0], "density": 0.5, "gamma": 0.05}),
+        (3, {"weight": [0.5, 0.3, 1.0], "density": 0.4, "gamma": 0.1, "density_scope": "model"}),
+    ],
     "della": [
         (3, {"weight": [0.5, 0.3, 1.0], "density": 0.5, "epsilon": 0.2}),
         (2, {"weight": 1.0, "density": [1.0, 0.4], "epsilon": 0.1}),
+        (3, {"weight": [0.5, 0.3, 1.0], "density": [1.0, 0.4, 0.7], "rescale_by": "density"}),
     ],
-    "della_linear": [(2, {"weight": [0.6, 0.8], "density": 0.4, "rescale": False})],
+    "della_linear": [
+        (2, {"weight": [0.6, 0.8], "density": 0.4, "rescale": False}),
+        (2, {"weight": [0.6, 0.8], "density": [0.4, 0.0], "rescale_by": "density"}),
+    ],
     "sce": [
         (3, {"select_topk": 0.3}),
         (3, {}),
@@ -80,6 +90,21 @@ CASES: dict[str, list[tuple[int, dict]]] = {
     "multislerp": [(3, {"weight": [0.3, 0.9, 0.5]}), (2, {"weight": [1.0, 0.6], "normalize_weights": False})],
     "karcher": [(3, {}), (2, {"max_iter": 100, "tol": 1e-9})],
     "model_stock": [(3, {}), (2, {"filter_wise": True})],
+    "ffg": [
+        (1, {"density": 0.3}),
+        (1, {"density": 0.1, "density_scope": "tensor", "lambda_": 0.6}),
+        (1, {"saliency_mass": 0.8}),
+        (1, {"precond_threshold": 1e-15}),
+    ],
+    "fisher": [
+        (3, {"weight": [0.5, 1.0, 2.0]}),
+        (2, {"normalise": "global", "fisher_floor": 0.0}),
+        (3, {"normalise": "none", "weight": [1.0, -0.2, 0.0], "fisher_floor": 2.0**-40}),
+    ],
+    "localize_stitch": [
+        (3, {"density": 0.3}),
+        (2, {"density": [0.05, 1.0], "embeddings": "merge", "lambda_": 0.8}),
+    ],
     "checkpoints": [
         (5, {}),
         (4, {"decay": "ema", "beta": 0.8}),
@@ -105,11 +130,21 @@ def model(n_experts: int, dtype: torch.dtype = torch.float32) -> dict[str, list[
     return {name: drawn(shape, n_experts, i, dtype) for i, (name, shape) in enumerate(SHAPES.items())}
 
 
+def moments(method: str, tensors: dict, n_experts: int) -> list[dict[str, torch.Tensor]] | None:
+    """Second moments for the rows that need them."""
+    if method not in ("ffg", "fisher"):
+        return None
+    base = {name: found[0] for name, found in tensors.items()}
+    return [second_moments(base, 70 + t) for t in range(n_experts)]
+
+
 def truths(method: str, tensors: dict, parameters: dict, with_base: bool) -> dict[str, oracle.Merged]:
+    h = moments(method, tensors, len(next(iter(tensors.values()))) - 1)
     exact = {
         name: oracle.Tensor(
             found[0].double().numpy() if with_base else None,
             tuple(x.double().numpy() for x in found[1:]),
+            None if h is None else tuple(x[name].numpy() for x in h),
             role="embedding" if "embed" in name else "matrix" if found[0].ndim == 2 else "vector",
         )
         for name, found in tensors.items()
@@ -130,6 +165,7 @@ def check(
     merged = ota_kernels.merge_state_dicts(
         {name: found[0] for name, found in tensors.items()} if with_base else None,
         [{name: found[1 + t] for name, found in tensors.items()} for t in range(n_experts)],
+        moments(method, tensors, n_experts),
         method=method,
         out_dtype=out,
         backend=backend,
@@ -177,6 +213,11 @@ def test_files(method, case, tmp_path):
     folders = [
         save_model(tmp_path / str(t), {n: x[t] for n, x in tensors.items()}) for t in range(n_experts + 1)
     ]
+    h = moments(method, tensors, n_experts)
+    if h is not None:
+        own["preconditioner_path"] = [str(folder / "h.safetensors") for folder in folders[1:]]
+        for path, of_expert in zip(own["preconditioner_path"], h, strict=True):
+            save_file(of_expert, path)
     recipe = {
         "merge_method": method,
         "models": [
@@ -186,9 +227,11 @@ def test_files(method, case, tmp_path):
         "parameters": shared,
     } | ({"base_model": str(folders[0])} if with_base else {})
     merge(recipe, tmp_path / "out")
+    own.pop("preconditioner_path", None)
     found = ota_kernels.merge_state_dicts(
         {n: x[0] for n, x in tensors.items()} if with_base else None,
         [{n: x[1 + t] for n, x in tensors.items()} for t in range(n_experts)],
+        h,
         method=method,
         **(parameters | own),
     )
@@ -196,5 +239,5 @@ def test_files(method, case, tmp_path):
 
 
 def test_every_method_is_tried():
-    elsewhere = {"ota", "ffg", "fisher", "localize_stitch", *spectral.METHODS}
+    elsewhere = {"ota", "combine", *spectral.METHODS}
     assert set(CASES) | elsewhere == set(methods.names())

@@ -158,11 +158,11 @@ def _merge_kernel(
             if elect != "none" or weigh == "alone":
                 added_by |= survive.to(keepers) << (t * width)
             if elect != "none":
-                v = loads.number(numbers, t, loads.VOTE).to(tl.float32) * d32
+                v = stages.vote_of(table, numbers, t, d32, offset, lane, inside, edit, n_experts)
                 elected, winner = stages.vote(v, survive, elected, winner, t, elect)
             elif weigh != "alone":
                 numerator, denominator = _add(
-                    numerator, denominator, table, numbers, t, d, h, survive, survive, inside,
+                    numerator, denominator, table, numbers, t, d, h, survive, survive, offset, lane, inside,
                     row, column, wrapped, has_next, zero,
                     edit, weigh, divide, power, scaled, n_experts, place, acc)  # fmt: skip
             if fallback == "mean":
@@ -173,7 +173,7 @@ def _merge_kernel(
         elif elect == "agreement" or (elect != "none" and weigh == "alone"):
             added_by = stages.agreeing(
                 table, numbers, offset, lane, inside, base, added_by, elected,
-                elect, n_experts, weights, origins, aligned, keepers, width, unroll)  # fmt: skip
+                edit, elect, n_experts, weights, origins, aligned, keepers, width, unroll)  # fmt: skip
         if elect != "none" or weigh == "alone":
             is_alone = (added_by != 0) & ((added_by & (added_by - 1)) == 0)
             for t in tl.range(0, n_experts, loop_unroll_factor=unroll):
@@ -185,11 +185,11 @@ def _merge_kernel(
                     n_experts, curvature, curvatures, place, aligned, block_size)  # fmt: skip
                 added = ((added_by >> (t * width)) & 1) != 0
                 if (elect == "sum" or elect == "count") and weigh != "alone":
-                    v = loads.number(numbers, t, loads.VOTE).to(tl.float32) * d32
+                    v = stages.vote_of(table, numbers, t, d32, offset, lane, inside, edit, n_experts)
                     tie = loads.shared(numbers, n_experts, loads.TIE).to(tl.float32)
                     added &= stages.agrees(v, elected, tie, tie, elect)
                 numerator, denominator = _add(
-                    numerator, denominator, table, numbers, t, d, h, added, is_alone, inside,
+                    numerator, denominator, table, numbers, t, d, h, added, is_alone, offset, lane, inside,
                     row, column, wrapped, has_next, zero,
                     edit, weigh, divide, power, scaled, n_experts, place, acc)  # fmt: skip
 
@@ -260,6 +260,8 @@ def _add(
     h,
     added,
     is_alone,
+    offset,
+    lane,
     inside,
     row,
     column,
@@ -279,6 +281,8 @@ def _add(
     y = d
     if edit == "clipped":
         y = stages.clipped(d, loads.shared(numbers, n_experts, loads.CLIP).to(acc))
+    elif edit == "by chance":
+        y = stages.divide(d, stages.chance(table, t, offset, lane, inside, n_experts).to(acc))
     if scaled:
         y = loads.number(numbers, t, loads.EDIT_SCALE).to(acc) * y
     weight = stages.weigh(

@@ -229,6 +229,21 @@ def select(
 
 
 @triton.jit
+def chance(table, t, offset, lane, inside, n_experts: tl.constexpr):
+    """p_t of `random by rank`, float32; 1 outside."""
+    p = loads.elements(table, loads.CHANCES * n_experts + t, offset, lane, inside, tl.float32, True)
+    return tl.where(inside, p, 1.0)
+
+
+@triton.jit
+def vote_of(table, numbers, t, d32, offset, lane, inside, edit: tl.constexpr, n_experts: tl.constexpr):
+    """v_t: float32(vote_t) d32_t, of d32_t / p_t with "by chance"."""
+    if edit == "by chance":
+        d32 = tl.div_rn(d32, chance(table, t, offset, lane, inside, n_experts))
+    return loads.number(numbers, t, loads.VOTE).to(tl.float32) * d32
+
+
+@triton.jit
 def vote(v, survive, elected, winner, t, word: tl.constexpr):
     """What all experts' votes come to, with that of expert t: E, or with "largest" the largest magnitude so
     far and whose it is."""
@@ -264,6 +279,7 @@ def agreeing(
     base,
     survives,
     elected,
+    edit: tl.constexpr,
     word: tl.constexpr,
     n_experts: tl.constexpr,
     weights: tl.constexpr,
@@ -282,7 +298,7 @@ def agreeing(
         _, _, d32, _ = loads.edit_of(
             table, t, offset, lane, inside, base, tl.float32, n_experts, weights, origins, aligned
         )
-        v = loads.number(numbers, t, loads.VOTE).to(tl.float32) * d32
+        v = vote_of(table, numbers, t, d32, offset, lane, inside, edit, n_experts)
         of_t = (((survives >> (t * width)) & 1) != 0) & agrees(v, elected, share, tie, word)
         number += of_t.to(tl.int32)
         found |= of_t.to(keepers) << (t * width)

@@ -183,6 +183,7 @@ register(
     Method(
         name="consensus",
         source="arXiv 2405.07813",
+        shown="MergeBench (arXiv 2505.10833): in the middle, five skills on models of 2-9 B",
         formula="w_0 + lambda D [#(|d_t| > q |D - d_t|) >= k], D = sum_t d_t",
         base="required",
         parameters=(

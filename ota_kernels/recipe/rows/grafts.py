@@ -53,6 +53,7 @@ register(
     Method(
         name="localize_stitch",
         source="arXiv 2408.13656",
+        shown="MergeBench (arXiv 2505.10833): first, five skills on models of 2-9 B",
         formula="w_0 + sum_t m_t d_t / max(1, sum_t m_t), m_t: the largest |d_t| of the model",
         base="required",
         parameters=(
@@ -92,6 +93,7 @@ register(
     Method(
         name="fisher",
         source="arXiv 2111.09832",
+        shown="MergeBench (arXiv 2505.10833): last, five skills on models of 2-9 B",
         formula="sum_t weight_t n(F_t) w_t / sum_t weight_t n(F_t), F_t = max(h_t, fisher_floor)",
         base="ignored",
         edits=False,
