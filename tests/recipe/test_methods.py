@@ -6,14 +6,22 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from checkpoints import assert_same_tensors, load_merged, save_model, second_moments
-from jobs import merge
+from checkpoints import (
+    assert_same_tensors,
+    load_merged,
+    make_set,
+    model_digests,
+    save_model,
+    second_moments,
+)
+from jobs import Interrupt, merge
 from oracle import spectral
 from safetensors.torch import save_file
 from tolerances import assert_close
 
 import ota_kernels
 from ota_kernels.recipe import methods
+from ota_kernels.run.rules import Rules
 
 SHAPES = {
     "embed_tokens.weight": (40, 24),
@@ -236,6 +244,23 @@ def test_files(method, case, tmp_path):
         **(parameters | own),
     )
     assert_same_tensors(load_merged(tmp_path / "out"), found)
+
+
+def test_what_is_found_of_the_model_is_resumed(tmp_path):
+    """Places of an exact count over the model, and the sign of most sums, come from the journal."""
+    models = make_set(tmp_path / "models", {f"layers.{i}.w": (20, 30) for i in range(4)})
+    keys = {"density_scope": "model", "zero_sign": "majority"}
+    recipe = models.recipe("ties", weight=[1.0, -1.0, 1.0], density=[0.3, 0.6, 1.0], **keys)
+    options = {"tile_elements": 300, "threads": 1}
+    merge(recipe, tmp_path / "expected", **options)
+    with pytest.raises(KeyboardInterrupt):
+        merge(recipe, tmp_path / "out", Rules(before=Interrupt("tile", 4)), **options)
+    report = merge(recipe, tmp_path / "out", resume=True, **options)
+    assert report["resumed"]
+    assert model_digests(tmp_path / "out") == model_digests(tmp_path / "expected")
+    kept = [expert["kept"] for expert in report["experts"]]
+    assert kept == [720, 1440, 2400]  # exactly, over the model
+    assert report["options"]["seed"] == 0
 
 
 def test_every_method_is_tried():
