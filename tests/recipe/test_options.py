@@ -30,6 +30,7 @@ EDITS: dict[str, dict] = {
     "dare_ties": W | {"density": 0.5},
     "della_linear": W | {"density": 0.5, "epsilon": 0.2},
     "breadcrumbs": W | {"density": 0.6, "gamma": 0.1},
+    "combine": W | {"density": 0.4, "consensus": "count"},
     "sce": {"select_topk": 0.5},
     "ram": {"epsilon": 0.001},
     "ramplus": {"epsilon": 0.001},
@@ -77,7 +78,7 @@ def check(found, expected, dtype="float32") -> None:
 
 def test_every_row_with_edits_is_tried():
     rows = {name for name in methods.names() if methods.get(name).edits}
-    like_others = {"breadcrumbs_ties", "dare_linear", "della", "ramplus_tl"}
+    like_others = {"breadcrumbs_ties", "dare_linear", "della", "ramplus_tl", "opcm"}
     assert rows == set(EDITS) | like_others | set(OF_MATRICES)
 
 
