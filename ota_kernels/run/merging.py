@@ -137,7 +137,8 @@ class Merging:
                     self._ranks.check()
                     log.append(record_of(event), of_data=not isinstance(event, Decided))
                     for segment in state.add(event):
-                        self._progress.advance((segment.stop - segment.start) * weights[segment.index])
+                        done = (segment.stop - segment.start) * weights[segment.index]
+                        self._progress.advance(self._ranks.done(done))
             except (KeyboardInterrupt, RunError, BackendError):
                 with contextlib.suppress(RunError):
                     for event in engine.checkpoint():

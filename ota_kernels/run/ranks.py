@@ -2,11 +2,12 @@
 
     tell      rank 0's answer, for all                  take    the next piece of work that nobody has
     total     arrays added up over all ranks            wait    until all have come here
-    check     RunError where another rank has ended     fail    tell the others why this one ends
+    check     RunError where another rank has ended     done    bytes that are done, of all where rank 0 asks
 
-All ranks call `tell`, `total`, `take` and `wait` in the same order. Waiting is done by asking the store again
-and again, so that an interrupt and the end of another rank are noticed; arrays go by gloo, which is asked
-only when all are there. A rank that is not heard of for LOST seconds has ended.
+A rank that ends with an exception tells the others why. All ranks call `tell`, `total`, `take` and `wait` in
+the same order. Waiting is done by asking the store again and again, so that an interrupt and the end of
+another rank are noticed; arrays go by gloo, which is asked only when all are there. A rank that is not heard
+of for LOST seconds has ended.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 BEAT = 2.0  # seconds between two signs of life
 LOST = 30.0  # seconds without one
 _START = 300.0  # seconds until the first
-_LEAVE = 5.0  # seconds that rank 0, which may serve the store, waits for others to leave
+_LEAVE = 10.0  # seconds that rank 0, which may serve the store, waits for others to leave
 _ANSWER = 60.0  # seconds in which the store, and gloo between ranks that are all there, must answer
 _POLL = 0.002, 0.2  # seconds between two questions, at first and at most
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # as torchrun sets it
@@ -64,6 +65,8 @@ class Ranks(Protocol):
 
     def check(self) -> None: ...
 
+    def done(self, nbytes: int) -> int: ...
+
     def __enter__(self) -> Ranks: ...
 
     def __exit__(self, *error: object) -> None: ...
@@ -87,6 +90,9 @@ class Alone:
         pass
 
     check = wait
+
+    def done(self, nbytes: int) -> int:
+        return nbytes
 
     def __enter__(self) -> Alone:
         return self
@@ -112,6 +118,8 @@ class Several:
         self._calls = itertools.count()
         self._gloo: Any = None
         self._failure: OtaError | None = None
+        self._done = self._shown = 0
+        self._of_others: dict[int, int] = {}
         self._ended = threading.Event()
         self._heart = threading.Thread(target=self._watch, name="ota-heart", daemon=True)
 
@@ -165,6 +173,16 @@ class Several:
         key = f"there/{next(self._calls)}"
         self._asked(self._store.add, key, 1)
         self._poll(lambda: self._store.add(key, 0) >= self.size)
+
+    def done(self, nbytes: int) -> int:
+        """Count bytes of work that this rank has done. On rank 0, by how much the sum of all has grown since
+        it last asked, as far as it has heard; on others the same bytes."""
+        self._done += nbytes
+        if self.rank:
+            return nbytes
+        total = self._done + sum(list(self._of_others.values()))
+        grown, self._shown = total - self._shown, total
+        return grown
 
     def check(self) -> None:
         """Raise where another rank has ended: RunError on the rank that says so, StoppedError on others."""
@@ -223,7 +241,7 @@ class Several:
         return first.decode() == own
 
     def _say_alive(self, beat: int) -> None:
-        self._store.set(f"alive/{self.rank}", json.dumps([beat, socket.gethostname()]))
+        self._store.set(f"alive/{self.rank}", json.dumps([beat, socket.gethostname(), self._done]))
 
     def _watch(self) -> None:
         """Beats; looks whether some rank has failed; rank 0 also whether all beat, the others whether rank 0
@@ -242,6 +260,7 @@ class Several:
                     sign = self._store.get(f"alive/{r}") if self._store.check([f"alive/{r}"]) else b""
                     if sign != heard[r][0]:
                         heard[r] = sign, now
+                        self._of_others[r] = json.loads(sign)[2] if sign else 0
                     elif now - heard[r][1] > (self._lost if sign else _START):
                         host = f" on {json.loads(sign)[1]}" if sign else ""
                         text = f"rank {r} of {self.size}{host} has ended; {_HINT}"
@@ -279,6 +298,7 @@ def of_environment() -> Ranks:
     """The ranks that torchrun has started, else this process alone."""
     if not of_torchrun():
         return ALONE
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else its traces surround the line that says why
     from torch.distributed import PrefixStore
 
     store, rank, size = _rendezvous()

@@ -323,6 +323,22 @@ class TestWords:
         expected = {"rank": 0}, [[[6, 6, 6]] * 2] * 3 + [[(1 << 63) + 5]]
         assert found == dict.fromkeys(range(3), expected)
 
+    def test_rank_0_hears_how_much_all_have_done(self):
+        store, found = HashStore(), {}
+
+        def one(rank):
+            with Several(store, rank, 3, beat=0.01) as ranks:
+                found[rank] = ranks.done(100 + rank)
+                ranks.wait()
+                until = time.monotonic() + 30
+                while rank == 0 and found[0] < 303 and time.monotonic() < until:
+                    found[0] += ranks.done(0)
+                    time.sleep(0.01)
+                ranks.wait()
+
+        in_threads(one, 3)
+        assert found == {0: 303, 1: 101, 2: 102}
+
     def test_every_piece_is_taken_once_neighbours_by_one(self):
         store, found = HashStore(), {}
         pieces = [f"piece {i}" for i in range(40)]
