@@ -310,3 +310,22 @@ class TestVocabularies:
         assert token_differences({name: tmp_path / name for name in "ac"}) == [
             "tokens differ: row 0 is 'x' in a and 'y' in c; row 1 is 'y' in a and 'x' in c"
         ]
+
+
+def test_keys_that_nothing_is_known_of_are_remarked(tmp_path):
+    """They may change the mathematics: not refused, and not passed over."""
+    configs = [
+        LLAMA | {"gate_scale": x, "attention_dropout": x, "text_config": {"twist": x}} for x in (1.0, 2.0)
+    ]
+    notes = plan(save(tmp_path, [*configs, LLAMA])).notes
+    (note,) = [note for note in notes if "not compared" in note]
+    assert "gate_scale: 1.0 in" in note
+    assert "text_config.twist: 1.0 in" in note
+    assert "dropout" not in note
+    assert not any("not compared" in note for note in plan(save(tmp_path / "same", [LLAMA, LLAMA])).notes)
+
+
+@pytest.mark.parametrize("key", ["attention_head_dim", "swiglu_limit", "prediction_type"])
+def test_keys_of_other_families(key):
+    found = config_differences({"a": LLAMA | {key: 8}, "b": LLAMA | {key: 16}})
+    assert found == [f"{key}: 8 in a, 16 in b"]

@@ -67,18 +67,27 @@ class TestKinds:
         assert "a LoRA adapter, not a full model" in refusal(tmp_path)
 
     @pytest.mark.parametrize(
-        "names",
+        ("named", "names"),
         [
-            ("base_model.model.q.lora_A.weight", "base_model.model.q.lora_B.weight"),
-            ("lora_unet_mid.lora_down.weight", "lora_unet_mid.lora_up.weight", "lora_unet_mid.alpha"),
-            ("q.hada_w1_a", "q.hada_w1_b"),
+            ("a LoRA adapter", ("base_model.model.q.lora_A.weight", "base_model.model.q.lora_B.weight")),
+            ("a LoRA adapter", ("lora_unet_mid.lora_down.weight", "lora_unet_mid.lora_up.weight", "q.alpha")),
+            ("a LoHa or LoKr adapter", ("q.hada_w1_a", "q.hada_w1_b", "q.alpha")),
+            ("an OFT adapter", ("base_model.model.q.oft_R",)),
+            ("an IA3 adapter", ("base_model.model.mlp.ia3_l",)),
+            (
+                "a LoRA adapter of a ControlNet",
+                ("lora_controlnet", "input_blocks.0.up", "input_blocks.0.down"),
+            ),
+            ("the embeddings of a prompt", ("prompt_embeddings",)),
+            ("the embeddings of new tokens", ("emb_params",)),
+            ("the embeddings of new tokens", ("clip_l", "clip_g")),
         ],
     )
-    def test_an_adapter_file_by_the_names_of_its_tensors(self, tmp_path, names):
+    def test_a_file_that_is_no_model_by_the_names_of_its_tensors(self, tmp_path, named, names):
         path = tmp_path / "model.safetensors"
         save_file({name: torch.ones(2, 2) for name in names}, path)
-        assert "a LoRA adapter" in refusal(path)
-        assert "a LoRA adapter" in refusal(tmp_path)
+        assert named in refusal(path)
+        assert named in refusal(tmp_path)
 
     def test_a_model_beside_an_adapter_is_a_model(self, tmp_path):
         save_model(tmp_path, TENSORS)

@@ -83,6 +83,7 @@ def main() -> None:
     except click.ClickException as error:
         _fail(" ".join(error.format_message().split()), error.exit_code)
     except StoppedError as error:
+        remarks.release()
         sys.exit(error.exit_code)
     except OtaError as error:
         _fail(str(error), error.exit_code)
@@ -103,7 +104,6 @@ def _fill_standard_files() -> None:
 def _fail(message: str, code: int) -> None:
     if logging.getLogger("ota_kernels").isEnabledFor(logging.INFO):
         traceback.print_exc()
-    if code != WRONG_INPUT:
-        remarks.release()
+    remarks.drop() if code == WRONG_INPUT else remarks.release()
     click.echo(f"error: {one_line(message)}", err=True)
     sys.exit(code)

@@ -61,7 +61,7 @@ class Device(click.ParamType):
 
 def _set_verbosity(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if value:
-        remarks.leave()
+        remarks.release()
         logging.basicConfig(format="%(message)s")
         logging.getLogger("ota_kernels").setLevel(logging.INFO)
 

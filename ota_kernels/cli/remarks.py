@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import logging
 
-import click
-
 _LOGGER = logging.getLogger("ota_kernels")
 
 
 class _Waiting(logging.Handler):
-    """Keeps warnings until they are released, and prints them from then on."""
+    """Keeps warnings."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self.kept: list[str] | None = []
+        self.kept: list[logging.LogRecord] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        if self.kept is None:
-            click.echo(record.getMessage(), err=True)
-        else:
-            self.kept.append(record.getMessage())
+        self.kept.append(record)
 
 
 _waiting = _Waiting()
@@ -28,16 +23,20 @@ _waiting = _Waiting()
 
 def hold() -> None:
     """From now on, keep warnings."""
+    _waiting.kept = []
     _LOGGER.addHandler(_waiting)
 
 
-def release() -> None:
-    """Print what is kept, and whatever comes, at once."""
-    kept, _waiting.kept = _waiting.kept, None
-    for line in kept or ():
-        click.echo(line, err=True)
-
-
-def leave() -> None:
-    """Log as Python does: somebody asked for more."""
+def drop() -> None:
+    """Forget what is kept; from now on, log as Python does."""
     _LOGGER.removeHandler(_waiting)
+    _waiting.kept = []
+
+
+def release() -> None:
+    """Print what is kept, unless somebody else was told; from now on, log as Python does."""
+    kept = _waiting.kept
+    drop()
+    if not _LOGGER.hasHandlers() and logging.lastResort is not None:
+        for record in kept:
+            logging.lastResort.handle(record)

@@ -26,6 +26,8 @@ MODEL, ADAPTER, PIPELINE, STACK, OPTIMIZER, FOREIGN, EMPTY = (
     "no weights",
 )
 
+EMBEDDINGS = "embeddings"  # of a prompt or of new tokens, in a file by themselves
+
 # What transformers and diffusers write, and so what wins over other safetensors files of a folder.
 _STEMS = ("model", "diffusion_pytorch_model", "pytorch_model")
 # Where there are none of them: the same weights as torch.save wrote them, and what they are called as
@@ -66,6 +68,7 @@ _FORMATS = {
 _TO_DO = {
     ADAPTER: "{kind}, not a full model: merge it into its base model first (PEFT's merge_and_unload) and "
     "give that folder; the means of A and of B are not the mean of B A",
+    EMBEDDINGS: "{kind}, not a model: there is nothing of a network in it; give a full model",
     OPTIMIZER: "optimizer states, not a model: `ota-merge moments extract` reads them; give the folder of "
     "the weights here",
 }
@@ -129,20 +132,36 @@ def check_is_model(path: Path, label: str) -> None:
         raise InputError(f"{where(label, path)}: is {text}")
 
 
-def kind_by_names(names: Iterable[str]) -> str | None:
-    """ADAPTER or OPTIMIZER where the names of a file's tensors say that it is one, else None."""
+# What most tensors of a file that is no model are called, and what it then is.
+_BY_NAMES = (
+    ("a LoRA adapter", ADAPTER, r"(^|[._])(lora_(?!controlnet$)|dora_scale|alpha$)"),
+    ("a LoHa or LoKr adapter", ADAPTER, r"(^|[._])(hada_w|lokr_w)"),
+    ("an OFT adapter", ADAPTER, r"(^|[._])oft_"),
+    ("an IA3 adapter", ADAPTER, r"(^|[._])ia3_l"),
+    (OPTIMIZER, OPTIMIZER, r"\.exp_avg(_sq)?$"),
+    ("the embeddings of a prompt", EMBEDDINGS, r"^(prompt_embeddings$|prompt_encoder\.)"),
+    ("the embeddings of new tokens (textual inversion)", EMBEDDINGS, r"^(emb_params|clip_[lgh]|<.*>)$"),
+)
+_BY_NAMES = tuple((named, kind, re.compile(pattern)) for named, kind, pattern in _BY_NAMES)
+_CONTROL_LORA = "lora_controlnet"  # a tensor that says what the file is
+
+
+def kind_by_names(names: Iterable[str]) -> tuple[str, str] | None:
+    """(what it is, its kind) where the names of a file's tensors say that it is no model, else None."""
     names = list(names)
-    adapter = re.compile(r"(^|[._])(lora_|hada_w|lokr_w|oft_|ia3_l|dora_scale|alpha$)")
-    for kind, pattern in ((ADAPTER, adapter), (OPTIMIZER, re.compile(r"\.exp_avg(_sq)?$"))):
+    if _CONTROL_LORA in names:
+        return "a LoRA adapter of a ControlNet", ADAPTER
+    of_adapters = 0
+    for named, kind, pattern in _BY_NAMES:
         found = sum(pattern.search(name) is not None for name in names)
-        if found > len(names) / 2:
-            return kind
+        of_adapters += found if kind == ADAPTER else 0
+        if found > len(names) / 2 or (kind == ADAPTER and of_adapters > len(names) / 2):
+            return named, kind
     return None
 
 
-def refuse_kind(kind: str, label: str, path: Path) -> InputError:
-    """The error about a file of this kind."""
-    named = "a LoRA adapter" if kind == ADAPTER else kind
+def refuse_kind(named: str, kind: str, label: str, path: Path) -> InputError:
+    """The error about a file that is `named`, of a kind that is no model."""
     return InputError(f"{where(label, path)}: holds {_TO_DO[kind].format(kind=named)}")
 
 

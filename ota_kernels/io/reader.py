@@ -219,7 +219,7 @@ def open_model(path: Path, label: str, alone: bool = False) -> Checkpoint:
     checkpoint = Checkpoint(label, path, headers, parts) if headers else Checkpoint.open(path, label, alone)
     kind = kind_by_names(checkpoint.tensors)
     if kind is not None:
-        raise refuse_kind(kind, label, path)
+        raise refuse_kind(*kind, label, path)
     return checkpoint
 
 

@@ -9,7 +9,14 @@ from typing import Any
 from ..errors import InputError
 from ..io.assets import home
 from ..io.tokenizer import files_in, read_json
-from .compare import LAYERS, VOCABULARY, config_differences, contradictions, vocabulary_rows
+from .compare import (
+    LAYERS,
+    VOCABULARY,
+    config_differences,
+    contradictions,
+    unknown_differences,
+    vocabulary_rows,
+)
 from .roles import EMBEDDING, OUTPUT, role_of
 from .tokens import token_differences
 
@@ -69,6 +76,14 @@ def differences(
             owners[str(tokenizer)] = tokenizer
         found += token_differences(owners, max(rows.values()), tokenizer)
     return found
+
+
+def remarks(folders: Mapping[str, Path]) -> list[str]:
+    """A note where configurations differ in keys of which nothing is known here."""
+    found = unknown_differences({label: config_of(home(folder)) for label, folder in folders.items()})
+    more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    text = f"config.json differs in keys that are not compared: {'; '.join(found[:_SHOWN])}{more}"
+    return [f"{text}: the first model's are written"] if found else []
 
 
 def compare(

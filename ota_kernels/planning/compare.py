@@ -4,7 +4,7 @@ mathematics, and the written configuration against the written tensors."""
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from .roles import EMBEDDING, role_of
@@ -24,6 +24,9 @@ qk_nope_head_dim qk_rope_head_dim v_head_dim kv_lora_rank
 state_size conv_kernel n_groups expand time_step_rank patch_size num_channels spatial_merge_size
 
 hidden_act hidden_activation activation_function activation feed_forward_proj dense_act_fn mlp_activation
+act_fn swiglu_limit swiglu_alpha hidden_act_param use_linear_projection only_cross_attention
+attention_head_dim cross_attention_dim norm_num_groups class_embed_type addition_embed_type
+prediction_type flip_sin_to_cos freq_shift time_embedding_type scaling_factor shift_factor
 rms_norm_eps layer_norm_eps layer_norm_epsilon layernorm_epsilon norm_eps norm_epsilon
 rope_theta rotary_emb_base rope_local_base_freq rope_scaling rotary_pct partial_rotary_factor rotary_dim
 rope_interleave rope_interleaved alibi
@@ -48,6 +51,12 @@ LAYERS = frozenset(
             "audio_config.encoder_layers",
         ),
     }
+)
+# What only training, generation, a limit of length, or who wrote the file depends on.
+_INERT = re.compile(
+    r"token_id|token_index|drop|dtype|version|name|path|cache|commit|author|date|finetun|train|"
+    r"init|loss|aux|gradient|checkpoint|max_|_max|length|n_ctx|n_positions|window|output_|return_|"
+    r"problem_type|unsloth|license|tie_|^_(?!class)|seed|sample|temperature|top_[kp]$|num_beams|image_size"
 )
 _TEXT_SECTIONS = ("text_config", "llm_config", "language_config", "language_model_config")
 _SAME_ACTIVATION = {"swish": "silu", "gelu_pytorch_tanh": "gelu_new", "gelu_tanh": "gelu_new"}
@@ -87,6 +96,26 @@ def config_differences(
         if key not in ignored and len({repr(value) for value in values.values()}) > 1:
             found.append(f"{key}: {_by_value(values)}")
     return found
+
+
+def unknown_differences(configs: Mapping[str, Mapping[str, Any] | None]) -> list[str]:
+    """What differs in keys that are neither compared nor known to leave the mathematics alone: numbers,
+    switches and words of the model and of its sections, where several configurations have them."""
+    flat = {label: dict(_plain(config)) for label, config in configs.items() if config}
+    found = []
+    for key in sorted({key for values in flat.values() for key in values}):
+        values = {label: values[key] for label, values in flat.items() if key in values}
+        if len({repr(_value(value)) for value in values.values()}) > 1:
+            found.append(f"{key}: {_by_value(values)}")
+    return found
+
+
+def _plain(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping) and key.endswith("_config") and key != "quantization_config":
+            yield from _plain(value, f"{prefix}{key}.")
+        elif isinstance(value, int | float | str) and key not in _KEYS and not _INERT.search(key):
+            yield prefix + key, value
 
 
 def _by_value(values: Mapping[str, Any]) -> str:

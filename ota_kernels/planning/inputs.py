@@ -23,7 +23,7 @@ from ..recipe.recipe import ModelEntry, Recipe
 from ..recipe.reference import Reference
 from ..recipe.vocabulary import Vocabulary
 from .adapters import Adapted
-from .check import compare, config_of
+from .check import compare, config_of, remarks
 from .identity import twins, without_base
 from .match import Renamed, RenamedMoments, prefixes_of
 from .models import Dequantised, Model, Moments, Stored
@@ -238,6 +238,7 @@ class Inputs:
         source = None
         if self.alignment is None and self._cut_rows is None:
             source = tokenizer_folder(self.model_folders, self.recipe.tokenizer_source)
+        self.notes += remarks(self.model_folders)
         found = compare(
             self.model_folders,
             shapes,

@@ -11,8 +11,9 @@ import torch
 from checkpoints import load_merged
 from safetensors.torch import save_file
 
-from ota_kernels import merge, merge_state_dicts
+from ota_kernels import merge, merge_state_dicts, plan
 from ota_kernels.errors import InputError
+from ota_kernels.planning import plan as planning
 from ota_kernels.run.job import Job, Options, as_recipe
 from ota_kernels.run.rules import RULES
 from ota_kernels.run.verify import verify
@@ -77,6 +78,14 @@ def test_a_bundle_is_merged_as_its_members_would_be(models, tmp_path, tile):
         assert expert["total"] == sum(x.numel() for x in base.values())
     assert sum(of_tensor["unkept"] for of_tensor in report["tensors"].values()) == report["unkept"]
     assert verify(tmp_path / "out", full=True).wrong == {}
+
+
+def test_the_plan_counts_what_is_known_of_tensors(models, monkeypatch):
+    """400 bytes for each input of each tensor, beside their elements."""
+    _, recipe = models
+    with_them = plan(recipe).peak_memory
+    monkeypatch.setattr(planning, "_SOURCE_BYTES", 0)
+    assert with_them - plan(recipe).peak_memory == 400 * 5 * (N + 1)
 
 
 def test_kept_edits_are_counted_by_the_definition(models, tmp_path):
