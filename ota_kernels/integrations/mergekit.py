@@ -143,7 +143,8 @@ def merged(
                 raise RecipeError("`missing_curvature: base` needs a base_model")
             return base.clone()
         curvatures = None
-    if row.curvature and paths is None and given.get("missing_curvature", "error") != "uniform":
+    needed = row.curvature and not row.curvature_optional
+    if needed and paths is None and given.get("missing_curvature", "error") != "uniform":
         raise RecipeError(
             f"`{row.name}` needs each model's `preconditioner_path`, or `missing_curvature: uniform`"
         )
