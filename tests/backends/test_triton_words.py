@@ -84,6 +84,11 @@ CASES = {
         {"least": 2.0},
         ("probability", "spread", "position"),
     ),
+    "by chance": (
+        replace(VOTING, edit="by chance", score="none", select="random by rank", elect="sum"),
+        {"zero": "one"},
+        ("probability", "spread", "position", "vote"),
+    ),
     "sum": (replace(VOTING, elect="sum"), {}, ("vote", "trim", "edit_scale")),
     "sum, tie 1": (replace(VOTING, elect="sum"), {"tie": 1.0, "zero": "one"}, ("vote",)),
     "count": (replace(VOTING, elect="count", divide="kept count"), {"repair": True}, ()),
