@@ -109,6 +109,7 @@ CHANGES = {
     "random": {**LINEAR, "select": "random", "quads": True},
     "random, gathered": {**LINEAR, "select": "random", "gathered": True, "flat": True},
     "random by rank": {**LINEAR, "select": "random by rank", "flat": True, "elect": "sum"},
+    "by chance": {**LINEAR, "edit": "by chance", "select": "random by rank", "flat": True, "elect": "sum"},
     "sum, on_nonfinite: base": {**VOTING, "elect": "sum", "repair": True},
     "count, to float32": {**VOTING, "elect": "count", **TO_FLOAT32},
     "largest": {**VOTING, "elect": "largest"},
