@@ -459,7 +459,7 @@ class TestStopped:
         command += ["--density", "0.1", "-q", "--overwrite"]
         subprocess.run(command, check=True)
         whole = load_file(tmp_path / "e.pack")
-        for pause in (0.2, 0.45, 0.6):
+        for pause in (0.3, 0.6):
             (tmp_path / "e.pack").unlink(missing_ok=True)
             process = subprocess.Popen(command)
             time.sleep(pause)
