@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import platform
@@ -186,10 +187,11 @@ def _share(decider: Decider, t: int, kept: Mapping[str, int]) -> _Share:
 
 def as_text(report: Mapping[str, Any]) -> bytes:
     """The report as JSON, with a line for each tensor."""
-    text = bytearray()
+    text = io.BytesIO()  # which gives its bytes without a copy
     for piece in _lines(report, ""):
-        text += piece.encode()
-    return bytes(text + b"\n")
+        text.write(piece.encode())
+    text.write(b"\n")
+    return text.getvalue()
 
 
 def _lines(value: Any, indent: str) -> Iterator[str]:
