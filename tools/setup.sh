@@ -17,7 +17,8 @@ fingerprint() {
 
 python=.venv/bin/python
 stamp=.venv/installed-$extra
-if [[ -f $stamp && $(<"$stamp") == "$(fingerprint)" ]]; then
+now=$(fingerprint)  # before the build: what changes while it runs is built the next time
+if [[ -f $stamp && $(<"$stamp") == "$now" ]]; then
     exit 0
 fi
 
@@ -33,4 +34,4 @@ pip() { "$python" -m pip --disable-pip-version-check --quiet "$@"; }
 # The build tools go into .venv, because pip does not apply constraints to an isolated build.
 pip install -c tools/constraints.txt scikit-build-core nanobind cmake ninja
 pip install -c tools/constraints.txt --no-build-isolation --editable ".[$extra]"
-fingerprint > "$stamp"
+printf '%s\n' "$now" > "$stamp"

@@ -9,7 +9,7 @@ import pytest
 from models import random_experts
 
 from ota_kernels.backends import native
-from ota_kernels.run import decide
+from ota_kernels.run import found
 from ota_kernels.tensors.buffer import Buffer
 from ota_kernels.tensors.curvature import Full
 from ota_kernels.tensors.result import Candidates, dropped
@@ -39,7 +39,7 @@ def tile_of(out_dtype: str, n_experts: int = 3, base: bool = True) -> TensorInpu
 
 
 def scores_of(tile: TensorInputs) -> list[np.ndarray]:
-    terms = decide.scores_of(len(tile.experts), tile)
+    terms = found.scores_of(len(tile.experts), tile)
     return [native.scores(tile, t, terms)[0] for t in range(len(tile.experts))]
 
 

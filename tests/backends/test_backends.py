@@ -121,7 +121,7 @@ def test_what_cannot_be(gpus, name, device, words):
 
 @pytest.mark.parametrize("device", ["tpu", "cuda:", "cuda:x", "cpu:0", ""])
 def test_what_is_no_device(device):
-    with pytest.raises(RecipeError, match=r"unknown device.*auto, cpu, cuda or cuda:N"):
+    with pytest.raises(RecipeError, match=r"unknown device.*auto, cpu, cuda, cuda:N or cuda:N,M"):
         backends.select("auto", device)
 
 

@@ -24,7 +24,7 @@ from models import (
 )
 from tolerances import assert_close
 
-from ota_kernels.run import decide
+from ota_kernels.run.found import scores_of
 from ota_kernels.tensors.buffer import Buffer
 from ota_kernels.tensors.curvature import Log8, LowRank, Rank1, Uniform
 from ota_kernels.tensors.dtypes import BY_NAME
@@ -303,7 +303,7 @@ def test_tiles_give_the_same_bytes(backend, curvature, size):
         "uniform": (Uniform(),) * 2,
     }
     tensor = replace(tensor, curvatures=forms[curvature])
-    threshold = float(np.median(backend.scores(tensor, 0, decide.scores_of(2, tensor))[0]))
+    threshold = float(np.median(backend.scores(tensor, 0, scores_of(2, tensor))[0]))
     terms = Terms(Words(), (ExpertTerms(threshold, score_scale=score_scale(True)),) * 2, epsilon=1e-26)
     whole, stats = merge_tile(tensor, terms, backend)
     assert 0 < stats.kept[0] < tensor.numel

@@ -12,7 +12,7 @@ import pytest
 from models import random_experts, undecided
 
 from ota_kernels.backends import native, reference
-from ota_kernels.run import decide
+from ota_kernels.run.found import scores_of
 from ota_kernels.select.pending import Pending
 from ota_kernels.tensors import log8
 from ota_kernels.tensors.buffer import Buffer
@@ -61,7 +61,7 @@ def terms_of(inputs: TensorInputs, open_: bool = False, masked: bool = True, **n
     for t in range(len(inputs.experts)):
         median = 0.0
         if masked:
-            scores, _ = reference.scores(inputs, t, decide.scores_of(len(inputs.experts), inputs))
+            scores, _ = reference.scores(inputs, t, scores_of(len(inputs.experts), inputs))
             median = float(np.float32(np.median(scores)))
         e = ExpertTerms(score_scale=score_scale(True), weight_scale=2.0**40 * (t + 1))
         experts.append(replace(e, threshold=median, span=BRACKET if open_ else 0))
