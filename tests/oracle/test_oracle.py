@@ -328,6 +328,7 @@ EVERYWHERE = {
     "ota": {"density": 0.5},
     "ffg": {"density": 0.5},
     "fisher": {},
+    "combine": {"weight": [1, -0.5, 0.7], "density": 0.5},
     **{name: {} for name in spectral.METHODS},
     **{
         name: {"weight": [1, -0.5, 0.7], "rescale": True}
@@ -353,7 +354,7 @@ def test_every_method_takes_every_shape(method, shape):
     assert np.isfinite(found.out).all()
     np.testing.assert_array_equal(found.unkept, ~found.masks.any(axis=0))
     assert (found.operand >= np.abs(x.experts[0])).all()
-    assert (found.agreed is not None) == (method in ELECTING or method == "sce")
+    assert (found.agreed is not None) == (method in (*ELECTING, "sce", "combine"))
     if row.base == "required" and method not in ("slerp", "arcee_fusion"):
         np.testing.assert_array_equal(found.out[found.unkept], x.base[found.unkept])
         with pytest.raises(ValueError, match="base"):
