@@ -157,7 +157,8 @@ class Lab:
         experts = list(self.experts.values()) if together else [self.experts[task]]
         place = self._folder / "packing"
         folders = [place / str(t) for t in range(len(experts))]  # whose names packs have
-        place.mkdir(exist_ok=True)
+        shutil.rmtree(place, ignore_errors=True)  # of a run that was stopped
+        place.mkdir()
         for folder, expert in zip(folders, experts, strict=True):
             folder.symlink_to(expert)
         moments = ["--moments", self.moments(task, "adam")] if by_saliency else []
