@@ -81,7 +81,7 @@ NO_TUNING = Method("no tuning (ota-merge recipe)", "ota", {k: v for k, v in ADVI
 # The same recipe by other second moments: of `moments compress`, or squared gradients taken afterwards, as
 # `moments estimate` does for language models.
 FORMS = tuple(
-    Method(f"no tuning, {form}", "ota", NO_TUNING.parameters, form) for form in ("rank1", "log8", "estimate")
+    Method(f"no tuning ({form})", "ota", NO_TUNING.parameters, form) for form in ("rank1", "log8", "estimate")
 )
 
 
