@@ -86,7 +86,7 @@ class Decider:
     ) -> None:
         self.rules, self._surveys, self._ranks = rules, surveys or Once(), ranks
         self.method, self.tensors, self.backend, self.pool = method, tensors, backend, pool
-        self._settings, self._release, self._wants = settings, release, wants
+        self._settings, self.release, self._wants = settings, release, wants
         self._positions, self._bundles, self._seed = positions or {}, bundles, seed
         self.needs = Needs.of(method, settings.values())
         self.model_scope = self.needs.model_scope
@@ -101,12 +101,12 @@ class Decider:
     @property
     def reader(self) -> Reader:
         """What takes statistics of these tensors."""
-        return Reader(self.backend, self.pool, self.check, self._release, self._wants, self._ranks)
+        return Reader(self.backend, self.pool, self.check, self.release, self._wants, self._ranks)
 
     @property
     def matrices(self) -> Matrices:
         """How matrices are merged whole, where some are."""
-        return Matrices(self.method, self.settings, self.backend, self.check, self._release)
+        return Matrices(self.method, self.settings, self.backend, self.check, self.release)
 
     def of_sample(self, tensors: Sequence[TensorInputs]) -> Decider:
         """One that takes these tensors, prepared, for the model."""
@@ -248,7 +248,7 @@ class Decider:
         found: list[Bracket | None] = [None] * len(selections)
         if experts:
             # What is sampled from a small tensor is merged next, while its pages are still mapped.
-            release = self._release if elements > self.rules.mapped else None
+            release = self.release if elements > self.rules.mapped else None
             count, spread = self.rules.clusters(elements), spread or release is None
             scope, part = None if self.model_scope else tensors[0].name, (ranks.rank, ranks.size)
             score, run = self.score_terms, self.pool.run

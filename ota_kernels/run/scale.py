@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
 # Elements: a hundredth of the model, but so many at least and at most (a factor within 3 % needs no more).
 _LEAST, _MOST = 1 << 17, 1 << 20
+# Elements of a model up to which a report says `auto` though nobody asked: a sample touches pages all over the
+# files, and would be a second read of larger ones.
+_UNASKED = 1 << 26
 # Neighbouring elements of a sample: a cache line or several. Rows are alike: longer runs would say less.
 _RUN = 64
 _FEWEST = 16  # runs of a tensor
@@ -97,13 +100,14 @@ def _six(value: float) -> float:
 
 def decide(decider: Decider, always: bool = False) -> ModelFound:
     """`decide_model`, and the scale where it is asked for; always: also for a report, where a sample is all
-    that it takes."""
+    that it takes and the model is not large."""
     found = decider.decide_model()
     settings = [decider.settings(tensor) for tensor in decider.tensors]
     if not settings or not all(s.has_base and "lambda" in s.shared for s in settings):
         return found
     a_sample_tells = not ((_WHOLE | {"low rank"}) & _statistics(decider) or decider.needs.matrices)
-    if settings[0].scaled or (always and a_sample_tells):
+    small = sum(t.numel for t in decider.tensors) <= _UNASKED
+    if settings[0].scaled or (always and small and a_sample_tells):
         return replace(found, scale=find(decider, found))
     return found
 
@@ -116,7 +120,10 @@ def find(decider: Decider, model: ModelFound) -> Scale:
     share = min(max(total / 100, _LEAST), _MOST) / total
     whole = [t for t in decider.tensors if decider.matrices.by_formula(t)]
     ready = (decider.prepare(t) for t in decider.tensors if not decider.matrices.by_formula(t))
-    pieces = [p for tensor in ready for p in _pieces(tensor, share, decider.score_terms(tensor).whole)]
+    pieces: list[TensorInputs] = []
+    for tensor in ready:
+        pieces += _pieces(tensor, share, decider.score_terms(tensor).whole)
+        decider.release(tensor)  # the pages that a sample touches are nearly all of them
     by_tensors = _WHOLE & _statistics(decider) or decider.needs.matrices
     terms_of = _terms_of_tensors if by_tensors else _terms_of_sample
     times = _times(decider, pieces)
