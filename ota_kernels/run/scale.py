@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
 # Elements: a hundredth of the model, but so many at least and at most (a factor within 3 % needs no more).
 _LEAST, _MOST = 1 << 17, 1 << 20
-# Elements of a model up to which a report says `auto` though nobody asked: a sample touches pages all over the
-# files, and would be a second read of larger ones.
+# Elements of a model up to which a report says `auto` though nobody asked: a sample touches pages all over
+# the files, and would be a second read of larger ones.
 _UNASKED = 1 << 26
 # Neighbouring elements of a sample: a cache line or several. Rows are alike: longer runs would say less.
 _RUN = 64
