@@ -123,7 +123,8 @@ def find(decider: Decider, model: ModelFound) -> Scale:
     pieces: list[TensorInputs] = []
     for tensor in ready:
         pieces += _pieces(tensor, share, decider.score_terms(tensor).whole)
-        decider.release(tensor)  # the pages that a sample touches are nearly all of them
+        if not tensor.is_computed:
+            decider.release(tensor)  # the pages that a sample touches are nearly all of them
     by_tensors = _WHOLE & _statistics(decider) or decider.needs.matrices
     terms_of = _terms_of_tensors if by_tensors else _terms_of_sample
     times = _times(decider, pieces)
