@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from alone import alone
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from oracle import spectral as oracle
@@ -150,6 +151,7 @@ def test_lengths_of_iso_c_are_one():
     torch.testing.assert_close(s, s.mean().expand(10))
 
 
+@alone
 def test_results_do_not_depend_on_threads():
     """The same bits alone and beside three others, under any setting of torch's threads, which stays."""
     d = drawn((150, 220), 3, 4)
