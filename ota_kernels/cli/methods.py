@@ -8,7 +8,7 @@ import click
 
 from ..recipe import methods as table
 from ..recipe.methods import Method
-from ..recipe.parameters import REQUIRED, Parameter
+from ..recipe.parameters import REQUIRED, Parameter, value_text
 from ..recipe.settings import Settings
 
 
@@ -60,17 +60,7 @@ def _passes(row: Method) -> int:
 def _default(parameter: Parameter) -> str:
     if parameter.default is REQUIRED:
         return "required"
-    return "not set" if parameter.default is None else _text(parameter.default)
-
-
-def _text(value: Any) -> str:
-    return (
-        str(value).lower()
-        if isinstance(value, bool)
-        else f"{value:g}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    return "not set" if parameter.default is None else value_text(parameter.default)
 
 
 def _one(row: Method) -> str:

@@ -131,6 +131,13 @@ def is_constant(value: Value) -> bool:
     return not isinstance(value, Gradient | Conditions)
 
 
+def value_text(value: Any) -> str:
+    """As a recipe writes it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 # Kinds
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import zlib
 from collections.abc import Mapping
 
@@ -15,6 +14,7 @@ from ..planning.buffers import as_float64
 from ..tensors.segment import Segment
 from ..tensors.tile import TensorInputs
 from .readahead import ReadAhead
+from .sinks import InRooms
 
 Place = tuple[int, int]
 
@@ -50,7 +50,7 @@ class Kept:
         )
 
 
-class PackSink:
+class PackSink(InRooms):
     """A Sink (run/engine.py) that keeps, of each tile, what a merge of one expert changes: where it says
     so, those are the edits that are kept. moments: whether the sums of d and of d^2 over all elements are
     wanted.
@@ -61,17 +61,11 @@ class PackSink:
     def __init__(
         self, tensors: Mapping[int, TensorInputs], spool: Spool, read_ahead: ReadAhead, moments: bool
     ) -> None:
+        super().__init__()
         self._tensors, self._spool, self._read_ahead, self._moments = tensors, spool, read_ahead, moments
         self.base_crcs = {i: np.zeros(-(-t.numel // TILE), np.uint32) for i, t in tensors.items()}
         self.sums: dict[tuple[int, int], np.ndarray] = {}
         self._places: dict[tuple[int, int], Place] = {}
-        self._local = threading.local()
-
-    def room(self, segment: Segment, nbytes: int) -> np.ndarray:
-        buffer = getattr(self._local, "buffer", None)
-        if buffer is None or buffer.size < nbytes:
-            buffer = self._local.buffer = np.empty(nbytes, np.uint8)
-        return buffer[:nbytes]
 
     def write(self, segment: Segment, merged: np.ndarray, final: bool) -> None:
         tensor = self._tensors[segment.index]

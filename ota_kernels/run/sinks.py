@@ -23,7 +23,20 @@ if TYPE_CHECKING:
     import torch
 
 
-class FileSink:
+class InRooms:
+    """A sink whose tiles are merged into memory of their thread, which its next tile uses again."""
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+
+    def room(self, segment: Segment, nbytes: int) -> np.ndarray:
+        buffer = getattr(self._local, "buffer", None)
+        if buffer is None or buffer.size < nbytes:
+            buffer = self._local.buffer = np.empty(nbytes, np.uint8)
+        return buffer[:nbytes]
+
+
+class FileSink(InRooms):
     """Merged tiles go to the shards; each thread merges into one buffer of its own."""
 
     def __init__(
@@ -33,15 +46,9 @@ class FileSink:
         read_ahead: ReadAhead,
         release: Callable[[TensorInputs], None] = release,
     ) -> None:
+        super().__init__()
         self._writer, self._tensors, self._read_ahead = writer, tensors, read_ahead
         self._release = release
-        self._local = threading.local()
-
-    def room(self, segment: Segment, nbytes: int) -> np.ndarray:
-        buffer = getattr(self._local, "buffer", None)
-        if buffer is None or buffer.size < nbytes:
-            buffer = self._local.buffer = np.empty(nbytes, np.uint8)
-        return buffer[:nbytes]
 
     def write(self, segment: Segment, merged: np.ndarray, final: bool) -> None:
         self._writer.write(self._tensors[segment.index], segment.start, merged, final)

@@ -18,7 +18,7 @@ from ..planning.inputs import Inputs
 from ..planning.outputs import OutputTensor
 from ..planning.plan import memory_limit_of
 from ..recipe.documents import load_documents
-from ..recipe.parameters import show
+from ..recipe.parameters import show, value_text
 from ..recipe.recipe import Recipe
 from ..recipe.schema import parse_recipe
 from ..recipe.setting import with_values
@@ -79,21 +79,11 @@ def combinations(values: Mapping[str, Sequence[Any]]) -> dict[str, dict[str, Any
     found = {}
     for chosen in itertools.product(*values.values()):
         named = dict(zip(values, chosen, strict=True))
-        name = ",".join(f"{key}={_text(value)}" for key, value in named.items())
+        name = ",".join(f"{key}={value_text(value)}" for key, value in named.items())
         if "/" in name or name in found:
             raise RecipeError(f"the values of the sweep give the folder {name!r} twice, or no folder's name")
         found[name] = named
     return found
-
-
-def _text(value: Any) -> str:
-    return (
-        str(value).lower()
-        if isinstance(value, bool)
-        else f"{value:g}"
-        if isinstance(value, float)
-        else str(value)
-    )
 
 
 class _Combination(Job):
