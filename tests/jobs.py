@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,14 @@ def merge(
     """`ota_kernels.merge` with rules."""
     with of_environment() as ranks, Job(as_recipe(recipe), Options.of(**options), rules, ranks) as job:
         return job.run(Path(out), progress or Silent())
+
+
+def launch(*arguments: Any, pause: float = 0.0, env: dict | None = None, **given: Any) -> subprocess.Popen:
+    """`ota-merge run` in a process of its own, by `driver.py`. env: beside this one's; given: of Popen."""
+    command = [sys.executable, Path(__file__).with_name("driver.py"), "run", *map(str, arguments)]
+    own = {"PAUSE": str(pause), "TOLD": "1"} | (env or {})
+    given = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | given
+    return subprocess.Popen(command, env=os.environ | own, **given)
 
 
 class Merged:

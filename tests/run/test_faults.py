@@ -202,52 +202,15 @@ class TestOtherHosts:
         assert len(set(seen)) > 1
 
 
-# The real command, stopped at its third tile.
-DRIVER = """
-import functools, os, signal, time
-import jobs
-from ota_kernels import cli
-from ota_kernels.run import job
-from ota_kernels.run.rules import Rules
-
-def before(step, segment):
-    if step == "tile":
-        os.write(int(os.environ["TOLD"]), b".")
-        time.sleep(float(os.environ["PAUSE"]))
-
-job.merge = functools.partial(jobs.merge, rules=Rules(before=before), tile_elements=1500)
-cli.main()
-"""
-
-
 class TestProcess:
-    @pytest.fixture
-    def start(self, tmp_path):
-        (tmp_path / "driver.py").write_text(DRIVER)
-        processes = []
-
-        def start(*arguments, pause=0.0, **given):
-            told, tells = os.pipe()
-            env = os.environ | {"PYTHONPATH": str(Path(jobs.__file__).parent), "TOLD": str(tells)}
-            command = [sys.executable, str(tmp_path / "driver.py"), "run", *map(str, arguments)]
-            process = subprocess.Popen(command, env=env | {"PAUSE": str(pause)}, pass_fds=[tells], **given)
-            os.close(tells)
-            processes.append(process)
-            return process, told
-
-        yield start
-        for process in processes:
-            process.kill()
-            process.wait()
-
     @pytest.mark.parametrize(
         ("number", "word"), [(signal.SIGTERM, "terminated"), (signal.SIGHUP, "hung up")], ids=str
     )
     def test_signals_end_it_as_an_interrupt_does(self, models, tmp_path, start, number, word):
         out = tmp_path / "out"
         recipe = write_recipe(tmp_path / "recipe.yaml", models.recipe(density=0.3))
-        process, told = start(recipe, out, "-q", "--threads", "1", pause=0.03, stderr=subprocess.PIPE)
-        os.read(told, 1)
+        process = start(recipe, out, "-q", "--threads", "1", pause=0.03)
+        process.stdout.read(1)
         process.send_signal(number)
         _, errors = process.communicate()
         assert process.returncode == 128 + number
@@ -258,13 +221,13 @@ class TestProcess:
 
     @pytest.mark.parametrize("closed", ["closed", "read to no end"])
     def test_standard_output_that_is_closed(self, models, tmp_path, start, closed):
-        out = tmp_path / "out"
+        out, untold = tmp_path / "out", {"TOLD": ""}
         recipe = write_recipe(tmp_path / "recipe.yaml", models.recipe())
         if closed == "closed":
-            process, _ = start(recipe, out, preexec_fn=lambda: (os.close(1), os.close(2)))
+            process = start(recipe, out, env=untold, preexec_fn=lambda: (os.close(1), os.close(2)))
         else:
             reads, writes = os.pipe()
-            process, _ = start(recipe, out, stdout=writes, stderr=writes)
+            process = start(recipe, out, env=untold, stdout=writes, stderr=writes)
             os.close(writes)
             os.close(reads)
         assert process.wait(60) == 0
