@@ -101,19 +101,19 @@ def refused_command(ota_merge, tmp_path):
 
 @pytest.fixture
 def failing_launches(monkeypatch):
-    """Of Triton's merge kernel: a list of functions of (number of the launch, elements) that raise."""
+    """Of Triton's merge kernel: a list of functions of (number of the batch, its elements) that raise."""
     from ota_kernels.backends import triton
-    from ota_kernels.backends.triton import merge as merging
+    from ota_kernels.backends.triton import batch
 
-    faults, count, launch = [], [0], merging.merge
+    faults, count, launch = [], [0], batch.merge_all
 
-    def failing(tile, terms, out, **options):
+    def failing(requests):
         count[0] += 1
         for fault in faults:
-            fault(count[0], tile.numel)
-        return launch(tile, terms, out, **options)
+            fault(count[0], sum(request.tile.numel for request in requests))
+        return launch(requests)
 
-    monkeypatch.setattr(merging, "merge", failing)
+    monkeypatch.setattr(batch, "merge_all", failing)
     triton._on.cache_clear()  # rings that faults shrink are no other test's
     yield faults
     triton._on.cache_clear()

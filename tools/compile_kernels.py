@@ -51,7 +51,8 @@ _FEW_EXPERTS = 8  # up to which a spill is an error
 
 # OTA with absolute thresholds: bfloat16 models, float32 curvature.
 PLAIN = Variant(
-    n_experts=5, weights=tl.bfloat16, curvature="full", curvatures=tl.float32, acc=tl.float32,
+    n_experts=5, weights=tl.bfloat16, bases=tl.bfloat16, outs=tl.bfloat16,
+    curvature="full", curvatures=tl.float32, acc=tl.float32,
     edit="difference", score="saliency", select="at least", elect="none", weigh="curvature",
     divide="kept weights", power="scaled", has_base=True, origins=False, scaled=False, trimmed=False,
     floored=False, zero_divisor="fallback", fallback="base", repair=False, brackets=False, census=False,
@@ -175,15 +176,13 @@ class Code:
 
 def merge_kernel(label: str, variant: Variant, threads_of_warp: int) -> Kernel:
     """A variant of the merge kernel; outputs in the type of the weights, or as wide as the sums ask for."""
-    if variant.acc == tl.float32:
-        out = variant.weights
-    else:
-        out = tl.float64 if variant.weights == tl.float64 else tl.float32
-    numbers = ("n", "first_block", "end_block", "first_program", "n_programs", "first", "n_columns")
+    out = variant.weights
+    if variant.acc == tl.float64 and out != tl.float64:
+        out = tl.float32
+    variant = replace(variant, bases=variant.weights, outs=out)
     types = {
-        "base_pointer": POINTERS[variant.weights], "out_pointer": POINTERS[out], "table": "*i64",
-        "numbers": POINTERS[variant.acc], "counts": "*i32", "lengths": "*i32", "censuses": "*i64",
-        **dict.fromkeys(numbers, "i32"),
+        "table": "*i64", "numbers": POINTERS[variant.acc], "tiles": "*i32", "counts": "*i32",
+        "first_program": "i32", "n_programs": "i32",
     }  # fmt: skip
     wide = variant.aligned and not variant.tail
     elements = _ELEMENTS_OF_THREAD * WARPS // warps(variant)

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from ota_kernels.backends.triton.merge import merge
+from ota_kernels.backends.triton.batch import merge
 
 from .. import plain_torch
 from .inputs import Inputs, Problem, draw

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -24,7 +24,7 @@ from ..select.pending import Pending, Store
 from ..select.settle import Group
 from ..tensors import array as resident
 from ..tensors.array import Array
-from ..tensors.result import Counts
+from ..tensors.result import Counts, MergeStats
 from ..tensors.segment import CHUNK, Segment, units
 from ..tensors.terms import Terms, close, is_open
 from ..tensors.tile import TensorInputs
@@ -77,6 +77,15 @@ class Decided(NamedTuple):
 Event = Merged | Pending | Decided
 
 Result = TypeVar("Result")
+
+
+class _Tile(NamedTuple):
+    """A segment to merge by these terms; alone: it is a whole tensor, decided right before it is merged."""
+
+    segment: Segment
+    tensor: TensorInputs
+    terms: Terms
+    alone: bool
 
 
 def _in_batches(results: Iterable[Result], rules: Rules) -> Iterator[list[Result]]:
@@ -174,7 +183,9 @@ class Engine:
             return given
 
         def merge_unit(unit) -> list[tuple]:
-            merged = (self._merge_segment(s, *given) if given else self._merge_alone(s) for s, given in unit)
+            if all(self._tensors[segment.index].is_resident for segment, _ in unit):
+                return self._merge_together(unit)
+            merged = (self._merge_together([each]) for each in unit)
             return list(itertools.chain.from_iterable(merged))
 
         def whole(index: int) -> int:
@@ -185,7 +196,14 @@ class Engine:
             return math.prod(matrix) if matrix else math.lcm(terms.whole, tensor.columns)
 
         cut = units(ranges(), self._tile_elements, whole)
+        if self._unbounded:
+            cut = filter(None, [list(itertools.chain.from_iterable(cut))])
         yield from self._pool.together(merge_unit, map(with_terms, cut))
+
+    @property
+    def _unbounded(self) -> bool:
+        """Whether any number of tiles may be merged together: where nothing of them waits on a device."""
+        return not self._decider.brackets and all(t.is_resident for t in self._tensors.values())
 
     def _key(self, index: int) -> int | None:
         return None if self._decider.model_scope else index
@@ -196,34 +214,39 @@ class Engine:
         known = self.decided.get(self._key(index))
         return tensor, terms if known is None else close(terms, known)
 
-    def _merge_alone(self, segment: Segment) -> list[tuple]:
-        """A whole tensor in one tile: where densities are per tensor, it is settled before it is written."""
-        tensor, terms = self._decide(segment.index)
-        if self._decider.matrices.shape(self._tensors[segment.index]):
-            return list(self._merge_matrices(segment, tensor, terms))
-        room, result = self._run_kernel(segment, tensor, terms)
-        if isinstance(result, Pending) and not self._decider.model_scope:
+    def _merge_together(
+        self, unit: Sequence[tuple[Segment, tuple[TensorInputs, Terms] | None]]
+    ) -> list[tuple]:
+        """Segments of one thread, or all that a device is given at once. A tensor that comes without terms is
+        one tile: it is decided here, and where densities are per tensor settled before it is written."""
+        results, tiles = [], []
+        for segment, given in unit:
+            tile = _Tile(segment, *(given or self._decide(segment.index)), given is None)
+            if self._decider.matrices.shape(self._tensors[segment.index]):
+                results += self._merge_matrices(*tile[:3])
+            else:
+                tiles.append(tile)
+        merged = zip(tiles, self._run_kernel(tiles), strict=True)
+        return results + [self._written(tile, *result) for tile, result in merged]
+
+    def _written(self, tile: _Tile, room: Array, result: Counts | Pending) -> tuple:
+        segment, tensor, terms, alone = tile
+        if alone and isinstance(result, Pending) and not self._decider.model_scope:
             group = self._new_group(segment.index)
             group.add(result, tensor, terms)
             thresholds, missed = self._exact_thresholds(group, tensor)
             self.decided[segment.index] = thresholds
             if missed:
-                room, result = self._run_kernel(segment, tensor, close(terms, thresholds))
+                again = tile._replace(terms=close(terms, thresholds))
+                ((room, result),) = self._run_kernel([again])
                 result.repeats = 1
             else:
                 positions, merged, result = self._settle(group, result, thresholds)
                 resident.scatter(room, positions, merged, tensor.out_dtype.itemsize)
         self._sink.write(segment, room, not isinstance(result, Pending))
-        self._sink.done_with(tensor.stored)
-        return [self._result(segment, result, tensor, terms)]
-
-    def _merge_segment(self, segment: Segment, tensor: TensorInputs, terms: Terms) -> list[tuple]:
-        if self._decider.matrices.shape(self._tensors[segment.index]):
-            return list(self._merge_matrices(segment, tensor, terms))
-        room, result = self._run_kernel(segment, tensor, terms)
-        self._sink.write(segment, room, not isinstance(result, Pending))
-        self._sink.done_with(tensor.stored.slice(segment.start, segment.stop))
-        return [self._result(segment, result, tensor, terms)]
+        stored = tensor.stored
+        self._sink.done_with(stored if alone else stored.slice(segment.start, segment.stop))
+        return (result.owned(), tensor, terms) if isinstance(result, Pending) else (segment, result)
 
     def _merge_matrices(
         self, segment: Segment, tensor: TensorInputs, terms: Terms
@@ -245,25 +268,29 @@ class Engine:
             self._sink.done_with(stored.stored.slice(start, start + size))
             yield whole, counts
 
-    def _result(
-        self, segment: Segment, result: Counts | Pending, tensor: TensorInputs, terms: Terms
-    ) -> tuple:
-        return (result.owned(), tensor, terms) if isinstance(result, Pending) else (segment, result)
+    def _run_kernel(self, tiles: Sequence[_Tile]) -> list[tuple[Array, Counts | Pending]]:
+        """The merged tiles, and the final counts of each or what is pending of it."""
+        given = []
+        for segment, tensor, terms, _ in tiles:
+            self._rules.before("tile", segment)
+            tile = tensor.slice(segment.start, segment.stop)
+            given.append((tile, terms, self._sink.room(segment, tile.numel * tile.out_dtype.itemsize)))
+        if given and given[0][0].is_resident:
+            merged = self._backend.merge_all(given)
+        else:
+            merged = [self._backend.merge(*each) for each in given]
+        return [
+            (each[2], self._counted(tile, each[0], stats))
+            for tile, each, stats in zip(tiles, given, merged, strict=True)
+        ]
 
-    def _run_kernel(
-        self, segment: Segment, tensor: TensorInputs, terms: Terms
-    ) -> tuple[Array, Counts | Pending]:
-        """The merged tile, and its final counts or what is pending of it."""
-        self._rules.before("tile", segment)
-        tile = tensor.slice(segment.start, segment.stop)
-        room = self._sink.room(segment, tile.numel * tile.out_dtype.itemsize)
-        stats = self._backend.merge(tile, terms, room)
+    def _counted(self, of: _Tile, tile: TensorInputs, stats: MergeStats) -> Counts | Pending:
         self._decider.check(tile, stats.nonfinite)
-        counts = Counts.of(stats, self._saliencies(tensor, terms))
-        if not any(map(is_open, terms.experts)):
-            self._count_members(counts, segment, tile, terms)
-            return room, counts
-        return room, Pending.of(segment, tensor, stats, counts)
+        counts = Counts.of(stats, self._saliencies(of.tensor, of.terms))
+        if not any(map(is_open, of.terms.experts)):
+            self._count_members(counts, of.segment, tile, of.terms)
+            return counts
+        return Pending.of(of.segment, of.tensor, stats, counts)
 
     def _count_members(self, counts: Counts, segment: Segment, tile: TensorInputs, terms: Terms) -> None:
         """What is counted of each tensor of a bundle, by exact thresholds."""

@@ -286,7 +286,7 @@ class TestMerge:
         check(tile, terms)
 
     def test_unaligned_slices_give_the_same_bytes(self):
-        from ota_kernels.backends.triton.merge import Variant, merge
+        from ota_kernels.backends.triton.batch import Variant, merge
         from ota_kernels.backends.triton.tiles import DeviceTile
 
         experts = random_experts(13, (1101,))

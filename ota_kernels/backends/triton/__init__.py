@@ -8,7 +8,8 @@
     table.py     what a launch takes of them: one type and form, blocks, a table of words and numbers
     loads.py     how kernels read that
     stages.py    one function for each word of tensors/terms.py
-    merge.py     the merge kernel and its launch
+    merge.py     the merge kernel
+    batch.py     its launches, for any number of tiles at once
     variant.py   what it is compiled for
     outcome.py   what it counts and leaves undecided
     survey.py    statistics of tiles

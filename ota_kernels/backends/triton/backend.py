@@ -4,7 +4,7 @@ tiles whose buffers are tensors on the device ("resident"), of which nothing is 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -18,16 +18,19 @@ from ...tensors.result import Candidates, MergeStats, NonFinite
 from ...tensors.terms import Terms
 from ...tensors.tile import TensorInputs
 from .. import functions, triton
-from . import merge as merging
-from . import survey, tiles
+from . import batch, survey, tiles
+from .batch import Request
 from .device import FAULTS, DeviceMemoryError, is_out_of_memory, line_of, reported
 from .halves import merge_in_halves
+from .outcome import Merged, Undecided
 from .ring import Ring, Slot
 from .tiles import DeviceTile, Fetch, Load, device_curvature, device_tile, in_place, left_there
 
 _SMALLEST_TILE = 1 << 14  # elements below which a tile is not halved any more
 
 Result = TypeVar("Result")
+
+Read = Callable[[Sequence[Merged]], list[list[int]]]
 
 
 class Triton:
@@ -75,40 +78,67 @@ class Triton:
             )
         return merge_in_halves(self.merge, tile, terms, out, columns)
 
+    def merge_all(self, given: Sequence[tuple[TensorInputs, Terms, Array]]) -> list[MergeStats]:
+        """What `merge` does for each of these resident tiles: two launches for all of a form, one wait."""
+        words = [x for x in given if x[1].function is None]
+        try:
+            with reported(self.device), self._current():
+                found = self._merged(
+                    [self._request(*x) for x in words], [x[0] for x in words], batch.totals_of, left_there
+                )
+        except (DeviceMemoryError, *FAULTS) as error:
+            if not is_out_of_memory(error):
+                raise
+            found = None
+        if found is None:
+            return [self.merge(*x) for x in given]
+        rest = iter(found)
+        return [
+            next(rest) if terms.function is None else self.merge(tile, terms, out)
+            for tile, terms, out in given
+        ]
+
+    def _request(self, tile: TensorInputs, terms: Terms, out: torch.Tensor) -> Request:
+        return Request(device_tile(tile, in_place(self.device), terms), terms, out.view(_type_of(tile)))
+
     def _merge_in(self, slot: Slot, tile: TensorInputs, terms: Terms, out: np.ndarray) -> MergeStats:
         merged = torch.empty(tile.numel, dtype=_type_of(tile), device=self.device)
 
-        def read(totals: torch.Tensor) -> list[int]:
+        def read(launched: Sequence[Merged]) -> list[list[int]]:
             """With the merged elements: one wait for both."""
+            (totals,) = (x.totals for x in launched)
             host = np.empty(totals.nbytes, np.uint8)
             slot.store([(merged, out), (totals, host)])
-            return host.view(np.int32).tolist()
+            return [host.view(np.int32).tolist()]
 
-        return self._merge(tile, device_tile(tile, slot.load, terms), terms, merged, read, slot.fetch)
+        request = Request(device_tile(tile, slot.load, terms), terms, merged)
+        return self._merged([request], [tile], read, slot.fetch)[0]
 
     def _merge_resident(self, tile: TensorInputs, terms: Terms, out: torch.Tensor) -> MergeStats:
         with self._current():
-            inputs = device_tile(tile, in_place(self.device), terms)
-            return self._merge(tile, inputs, terms, out.view(_type_of(tile)), torch.Tensor.tolist, left_there)
+            return self._merged([self._request(tile, terms, out)], [tile], batch.totals_of, left_there)[0]
 
-    def _merge(
-        self,
-        tile: TensorInputs,
-        inputs: DeviceTile,
-        terms: Terms,
-        merged: torch.Tensor,
-        read: Callable[[torch.Tensor], list[int]],
-        fetch: Fetch,
-    ) -> MergeStats:
-        """Merge into `merged`; read: waits for a launch's totals, fetch: for its undecided elements."""
-        launched = merging.merge(inputs, terms, merged)
-        totals = read(launched.totals)
-        stats = launched.stats(totals)
-        if launched.is_overdone(totals, stats.nonfinite):
-            launched = merging.merge(inputs, terms, merged, exact_roots=True)
-            stats = launched.stats(read(launched.totals))
+    def _merged(
+        self, requests: Sequence[Request], tiles: Sequence[TensorInputs], read: Read, fetch: Fetch
+    ) -> list[MergeStats]:
+        """read: waits for the totals of launches, fetch: for their undecided elements."""
+        launched = batch.merge_all(requests)
+        totals = read(launched)
+        stats = [merged.stats(numbers) for merged, numbers in zip(launched, totals, strict=True)]
+        overdone = [
+            i for i, merged in enumerate(launched) if merged.is_overdone(totals[i], stats[i].nonfinite)
+        ]
+        if overdone:
+            again = batch.merge_all([requests[i]._replace(exact_roots=True) for i in overdone])
+            for i, merged, numbers in zip(overdone, again, read(again), strict=True):
+                launched[i], stats[i] = merged, merged.stats(numbers)
+        pairs = zip(launched, stats, tiles, strict=True)
+        return [self._complete(merged, found, tile, fetch) for merged, found, tile in pairs]
+
+    def _complete(self, launched: Merged, stats: MergeStats, tile: TensorInputs, fetch: Fetch) -> MergeStats:
+        """With undecided elements and censuses."""
         undecided = launched.undecided() if launched.columns else None
-        wanted = [e.census for e in terms.experts]
+        wanted = [e.census for e in launched.terms.experts]
         sums = launched.censuses.cpu().numpy() if any(wanted) else wanted
         return replace(
             stats,
@@ -244,7 +274,7 @@ def _nonfinite(of_one: DeviceTile, t: int, suspect: bool) -> tuple[NonFinite, ..
     return tuple(bad if bad.role == "base" else replace(bad, expert=t) for bad in found)
 
 
-def _candidates(tile: TensorInputs, undecided: merging.Undecided, fetch: Fetch) -> Candidates:
+def _candidates(tile: TensorInputs, undecided: Undecided, fetch: Fetch) -> Candidates:
     """The undecided elements of `tile`, where `fetch` puts them."""
     operands = undecided.operands
     origins = operands.origins or (None,) * len(tile.origins)

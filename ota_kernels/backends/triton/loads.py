@@ -8,10 +8,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# The kernels' table, int64: for each of these names one word per expert, then SCALARS, then what a launcher
-# appends. Addresses, of tensors on the device: weights; what their edits are taken from; curvature, its row
-# sums or scales; its column shares or codes; probabilities of elements; weights by row or column; scores of
-# rows.
+# The kernels' table, int64, a row for each tile: for each of these names one word per expert, then SCALARS.
+# Addresses, of tensors on the device: weights; what their edits are taken from; curvature, its row sums or
+# scales; its column shares or codes; probabilities of elements; weights by row or column; scores of rows.
 TABLE = (
     *("weights", "origins", "values", "columns", "chances", "place_weights", "row_scores"),
     *("first", "last", "upto", "position", "span"),
@@ -19,13 +18,20 @@ TABLE = (
 WEIGHTS, ORIGINS, VALUES, COLUMNS, CHANCES, PLACE_WEIGHTS, ROW_SCORES, FIRST, LAST, UPTO, POSITION, SPAN = (
     tl.constexpr(i) for i in range(len(TABLE))
 )
-# start: flat index of the tile's first element; key, name: of random numbers; index: of gathered elements.
-SCALARS = ("start", "key", "name", "index")
-START, KEY, NAME, INDEX = (tl.constexpr(i) for i in range(len(SCALARS)))
+# start: flat index of the tile's first element; key, name: of random numbers; index: of gathered elements. Of
+# a merge: base, out: addresses; n: elements; first, columns: of its Place; program, programs: the first one
+# that takes full blocks of it, and how many do; then addresses of censuses and of undecided elements: how
+# many of each block, positions, base, weights, curvatures.
+SCALARS = (
+    *("start", "key", "name", "index", "base", "out", "n", "first", "columns", "program", "programs"),
+    *("censuses", "lengths", "positions", "bases", "kept_weights", "kept_values"),
+)
+START, KEY, NAME, INDEX, BASE, OUT, N, PLACE, ROW, PROGRAM, PROGRAMS = (tl.constexpr(i) for i in range(11))
+CENSUSES, LENGTHS, POSITIONS, BASES, KEPT_WEIGHTS, KEPT_VALUES = (tl.constexpr(i) for i in range(11, 17))
 N_TABLE, N_SCALARS = tl.constexpr(len(TABLE)), tl.constexpr(len(SCALARS))
 
-# The kernels' numbers, in the type of the sums: these of each expert (fields of ExpertTerms), then the shared
-# ones (of Terms).
+# The kernels' numbers, in the type of the sums, a row for each tile: these of each expert (fields of
+# ExpertTerms), then the shared ones (of Terms).
 NUMBERS = (
     *("threshold", "upper", "score_scale", "weight_scale", "edit_scale"),
     *("vote", "trim", "alone", "probability"),
@@ -40,7 +46,7 @@ SHARED = (
 EPSILON, LAMBDA, POWER, DENOMINATOR, LEAST, CLIP, TIE, AGREEMENT, NEEDED = (
     tl.constexpr(i) for i in range(len(SHARED))
 )
-N_NUMBERS = tl.constexpr(len(NUMBERS))
+N_NUMBERS, N_SHARED = tl.constexpr(len(NUMBERS)), tl.constexpr(len(SHARED))
 
 
 # Read: numbers and elements.
@@ -68,6 +74,33 @@ def integer(table, t, n_experts: tl.constexpr, which: tl.constexpr):
 def scalar(table, n_experts: tl.constexpr, which: tl.constexpr):
     """That one of SCALARS."""
     return tl.load(table + N_TABLE * n_experts + which)
+
+
+@triton.jit
+def of_tile(table, numbers, tile, n_experts: tl.constexpr):
+    """(table, numbers) from a tile's row on."""
+    row = tile.to(tl.int64)
+    table += row * (N_TABLE * n_experts + N_SCALARS)
+    return table, numbers + row * (N_NUMBERS * n_experts + N_SHARED)
+
+
+@triton.jit
+def place_in_rows(table, n_experts: tl.constexpr, place: tl.constexpr):
+    """(place of the tile's first element, elements of a row), as `place_of` wants them."""
+    first, columns = 0, 1
+    if place != "none":
+        first, columns = scalar(table, n_experts, PLACE), scalar(table, n_experts, ROW)
+        if place != "wide" and place != "gathered":
+            first, columns = first.to(tl.int32), columns.to(tl.int32)
+    return first, columns
+
+
+@triton.jit
+def scalar_pointer(
+    table, n_experts: tl.constexpr, which: tl.constexpr, dtype: tl.constexpr, aligned: tl.constexpr
+):
+    """That one of SCALARS as an address."""
+    return pointer(table, N_TABLE * n_experts + which, dtype, aligned)
 
 
 @triton.jit

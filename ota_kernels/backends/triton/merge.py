@@ -1,57 +1,32 @@
 """out = w_0 + lambda N / D, N = sum_t g_t P_t y_t (tensors/terms.py): one pass over a tile, all in registers.
 
-A program takes every n-th block of the tile and counts in registers, thread by thread; at its end it sums and
-writes each count once.
+A program takes every n-th block of one tile and counts in registers, thread by thread; at its end it sums and
+writes each count once. A launch is of many tiles (batch.py).
 """
 
 from __future__ import annotations
 
-import functools
-from dataclasses import replace
-
-import torch
 import triton
 import triton.language as tl
 
-from ...errors import BackendError
-from ...tensors.result import CENSUS
-from ...tensors.terms import Terms
 from . import loads, outcome, stages
-from .outcome import N_TOTALS, Merged
-from .table import by_place, chances_of, launch, launches, operands, unified
-from .tiles import BLOCK, DeviceTile
-from .variant import UNROLLED, Variant, constants, warps
-
-MOST = 64  # experts: one bit each of `kept_by`
-
-# Programs of a launch for each processor of the device: four or more run at once, the rest even out the end.
-_PROGRAMS = 16
-_INTERPRETED_PROGRAMS = 2
-_MOST_BLOCKS = (1 << 13) - 1  # of a program, whose threads count 8 elements of each in 16 bits
+from .outcome import N_TOTALS
 
 _N_TOTALS = tl.constexpr(N_TOTALS)
 
 
-@triton.jit(
-    do_not_specialize=["n", "first_block", "end_block", "first_program", "n_programs", "first", "n_columns"]
-)
+@triton.jit(do_not_specialize=["first_program", "n_programs"])
 def _merge_kernel(
-    base_pointer,
-    out_pointer,
     table,
     numbers,
+    tiles,
     counts,
-    lengths,
-    censuses,
-    n,
-    first_block,
-    end_block,
     first_program,
     n_programs,
-    first,
-    n_columns,
     n_experts: tl.constexpr,
     weights: tl.constexpr,
+    bases: tl.constexpr,
+    outs: tl.constexpr,
     curvature: tl.constexpr,
     curvatures: tl.constexpr,
     acc: tl.constexpr,
@@ -92,18 +67,27 @@ def _merge_kernel(
     # 3.2 has no tuples in which to hand so many of them on.
     lane = tl.arange(0, block_size)
     zero = tl.zeros((block_size,), acc)
-    column_of_counts = counts + first_program + tl.program_id(0)
+    program = first_program + tl.program_id(0)
+    table, numbers = loads.of_tile(table, numbers, tl.load(tiles + program), n_experts)
+    n = loads.scalar(table, n_experts, loads.N)
+    first, n_columns = loads.place_in_rows(table, n_experts, place)
+    first_block = (n // block_size).to(tl.int32)
+    end_block, step = first_block + 1, 1
+    if not tail:
+        end_block = first_block
+        first_block = program - loads.scalar(table, n_experts, loads.PROGRAM).to(tl.int32)
+        step = loads.scalar(table, n_experts, loads.PROGRAMS).to(tl.int32)
     # Of kept edits, and with brackets, in the upper 16 bits, of those that reach them.
     kept_counts = tl.zeros((block_size // per_thread, fields), tl.int32)
     other_counts = tl.zeros((block_size // per_thread, _N_TOTALS), tl.int32)
-    lambda_ = loads.shared(numbers, n_experts, loads.LAMBDA).to(acc)
-    for block in tl.range(first_block + tl.program_id(0), end_block, tl.num_programs(0)):
+    for block in tl.range(first_block, end_block, step):
         offset = tl.cast(block, tl.int64) * block_size
         inside = loads.inside_of(lane, n - offset, tail, block_size)
         row, column, wrapped, has_next = loads.place_of(
             table, offset, n, lane, inside, first, n_columns,
             n_experts, place, by_fours)  # fmt: skip
         index = loads.flat_index(table, n_experts, offset, lane, inside, gathered) if flat else lane
+        base_pointer = loads.scalar_pointer(table, n_experts, loads.BASE, bases, aligned)
         base = tl.load(base_pointer + offset + lane, mask=inside, other=0).to(acc) if has_base else zero
         base32 = base.to(tl.float32)
         drawn = stages.draw(table, numbers, offset, n_experts, keepers, block_size) if quads else lane
@@ -195,12 +179,14 @@ def _merge_kernel(
 
         denominator = stages.divisor(numbers, denominator, divide, floored, zero_divisor, n_experts, acc)
         mean = stages.divide(sum_of_weights, zero + n_experts) if fallback == "mean" else base
+        lambda_ = loads.shared(numbers, n_experts, loads.LAMBDA).to(acc)
         merged = base + lambda_ * stages.divide(numerator, denominator)
         merged = tl.where((kept_by == 0) | (denominator == 0), mean, merged)
         bad = unusable >= 0x7F800000
         if repair:
             merged = tl.where(bad, base, merged)
-        written = merged.to(out_pointer.dtype.element_ty)
+        written = merged.to(outs)
+        out_pointer = loads.scalar_pointer(table, n_experts, loads.OUT, outs, aligned)
         tl.store(out_pointer + offset + lane, written, mask=inside)
 
         decided = inside
@@ -221,6 +207,7 @@ def _merge_kernel(
                 reached = tl.where(inside, counted, 0) if tail else counted
                 kept_counts += outcome.by_thread(reached, fields, per_thread, block_size) << 16
         else:  # a program has one block
+            column_of_counts = counts + program
             for t in tl.range(0, n_experts):
                 flag = ((counted >> t) & 1) != 0
                 to = column_of_counts + t * n_programs
@@ -230,15 +217,16 @@ def _merge_kernel(
 
         if brackets:
             outcome.append(
-                base_pointer, table, lengths, block, offset, n, lane, tl.where(inside, undecided, 0), first,
-                n_columns, n_experts, weights, curvature, curvatures, has_base, place, unroll,
+                base_pointer, table, block, offset, n, lane, tl.where(inside, undecided, 0), first, n_columns,
+                n_experts, weights, bases, curvature, curvatures, has_base, place, unroll,
                 block_size)  # fmt: skip
         if census:
             outcome.add_to_census(
-                table, numbers, censuses, offset, lane, inside, base, of_all, row, column, wrapped, has_next,
+                table, numbers, offset, lane, inside, base, of_all, row, column, wrapped, has_next,
                 score, n_experts, weights, origins, curvature, curvatures, place, aligned,
                 block_size)  # fmt: skip
 
+    column_of_counts = counts + program
     if packed and brackets:
         to = column_of_counts + n_experts * n_programs
         outcome.store_counts(column_of_counts, kept_counts & 0xFFFF, n_programs, n_experts, fields)
@@ -291,83 +279,3 @@ def _add(
     kept_weight = tl.where(added, weight, zero)
     denominator += stages.share_of_divisor(weight, kept_weight, added, divide)
     return tl.fma(kept_weight, y, numerator), denominator
-
-
-def _scaled(terms: Terms) -> Terms:
-    """Weights for roots of h k instead of h."""
-    experts = (replace(e, weight_scale=e.weight_scale / e.score_scale**0.5) for e in terms.experts)
-    return replace(terms, experts=tuple(experts))
-
-
-def merge(tile: DeviceTile, terms: Terms, out: torch.Tensor, exact_roots: bool = False) -> Merged:
-    """Merge a tile into `out` ([n], any output type) without waiting for the device.
-
-    Raises BackendError for more than 64 experts.
-    """
-    if len(tile.experts) > MOST:
-        raise BackendError(f"the triton backend merges {MOST} experts at most, not {len(tile.experts)}")
-    given, tile = tile, unified(tile, by_place(terms))
-    variant = Variant.of(tile, terms, out, exact_roots)
-    n, n_experts, n_blocks = tile.numel, len(tile.experts), triton.cdiv(tile.numel, BLOCK)
-    chances = ()
-    if variant.select == "random by rank":
-        chances = tuple(chances_of(given, terms, t) for t in range(len(terms.experts)))
-    columns = _columns(tile) if variant.brackets else ()
-    asked = _scaled(terms) if variant.power == "scaled" else terms
-    table, numbers = operands(tile, asked, variant.acc, chances, columns)
-    programs = _programs(tile.device, n_blocks) if n_experts <= UNROLLED else n_blocks
-    parts = [(*part, min(part[1] - part[0], programs)) for part in launches(n)]
-    n_programs = sum(part[-1] for part in parts)
-    rows = n_experts * (1 + variant.brackets) + N_TOTALS
-    counts = torch.empty(rows, n_programs, dtype=torch.int32, device=tile.device)
-    lengths = counts if not columns else torch.empty(n_blocks, dtype=torch.int32, device=tile.device)
-    censuses = None
-    if variant.census:
-        censuses = torch.zeros(n_experts, CENSUS, dtype=torch.int64, device=tile.device)
-    first_program = 0
-    for first_block, end_block, tail, programs in parts:
-        launch(
-            _merge_kernel,
-            (programs,),
-            out if tile.base is None else tile.base,
-            out,
-            table,
-            numbers,
-            counts,
-            lengths,
-            counts if censuses is None else censuses,
-            n,
-            first_block,
-            end_block,
-            first_program,
-            n_programs,
-            tile.place.first,
-            tile.place.columns,
-            **constants(replace(variant, tail=tail) if tail else variant),
-            num_warps=warps(variant),
-            enable_fp_fusion=False,
-        )
-        first_program += programs
-    totals = counts.sum(1, dtype=torch.int32)
-    return Merged(
-        given, terms, variant.power == "scaled", totals, columns, lengths if columns else None, censuses
-    )
-
-
-def _programs(device: torch.device, n_blocks: int) -> int:
-    """Of a launch over so many blocks."""
-    wanted = _INTERPRETED_PROGRAMS
-    if device.type == "cuda":
-        wanted = _PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count
-    return min(max(wanted, triton.cdiv(n_blocks, _MOST_BLOCKS)), n_blocks)
-
-
-def _columns(tile: DeviceTile) -> tuple[torch.Tensor | None, ...]:
-    """Room for every element of the tile as a candidate: positions, base; weights and curvatures by expert
-    (None: all 1), [T, n] of whole blocks."""
-    n, experts = triton.cdiv(tile.numel, BLOCK) * BLOCK, len(tile.experts)
-    empty = functools.partial(torch.empty, device=tile.device)
-    base = None if tile.base is None else empty(n, dtype=tile.base.dtype)
-    weights = empty(experts, n, dtype=tile.experts[0].dtype)
-    curvatures = None if tile.curvatures[0] is None else empty(experts, n, dtype=torch.float32)
-    return empty(n, dtype=torch.int32), base, weights, curvatures

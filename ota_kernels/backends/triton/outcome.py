@@ -51,7 +51,6 @@ def store_counts(to, found, n_programs, n_rows: tl.constexpr, fields: tl.constex
 def append(
     base_pointer,
     table,
-    lengths,
     block,
     offset,
     n,
@@ -61,6 +60,7 @@ def append(
     n_columns,
     n_experts: tl.constexpr,
     weights: tl.constexpr,
+    bases: tl.constexpr,
     curvature: tl.constexpr,
     curvatures: tl.constexpr,
     has_base: tl.constexpr,
@@ -73,15 +73,14 @@ def append(
 
     Positions first; then as many threads as a program has take one element each and all that belongs to it,
     instead of every element's thread a masked turn."""
-    columns = loads.N_TABLE * n_experts + loads.N_SCALARS
-    positions = loads.pointer(table, columns, tl.int32, True) + offset
+    positions = loads.scalar_pointer(table, n_experts, loads.POSITIONS, tl.int32, True) + offset
     m = loads.int32_sum(wanted, 0)
-    tl.store(lengths + block, m)
+    tl.store(loads.scalar_pointer(table, n_experts, loads.LENGTHS, tl.int32, False) + block, m)
     tl.store(positions + tl.cumsum(wanted, 0) - 1, offset.to(tl.int32) + lane, mask=wanted != 0)
     tl.debug_barrier()  # each thread's positions are seen by all
-    bases = loads.pointer(table, columns + 1, base_pointer.dtype.element_ty, True) + offset
-    ws = loads.pointer(table, columns + 2, weights, True) + offset
-    hs = loads.pointer(table, columns + 3, tl.float32, True) + offset
+    of_base = loads.scalar_pointer(table, n_experts, loads.BASES, bases, True) + offset
+    ws = loads.scalar_pointer(table, n_experts, loads.KEPT_WEIGHTS, weights, True) + offset
+    hs = loads.scalar_pointer(table, n_experts, loads.KEPT_VALUES, tl.float32, True) + offset
     room = tl.cdiv(n, block_size).to(tl.int64) * block_size  # elements of each expert's column
     each: tl.constexpr = "narrow" if place == "whole" or place == "long" else place
     for first_one in tl.range(0, m, block_size // 8):
@@ -89,7 +88,7 @@ def append(
         there = at < m
         which = tl.load(positions + at, mask=there, other=0) - offset.to(tl.int32)
         if has_base:
-            tl.store(bases + at, tl.load(base_pointer + offset + which, mask=there), mask=there)
+            tl.store(of_base + at, tl.load(base_pointer + offset + which, mask=there), mask=there)
         row, column, wrapped, has_next = loads.place_of(
             table, offset, n, which, there, first, n_columns,
             n_experts, each, False)  # fmt: skip
@@ -107,7 +106,6 @@ def append(
 def add_to_census(
     table,
     numbers,
-    censuses,
     offset,
     lane,
     inside,
@@ -129,6 +127,7 @@ def add_to_census(
 ):
     """Add each expert's scores outside of its bracket to its census."""
     base32 = base.to(tl.float32)
+    censuses = loads.scalar_pointer(table, n_experts, loads.CENSUSES, tl.int64, False)
     for t in tl.range(0, n_experts):
         w, _, d32, usable = loads.edit_of(
             table, t, offset, lane, inside, base, tl.float32, n_experts, weights, origins, aligned
@@ -179,17 +178,24 @@ class Undecided(NamedTuple):
 class Merged:
     """What a launched merge will have counted; reading it waits for the device.
 
-    tile: the inputs; terms: what was asked for; scaled_roots: of h k instead of h; totals: int32, one for
-    each count; columns: of the undecided elements, each block's from its own beginning on; lengths: how many
-    of each block; censuses: int64[T, CENSUS]."""
+    tile: the inputs; terms: what was asked for; scaled_roots: of h k instead of h; together: of the tiles
+    that were launched with it, int32[tiles, counts], and its own place there; columns: of the undecided
+    elements, each block's from its own beginning on; lengths: how many of each block; censuses:
+    int64[T, CENSUS]."""
 
     tile: DeviceTile
     terms: Terms
     scaled_roots: bool
-    totals: torch.Tensor
+    together: torch.Tensor
+    place: int
     columns: tuple[torch.Tensor, ...] = ()
     lengths: torch.Tensor | None = None
     censuses: torch.Tensor | None = None
+
+    @property
+    def totals(self) -> torch.Tensor:
+        """int32, one for each count."""
+        return self.together[self.place]
 
     def is_overdone(self, totals: list[int], bad: tuple) -> bool:
         """Whether some root may have overflowed: then merge again with exact ones. bad: the inputs that

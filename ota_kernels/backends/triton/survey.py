@@ -303,7 +303,7 @@ def histogram(
 
 def power_sum(h: torch.Tensor, power: float) -> float:
     """The sum of h^power in float64 over the values that are curvature."""
-    table, p = upload([h.data_ptr()], [power], tl.float64, h.device)
+    table, p, _ = upload([h.data_ptr()], [power], tl.float64, h.device)
     sums = torch.empty(triton.cdiv(h.numel(), BLOCK), dtype=torch.float64, device=h.device)
     for first_block, end_block, tail in launches(h.numel()):
         launch(

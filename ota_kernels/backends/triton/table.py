@@ -100,28 +100,42 @@ def by_place(terms: Terms) -> bool:
 
 
 def operands(
-    tile: DeviceTile,
-    terms: Terms,
-    acc: tl.dtype,
-    chances: Sequence[torch.Tensor] = (),
-    appended: Sequence[torch.Tensor | None] = (),
+    tile: DeviceTile, terms: Terms, acc: tl.dtype, chances: Sequence[torch.Tensor] = ()
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(table, numbers) of a unified tile on the device, as loads.py names them, the numbers of type acc.
-    chances: of "random by rank"; appended: tensors whose addresses follow."""
+    chances: of "random by rank"."""
+    return upload(words_of(tile, terms, chances), numbers_of(terms), acc, tile.device)[:2]
+
+
+def words_of(
+    tile: DeviceTile, terms: Terms, chances: Sequence[torch.Tensor] = (), **others: int
+) -> list[int]:
+    """The table's row of a unified tile; others: further ones of its SCALARS, 0 where they are not given."""
     values, columns = zip(*map(addressed, tile.curvatures), strict=True)
     nothing = (None,) * len(tile.experts)
     given = (tile.experts, tile.origins, values, columns, chances, tile.place_weights, tile.row_scores)
-    table = [_address(x) for tensors in given for x in (tensors or nothing)]
-    table += [getattr(e, name) for name in loads.TABLE[len(given) :] for e in terms.experts]
+    row = [address(x) for tensors in given for x in (tensors or nothing)]
+    row += [getattr(e, name) for name in loads.TABLE[len(given) :] for e in terms.experts]
     key = (terms.seed & 0xFFFFFFFF) | (terms.name_hash & 0xFFFFFFFF) << 32
-    table += [tile.start, _signed(key), terms.name_hash >> 32, _address(tile.index)]
-    table += map(_address, appended)
-    numbers = [getattr(e, name) for e in terms.experts for name in loads.NUMBERS]
-    numbers += [getattr(terms, name) for name in loads.SHARED]
-    return upload(table, numbers, acc, tile.device)
+    scalars = {
+        "start": tile.start,
+        "key": _signed(key),
+        "name": terms.name_hash >> 32,
+        "index": address(tile.index),
+        "first": tile.place.first,
+        "columns": tile.place.columns,
+    }
+    return row + [(scalars | others).get(name, 0) for name in loads.SCALARS]
 
 
-def _address(x: torch.Tensor | None) -> int:
+def numbers_of(terms: Terms) -> list[float]:
+    """The numbers' row of a tile."""
+    of_experts = [getattr(e, name) for e in terms.experts for name in loads.NUMBERS]
+    return of_experts + [getattr(terms, name) for name in loads.SHARED]
+
+
+def address(x: torch.Tensor | None) -> int:
+    """Where a tensor lies; 0 for none."""
     return 0 if x is None else x.data_ptr()
 
 
@@ -131,15 +145,20 @@ def _signed(word: int) -> int:
 
 
 def upload(
-    table: Sequence[int], numbers: Sequence[float], dtype: tl.dtype, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Words (int64) and numbers (float32 or float64) on the device."""
+    table: Sequence[int],
+    numbers: Sequence[float],
+    dtype: tl.dtype,
+    device: torch.device,
+    integers: Sequence[int] = (),
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Words (int64), numbers (float32 or float64) and integers (int32) on the device, by one copy."""
     with np.errstate(over="ignore"):
-        data = np.array(table, np.int64).tobytes() + np.array(numbers, _NUMPY[dtype]).tobytes()
+        parts = np.array(table, np.int64), np.array(numbers, _NUMPY[dtype]), np.array(integers, np.int32)
     # A tensor that leaves the cache may be in use still: only its own stream takes its memory after that use.
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    found, end = _upload(data, device, stream), 8 * len(table)
-    return found[:end].view(torch.int64), found[end:].view(_TORCH[dtype])
+    found = _upload(b"".join(part.tobytes() for part in parts), device, stream)
+    words, reals, rest = found.split([part.nbytes for part in parts])
+    return words.view(torch.int64), reals.view(_TORCH[dtype]), rest.view(torch.int32)
 
 
 @functools.lru_cache(maxsize=64)  # tiles of a ring have the same addresses again and again

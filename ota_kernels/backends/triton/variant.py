@@ -20,15 +20,17 @@ UNROLLED = 16  # experts up to which loops over them are unrolled: loads are iss
 class Variant:
     """What the kernel is compiled for; the fields are its constexpr parameters.
 
-    weights, curvatures: stored types; acc: type of the sums; edit .. divide: words of Terms; power: "half",
-    "scaled", "one" or "general"; scaled, trimmed: whether some edit_scale is not 1, some trim not 0; floored:
-    whether the divisor has a least value; indexed, flat: whether thresholds hold for parts of the flat
-    indices, and whether these are asked for; quads: random numbers by `stages.draw`; place: as in
+    weights, bases, outs, curvatures: stored types; acc: type of the sums; edit .. divide: words of Terms;
+    power: "half", "scaled", "one" or "general"; scaled, trimmed: whether some edit_scale is not 1, some trim
+    not 0; floored: whether the divisor has a least value; indexed, flat: whether thresholds hold for parts of
+    the flat indices, and whether these are asked for; quads: random numbers by `stages.draw`; place: as in
     `loads.place_of`; aligned: 16-byte loads, by_fours: of what belongs to columns; tail: the block that is
     not full."""
 
     n_experts: int
     weights: tl.dtype
+    bases: tl.dtype
+    outs: tl.dtype
     curvature: str
     curvatures: tl.dtype
     acc: tl.dtype
@@ -74,6 +76,8 @@ class Variant:
         return cls(
             n_experts=len(tile.experts),
             weights=TYPES[tile.experts[0].dtype],
+            bases=TYPES[(tile.experts[0] if tile.base is None else tile.base).dtype],
+            outs=TYPES[out.dtype],
             curvature=kind,
             curvatures=TYPES[c.dtype] if kind == "full" else tl.float32,
             acc=acc,
