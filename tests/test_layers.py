@@ -52,7 +52,7 @@ MAY_IMPORT = {
     "spectral": set(),
     "recipe": {"spectral", "tensors"},
     "io": {"tensors"},
-    "backends": {"tensors"},
+    "backends": {"io", "tensors"},
     "select": {"backends", "io", "tensors"},
     "planning": {"recipe", "backends", "io", "tensors"},
     "run": {"planning", "spectral", "recipe", "select", "backends", "io", "tensors"},

@@ -8,7 +8,10 @@ import re
 from typing import TYPE_CHECKING, Protocol
 
 from ..errors import BackendError, RecipeError
+from ..sizes import format_bytes
 from . import triton
+from .speed import seconds
+from .triton import bus
 
 if TYPE_CHECKING:
     import numpy as np
@@ -112,6 +115,22 @@ def select(name: str = "auto", device: str = "auto", python: bool = False) -> Ba
     where = "" if device == "auto" else f" (--device {device})"
     hint = "; `native` runs on the CPU" if candidates == ("triton",) else ""
     raise BackendError(f"backend {candidates[0]!r}{where} cannot run: {reason}{hint}")
+
+
+def for_files(
+    name: str = "auto", device: str = "auto", python: bool = False, *, nbytes: int, threads: int
+) -> Backend:
+    """As `select`, for inputs in files, of which all `nbytes` must cross the bus to a GPU: where both
+    are "auto", a GPU is taken only if it would be done before `threads` threads of this machine are."""
+    if name == device == "auto" and not python and triton.gpu_in_sight()[0]:
+        rate, known = bus.bandwidth()
+        by_cpu, on_gpu = seconds("native", nbytes, threads), seconds("triton", nbytes, threads)
+        device, other = ("cpu", "cuda") if by_cpu <= on_gpu else ("auto", "cpu")
+        logger.info(
+            f"files of {format_bytes(nbytes)}: {by_cpu:.2g} s on {threads} threads, {on_gpu:.2g} s on a GPU, "
+            f"by a bus of {rate / 1e9:.0f} GB/s ({known}) with its start; --device {other} takes the other"
+        )
+    return select(name, device, python)
 
 
 def _verify(name: str, device: str, asked_for: bool) -> tuple[bool, str]:

@@ -62,6 +62,7 @@ def release(part: TensorInputs | Curvature) -> None:
 
 
 _guarded: dict[int, tuple[Path, int]] = {}  # number of a map -> its file, and its bytes
+_files: weakref.WeakKeyDictionary[mmap.mmap, tuple[Path, tuple[int, int]]] = weakref.WeakKeyDictionary()
 
 
 def guarded(mapped: mmap.mmap, path: Path) -> np.ndarray:
@@ -71,6 +72,7 @@ def guarded(mapped: mmap.mmap, path: Path) -> np.ndarray:
     data = np.frombuffer(mapped, np.uint8)
     number = _native.guard(data.ctypes.data, data.size)
     _guarded[number] = path, data.size
+    _files[mapped] = path, _identity(os.stat(path))
     weakref.finalize(mapped, _forget, number).atexit = False
     return data
 
@@ -107,13 +109,52 @@ def check_reads() -> None:
         raise RunError(f"{path}: a read from its disk failed; --resume when it can be read")
 
 
-def _file_map(array: np.ndarray) -> tuple[int, int] | None:
-    """First address and end of the file map that `array` lies in, whole pages; None for other memory."""
+def read_into(target: np.ndarray, array: np.ndarray) -> bool:
+    """Read the file's bytes under `array` (uint8, of a `guarded` map) into `target` (uint8, as many): no page
+    is mapped for that. False, and nothing done, where there is no such file, or another one has its name.
+
+    Raises InputError where the file has become shorter, RunError where its disk fails."""
+    whole, owner = _memory(array)
+    if not isinstance(owner, mmap.mmap) or owner not in _files:
+        return False
+    path, identity = _files[owner]
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        if _identity(os.fstat(descriptor)) != identity:
+            return False
+        begin, done = array.ctypes.data - whole.ctypes.data, 0
+        while done < target.size:
+            count = os.preadv(descriptor, [memoryview(target)[done:]], begin + done)
+            if not count:
+                raise InputError(f"{path}: changed while in use: it is shorter than before")
+            done += count
+    except OSError as error:
+        raise RunError(
+            f"{path}: a read from its disk failed ({error}); --resume when it can be read"
+        ) from None
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def _memory(array: np.ndarray) -> tuple[np.ndarray, object]:
+    """(The array that all of it is a view of, whose memory that is)."""
     whole, owner = array, array.base
     while isinstance(owner, np.ndarray):
         whole, owner = owner, owner.base
-    if isinstance(owner, memoryview):
-        owner = owner.obj
+    return whole, owner.obj if isinstance(owner, memoryview) else owner
+
+
+def _file_map(array: np.ndarray) -> tuple[int, int] | None:
+    """First address and end of the file map that `array` lies in, whole pages; None for other memory."""
+    whole, owner = _memory(array)
     if not isinstance(owner, (mmap.mmap, MappedMemory)):
         return None
     start = whole.ctypes.data

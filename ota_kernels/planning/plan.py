@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ..backends import Backend
+from ..backends.speed import seconds
 from ..backends.triton import LEAST_SLOTS, MOST_SLOTS
 from ..errors import RecipeError
 from ..io.writer import Layout
@@ -44,8 +45,9 @@ DEFAULT_BUDGET = 256 << 20  # bytes of undecided elements that are held in memor
 # Elements of a tile: large enough that a tile costs far more than its Python (2 ms against 0.1), small enough
 # that the tiles in flight stay a few percent of the memory limit.
 TILE_ELEMENTS = 1 << 20
-# Of a density per tensor: a tensor that is one tile is selected from, merged and settled by one worker.
-_LOCAL_TILE_ELEMENTS = 4 * TILE_ELEMENTS
+# Of a density per tensor, where a tensor that is one tile is selected from, merged and settled by one worker;
+# and on a GPU, where a tile's copies must take far longer than the Python of its launches.
+_LARGE_TILE_ELEMENTS = 4 * TILE_ELEMENTS
 _SMALLEST_TILE = 1 << 14
 # A GPU wants tiles in flight that are large enough to hide its latencies; its machine has the memory.
 _MEMORY_LIMITS = {"native": 1 << 30, "reference": 1 << 30, "triton": 4 << 30}
@@ -58,7 +60,6 @@ PROCESS_BYTES = {"native": 100 << 20, "reference": 420 << 20, "triton": 420 << 2
 _SOURCE_BYTES = 400
 _REFERENCE_TEMPORARIES = 12  # float32 arrays of a tile that the reference holds per expert
 _SUMS_BYTES = 32  # two sums of float64, those before and those after
-_ASSUMED_BANDWIDTH = 8e9  # bytes per second per thread, for the estimated time from a warm page cache
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,8 @@ def make_plan(
     process = "reference" if whole and backend.NAME == "native" else backend.NAME  # matrices are torch's
     shared = PROCESS_BYTES[process] + min(candidates, held) + sum(map(_factor_bytes, tensors))
     shared += _SOURCE_BYTES * sum(len(e.sources) + len(e.curvatures) for e in inputs.entries)
-    largest = _LOCAL_TILE_ELEMENTS if decider.brackets and not decider.model_scope else TILE_ELEMENTS
+    local = decider.brackets and not decider.model_scope
+    largest = _LARGE_TILE_ELEMENTS if local or backend.NAME == "triton" else TILE_ELEMENTS
     for number in threads:
         fixed = shared + number * whole + _survey_bytes(tensors, decider, number, per_element)
         in_flight = number * per_element + pinned_bytes(backend, number, per_element)
@@ -187,7 +189,7 @@ def make_plan(
         candidate_bytes=candidates,
         candidates_memory=held,
         peak_memory=fixed + in_flight * min(tile, max((t.numel for t in tensors), default=0)),
-        seconds=(total * passes + output.total_bytes) / (_ASSUMED_BANDWIDTH * number),
+        seconds=seconds(backend.NAME, total * passes + output.total_bytes, number),
         outputs=inputs.entries,
     )
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__, backends
+from ..backends import Backend
 from ..errors import BackendError, InputError, OutputError, RecipeError, RunError, StoppedError
 from ..io.assets import Asset, plan_assets, recipe_asset, write_assets
 from ..io.leftovers import asset_notes
@@ -22,13 +23,14 @@ from ..io.writer import ShardWriter, layout, write_index
 from ..planning.inputs import Inputs
 from ..planning.outputs import OutputTensor
 from ..planning.plan import Plan, make_plan, memory_limit_of, thread_choices
+from ..processors import default_threads
 from ..recipe import methods
 from ..recipe.schema import Recipe, load_recipe, parse_recipe
 from ..tensors.tile import TensorInputs
 from .bundles import Bundle, bundles_of, can_be_bundled, places_of
 from .card import model_card
 from .decide import Decider
-from .devices import own_device
+from .devices import take_device
 from .merging import Done, Merging
 from .options import Options, Progress, Silent
 from .pool import IN_PLACE, Pool
@@ -95,11 +97,10 @@ class Job:
 
     def __init__(self, recipe: Recipe, options: Options, rules: Rules = RULES, ranks: Ranks = ALONE) -> None:
         self.options, self.rules, self.ranks = options, rules, ranks
-        asked = "native" if _keeps_sums(recipe) and options.backend == "auto" else options.backend
-        self.backend = backends.select(asked, own_device(options.device), recipe.method.python)
         self.inputs = self._open(recipe)
         self.recipe = self.inputs.recipe
         try:
+            self.backend = self._backend()
             self._prepare()
         except BaseException:
             self.inputs.close()
@@ -113,6 +114,16 @@ class Job:
             truncate=options.unsafe_truncate_embeddings,
             lora_dtype=options.lora_merge_dtype,
             pack_base=options.pack_base,
+        )
+
+    def _backend(self) -> Backend:
+        options = self.options
+        return backends.for_files(
+            "native" if _keeps_sums(self.recipe) and options.backend == "auto" else options.backend,
+            take_device(options.device),
+            self.recipe.method.python,
+            nbytes=self.inputs.total_bytes,
+            threads=options.threads or default_threads(),
         )
 
     def _prepare(self) -> None:

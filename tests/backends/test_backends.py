@@ -148,3 +148,45 @@ def test_auto_on_a_machine_without_a_gpu_imports_neither_torch_nor_triton():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.fixture
+def link(gpus, monkeypatch, tmp_path):
+    """Writes what Linux tells of the GPU's link."""
+    from ota_kernels.backends.triton import bus
+
+    monkeypatch.setattr(bus, "PCI", tmp_path / "pci")
+
+    def written(**facts: str) -> None:
+        for place, kind in (("0000:17:00.0", "0x030200"), ("0000:18:00.0", "0x020000")):
+            folder = tmp_path / "pci" / place
+            folder.mkdir(parents=True, exist_ok=True)
+            facts_of_all = {"vendor": "0x10de", "class": kind, **facts}
+            for name, text in facts_of_all.items():
+                (folder / name).write_text(f"{text}\n")
+
+    return written
+
+
+FASTEST = {"max_link_speed": "32.0 GT/s PCIe", "max_link_width": "16"}
+
+
+@pytest.mark.parametrize(
+    ("facts", "nbytes", "threads", "expected"),
+    [
+        (FASTEST, 10**12, 16, "native"),  # 144 GB/s against 54
+        (FASTEST, 10**12, 4, "triton"),  # 36 GB/s against 48 that they fill in
+        (FASTEST, 10**10, 4, "native"),  # over before a GPU has started
+        (FASTEST, 10**12, 6, "native"),
+        ({"max_link_speed": "Unknown", "max_link_width": "255"}, 10**12, 3, "native"),  # 27 GB/s, 25 assumed
+    ],
+)
+def test_files_go_to_a_gpu_only_where_that_is_faster(link, caplog, facts, nbytes, threads, expected):
+    link(**facts)
+    with caplog.at_level(logging.INFO, "ota_kernels"):
+        found = backends.for_files(nbytes=nbytes, threads=threads).NAME
+    assert found == expected
+    assert "on a GPU, by a bus of" in caplog.text
+    assert backends.for_files("auto", "cuda", nbytes=nbytes, threads=threads).NAME == "triton"
+    assert backends.for_files("native", nbytes=nbytes, threads=threads) is native
+    assert backends.select().NAME == "triton"  # tensors that lie there stay there

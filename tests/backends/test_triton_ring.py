@@ -175,6 +175,7 @@ class Driver:
         self._stream = self._device = None
         self._copy, self._empty = torch.Tensor.copy_, torch.empty
         monkeypatch.setattr(torch.cuda, "Stream", lambda device: self)
+        monkeypatch.setattr(torch.cuda, "Event", self._event)
         monkeypatch.setattr(torch.cuda, "stream", self._entered)
         monkeypatch.setattr(torch.cuda, "device", self._current)
         monkeypatch.setattr(torch.cuda, "cudart", lambda: self)
@@ -203,6 +204,13 @@ class Driver:
     def _on_host(self, n, dtype=torch.uint8, device=None):
         assert self._stream is self
         return self._empty(n, dtype=dtype).fill_(0xEE)
+
+    def _event(self, blocking):
+        assert blocking  # a waiting thread leaves its processor to others
+        return self
+
+    def record(self, stream):
+        assert stream is self
 
     def synchronize(self):
         for to, source in self.waiting:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+import types
 
 import pytest
+import torch
 from checkpoints import make_set
 from click.testing import CliRunner
 
-from ota_kernels import BackendError, RecipeError, backends
+from ota_kernels import BackendError, RecipeError, backends, processors
 from ota_kernels.cli import cli
 from ota_kernels.processors import default_threads
 from ota_kernels.run import devices
@@ -45,14 +47,14 @@ def torchrun(monkeypatch):
 )
 def test_which_are_named(device, expected):
     assert devices.devices_of(device) == expected
-    assert devices.own_device(device) == device  # of a process alone: its backend says what it means
+    assert devices.take_device(device) == device  # of a process alone: its backend says what it means
 
 
 def test_each_process_has_its_own(torchrun):
     found = []
     for rank in range(4):
         torchrun(rank)
-        found.append([devices.own_device(device) for device in ("cuda", "cuda:0,2", "cpu")])
+        found.append([devices.take_device(device) for device in ("cuda", "cuda:0,2", "cpu")])
     assert [f[0] for f in found] == ["cuda:0", "cuda:1", "cuda:2", "cuda:0"]
     assert [f[1] for f in found] == ["cuda:0", "cuda:2"] * 2
     assert {f[2] for f in found} == {"cpu"}
@@ -62,9 +64,38 @@ def test_each_process_has_its_own(torchrun):
 def test_auto_is_a_gpu_for_each_where_there_are_some(torchrun, monkeypatch):
     torchrun(1)
     monkeypatch.setattr("ota_kernels.backends.triton.gpu_in_sight", lambda: (True, ""))
-    assert devices.own_device("auto") == "cuda:1"
+    assert devices.take_device("auto") == "cuda:1"
     monkeypatch.setattr("ota_kernels.backends.triton.gpu_in_sight", lambda: (False, ""))
-    assert devices.own_device("auto") == "auto"
+    assert devices.take_device("auto") == "auto"
+
+
+def test_a_process_stays_near_its_gpu(torchrun, monkeypatch, tmp_path):
+    """On the processors of the GPU's memory node, as many threads as before; anywhere, where none is told."""
+    for number, near in enumerate(("0-1,4", "2-3", "")):
+        folder = tmp_path / f"0000:{0x17 + number:02x}:00.0"
+        folder.mkdir()
+        (folder / "local_cpulist").write_text(f"{near}\n")
+    monkeypatch.setattr(devices.bus, "PCI", tmp_path)
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda device: types.SimpleNamespace(
+            pci_domain_id=0, pci_bus_id=0x17 + int(device[-1]), pci_device_id=0
+        ),
+    )
+    monkeypatch.setattr(processors, "_all", None)
+    allowed = [set(range(4))]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: allowed[-1])
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, near: allowed.append(set(near)))
+    found = []
+    for rank in range(3):
+        torchrun(rank)
+        del allowed[1:]
+        threads = default_threads()
+        assert devices.take_device("cuda") == f"cuda:{rank}"
+        assert default_threads() == threads == 1
+        found.append(allowed[-1])
+    assert found == [{0, 1}, {2, 3}, {0, 1, 2, 3}]
 
 
 def test_processors_are_shared(torchrun, monkeypatch):

@@ -2,6 +2,8 @@
 
     backend.py   the backend's functions, over tiles on the host or on the device
     ring.py      what tiles from the host pass through: pinned memory, streams, device memory
+    filling.py   how pinned memory is filled from mapped files
+    bus.py       how fast the bus is, which processors are near
     halves.py    a tile that finds no room is merged in two
     device.py    whether kernels run on a device, and what goes wrong there, in one line
     tiles.py     tiles in device memory

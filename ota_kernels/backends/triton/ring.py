@@ -1,7 +1,7 @@
 """What tiles from the host pass through on their way to a device and back: a ring of slots, used again and
 again.
 
-    mapped pages --numpy--> pinned memory --copy--> device --kernels--> device --copy--> pinned --> result
+    mapped pages or file --> pinned memory --copy--> device --kernels--> device --copy--> pinned --> result
 
 A slot is one tile's place: pinned memory, device memory and a stream. A worker thread takes a slot, fills
 the pinned memory, lets everything else follow on the slot's stream, waits without the GIL, and gives the slot
@@ -30,13 +30,15 @@ import torch
 
 from . import MOST_SLOTS
 from .device import DeviceMemoryError, is_out_of_memory, line_of
+from .filling import Filling
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
 _ALIGNMENT = 256  # of the parts of an arena, in bytes: as of torch's own tensors, more than any load wants
-_GRANULE = 2 << 20  # bytes by which memory grows: the pages of CUDA's large allocations
+_GRANULE = 2 << 20  # bytes by which memory grows: the pages of CUDA's large allocations, and huge pages
+_CHUNK = 4 << 20  # bytes that are copied to the device while the next ones are filled in
 
 
 def _aligned(nbytes: int) -> int:
@@ -54,6 +56,9 @@ class Pinned:
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
         memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # whole pages
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a system without huge pages; locking takes one by one then
+                memory.madvise(mmap.MADV_HUGEPAGE)
         self.array = np.frombuffer(memory, np.uint8)
         self.tensor = torch.from_numpy(self.array)
         self._device = device
@@ -80,9 +85,13 @@ def _lock(tensor: torch.Tensor, device: torch.device) -> bool:
 class Slot:
     """One tile's place. Used by one thread at a time, in `current()`."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    def __init__(self, device: torch.device, filling: Filling) -> None:
+        self._device, self._filling = device, filling
+        self._stream = self._done = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)
+            # A thread that waits for a stream spins on its processor, of which another one has need to fill.
+            self._done = torch.cuda.Event(blocking=True)
         self._pinned: Pinned | None = None
         self._arena: torch.Tensor | None = None
 
@@ -100,8 +109,9 @@ class Slot:
         self._pinned = self._arena = None
 
     def _wait(self) -> None:
-        if self._stream is not None:
-            self._stream.synchronize()
+        if self._done is not None:
+            self._done.record(self._stream)
+            self._done.synchronize()
 
     def current(self) -> contextlib.AbstractContextManager:
         """Where kernels are launched on the slot's stream."""
@@ -115,9 +125,17 @@ class Slot:
         starts = [0, *ends[:-1]]
         used = ends[-1] if ends else 0
         pinned, arena = self._grown(used)
+        tile, sent = self._filling.tile(), 0
         for start, a in zip(starts, flat, strict=True):
-            pinned.array[start : start + a.size] = a
-        arena[:used].copy_(pinned.tensor[:used], non_blocking=True)
+            for place in range(0, a.size, _CHUNK):
+                piece = a[place : place + _CHUNK]
+                end = start + place + piece.size
+                tile.fill(pinned.array[end - piece.size : end], piece)
+                if end - sent >= _CHUNK:
+                    arena[sent:end].copy_(pinned.tensor[sent:end], non_blocking=True)
+                    sent = end
+        tile.done()
+        arena[sent:used].copy_(pinned.tensor[sent:used], non_blocking=True)
         return [arena[start : start + a.size] for start, a in zip(starts, flat, strict=True)]
 
     def _grown(self, nbytes: int) -> tuple[Pinned, torch.Tensor]:
@@ -168,6 +186,7 @@ class Ring:
     def __init__(self, device: torch.device, most: int = MOST_SLOTS) -> None:
         self._device = device
         self._most, self._made = most, 0
+        self._filling = Filling()
         self._free: list[Slot] = []
         self._changed = threading.Condition()
 
@@ -206,7 +225,7 @@ class Ring:
             self._changed.wait_for(lambda: self._free or self._made < self._most)
             if self._free:
                 return self._free.pop()
-            slot = Slot(self._device)
+            slot = Slot(self._device, self._filling)
             self._made += 1
             return slot
 

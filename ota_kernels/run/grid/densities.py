@@ -10,6 +10,7 @@ from ... import backends
 from ...errors import RecipeError
 from ...planning.inputs import Inputs
 from ...planning.plan import memory_limit_of, worker_threads
+from ...processors import default_threads
 from ...recipe.schema import Recipe
 from ...tensors.terms import saliency_of_score
 from ..job import Options, Progress, Silent, as_recipe
@@ -58,16 +59,19 @@ def densities(
         )
     grid, masses = _shares("grid", grid), _shares("masses", masses)
     options = Options.of(backend=backend, device=device, threads=threads, memory_limit=memory_limit)
-    chosen = backends.select(options.backend, options.device)
-    limit = memory_limit_of(options.memory_limit, chosen)
-    with (
-        Inputs(recipe, allow_differences=True) as inputs,
-        Pool(worker_threads(options.threads, chosen)) as pool,
-    ):
+    with Inputs(recipe, allow_differences=True) as inputs:
+        chosen = backends.for_files(
+            options.backend,
+            options.device,
+            nbytes=inputs.total_bytes,
+            threads=options.threads or default_threads(),
+        )
+        limit = memory_limit_of(options.memory_limit, chosen)
         try:
-            search = Search(inputs, grid, masses, chosen, limit, pool, progress or Silent(), reading)
-            search.run()
-            return _table(search, inputs)
+            with Pool(worker_threads(options.threads, chosen)) as pool:
+                search = Search(inputs, grid, masses, chosen, limit, pool, progress or Silent(), reading)
+                search.run()
+                return _table(search, inputs)
         finally:
             chosen.release()
 
