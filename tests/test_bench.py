@@ -8,8 +8,10 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--parameters", "1", "--runs", "1"]
@@ -140,6 +142,8 @@ def test_rank1(bench, data, tmp_path):
 GPU_CASES = (
     "merge-T2-bfloat16+float32", "merge-T2-bfloat16+rank1", "eager", "compile", "tensor-density",
     "model-thresholds", "histogram-low", "power-sum", "row-column-sums", "gram", "run-threshold-triton",
+    "merge-T5-bfloat16+log8", "host1-thresholds", "topk-threshold", "graft", "call-linear-all",
+    "bus-to-device",
 )  # fmt: skip
 
 
@@ -151,6 +155,35 @@ def test_gpu(bench, data):
         assert f"\n{name}" in printed
     assert "run-threshold-native" not in printed
     assert "not written" in printed
+
+
+def test_gpu_without_time(bench, data):
+    """What does not begin within the budget is said."""
+    pytest.importorskip("triton")
+    printed = bench(
+        "gpu", "--quick", "--budget", "1e-9", "--data", data, "--only", "merge-T2", TRITON_INTERPRET="1"
+    )
+    lines = [line.split(maxsplit=1) for line in printed.splitlines()]
+    assert ["merge-T2-bfloat16+float32", "not run: no time was left"] in lines
+
+
+def test_gpu_instructions(monkeypatch):
+    """Of what the compiler makes for an H200: four schedulers of 132 multiprocessors issue for 32 lanes."""
+    pytest.importorskip("triton")
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(
+        "torch.cuda.get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132)
+    )
+    from bench.gpu.code import add_instructions
+
+    row = {"variant": "ota", "elements": 10**9, "megahertz": 1980, "seconds": [0.02, 0.01]}
+    rows = [row, {"variant": "", "seconds": [1.0]}, {"variant": "ota", "failed": "no room"}]
+    add_instructions(rows, torch.device("cuda"))
+    assert 80 < row["instructions"] < 130
+    assert row["issue"] == pytest.approx(row["instructions"] * 1e9 / (132 * 4 * 32 * 1.98e9 * 0.01))
+    assert "instructions" not in rows[1] | rows[2]
 
 
 @pytest.fixture
@@ -201,7 +234,7 @@ def test_gpu_report(monkeypatch, tmp_path, capsys):
         "copy_bytes_per_second": best_rate(copies),
         "rows": [
             *copies,
-            row(f"merge-{kernel}", 2.5),
+            row(f"merge-{kernel}", 2.5) | {"megahertz": 1980, "instructions": 118.2, "issue": 0.45},
             row(f"eager-{kernel}", 25),
             {"case": f"compile-{kernel}", "bytes": 10**9, "failed": "RuntimeError: no compiler"},
             row("model-thresholds", 10),
@@ -221,7 +254,7 @@ def test_gpu_report(monkeypatch, tmp_path, capsys):
     tables(figures)
     lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()}
     assert lines["copy-torch"][1:] == ["2.000", "1.000-5.000", "500.0", "100%"]
-    assert lines[f"merge-{kernel}"][-1] == "80%"
+    assert lines[f"merge-{kernel}"][-4:] == ["80%", "1980", "118", "45%"]
     assert " ".join(lines[f"compile-{kernel}"][1:]) == "failed: RuntimeError: no compiler"
     assert lines["run-threshold-triton"][-2:] == ["25%", "5.00"]
     pytest.importorskip("matplotlib")

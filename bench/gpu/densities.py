@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -16,18 +16,32 @@ from .timing import COLUMNS, Bench, Call, Case
 
 # Rows of a layer's tensors, over and over; one row is a vector.
 _ROWS = (1, 1024, 256, 256, 1024, 1, 2816, 2816, 2816)
+_SIZES = 4  # times the bytes of other calls: a density waits for the device
+_LAYERS = 32  # of nine tensors, three more: what an 8 B model has
 
 Way = Callable[..., torch.Tensor]  # of inputs and parameters: all that is merged, flat
+Cut = Callable[[int], list[int]]  # rows of a matrix -> of each tensor that it becomes
 
 
 def cases(bench: Bench) -> Iterator[Case]:
-    """One tensor; and as many elements in many tensors, which share their thresholds."""
-    rows = bench.rows(HEADLINE.bytes_per_element)
-    nbytes = HEADLINE.bytes_per_element * rows * COLUMNS
-    for scope, way in (("tensor", _one_tensor), ("model", _many_tensors)):
+    """One tensor; as many elements in many tensors, which share their thresholds; a thousand small tensors;
+    and tensors of one row each, which show what a call costs the host: bytes over bandwidth go to 0."""
+    rows = bench.larger(_SIZES).rows(HEADLINE.bytes_per_element)
+    ways: dict[str, tuple[Way, int]] = {
+        "tensor": (_one_tensor, rows),
+        "model": (partial(_many_tensors, _as_layers), rows),
+        "model291": (partial(_many_tensors, partial(_in_parts, 9 * _LAYERS + 3)), rows),
+        "small1000": (partial(_many_tensors, partial(_in_parts, 1000)), min(rows, 64_000)),
+        **{
+            f"host{n}": (partial(_many_tensors, partial(_in_parts, n)), min(rows, n))
+            for n in (1, 27, 291, 1000)
+        },
+    }
+    for scope, (way, count) in ways.items():
         for kind in ("thresholds", "density"):
-            prepare = partial(_prepare, f"{scope}-{kind}", rows, bench, way)
-            yield Case(f"{scope}-{kind}", nbytes, prepare)
+            prepare = partial(_prepare, f"{scope}-{kind}", count, bench, way)
+            nbytes = HEADLINE.bytes_per_element * count * COLUMNS
+            yield Case(f"{scope}-{kind}", nbytes, prepare, count * COLUMNS)
 
 
 def _prepare(name: str, rows: int, bench: Bench, way: Way) -> Sequence[Call]:
@@ -48,20 +62,30 @@ def _one_tensor(inputs: Inputs, **parameters: object) -> torch.Tensor:
     return merge_tensors(*inputs.matrices(), backend="triton", **parameters).reshape(-1)
 
 
-def _many_tensors(inputs: Inputs, **parameters: object) -> torch.Tensor:
+def _many_tensors(cut: Cut, inputs: Inputs, **parameters: object) -> torch.Tensor:
     base, experts, curvatures = inputs.matrices()
-    models = _cut(base), [_cut(w) for w in experts], [_cut(h) for h in curvatures]
+
+    def model(matrix: torch.Tensor) -> dict[str, torch.Tensor]:
+        parts = matrix.split(cut(len(matrix)))
+        return {f"tensors.{i}": part[0] if len(part) == 1 else part for i, part in enumerate(parts)}
+
+    models = model(base), [model(w) for w in experts], [model(h) for h in curvatures]
     merged = merge_state_dicts(*models, backend="triton", **parameters)
     return torch.cat([tensor.reshape(-1) for tensor in merged.values()])
 
 
-def _cut(matrix: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Views of the rows as the tensors of a model."""
-    repeated = _ROWS * math.ceil(len(matrix) / sum(_ROWS))
-    ends = [sum(repeated[: i + 1]) for i in range(len(repeated))]
-    found = {}
-    for i, (end, size) in enumerate(zip(ends, repeated, strict=True)):
-        part = matrix[end - size : end]
-        if len(part):
-            found[f"tensors.{i}"] = part[0] if size == 1 else part
+def _as_layers(rows: int) -> list[int]:
+    """The rows as the tensors of layers, the last of which may be cut."""
+    found: list[int] = []
+    for size in itertools.cycle(_ROWS):
+        if rows <= 0:
+            return found
+        found.append(min(size, rows))
+        rows -= size
     return found
+
+
+def _in_parts(count: int, rows: int) -> list[int]:
+    """The rows as so many tensors, if there are as many."""
+    count = min(count, rows)
+    return [rows // count + (i < rows % count) for i in range(count)]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from ota_kernels.backends import reference
-from ota_kernels.backends.triton.tiles import DeviceTile, Rank1
+from ota_kernels.backends.triton.tiles import DeviceTile, Log8, Rank1
 from ota_kernels.select.thresholds import count_of_density
 from ota_kernels.tensors import curvature as curvature_forms
 from ota_kernels.tensors.buffer import Buffer
@@ -24,24 +24,30 @@ from .timing import COLUMNS, Bench
 
 DENSITY = 0.3  # of the edits that masks keep
 _EPSILON = 1e-26  # a recipe's default
+_SPAN = 1 << 20  # float32 numbers of a bracket: an eighth of a power of two
 _SAMPLE = 1 << 16  # elements that are compared with the reference, at the beginning and at the end
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is merged. weights, curvature: types; curvature may be "rank1": row and column sums."""
+    """What is merged. weights, curvature: types; curvature may be "rank1": row and column sums, or "log8";
+    open: "" for thresholds that are known; "brackets", from the threshold to 1.1 times that, about one edit
+    in thirty; "mass": and the scores in there are summed."""
 
     experts: int
     weights: str
     curvature: str
+    open: str = ""
 
     def __str__(self) -> str:
-        return f"T{self.experts}-{self.weights}+{self.curvature}"
+        return f"T{self.experts}-{self.weights}+{self.curvature}{'-' * bool(self.open)}{self.open}"
 
     @property
     def bytes_per_element(self) -> int:
         """Base, experts, curvature and the result, which has the type of the weights."""
-        moments = 0 if self.curvature == "rank1" else BY_NAME[self.curvature].itemsize
+        compressed = {"rank1": 0, "log8": 1}
+        known = self.curvature in compressed
+        moments = compressed[self.curvature] if known else BY_NAME[self.curvature].itemsize
         return (self.experts + 2) * BY_NAME[self.weights].itemsize + self.experts * moments
 
 
@@ -98,6 +104,10 @@ def _draw(problem: Problem, rows: int, generator: torch.Generator) -> Inputs:
         if problem.curvature == "rank1":
             curvatures.append(Rank1(of_row, of_column))
             continue
+        if problem.curvature == "log8":
+            codes = (160 + 24 * normal(rows * COLUMNS)).clamp(0, 255).to(torch.uint8)
+            curvatures.append(Log8(codes, of_row, COLUMNS))
+            continue
         z = normal(rows, COLUMNS)
         h = (1.5 * z).exp() * (of_row[:, None] * of_column)
         curvatures.append(torch.where(z < -1.96, 0.0, h).reshape(-1).to(getattr(torch, problem.curvature)))
@@ -107,13 +117,16 @@ def _draw(problem: Problem, rows: int, generator: torch.Generator) -> Inputs:
         ExpertTerms(_threshold(tile, t), score_scale=score_scale(has_base=True), weight_scale=weight)
         for t, weight in enumerate(weights)
     ]
+    if problem.open:
+        opened = {"span": _SPAN, "census": problem.open == "mass"}
+        terms = [replace(e, **opened) for e in terms]
     return Inputs(tile, Terms(Words(), tuple(terms), epsilon=epsilon))
 
 
 def scores(tile: DeviceTile, t: int) -> torch.Tensor:
     """Expert t's scores in plain torch, float32[n]."""
     c = tile.curvatures[t]
-    h = c.full(tile.numel) if isinstance(c, Rank1) else c.float()
+    h = c.full(tile.numel) if isinstance(c, Rank1 | Log8) else c.float()
     d = (tile.experts[t].float() - tile.base.float()) * 2.0**16
     return h * score_scale(has_base=True) * (d * d)
 
@@ -127,7 +140,11 @@ def _threshold(tile: DeviceTile, t: int) -> float:
 def host(tile: DeviceTile, start: int, stop: int) -> TensorInputs:
     """The elements [start, stop) as the reference takes them."""
 
-    def curvature(c: torch.Tensor | Rank1) -> curvature_forms.Curvature:
+    def curvature(c: torch.Tensor | Rank1 | Log8) -> curvature_forms.Curvature:
+        if isinstance(c, Log8):
+            return curvature_forms.Log8(
+                _buffer(c.codes[start:stop]), c.scales.cpu().numpy(), c.n_columns, start
+            )
         if isinstance(c, Rank1):
             return curvature_forms.Rank1(c.rows.cpu().numpy(), c.columns.cpu().numpy(), start)
         return Full(_buffer(c[start:stop]))

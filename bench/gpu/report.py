@@ -15,6 +15,15 @@ _RATIOS = (
     ("exact density of a model over thresholds", "model-density", "model-thresholds", "at most 1.25"),
     ("eager torch over the merge kernel", f"eager-{HEADLINE}", f"merge-{HEADLINE}", "at least 8"),
     ("torch.compile over the merge kernel", f"compile-{HEADLINE}", f"merge-{HEADLINE}", "at least 1.3"),
+    (
+        "exact density of 291 tensors over thresholds",
+        "model291-density",
+        "model291-thresholds",
+        "at most 1.25",
+    ),
+    ("torch.topk over topk_threshold", "topk-torch", "topk-threshold", "above 1"),
+    ("topk_threshold over one read", "topk-threshold", "one read", "at most 1.3"),
+    ("next call of a Merger over the first", "merger-next", "merger-first", "below 1"),
 )
 
 
@@ -31,8 +40,8 @@ def best_rate(rows: Sequence[dict]) -> float | None:
 def tables(figures: dict) -> None:
     """Print what was measured in memory; and from files, beside reading them."""
     copy, files = figures["copy_bytes_per_second"], figures["files"]
-    header = ("case", "median ms", "min-max", "GB/s", "of copy")
-    print_table(header, [_cells(row, copy, 1e3) for row in figures["rows"]])
+    header = ("case", "median ms", "min-max", "GB/s", "of copy", "MHz", "instr.", "issue")
+    print_table(header, [[*_cells(row, copy, 1e3), *_code(row)] for row in figures["rows"]])
     if files:
         read = best_rate(files[:1])
         header = ("case", "median s", "min-max", "GB/s", "of read", "process s")
@@ -42,6 +51,8 @@ def tables(figures: dict) -> None:
 def _cells(row: dict, yardstick: float | None, unit: float) -> list[str]:
     if "failed" in row:
         return [row["case"], f"failed: {row['failed']}"]
+    if "skipped" in row:
+        return [row["case"], f"not run: {row['skipped']}"]
     median, *ends = (
         f"{unit * reduced(row['seconds']):.{3 if unit > 1 else 2}f}"
         for reduced in (statistics.median, min, max)
@@ -50,8 +61,16 @@ def _cells(row: dict, yardstick: float | None, unit: float) -> list[str]:
     return [row["case"], median, "-".join(ends), f"{rate(row) / 1e9:.1f}", share]
 
 
+def _code(row: dict) -> list[str]:
+    """Clock, instructions per element, and their share of what can be issued."""
+    if "seconds" not in row:
+        return []
+    instructions = f"{row['instructions']:.0f}" if "instructions" in row else ""
+    return [str(row.get("megahertz") or ""), instructions, f"{row['issue']:.0%}" if "issue" in row else ""]
+
+
 def _process(row: dict) -> list[str]:
-    if "failed" in row:
+    if "seconds" not in row:
         return []
     return [f"{statistics.median(row['process_seconds']):.2f}" if "process_seconds" in row else ""]
 
@@ -63,6 +82,8 @@ def ratios(figures: dict) -> Iterator[tuple[str, float, str]]:
     if copy and kernel:
         yield "merge kernel, share of the copy bandwidth", rate(kernel) / copy, "at least 0.9"
     seconds = {name: statistics.median(row["seconds"]) for name, row in rows.items()}
+    if "read" in rows and "topk-threshold" in rows:
+        seconds["one read"] = rows["topk-threshold"]["bytes"] / rate(rows["read"])
     for what, case, other, aim in _RATIOS:
         if case in seconds and other in seconds:
             yield what, seconds[case] / seconds[other], aim

@@ -35,12 +35,14 @@ class Streams:
     warm_ups: int
     cold: bool
 
-    def rows(self, wanted: Callable[[str], bool]) -> Iterator[dict]:
-        """Of the names that are wanted. seconds: of the merge, between opening the files and having the
+    def rows(self, wanted: Callable[[str], bool], until: float = float("inf")) -> Iterator[dict]:
+        """Of the names that are wanted; none begins after `until` (time.monotonic). The first row: reading
+        the files by threads. seconds: of the merge, between opening the files and having the
         output on the disk; process_seconds: of the process, with its start. What fails says why."""
         names = [f"run-{recipe}-{backend}" for recipe in RECIPES for backend in BACKENDS]
         names = list(filter(wanted, names))
-        if not names:
+        if not names or time.monotonic() >= until:
+            yield from ({"case": name, "bytes": 0, "skipped": "no time was left"} for name in names)
             return
         folder = in_child(llama_set, self.data, self.parameters)
         files = sorted((*folder.glob(f"*/{WEIGHTS}"), *folder.glob(f"*/{CURVATURE}")))
@@ -50,6 +52,9 @@ class Streams:
             _, recipe, backend = name.split("-")
             path = folder / f"{recipe}.yaml"
             row = {"case": name, "bytes": moved_bytes(path)}
+            if time.monotonic() >= until:
+                yield row | {"skipped": "no time was left"}
+                continue
             try:
                 yield row | self._merges(path, backend, files)
             except Exception as error:  # whatever is wrong with one, the others' rows stand

@@ -5,14 +5,15 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ota_kernels.backends.triton import on
 
 COLUMNS = 1024  # of the matrices that elements are drawn as
-_SIZE = 34 << 25  # bytes of a call: 34 for each of 32 Mi elements, T = 5 with float32 curvature
+_SIZE = 4_000_000_000  # bytes of a call: a millisecond of the fastest memory, many times a call's launches
+_SHARE = 34  # of the device's memory: for smaller ones, as densities take four times as much, twice
 _QUICK_SIZE = 70_000  # two rows of it
 _WARM_UP = 3  # calls before those that are timed
 _CACHES = 4  # last-level caches that the rotating sets fill together
@@ -33,7 +34,15 @@ class Bench:
     def here(cls, quick: bool, size: int | None = None) -> Bench:
         """On the current GPU, or in Triton's interpreter; quick: as little as runs every kernel."""
         device = on().device
-        return cls(device, _QUICK_SIZE, rotate=False) if quick else cls(device, size or _SIZE)
+        if quick:
+            return cls(device, _QUICK_SIZE, rotate=False)
+        return cls(
+            device, size or min(_SIZE, torch.cuda.get_device_properties(device).total_memory // _SHARE)
+        )
+
+    def larger(self, times: int) -> Bench:
+        """With calls of so many times the bytes: where a call waits for the device, or launches much."""
+        return replace(self, size=self.size * times) if self.rotate else self
 
     def rows(self, bytes_per_element: int) -> int:
         """Rows of COLUMNS elements that make up the size."""
@@ -50,11 +59,14 @@ class Bench:
 @dataclass(frozen=True)
 class Case:
     """One row. nbytes: in and out of one call; prepare: draws the inputs, checks the result of each call
-    (AssertionError says what is wrong) and returns the calls, one for each set of inputs."""
+    (AssertionError says what is wrong) and returns the calls, one for each set of inputs; elements: of one
+    call's result, and variant: of tools/compile_kernels.py, where it is one launch of that."""
 
     name: str
     nbytes: int
     prepare: Callable[[], Sequence[Call]]
+    elements: int = 0
+    variant: str = ""
 
     def __str__(self) -> str:
         return self.name
