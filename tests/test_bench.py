@@ -105,6 +105,12 @@ def test_bandwidth(monkeypatch):
     assert min(bandwidth.measure(2)) > 0
 
 
+def test_large(bench, tmp_path):
+    bench("large", "--layout", "dense", "--experts", 1, "--runs", 1, "--json", tmp_path / "a.json")
+    plans = json.loads((tmp_path / "a.json").read_text())["plans"]
+    assert list(plans) == ["dense, ota", "dense, linear"]
+
+
 def test_end_to_end(bench, data, tmp_path):
     printed = bench("end_to_end", "--data", data, *TINY, "--only", "native", "--json", tmp_path / "a.json")
     processes = json.loads((tmp_path / "a.json").read_text())["processes"]

@@ -204,18 +204,13 @@ class _SafetensorsCurvature(CurvatureFile):
         return self._checkpoint.total_bytes
 
     def held(self, name: str, bias_correction: bool = False) -> Held | None:
-        found = None if bias_correction or name in self.compressed else self._plain(name)
-        return found or super().held(name, bias_correction)
-
-    def _plain(self, name: str) -> Held | None:
-        """What most files hold of most tensors, found by one look: there may be hundreds of thousands."""
-        tensors = self._checkpoint.tensors
-        key = f"{name}.{MOMENT}"
-        key = key if key in tensors else name
-        info = tensors.get(key)
-        if info is None or info.dtype.name not in stored.FULL_TYPES:
-            return None
-        return Held(info.shape, Full(self._checkpoint.buffer(key)))
+        """What most files hold of most tensors is found by one look: there may be hundreds of thousands."""
+        if not (bias_correction or name in self.compressed):
+            tensors = self._checkpoint.tensors
+            info = tensors.get(f"{name}.{MOMENT}") or tensors.get(name)
+            if info is not None and info.dtype.name in stored.FULL_TYPES:
+                return Held(info.shape, Full(self._checkpoint.buffer(info.name)))
+        return super().held(name, bias_correction)
 
     def fingerprint(self) -> list[list[str | int]]:
         return self._checkpoint.fingerprint()

@@ -142,6 +142,7 @@ _BY_NAMES = (
     ("the embeddings of a prompt", EMBEDDINGS, r"^(prompt_embeddings$|prompt_encoder\.)"),
     ("the embeddings of new tokens (textual inversion)", EMBEDDINGS, r"^(emb_params|clip_[lgh]|<.*>)$"),
 )
+_OTHERS = re.compile("|".join(pattern for _, _, pattern in _BY_NAMES))
 _BY_NAMES = tuple((named, kind, re.compile(pattern)) for named, kind, pattern in _BY_NAMES)
 _CONTROL_LORA = "lora_controlnet"  # a tensor that says what the file is
 
@@ -151,9 +152,12 @@ def kind_by_names(names: Iterable[str]) -> tuple[str, str] | None:
     names = list(names)
     if _CONTROL_LORA in names:
         return "a LoRA adapter of a ControlNet", ADAPTER
-    of_adapters = 0
+    others, of_adapters = (
+        list(filter(_OTHERS.search, names)),
+        0,
+    )  # large models have tens of thousands, and none
     for named, kind, pattern in _BY_NAMES:
-        found = sum(pattern.search(name) is not None for name in names)
+        found = sum(pattern.search(name) is not None for name in others)
         of_adapters += found if kind == ADAPTER else 0
         if found > len(names) / 2 or (kind == ADAPTER and of_adapters > len(names) / 2):
             return named, kind

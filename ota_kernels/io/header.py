@@ -6,6 +6,7 @@ shape and [begin, end) within the data, and `__metadata__` to strings.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
+from weakref import WeakValueDictionary
 
 from ..errors import InputError
 from ..tensors.dtypes import BY_TAG, PACKED_BY_TAG, DType
@@ -38,7 +40,7 @@ _REPR = reprlib.Repr()
 _REPR.maxstring, _REPR.maxlist, _REPR.maxlevel = 200, 16, 3
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Header:
     """A checked header: its tensors, in file order, fill [data_start, file_size) without gap or overlap."""
 
@@ -46,6 +48,10 @@ class Header:
     metadata: dict[str, str]
     data_start: int
     file_size: int
+
+
+# By digest of the text and size of the file: the files of a model's fine-tunes mostly have the same ones.
+_known: WeakValueDictionary[tuple[bytes, int], Header] = WeakValueDictionary()
 
 
 def read_header(path: Path) -> Header:
@@ -68,6 +74,14 @@ def parse_header(text: bytes, file_size: int, path: Path) -> Header:
 
     Raises InputError, naming `path`, tensor and fact, on any contradiction.
     """
+    key = hashlib.sha256(text).digest(), file_size
+    known = _known.get(key)
+    if known is None:
+        _known[key] = known = _parsed(text, file_size, path)
+    return known
+
+
+def _parsed(text: bytes, file_size: int, path: Path) -> Header:
     # The format demands "{" first, so leading blanks and byte-order marks are not skipped.
     if not text.startswith(b"{"):
         raise InputError(f"{path}: the header is not a JSON object: not a safetensors file, or a damaged one")

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import InputError
+from ..tensors.dtypes import DType
+from .table import Table
 
 CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
 
@@ -95,36 +97,46 @@ class Quantised:
 
 
 def quantisation_of(model: Any) -> Quantised | None:
-    """How the tensors of a model (`tensors`: name -> shape and dtype; `config`) are quantised; None where
+    """How the tensors of a model (`tensors`: a Table; `config`) are quantised; None where
     they are plain numbers, whatever the configuration says."""
     method = method_in_config(model.config)
-    ending = [name for name in model.tensors if name.endswith(_ENDS)]
+    ending = model.tensors.say(_ending)
     for name, ends in _FORMATS if ending else ():
         found = [next((n for n in ending if n.endswith(end)), None) for end in ends]
         if all(found) and _are_codes(found, model.tensors):
             return Quantised(_refined(name, method), _evidence(found, method))
-    foreign = next((n for n, info in model.tensors.items() if info.dtype.bits), None)
-    if foreign is not None:
+    for foreign in _of_types(model.tensors, lambda dtype: bool(dtype.bits)):
         tag = model.tensors[foreign].dtype.tag
         return Quantised(FOREIGN_TAGS[tag], f"{foreign!r} is of type {tag}")
-    scaled = _scaled_float8(model)
+    floats = _of_types(model.tensors, lambda dtype: dtype.name in _FLOAT8)
+    scaled = _scaled_float8(model, floats)
     if scaled:
         helpers = {s.name for s in scaled.values()} | {n for n in model.tensors if _HELPER.search(n)}
         first = next(iter(scaled))
         more = f" and {len(scaled) - 1} more like it" if len(scaled) > 1 else ""
         evidence = f"{first} with {scaled[first].name}{more}"
         return Quantised("float8 with scales", evidence, scaled, frozenset(helpers))
-    unscaled = next((n for n, info in model.tensors.items() if info.dtype.name in _FLOAT8), None)
     lonely = next((n for n in model.tensors if n.endswith(("weight_scale", "weight_scale_inv"))), None)
     if lonely is not None and method is not None:
         return Quantised(method, f"{lonely}, quant_method in config.json")
-    if unscaled is not None and method is not None:
-        return Quantised(method, f"{unscaled} is float8 and has no scale, quant_method in config.json")
-    codes = [n for n, i in model.tensors.items() if i.dtype.name in _INTEGERS and n.endswith("weight")]
+    if floats and method is not None:
+        return Quantised(method, f"{floats[0]} is float8 and has no scale, quant_method in config.json")
+    integers = _of_types(model.tensors, lambda dtype: dtype.name in _INTEGERS)
+    codes = [name for name in integers if name.endswith("weight")]
     if codes and (method is not None or any(len(model.tensors[n].shape) >= 2 for n in codes)):
         dtype = model.tensors[codes[0]].dtype.name
         return Quantised(method or f"{dtype} weights", f"{codes[0]} is {dtype}")
     return None
+
+
+def _ending(names: Iterable[str]) -> list[str]:
+    return [name for name in names if name.endswith(_ENDS)]
+
+
+def _of_types(tensors: Table, wanted: Callable[[DType], bool]) -> list[str]:
+    """The names of the tensors of some types, which most models have none of."""
+    types = set(filter(wanted, tensors.types))
+    return [name for name, info in tensors.items() if info.dtype in types] if types else []
 
 
 def refuse_quantised(label: str, found: Quantised) -> InputError:
@@ -182,12 +194,11 @@ def _evidence(found: list[str | None], method: str | None) -> str:
     return f"{', '.join(name for name in found if name)}{said}"
 
 
-def _scaled_float8(model: Any) -> dict[str, Scaled]:
+def _scaled_float8(model: Any, names: Iterable[str]) -> dict[str, Scaled]:
     blocks = _block_of(model.config)
     found = {}
-    for name, info in model.tensors.items():
-        if info.dtype.name not in _FLOAT8:
-            continue
+    for name in names:
+        info = model.tensors[name]
         for own, end in _SCALE_ENDS:
             scale = name.removesuffix(own) + end if name.endswith(own) else None
             if scale in model.tensors:

@@ -6,6 +6,7 @@ Opening a checkpoint reads headers only; a file is mapped when the first of its 
 from __future__ import annotations
 
 import functools
+import itertools
 import mmap
 import os
 import resource
@@ -21,6 +22,7 @@ import numpy as np
 
 from ..errors import InputError
 from ..tensors.buffer import Buffer
+from ..tensors.dtypes import DType
 from .folder import (
     FILE_SUFFIX,
     INDEX_SUFFIX,
@@ -38,7 +40,7 @@ from .pages import guarded
 from .parts import Part, parts_of
 from .signature import check_real
 from .sizes import read_settings
-from .table import Table, TensorInfo
+from .table import Table
 from .ties import has_tied_embeddings
 from .torch_weights import SUFFIXES as TORCH_SUFFIXES
 from .torch_weights import read_torch_header
@@ -60,13 +62,14 @@ class MappedFile:
 
     def buffer(self, name: str) -> Buffer:
         """A zero-copy view of tensor `name`. Raises KeyError for a name that the file lacks."""
-        return self.view(self.header.tensors[name])
+        tensors = self.header.tensors
+        return self.view(*tensors.place(tensors.row(name)))
 
-    def view(self, info: TensorInfo) -> Buffer:
-        """A zero-copy view of a tensor of the file."""
+    def view(self, dtype: DType, begin: int, end: int) -> Buffer:
+        """A zero-copy view of the bytes of a tensor of the file."""
         if self._bytes is None:
             raise ValueError(f"{self.path} is closed")
-        return Buffer(self._bytes[info.begin : info.end], info.dtype, self._origin, info.begin)
+        return Buffer(self._bytes[begin:end], dtype, self._origin, begin)
 
     def close(self) -> None:
         """Let go of the map; buffers that are still held keep it."""
@@ -105,7 +108,7 @@ class Checkpoint:
         self._parts = parts or {}
         self.stems = {part.prefix: part.stem for part in self._parts.values()} or {"": "model"}
         self._starts: list[int] = []  # number of each file's first tensor
-        self._maps: dict[Path, MappedFile] = {}
+        self._maps: list[MappedFile | None] = [None] * len(headers)
         self._lock = threading.Lock()
         if len(headers) == 1 and not self._prefix(self.files[0]):
             self.tensors, self._starts = headers[self.files[0]].tensors, [0]
@@ -127,13 +130,16 @@ class Checkpoint:
 
         Raises KeyError for a name that the checkpoint lacks, InputError if the shard cannot be mapped.
         """
-        path = self.path_of(name)
-        mapped = self._maps.get(path)
-        if mapped is None:
-            with self._lock:
-                mapped = self._maps.get(path) or MappedFile(path, self._headers[path])
-                self._maps[path] = mapped
-        return mapped.view(self.tensors[name])
+        row = self.tensors.row(name)
+        number = bisect_right(self._starts, row) - 1
+        mapped = self._maps[number] or self._map(number)
+        return mapped.view(*self.tensors.place(row))
+
+    def _map(self, number: int) -> MappedFile:
+        with self._lock:
+            path = self.files[number]
+            mapped = self._maps[number] = self._maps[number] or MappedFile(path, self._headers[path])
+        return mapped
 
     def _prefix(self, path: Path) -> str:
         return self._parts[path].prefix if path in self._parts else ""
@@ -169,26 +175,27 @@ class Checkpoint:
     def close(self) -> None:
         """Let go of all maps; a later `buffer` maps again."""
         with self._lock:
-            for mapped in self._maps.values():
+            for mapped in filter(None, self._maps):
                 mapped.close()
-            self._maps.clear()
+            self._maps = [None] * len(self.files)
 
     def _together(self) -> Table:
         """The tensors of all files."""
-        first_in: dict[str, Path] = {}
-        infos: list[TensorInfo] = []
-        for path, header in self._headers.items():
-            self._starts.append(len(infos))
-            prefix = self._prefix(path)
-            for info in header.tensors.infos():
-                name = prefix + info.name
-                if first_in.setdefault(name, path) is not path:
-                    raise InputError(
-                        f"{self.label}: tensor {quoted(name)} is in two files, "
-                        f"{first_in[name]} and {path.name}: remove one, or name the file that is meant"
-                    )
-                infos.append(info._replace(name=name) if prefix else info)
-        return Table(infos)
+        tables = [header.tensors for header in self._headers.values()]
+        self._starts = list(itertools.accumulate(map(len, tables[:-1]), initial=0))
+        try:
+            return Table.joined(tables, list(map(self._prefix, self.files)))
+        except ValueError as error:
+            (name,) = error.args
+        first, second, *_ = (
+            path
+            for path, table in zip(self.files, tables, strict=True)
+            if name.startswith(self._prefix(path)) and name[len(self._prefix(path)) :] in table
+        )
+        raise InputError(
+            f"{self.label}: tensor {quoted(name)} is in two files, "
+            f"{first} and {second.name}: remove one, or name the file that is meant"
+        )
 
 
 def _headers_of(files: Sequence[Path]) -> dict[Path, Header]:
@@ -197,8 +204,14 @@ def _headers_of(files: Sequence[Path]) -> dict[Path, Header]:
         return {file: _read_header(file) for file in files}
     (index,) = files
     weight_map = _read_weight_map(index)
-    headers = {file: _read_header(file) for file in dict.fromkeys(weight_map.values())}
-    _check_weight_map(weight_map, headers, index)
+    shards = {written: index.parent / written for written in dict.fromkeys(weight_map.values())}
+    headers = {file: _read_header(file) for file in dict.fromkeys(shards.values())}
+    names = {written: headers[file].tensors.keys() for written, file in shards.items()}
+    for name, written in weight_map.items():
+        if name not in names[written]:
+            raise InputError(
+                f"{index}: says that {shards[written].name} holds tensor {quoted(name)}, but it does not"
+            )
     return headers
 
 
@@ -217,7 +230,7 @@ def open_model(path: Path, label: str, alone: bool = False) -> Checkpoint:
         headers |= found
         parts |= dict.fromkeys(found, part)
     checkpoint = Checkpoint(label, path, headers, parts) if headers else Checkpoint.open(path, label, alone)
-    kind = kind_by_names(checkpoint.tensors)
+    kind = checkpoint.tensors.say(kind_by_names)
     if kind is not None:
         raise refuse_kind(*kind, label, path)
     return checkpoint
@@ -271,35 +284,30 @@ def _entry_files(path: Path, label: str) -> list[Path]:
     return [path]
 
 
-def _read_weight_map(index: Path) -> dict[str, Path]:
-    """Tensor name -> shard, as the index says; every shard exists, at a path inside the folder."""
+def _read_weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> shard as it is written, as the index says; every shard exists, at a path inside the
+    folder."""
     weight_map = _read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index}: has no weight_map (tensor name -> file name)")
-    shards = {name: _shard_path(index, name, shard) for name, shard in weight_map.items()}
-    for path in dict.fromkeys(shards.values()):
-        if not os.path.isfile(path):
-            raise InputError(
-                f"{index}: names shard {quoted(str(path.name))}, which is missing from the folder"
-                f"{unfinished(index.parent)}: fetch it again"
-            )
-    return shards
+    for name, shard in weight_map.items():
+        if type(shard) is not str:
+            raise InputError(f"{index}: weight_map[{quoted(name)}] is not a file name: {quoted(shard)}")
+    for shard in dict.fromkeys(weight_map.values()):
+        _check_shard(index, shard)
+    return weight_map
 
 
-def _shard_path(index: Path, name: str, shard: Any) -> Path:
+def _check_shard(index: Path, shard: str) -> None:
     """The path that is written must stay inside; a link may lead out, as it does in the cache of the hub."""
-    if not isinstance(shard, str):
-        raise InputError(f"{index}: weight_map[{quoted(name)}] is not a file name: {quoted(shard)}")
     written = PurePosixPath(shard)
     if written.is_absolute() or ".." in written.parts or "\\" in shard or not written.name:
         raise InputError(f"{index}: shard path {quoted(shard)} leaves the folder of the index")
-    return index.parent / written
-
-
-def _check_weight_map(weight_map: dict[str, Path], headers: dict[Path, Header], index: Path) -> None:
-    for name, path in weight_map.items():
-        if name not in headers[path].tensors:
-            raise InputError(f"{index}: says that {path.name} holds tensor {quoted(name)}, but it does not")
+    if not os.path.isfile(index.parent / written):
+        raise InputError(
+            f"{index}: names shard {quoted(written.name)}, which is missing from the folder"
+            f"{unfinished(index.parent)}: fetch it again"
+        )
 
 
 def _read_json_object(path: Path) -> dict[str, Any]:

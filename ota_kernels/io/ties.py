@@ -7,14 +7,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 # The head of a language model, by itself or under modules that have no number: layers have one.
-_HEAD = re.compile(r"(?:[A-Za-z_]\w*\.)*(?:lm_head|embed_out|output|output_layer)\.weight")
+_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight", "output_layer.weight")
+_HEAD = re.compile(rf"(?:[A-Za-z_]\w*\.)*(?:{'|'.join(map(re.escape, _HEADS))})")
 # Their tie keys, if any, speak of other embeddings or are defaults that somebody wrote out.
 _OTHER_SECTIONS = re.compile(r"vision|visual|audio|image|speech|vq|quanti|compression", re.IGNORECASE)
 
 
 def is_head(name: str) -> bool:
     """Whether a model may tie the tensor of this name to its embeddings."""
-    return _HEAD.fullmatch(name) is not None
+    return name.endswith(_HEADS) and _HEAD.fullmatch(name) is not None
 
 
 def tie_in_config(config: Mapping[str, Any] | None, head: str = "") -> bool | None:

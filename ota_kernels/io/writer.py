@@ -4,6 +4,7 @@ from any thread."""
 from __future__ import annotations
 
 import json
+import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -101,7 +102,7 @@ def _groups(
     filled = 0
     for i in members:
         _, dtype, shape = tensors[i]
-        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        size = math.prod(shape) * dtype.itemsize
         if groups[-1] and filled + size > shard_size:
             groups.append([])
             filled = 0

@@ -98,6 +98,8 @@ class Head(NamedTuple):
 def head_of(models: Sequence[Model], names: Sequence[str]) -> Head | None:
     """Where each model has the values of an output matrix; names: its own name in each model. None where no
     name is that of one, or no model stores it."""
+    if not any(map(is_head, set(names))):
+        return None
     stored = [i for i, (model, name) in enumerate(zip(models, names, strict=True)) if name in model.tensors]
     if not stored or not is_head(names[stored[0]]):
         return None

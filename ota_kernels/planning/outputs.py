@@ -14,7 +14,7 @@ from ..tensors.computed import Source
 from ..tensors.curvature import Curvature
 from ..tensors.dtypes import DType
 from ..tensors.tile import TensorInputs
-from .models import Model
+from .models import Info, Model
 
 MERGE, COPY, KEEP_BASE, TAKE, AVERAGE = "merge", "copy", "keep base", "take", "average"
 
@@ -34,9 +34,9 @@ class Part(NamedTuple):
         return self.model.source(self.name, self.stands_for)
 
     @property
-    def dtype(self) -> DType:
-        """As it is stored."""
-        return self.model.tensors[self.name].dtype
+    def info(self) -> Info:
+        """Its shape, and its type as it is stored."""
+        return self.model.tensors[self.name]
 
     @property
     def what(self) -> str:

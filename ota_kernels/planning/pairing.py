@@ -18,7 +18,7 @@ from ..tensors.dtypes import OUTPUT_NAMES, DType
 from . import buffers, tied
 from .check import shape_advice
 from .match import head_of, lacking_error, listing
-from .models import Model, Moments
+from .models import Info, Model, Moments
 from .naming import Named, Naming
 from .outputs import AVERAGE, COPY, KEEP_BASE, MERGE, TAKE, OutputTensor, Part, with_origins
 from .precision import Precision
@@ -61,6 +61,8 @@ class Pairing:
         self.method = self.recipe.method
         self._resolvers: dict[int, Resolver] = {}
         self._settings: dict[tuple, Settings] = {}
+        entries = (entry for part in self.recipe.slices for entry in part.experts)
+        self._moments_of = {id(entry): self.moments.get(moments_key(entry)) for entry in entries}
         self.left_out: dict[str, str] = {}
         self.notes: list[str] = []
         self._policy = self.recipe.parameters.get("extra_tensors", "error")
@@ -143,11 +145,11 @@ class Pairing:
             if choice.action == buffers.DROP:
                 self.left_out[name] = choice.reason
                 continue
-            absent = [p.model.label for p in parts if p.name not in p.model.tensors]
-            merged = self.allow_crimes or self.files == "union"
-            if choice.action == buffers.MISSING and (not merged or len(absent) == len(parts)):
-                lacking[name] = absent
-            elif not lacking:
+            if choice.action == buffers.MISSING:
+                absent = [p.model.label for p in parts if p.name not in p.model.tensors]
+                if len(absent) == len(parts) or not (self.allow_crimes or self.files == "union"):
+                    lacking[name] = absent
+            if not lacking:
                 output = self._chosen(each, parts, choice)
                 if output is not None:
                     outputs.append(output)
@@ -172,13 +174,13 @@ class Pairing:
             return self._optional(named, parts)
         if choice.action == buffers.TAKE:
             part = parts[choice.taken]
-            info = part.model.tensors[part.name]
+            info = part.info
             return OutputTensor(named.name, tuple(info.shape), info.dtype, TAKE, None, (part,), (), None)
         if choice.action == buffers.AVERAGE:
             there = tuple(p for p in parts if p.name in p.model.tensors)
-            shape = tuple(there[0].model.tensors[there[0].name].shape)
-            dtype = self._output_dtype(named.name, there)
-            return OutputTensor(named.name, shape, dtype, AVERAGE, None, there, (), None)
+            infos = [part.info for part in there]
+            dtype = self._output_dtype(named.name, there, infos)
+            return OutputTensor(named.name, tuple(infos[0].shape), dtype, AVERAGE, None, there, (), None)
         return self._output(named, parts, dtype=choice.dtype)
 
     def _optional(self, named: Named, parts: list[Part]) -> OutputTensor | None:
@@ -203,8 +205,8 @@ class Pairing:
 
     def _copied(self, named: Named, part: Part) -> OutputTensor:
         """One tensor as it is, in the type of the output."""
-        info = part.model.tensors[part.name]
-        dtype = self._output_dtype(named.name, [part]) if info.dtype.is_float else info.dtype
+        info = part.info
+        dtype = self._output_dtype(named.name, [part], [info]) if info.dtype.is_float else info.dtype
         return OutputTensor(named.name, tuple(info.shape), dtype, COPY, None, (part,), (), None)
 
     def _output(
@@ -222,7 +224,8 @@ class Pairing:
         if present is not None:
             entries = [entries[i] for i in present]
             parts = parts[:has_base] + [parts[i + has_base] for i in present]
-        shape, stored = self._common(named.name, parts)
+        infos = [part.info for part in parts]
+        shape, stored = self._common(named.name, parts, infos)
         base, experts = (parts[0], tuple(parts[1:])) if has_base else (None, tuple(parts))
         if not experts:
             return self._copied(named, parts[0])
@@ -241,19 +244,21 @@ class Pairing:
             return self._copied(named, experts[0])
         own = own if present is None else [own[i] for i in present]
         found = self._curvatures(named, entries, own, experts, shape)
-        out = dtype or self._output_dtype(named.name, parts)
+        out = dtype or self._output_dtype(named.name, parts, infos)
         return OutputTensor(named.name, shape, out, MERGE, base, experts, positions, settings, found)
 
-    def _common(self, name: str, parts: Sequence[Part]) -> tuple[tuple[int, ...], DType]:
+    def _common(
+        self, name: str, parts: Sequence[Part], infos: Sequence[Info]
+    ) -> tuple[tuple[int, ...], DType]:
         """The shape of all parts and origins, and the first one's type. InputError where they do not go
         together."""
-        first = parts[0]
-        info = first.model.tensors[first.name]
-        shape, dtype = tuple(info.shape), info.dtype
-        for part in (*parts[1:], *(p.origin for p in parts if p.origin is not None)):
+        origins = [part.origin for part in parts if part.origin is not None]
+        for part in origins:
             if part.name not in part.model.tensors:
                 raise InputError(f"{part.model.label}: has no tensor {name}, which an edit is counted from")
-            other = part.model.tensors[part.name]
+        first, shape, dtype = parts[0], tuple(infos[0].shape), infos[0].dtype
+        all_infos = (*infos, *(part.info for part in origins))
+        for part, other in zip((*parts, *origins), all_infos, strict=True):
             if tuple(other.shape) != shape:
                 self._raise_shapes(name, first, part)
             if other.dtype is dtype:
@@ -266,7 +271,7 @@ class Pairing:
         return shape, dtype
 
     def _raise_shapes(self, name: str, first: Part, other: Part) -> None:
-        shapes = [tuple(part.model.tensors[part.name].shape) for part in (other, first)]
+        shapes = [tuple(part.info.shape) for part in (other, first)]
         raise InputError(
             f"{other.what} has shape {list(shapes[0])}, {first.what} {list(shapes[1])}"
             f"{shape_advice(name, shapes)}"
@@ -277,17 +282,17 @@ class Pairing:
             self._resolvers[id(part)] = Resolver(part, self.method, self._settings, self.table)
         return self._resolvers[id(part)]
 
-    def _output_dtype(self, name: str, parts: Sequence[Part]) -> DType:
-        asked = self._precision.of(name, [part.dtype for part in parts])
+    def _output_dtype(self, name: str, parts: Sequence[Part], infos: Sequence[Info]) -> DType:
+        asked = self._precision.of(name, [info.dtype for info in infos])
         if asked is not None:
             return asked
-        first = parts[0]
-        if first.dtype.name not in OUTPUT_NAMES:
+        dtype = infos[0].dtype
+        if dtype.name not in OUTPUT_NAMES:
             raise InputError(
-                f"{first.what} is {first.dtype.name}, which a merge cannot be written in: give out_dtype, "
+                f"{parts[0].what} is {dtype.name}, which a merge cannot be written in: give out_dtype, "
                 "in a recipe `dtype: bfloat16`"
             )
-        return first.dtype
+        return dtype
 
     def _check_whole(self) -> None:
         """What is counted over the whole model is counted for the same experts everywhere."""
@@ -318,10 +323,9 @@ class Pairing:
         if not self.method.curvature or (self.method.curvature_optional and not self.moments):
             return (Uniform(),) * len(experts)
         correct = named.part.shared.get("bias_correction", False)
-        pairs = zip(entries, own, experts, strict=True)
         found = tuple(
-            curvature_of(self.moments.get(moments_key(e)), (name, p.name), shape, correct, e.parameters)
-            for e, name, p in pairs
+            curvature_of(self._moments_of[id(e)], (name, p.name), shape, correct, e.parameters)
+            for e, name, p in zip(entries, own, experts, strict=True)
         )
         if None in found and buffers.needs_no_curvature(named.name, shape):
             return (Uniform(),) * len(found)  # all experts weigh alike there

@@ -25,7 +25,7 @@ def curvature_of(
 ) -> Curvature | None:
     """None without. names: under which the file may know the tensor: its own, or that of the embeddings it is
     tied to; parameters: the expert's own."""
-    for name in dict.fromkeys(names if file is not None else ()):
+    for name in names if file is not None else ():
         found = file.held(name, bias_correction)
         if found is None:
             continue

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..io.pages import advise
+from ..io.table import say
 from ..io.ties import is_head, tie_in_config
 from ..tensors import array as resident
 from ..tensors.computed import Source, is_computed
@@ -40,15 +41,18 @@ def embedding_of(head: str, tensors: Mapping[str, Any], shape: tuple[int, ...] |
         return None
     found = [
         name
-        for name, info in tensors.items()
+        for name in say(tensors, _outside_layers)
         if name != head
-        and role_of(name, info.shape) == EMBEDDING
-        and not _NUMBER.search(name)
-        and shape in (None, tuple(info.shape))
+        and role_of(name, tensors[name].shape) == EMBEDDING
+        and shape in (None, tuple(tensors[name].shape))
     ]
     near = [_shared_modules(head, name) for name in found]
     best = [name for name, shared in zip(found, near, strict=True) if shared == max(near)]
     return best[0] if len(best) == 1 else None
+
+
+def _outside_layers(names: Iterable[str]) -> list[str]:
+    return [name for name in names if not _NUMBER.search(name)]
 
 
 def _shared_modules(first: str, second: str) -> int:

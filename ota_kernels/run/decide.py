@@ -164,9 +164,10 @@ class Decider:
         """Estimate of the undecided elements that are held at a time."""
         if not self.brackets:
             return 0
-        whole = [(self.elements, self.selections())]
-        each = {(t.numel, tuple(self.selections(t))) for t in self.tensors}
-        groups = whole if self.model_scope else each
+        if self.model_scope:
+            groups = [(self.elements, self.selections())]
+        else:
+            groups = {(t.numel, tuple(self.selections(t))) for t in self.tensors}
         return max(
             (int(n * sum(bracket_share(s, n) for s in x if s.surveyed)) for n, x in groups if n), default=0
         )

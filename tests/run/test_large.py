@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import struct
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bench import large
 from checkpoints import make_set, model_digests
 from jobs import Interrupt, merge
 
@@ -25,25 +25,10 @@ from ota_kernels.select.pending import Store
 
 
 def sparse_model(folder: Path, shapes: dict[str, tuple[int, ...]], shards: int) -> Path:
-    """bfloat16 zeros in files that take no room."""
-    folder.mkdir(parents=True)
-    names, weight_map = list(shapes), {}
-    for number in range(shards):
-        file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
-        header, end = {}, 0
-        for name in names[number * len(names) // shards : (number + 1) * len(names) // shards]:
-            size = 2 * int(np.prod(shapes[name], dtype=np.int64))
-            header[name] = {"dtype": "BF16", "shape": shapes[name], "data_offsets": [end, end + size]}
-            end += size
-            weight_map[name] = file
-        text = json.dumps(header).encode()
-        (folder / file).write_bytes(struct.pack("<Q", len(text)) + text)
-        try:
-            os.truncate(folder / file, 8 + len(text) + end)
-        except OSError:
-            pytest.skip("this file system has no files of so many bytes")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    return folder
+    try:
+        return large.sparse_model(folder, shapes, shards)
+    except OSError:
+        pytest.skip("this file system has no files of so many bytes")
 
 
 def recipe_of(folders, method="linear", **parameters):
@@ -53,21 +38,7 @@ def recipe_of(folders, method="linear", **parameters):
 
 def test_a_merge_of_terabytes_begins_within_seconds(tmp_path, monkeypatch):
     """2.4 TB of 405 B parameters, 1 138 tensors in 400 shards each; stopped at its 60th tile."""
-    width, hidden, vocabulary = 16_384, 53_248, 128_256
-    layer = {
-        "self_attn.q_proj": (width, width),
-        "self_attn.k_proj": (1024, width),
-        "self_attn.v_proj": (1024, width),
-        "self_attn.o_proj": (width, width),
-        "mlp.gate_proj": (hidden, width),
-        "mlp.up_proj": (hidden, width),
-        "mlp.down_proj": (width, hidden),
-        "input_layernorm": (width,),
-        "post_attention_layernorm": (width,),
-    }
-    shapes = {"model.embed_tokens.weight": (vocabulary, width)}
-    shapes |= {f"model.layers.{i}.{name}.weight": shape for i in range(126) for name, shape in layer.items()}
-    shapes |= {"model.norm.weight": (width,), "model.scale": (), "lm_head.weight": (vocabulary, width)}
+    shapes = large.dense() | {"model.scale": ()}
     folders = [sparse_model(tmp_path / name, shapes, 400) for name in "abc"]
     monkeypatch.setattr(os, "posix_fallocate", lambda fd, offset, size: None)  # of 0.8 TB that are not there
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1 << 50}))
