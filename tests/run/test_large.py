@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bench import large
 from checkpoints import make_set, model_digests
 from jobs import Interrupt, merge
 
+from bench import large
 from ota_kernels.io import filesystems
 from ota_kernels.run.engine import Engine
 from ota_kernels.run.job import Job, Options, as_recipe
