@@ -65,6 +65,10 @@ inline ota::Operand operand(nb::handle buffer, int64_t n) {
     return {n == 0 ? kNothing : data.data(), type};
 }
 
+inline ota::Packed packed(nb::handle part, int64_t n);  // pack_arguments.hpp
+
+inline bool is_packed(nb::handle buffer) { return nb::hasattr(buffer, "records"); }
+
 inline ota::Curvature curvature(nb::handle given, int64_t n) {
     ota::Curvature c;
     const auto kind = nb::cast<std::string>(nb::handle(given.type()).attr("__name__"));
@@ -159,8 +163,9 @@ inline int64_t read_place(nb::handle inputs, ota::Tile& tile) {
     return end;
 }
 
-// The inputs of TensorInputs, with no terms yet.
-inline int64_t read_inputs(nb::handle inputs, ota::Tile& tile) {
+// The inputs of TensorInputs, with no terms yet. decodes: whether experts may be packed, else they are asked for their
+// elements.
+inline int64_t read_inputs(nb::handle inputs, ota::Tile& tile, bool decodes = false) {
     const nb::object experts = inputs.attr("experts"), curvatures = inputs.attr("curvatures");
     const nb::object origins = inputs.attr("origins"), base = inputs.attr("base");
     tile.n_experts = static_cast<int>(nb::len(experts));
@@ -171,7 +176,13 @@ inline int64_t read_inputs(nb::handle inputs, ota::Tile& tile) {
     if (!base.is_none()) tile.base = operand(base, tile.n);
     for (int t = 0; t < tile.n_experts; ++t) {
         ota::Expert& e = tile.experts[t];
-        e.weights = operand(experts[t], tile.n);
+        const nb::object weights = experts[t];
+        if (decodes && tile.n > 0 && is_packed(weights)) {
+            e.pack = packed(weights, tile.n);
+            e.weights = {nullptr, e.pack.out_type()};
+        } else {
+            e.weights = operand(weights, tile.n);
+        }
         e.curvature = curvature(curvatures[t], tile.n);
         if (nb::len(origins) > 0 && !nb::object(origins[t]).is_none()) e.origin = operand(origins[t], tile.n);
     }
@@ -186,9 +197,9 @@ inline ota::Words read_words(nb::handle words) {
 }
 
 // A tile (TensorInputs) and what is to be computed of it (Terms).
-inline std::unique_ptr<ota::Tile> read(nb::handle inputs, nb::handle terms) {
+inline std::unique_ptr<ota::Tile> read(nb::handle inputs, nb::handle terms, bool decodes = false) {
     auto tile = std::make_unique<ota::Tile>();
-    const int64_t end = read_inputs(inputs, *tile);
+    const int64_t end = read_inputs(inputs, *tile, decodes);
     tile->words = read_words(terms.attr("words"));
     const nb::object experts = terms.attr("experts");
     require(static_cast<int>(nb::len(experts)) == tile->n_experts, "terms of another number of experts");

@@ -7,6 +7,7 @@
 #include "arguments.hpp"
 #include "lost.hpp"
 #include "pack.hpp"
+#include "pack_arguments.hpp"
 #include "places.hpp"
 
 using namespace nb::literals;
@@ -47,7 +48,9 @@ struct Merged {
     std::vector<ota::NonFinite> weights, curvatures;
     int64_t candidates;
     std::vector<int64_t> steps, alternatives;
+    std::pair<int, int64_t> damaged;  // an expert whose pack has a tile that is none, -1 without one; the tile
 };
+
 // Sums that a merge goes on with; see sums.py.
 ota::Sums sums_of(nb::handle given, int64_t n, ota::DType type) {
     const int64_t bytes = n * (ota::item_size(type) == 2 ? 4 : 8);
@@ -70,7 +73,7 @@ ota::Sums sums_of(nb::handle given, int64_t n, ota::DType type) {
 // does not go on.
 Merged merge(nb::handle inputs, nb::handle terms, OutBytes out, const nb::list& censuses, nb::handle lists,
              nb::handle sums, const std::string& isa) {
-    const auto tile = read(inputs, terms);
+    const auto tile = read(inputs, terms, true);
     const ota::DType type = dtype(inputs.attr("out_dtype"));
     require(static_cast<int>(type) <= 3, "a merged tensor is float32, bfloat16, float16 or float64");
     require(static_cast<int64_t>(out.size()) == tile->n * ota::item_size(type), "the output has not n elements");
@@ -94,7 +97,7 @@ Merged merge(nb::handle inputs, nb::handle terms, OutBytes out, const nb::list& 
     const auto of_experts = [&](const auto* values) { return std::vector(values, values + tile->n_experts); };
     Merged found{of_experts(stats.kept), of_experts(stats.reached), stats.unkept, stats.overflow, stats.repaired,
                  stats.base, of_experts(stats.weights), of_experts(stats.curvature), undecided.count,
-                 of_experts(undecided.n_steps), {}};
+                 of_experts(undecided.n_steps), {}, {stats.damaged, stats.damaged_tile}};
     for (int t = 0; t < tile->n_experts; ++t) found.alternatives.push_back(undecided.alternatives[t].count);
     return found;
 }
@@ -367,7 +370,8 @@ NB_MODULE(_native, m) {
         .def_ro("curvatures", &Merged::curvatures)
         .def_ro("candidates", &Merged::candidates)
         .def_ro("steps", &Merged::steps)
-        .def_ro("alternatives", &Merged::alternatives);
+        .def_ro("alternatives", &Merged::alternatives)
+        .def_ro("damaged", &Merged::damaged);
     bind_packs(m);
     m.def("instruction_sets", &instruction_sets);
     m.def("merge", &merge, "tile"_a, "terms"_a, "out"_a, "censuses"_a, "lists"_a.none(), "sums"_a.none(), "isa"_a);

@@ -28,6 +28,28 @@ struct Operand {
     DType dtype = DType::f32;
 };
 
+// Elements [start, stop) of a tensor of a packed expert: a base's elements and a pack's records (the format is in
+// ota_kernels/io/README.md), decoded a stretch at a time (pack_records.hpp). What comes out is of `type` where values are
+// exact, else float32, or float64 where `type` is.
+enum class Values : int { exact, sign, shared };
+
+struct Packed {
+    const uint8_t* base = nullptr;     // element `start`
+    const uint8_t* shared = nullptr;   // of the edit that experts share: its element `start`
+    const uint8_t* records = nullptr;  // of the tiles from number `first` on. None: nothing is packed
+    const uint8_t* end = nullptr;      // of all of them
+    const int64_t *offsets = nullptr, *counts = nullptr;  // by tile: where its record begins, elements that are kept
+    int64_t first = 0, tile = 1, numel = 0, start = 0, stop = 0;  // tile: elements of one; numel: of the tensor
+    Values values = Values::exact;
+    int size = 0;  // bytes of an element of the base
+    DType type = DType::f32, shared_type = DType::bf16;
+    double scale = 1;
+
+    bool is_wide() const { return values != Values::exact && type == DType::f64; }
+    DType out_type() const { return values == Values::exact || is_wide() ? type : DType::f32; }
+    int out_size() const { return values == Values::exact ? size : is_wide() ? 8 : 4; }
+};
+
 // Where an operand's bytes lie in an open file; fd below 0: nowhere.
 struct FilePlace {
     int fd = -1;
@@ -73,6 +95,7 @@ struct Words {
 // One expert's inputs and numbers; see ExpertTerms.
 struct Expert {
     Operand weights, origin;  // no origin: the base
+    Packed pack;              // that the weights are decoded from
     Curvature curvature;
     float threshold = 0, upper = 0;
     int64_t first = 0, last = 0, upto = 0;
@@ -162,6 +185,8 @@ struct MergeStats {
     int64_t overflow = 0;  // results beyond the output type's range
     int64_t repaired = 0;  // elements set to the base value
     NonFinite base, weights[kMaxExperts], curvature[kMaxExperts];
+    int damaged = -1;  // an expert whose pack has a tile, number `damaged_tile`, with a record that is none
+    int64_t damaged_tile = -1;
 };
 
 // N and D of a tile, elements of the accumulator's type, for a merge that goes on later: those of the experts before it

@@ -4,6 +4,7 @@
 // The common merge takes whole strips in one step (salient.hpp); one that it finds something wrong with goes through all
 // of them after all.
 
+#include "pack_stretches.hpp"
 #include "salient.hpp"
 #include "steps.hpp"
 
@@ -25,12 +26,12 @@ void take_censuses(const Tile& tile, int64_t offset, int n, Strip<Acc>& x) {
         }
 }
 
-// The common merge of as many strips as there are, up to a span, from `offset` on. Returns their elements: 0 where it is
-// not so common.
+// The common merge of as many strips as there are up to `end`, or a span, from `offset` on. Returns their elements: 0
+// where it is not so common.
 template <typename Acc>
-int merge_salient(Salient salient, const Merge<Acc>& m, int64_t offset, Waiting& waiting) {
+int merge_salient(Salient salient, const Merge<Acc>& m, int64_t offset, int64_t end, Waiting& waiting) {
     const Tile& tile = m.args.tile;
-    const int64_t left = (tile.n - offset) / kStrip * kStrip;
+    const int64_t left = (end - offset) / kStrip * kStrip;
     const int n = left < kSpan ? static_cast<int>(left) : kSpan;
     if (salient == nullptr || n == 0) return 0;
     const int nobody = salient(m.args, offset, n, m.stats.kept, waiting);
@@ -175,8 +176,11 @@ void resolve(const MergeArgs& args, Waiting& waiting, Strip<Acc>& x, Resolver& r
 }
 
 template <typename Acc>
-void merge_tile(const MergeArgs& args, MergeStats& stats) {
+void merge_tile(const MergeArgs& given, MergeStats& stats) {
+    Stretches stretches(given.tile);
+    const MergeArgs args{stretches.tile(), given.out, given.out_dtype, given.candidates, given.sums};
     const Tile& tile = args.tile;
+    int64_t end = stretches.next(0, stats);
     Strip<Acc> x;
     prepare(tile, x);
     const Ranked ranked(tile, 0, tile.n_experts, x);
@@ -191,7 +195,11 @@ void merge_tile(const MergeArgs& args, MergeStats& stats) {
     }
     int64_t offset = 0, retry = 0;  // where the common merge is tried again
     while (offset < tile.n) {
-        const int merged = offset >= retry ? merge_salient(common, m, offset, waiting) : 0;
+        if (offset == end) {
+            if (open) resolve(args, waiting, x, *resolver, stats);
+            end = stretches.next(offset, stats);
+        }
+        const int merged = offset >= retry ? merge_salient(common, m, offset, end, waiting) : 0;
         if (merged == 0) {
             if (offset >= retry) retry = offset + kSpan;
             go_to(tile, offset, x);

@@ -20,7 +20,7 @@ from .io.pack import PackFile
 from .planning.buffers import average
 from .planning.models import Info
 from .planning.outputs import COPY, TAKE, OutputTensor
-from .planning.packed import Packed, other_base, raise_other_base, shared_edit_of
+from .planning.packed import BaseTiles, Packed, other_base, raise_other_base, shared_edit_of
 from .planning.pairing import Pairing
 from .planning.plan import TILE_ELEMENTS
 from .planning.second_moments import moments_key
@@ -248,11 +248,11 @@ def _unpacked(label: str, path: Path, base: _Dictionary) -> Packed:
     """The Model that a pack on a caller's dictionary is."""
     if any(resident.is_resident(base.source(name).data) for name in base.tensors):
         raise InputError(f"{label}: packs are made on the host: give a base on the CPU, and backend native")
-    pack = PackFile(path, label)
-    reason = other_base(pack, base)
+    pack, tiles = PackFile(path, label), BaseTiles(base)
+    reason = other_base(pack, base, tiles)
     if reason is not None:
         raise_other_base(pack, [f"base {reason}"])
-    return Packed(base, pack, None, shared_edit_of(pack), own_base=False)
+    return Packed(base, pack, None, shared_edit_of(pack), own_base=False, tiles=tiles)
 
 
 class _Dictionary:

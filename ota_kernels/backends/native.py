@@ -88,6 +88,8 @@ def merge(tile: TensorInputs, terms: Terms, out: np.ndarray, sums: Sums | None =
     censuses = [np.zeros(CENSUS, np.int64) if e.census else None for e in terms.experts]
     room = _room(tile, terms) if any(e.span for e in terms.experts) else None
     found = _extension().merge(tile, terms, out, censuses, room, sums, instruction_set())
+    if found.damaged[0] >= 0:
+        raise tile.experts[found.damaged[0]].damaged(found.damaged[1])
     nonfinite = _nonfinite(-1, found.base, None, None)
     for t, (weights, curvature) in enumerate(zip(found.weights, found.curvatures, strict=True)):
         nonfinite += _nonfinite(t, None, weights, curvature)

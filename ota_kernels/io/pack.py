@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import os
-import struct
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -15,22 +14,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from xxhash import xxh3_64_intdigest
 
 from ..errors import InputError
 from ..tensors.buffer import Buffer
 from ..tensors.dtypes import BY_NAME, OUTPUT_NAMES, DType
 from .header import parse_json_object, quoted
-from .pack_codec import TILE
+from .pack_codec import TILE, tiles_of
+from .pages import advise
 from .reader import MappedFile, fingerprint
 
-FORMAT, VERSION, SUFFIX = "ota_kernels.pack", 1, ".pack"
+FORMAT, VERSION, SUFFIX = "ota_kernels.pack", 2, ".pack"
 EXACT, SIGN, SHARED = VALUES = ("exact", "sign", "shared")  # by the numbers that csrc/pack.cpp knows
 # Beside tensors, by the beginnings of their names in the file.
 RECORDS, TILES, SHARED_EDIT, FILE = "records/", "tiles/", "shared/", "file/"
 _MOST_BESIDE = 1 << 28  # bytes of a file beside the weights
-COLUMNS = (
-    4  # of `tiles/`: bytes of the record, elements kept, CRC-32 of the record, CRC-32 of the base's tile
-)
+_MAPPED = 1 << 13  # bytes of records of which the pages are let go
+COLUMNS = 4  # of `tiles/`: bytes of the record, elements kept, hash of the record, hash of the base's tile
 
 
 class Entry(NamedTuple):
@@ -54,7 +54,7 @@ class Entry(NamedTuple):
 @dataclass(frozen=True)
 class Base:
     """What a pack is packed against. path: where it lay; model: what it was called, a folder or a hub id;
-    content: SHA-256 of its tensors' names, types, shapes and the CRC-32 of each tile."""
+    content: SHA-256 of its tensors' names, types, shapes and the hash of each tile."""
 
     path: str
     model: str
@@ -95,7 +95,7 @@ class PackFile:
         if said.get("version") != str(VERSION):
             raise self.error(
                 f"is a pack of version {quoted(said.get('version'))}, and this ota-kernels reads version "
-                f"{VERSION}: update it"
+                f"{VERSION}: update it, or make the pack again"
             )
         if said.get("check") != check_of(said):
             raise self.error(
@@ -142,112 +142,64 @@ class PackFile:
 
     def _tiles(self, name: str) -> Tiles:
         entry, table = self.entries[name], self._file.buffer(TILES + name)
-        columns = np.frombuffer(table.data.tobytes(), "<u4").reshape(-1, COLUMNS).astype(np.int64)
-        ends = np.concatenate([[0], np.cumsum(columns[:, 0])])
-        kept, n = columns[:, 1], np.minimum(TILE, entry.numel - TILE * np.arange(len(columns)))
-        records = self._file.buffer(RECORDS + name)
-        if ends[-1] != len(records) or (kept > n).any():
+        columns = np.frombuffer(table.data.tobytes(), "<u4").reshape(-1, COLUMNS)
+        records, most = (
+            self._file.buffer(RECORDS + name),
+            np.minimum(TILE, entry.numel - TILE * np.arange(len(columns))),
+        )
+        sizes, kept = columns[:, 0].astype(np.int64), columns[:, 1].astype(np.int64)
+        ends = np.concatenate([[0], np.cumsum(sizes)])
+        if ends[-1] != len(records) or (kept > most).any():
             raise self.error(f"is a damaged pack: records of {quoted(name)} do not add up; make it again")
-        sound = np.zeros(len(kept), bool)
-        return Tiles(records, ends, np.ascontiguousarray(kept), columns[:, 2], columns[:, 3], sound)
+        hashes = (columns[:, 2].tolist(), columns[:, 3].copy())
+        return Tiles(records, ends, kept, *hashes, np.zeros(len(kept), bool))
 
     def _check_records(self, name: str, numbers: Iterable[int]) -> None:
         """InputError where the record of one of these tiles is not what was written; each is looked at
         once."""
         tiles = self.tiles(name)
+        data, ends, kept = memoryview(tiles.records.data), tiles.ends, tiles.kept
         for j in numbers:
-            record = tiles.records.data[tiles.ends[j] : tiles.ends[j + 1]]
-            if not tiles.sound[j] and record_crc(int(tiles.kept[j]), record) != tiles.crcs[j]:
-                raise self._damaged(name, j)
-            tiles.sound[j] = True
+            if not tiles.sound[j]:
+                if hash_of(data[ends[j] : ends[j + 1]], int(kept[j])) != tiles.hashes[j]:
+                    raise self.damaged(name, j)
+                tiles.sound[j] = True
 
     def parts(self, name: str, start: int, stop: int) -> Iterator[Buffer]:
         """The records that elements [start, stop) of a tensor are in."""
         if stop > start:
-            tiles = self.tiles(name)
-            yield tiles.records.slice(int(tiles.ends[start // TILE]), int(tiles.ends[-(-stop // TILE)]))
+            tiles, numbers = self.tiles(name), tiles_of(start, stop)
+            yield tiles.records.slice(int(tiles.ends[numbers.start]), int(tiles.ends[numbers.stop]))
 
     def record_bytes(self, name: str) -> int:
         """Of all records of a tensor."""
         return self._file.header.tensors[RECORDS + name].nbytes
 
-    def _damaged(self, name: str, tile: int) -> InputError:
+    def damaged(self, name: str, tile: int) -> InputError:
         """The error about a tile whose record is not what was written."""
         return self.error(f"is damaged: tile {tile} of {quoted(name)}; fetch it or make it again")
 
-    def elements(
+    def part(
         self, name: str, base: Buffer, start: int, stop: int, shared: Buffer | None = None
-    ) -> np.ndarray:
-        """Elements [start, stop) of a tensor, uint8: EXACT in its own type, others in float32, of float64
-        in float64. base: the same elements of the base; shared: of the shared edit."""
-        from .. import _native
-
-        out = self._room(name, stop - start)
-        if stop > start:
-            tiles, first, last = self.tiles(name), start // TILE, -(-stop // TILE)
-            self._check_records(name, range(first, last))
-            bad = _native.unpack(
-                records=tiles.records.data[tiles.ends[first] : tiles.ends[last]],
-                offsets=tiles.ends[first : last + 1],
-                counts=tiles.kept[first:last],
-                first=first,
-                start=start,
-                stop=stop,
-                out=out,
-                **self._given(name, base, shared),
-            )
-            if bad >= 0:
-                raise self._damaged(name, first + bad)
-        return out
+    ) -> PackedPart:
+        """Elements [start, stop) of a tensor: EXACT in its own type, others in float32, of float64 in
+        float64. base: the same elements of the base; shared: of the shared edit."""
+        numbers = tiles_of(start, stop)
+        self._check_records(name, numbers)
+        return PackedPart(self, name, base, shared, (start, stop), numbers)
 
     def gathered(
         self, name: str, base: Buffer, positions: np.ndarray, shared: Buffer | None = None
     ) -> np.ndarray:
-        """As `elements`, at positions in ascending order (int64[m]), which may repeat; base and shared: the
-        elements there."""
-        from .. import _native
-
-        tiles, out = self.tiles(name), self._room(name, len(positions))
+        """As `part`, at positions in ascending order (int64[m]), which may repeat: uint8; base and shared:
+        the elements there."""
+        numel = self.entries[name].numel
         self._check_records(name, np.unique(positions // TILE).tolist())
-        bad = _native.unpack_at(
-            records=tiles.records.data,
-            offsets=tiles.ends,
-            counts=tiles.kept,
-            positions=positions,
-            out=out,
-            **self._given(name, base, shared),
-        )
-        if bad >= 0:
-            raise self._damaged(name, bad)
-        return out
+        return PackedPart(self, name, base, shared, (0, numel), tiles_of(0, numel)).at(positions)
 
-    def _room(self, name: str, count: int) -> np.ndarray:
-        entry = self.entries[name]
-        size = entry.dtype.itemsize if entry.values == EXACT else 8 if entry.dtype.name == "float64" else 4
-        return np.empty(count * size, np.uint8)
-
-    def _given(self, name: str, base: Buffer, shared: Buffer | None) -> dict[str, Any]:
-        """What the decoder is told of a tensor."""
-        entry = self.entries[name]
-        return {
-            "base": base.data,
-            "size": entry.dtype.itemsize,
-            "type": -1 if entry.values == EXACT else entry.dtype.code,
-            "tile": TILE,
-            "numel": entry.numel,
-            "values": VALUES.index(entry.values),
-            "scale": entry.scale,
-            "shared": None if shared is None else shared.data,
-            "shared_type": 0 if shared is None else shared.dtype.code,
-        }
-
-    def is_base(self, name: str, base: Buffer, tiles: Iterable[int]) -> bool:
-        """Whether these tiles of a tensor of a base are those that it was packed against. base: the whole
-        tensor."""
-        crcs = self.tiles(name).base_crcs
-        return all(
-            zlib.crc32(base.slice(j * TILE, min((j + 1) * TILE, len(base))).data) == crcs[j] for j in tiles
-        )
+    def base_hashes(self, name: str) -> np.ndarray:
+        """Of each tile of the base's tensor, uint32[tiles]."""
+        return self.tiles(name).base_hashes
 
     def shared_edit(self, name: str) -> tuple[tuple[int, ...], Buffer] | None:
         """Of a file of edits that experts share: a tensor's shape and elements."""
@@ -285,16 +237,101 @@ class PackFile:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Of the tiles of a tensor: their records; ends, where each begins, and the end of the last one; kept;
-    crcs, of the records; base_crcs, of the base's elements (int64 each); sound: which records are known to
-    be whole."""
+    """Of the tiles of a tensor: their records; ends, where each begins, and the end of the last one; kept
+    (int64 each); hashes, of the records; base_hashes, of the base's elements (uint32); sound: which records
+    are known to be whole."""
 
     records: Buffer
     ends: np.ndarray
     kept: np.ndarray
-    crcs: np.ndarray
-    base_crcs: np.ndarray
+    hashes: list[int]
+    base_hashes: np.ndarray
     sound: np.ndarray
+
+
+class PackedPart(Buffer):
+    """Elements of a packed tensor, decoded when somebody looks at them. The native kernels decode what they
+    merge themselves, a stretch at a time (csrc/pack_arguments.hpp reads these attributes).
+
+    base, shared: those elements of the base and of the shared edit; records: of the tiles that hold them,
+    from number `first` on.
+    """
+
+    __slots__ = (
+        *("base", "counts", "first", "numel", "offsets", "records", "scale", "shared", "size", "start"),
+        *("stop", "type", "values", "_made", "_name", "_pack"),
+    )
+    tile = TILE
+
+    def __init__(
+        self,
+        pack: PackFile,
+        name: str,
+        base: Buffer,
+        shared: Buffer | None,
+        elements: tuple[int, int],
+        numbers: range,
+    ) -> None:
+        entry, tiles, first, last = pack.entries[name], pack.tiles(name), numbers.start, numbers.stop
+        exact = entry.values == EXACT
+        wide = "float64" if entry.dtype.name == "float64" else "float32"
+        given = {
+            "dtype": entry.dtype if exact else BY_NAME[wide],
+            "origin": f"{pack.label}: {name}",
+            "offset": -1,
+            "base": base,
+            "shared": shared,
+            "records": tiles.records.slice(int(tiles.ends[first]), int(tiles.ends[last])),
+            "offsets": tiles.ends[first : last + 1],
+            "counts": tiles.kept[first:last],
+            "first": first,
+            "numel": entry.numel,
+            "start": elements[0],
+            "stop": elements[1],
+            "values": VALUES.index(entry.values),
+            "type": -1 if entry.dtype.code is None else entry.dtype.code,
+            "size": entry.dtype.itemsize,
+            "scale": entry.scale,
+            "_pack": pack,
+            "_name": name,
+            "_made": None,
+        }
+        for key, value in given.items():
+            object.__setattr__(self, key, value)
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def data(self) -> np.ndarray:
+        from .. import _native
+
+        if self._made is None:
+            room = np.empty(len(self) * self.dtype.itemsize, np.uint8)
+            self._check(_native.unpack(self, room) if len(self) else -1)
+            object.__setattr__(self, "_made", room)
+        return self._made
+
+    def at(self, positions: np.ndarray) -> np.ndarray:
+        """The elements at ascending positions, uint8; base and shared are those alone."""
+        from .. import _native
+
+        room = np.empty(len(positions) * self.dtype.itemsize, np.uint8)
+        self._check(_native.unpack_at(self, positions, room))
+        return room
+
+    def _check(self, bad: int) -> None:
+        if bad >= 0:
+            raise self.damaged(bad)
+
+    def damaged(self, tile: int) -> InputError:
+        """The error about a tile whose record is none."""
+        return self._pack.damaged(self._name, tile)
+
+    def __del__(self) -> None:
+        records = getattr(self, "records", ())
+        if len(records) >= _MAPPED:  # a call takes longer than few pages are worth
+            advise(records.data, "dontneed")
 
 
 def metadata(
@@ -320,6 +357,7 @@ def check_of(said: Mapping[str, str]) -> str:
     return digest.hexdigest()
 
 
-def record_crc(kept: int, record: bytes | np.ndarray) -> int:
-    """CRC-32 of how many elements are kept, as 4 bytes, the lowest first, and then the record."""
-    return zlib.crc32(record, zlib.crc32(struct.pack("<I", kept)))
+def hash_of(data: bytes | memoryview | np.ndarray, seed: int = 0) -> int:
+    """The low half of XXH3-64: of a tile of a base; of a record, with how many elements it keeps as the
+    seed."""
+    return xxh3_64_intdigest(data, seed) & 0xFFFFFFFF

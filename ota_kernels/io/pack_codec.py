@@ -1,5 +1,5 @@
 """Records of a pack: which elements of a tile are kept, and what is stored of each. README.md has the
-format; the decoder is csrc/pack.cpp."""
+format; the decoder is csrc/pack_records.hpp."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ import numpy as np
 TILE = 1 << 16  # elements of a tile; the last one of a tensor may be shorter
 _MOST_RICE = 16
 _BITMAP, _ALL = 64, 65  # first bytes of masks that are no Rice parameter
+
+
+def tiles_of(start: int, stop: int) -> range:
+    """Numbers of the tiles that elements [start, stop) are in."""
+    return range(start // TILE, -(-stop // TILE) if stop > start else start // TILE)
 
 
 def encode_mask(positions: np.ndarray, n: int) -> bytes:

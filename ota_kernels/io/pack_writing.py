@@ -67,12 +67,12 @@ class Spool:
 
 
 class Encoded(NamedTuple):
-    """A tile. record: its bytes; kept: elements kept; base_crc: CRC-32 of the base's elements; sums: of
+    """A tile. record: its bytes; kept: elements kept; base_hash: of the base's elements; sums: of
     |d| and d^2 over what is kept, in float64."""
 
     record: bytes
     kept: int
-    base_crc: int
+    base_hash: int
     sums: tuple[float, float] = (0.0, 0.0)
 
 
@@ -98,8 +98,8 @@ class PackWriter:
         """The next tiles of a tensor."""
         tensor, records = self._tensors[name], []
         for tile in tiles:
-            crc = pack.record_crc(tile.kept, tile.record)
-            tensor.tiles.append((len(tile.record), tile.kept, crc, tile.base_crc))
+            own = pack.hash_of(tile.record, tile.kept)
+            tensor.tiles.append((len(tile.record), tile.kept, own, tile.base_hash))
             tensor.totals += tile.sums
             records.append(tile.record)
         tensor.places.append(self._spool.put(b"".join(records)))
@@ -124,7 +124,7 @@ class PackWriter:
 
     def content(self) -> str:
         """SHA-256 of the base's tensors, in order of names: of each its name, type and shape as JSON, and
-        the CRC-32 of each tile as 4 bytes, the lowest first."""
+        the hash of each tile as 4 bytes, the lowest first."""
         digest = hashlib.sha256()
         for name in sorted(self._tensors):
             tensor = self._tensors[name]

@@ -28,7 +28,7 @@ from .identity import twins, without_base
 from .match import Renamed, RenamedMoments, prefixes_of
 from .models import Dequantised, Model, Moments, Stored
 from .outputs import OutputTensor
-from .packed import Packed, beside_weights, other_base, raise_other_base, shared_edit_of
+from .packed import BaseTiles, Packed, beside_weights, other_base, raise_other_base, shared_edit_of
 from .pairing import Pairing
 from .restack import restacked
 from .roles import EMBEDDING, role_of
@@ -110,6 +110,7 @@ class Inputs:
         self.checkpoints: dict[Reference, Checkpoint] = {}
         self.packs: dict[Reference, Packed] = {}
         self._opened: dict[str, tuple[Model, Checkpoint]] = {}
+        self._base_tiles: dict[int, BaseTiles] = {}
         # Models whose tensors are read for themselves, or by a pack already.
         self._read = {reference.label for reference in used if reference.adapter is None}
         models = {reference: self._model(reference) for reference in used}
@@ -172,7 +173,8 @@ class Inputs:
                 if is_pack(folder) or os.path.realpath(folder) in reasons:
                     continue
                 base, checkpoint = self._stored(folder, label)
-                reason = other_base(pack, base)
+                tiles = self._base_tiles.setdefault(id(base), BaseTiles(base))
+                reason = other_base(pack, base, tiles)
             except InputError as error:
                 reasons.setdefault(place, str(error))
                 continue
@@ -188,7 +190,7 @@ class Inputs:
         shared = shared_edit_of(pack)
         if shared is not None:
             self._files.enter_context(contextlib.closing(shared))
-        model = Packed(base, pack, config_of(view), shared, own_base=label not in self._read)
+        model = Packed(base, pack, config_of(view), shared, label not in self._read, tiles)
         self._read.add(label)
         self.packs[reference] = model
         return model

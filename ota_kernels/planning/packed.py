@@ -13,9 +13,8 @@ import numpy as np
 from ..errors import InputError
 from ..io.assets import home
 from ..io.header import quoted
-from ..io.pack import EXACT, SHARED, Entry, PackFile
-from ..io.pack_codec import TILE
-from ..io.pages import advise
+from ..io.pack import EXACT, SHARED, Entry, PackedPart, PackFile, hash_of
+from ..io.pack_codec import TILE, tiles_of
 from ..io.parts import is_weights
 from ..io.ties import has_tied_embeddings
 from ..tensors.buffer import Buffer
@@ -23,14 +22,32 @@ from ..tensors.computed import Computed, Source, is_computed
 from ..tensors.dtypes import BY_NAME
 from .models import Info, Model
 
-_MAPPED = 1 << 13  # bytes of which the pages are let go
-_PROBED = 64  # tiles of a base that tell whether it is the one; `unpack` looks at all
+_PROBED = 64  # tiles of a base that tell at once whether it is the one; all are looked at when they are read
+
+
+class BaseTiles:
+    """Hashes of the tiles of a model's tensors, each found once, for all packs that it is the base of."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+    def hashes(self, name: str, tiles: range) -> np.ndarray:
+        """Of these tiles of a stored tensor, uint32."""
+        base = self._model.source(name)
+        count = -(-len(base) // TILE)
+        found, known = self._found.setdefault(name, (np.zeros(count, np.uint32), np.zeros(count, bool)))
+        for j in tiles:
+            if not known[j]:
+                found[j] = hash_of(base.slice(j * TILE, min((j + 1) * TILE, len(base))).data)
+                known[j] = True
+        return found[tiles.start : tiles.stop]
 
 
 class Packed:
     """The Model that a pack on its base is. label: what errors call it; config: what the expert's
     config.json says; shared: the file of the edit that it shares with others; own_base: whether nobody
-    else reads the base. verify: whether each tile of the base is compared with what the pack says of it."""
+    else reads the base; tiles: the base's."""
 
     def __init__(
         self,
@@ -39,11 +56,12 @@ class Packed:
         config: dict[str, Any] | None,
         shared: PackFile | None = None,
         own_base: bool = True,
+        tiles: BaseTiles | None = None,
     ) -> None:
         self.label, self._base, self.pack, self.config, self._shared = pack.label, base, pack, config, shared
         self.own_base = own_base
         self.tensors = {name: Info(e.shape, e.dtype) for name, e in pack.entries.items()}
-        self.verify = False
+        self._tiles = tiles or BaseTiles(base)
         for name, entry in pack.entries.items():
             if entry.values == SHARED:
                 self._check_shared(name, entry)
@@ -70,6 +88,15 @@ class Packed:
         of_base = entry.dtype.itemsize * self.own_base
         return of_base + self.pack.record_bytes(name) / max(entry.numel, 1) + 2 * (entry.values == SHARED)
 
+    def check_base(self, name: str, start: int, stop: int) -> None:
+        """InputError unless elements [start, stop) of the base are those that the expert was packed
+        against."""
+        tiles = tiles_of(start, stop)
+        wanted = self.pack.base_hashes(name)[tiles.start : tiles.stop]
+        if not np.array_equal(self._tiles.hashes(name, tiles), wanted):
+            where = self._base.source(name).origin
+            raise self.pack.error(f"{where} is not the base that it was packed against: {name} is another")
+
     def what(self, name: str) -> str:
         return f"{self.label}: {name}"
 
@@ -93,22 +120,11 @@ class Unpacked(Computed):
         self.columns = 1
         self._model, self._name, self._base, self._shared = model, name, base, shared
 
-    def slice(self, start: int, stop: int) -> Buffer:
+    def slice(self, start: int, stop: int) -> PackedPart:
         stop = max(start, stop)
-        base = self._base.slice(start, stop)
+        self._model.check_base(self._name, start, stop)
         shared = None if self._shared is None else self._shared.slice(start, stop)
-        if self._model.verify:
-            self._verify(start, stop)
-        made = self._model.pack.elements(self._name, base, start, stop, shared)
-        for read in self.parts(start, stop):
-            if read.data.nbytes >= _MAPPED:  # a call takes longer than few pages are worth
-                advise(read.data, "dontneed")
-        return Buffer(made, self.dtype, self.origin)
-
-    def _verify(self, start: int, stop: int) -> None:
-        tiles = range(start // TILE, -(-stop // TILE))
-        if not self._model.pack.is_base(self._name, self._base, tiles):
-            raise self._model.pack.error(f"{self._base.origin} is not the base that it was packed against")
+        return self._model.pack.part(self._name, self._base.slice(start, stop), start, stop, shared)
 
     def gather(self, positions: np.ndarray) -> Buffer:
         positions = np.asarray(positions).astype(np.int64, copy=False)
@@ -139,9 +155,9 @@ def probes(sizes: Mapping[str, int]) -> list[tuple[str, int]]:
     return [found[i * len(found) // count] for i in range(count)]
 
 
-def other_base(pack: PackFile, base: Model) -> str | None:
+def other_base(pack: PackFile, base: Model, tiles: BaseTiles) -> str | None:
     """Why a model is not the one that an expert was packed against; None where it is, as far as names,
-    types, shapes and the elements of some tiles tell."""
+    types, shapes and the elements of some of its tiles tell."""
     for name, entry in pack.entries.items():
         info = base.tensors.get(name)
         if info is None:
@@ -149,7 +165,7 @@ def other_base(pack: PackFile, base: Model) -> str | None:
         if (tuple(info.shape), info.dtype) != (entry.shape, entry.dtype) or is_computed(base.source(name)):
             return f"{name} is {info.dtype.name}{list(info.shape)}, not {entry.dtype.name}{list(entry.shape)}"
     for name, j in probes({name: entry.numel for name, entry in pack.entries.items()}):
-        if not pack.is_base(name, base.source(name), [j]):
+        if tiles.hashes(name, range(j, j + 1))[0] != pack.base_hashes(name)[j]:
             return f"tile {j} of {name} is another"
     return None
 

@@ -4,19 +4,18 @@ encoding."""
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..errors import InputError
+from ..io.pack import hash_of
 from ..io.pack_codec import TILE, encode_mask, encode_signs
 from ..io.pack_writing import Encoded
 from ..planning.buffers import as_float64, average
 from ..planning.roles import MATRIX, role_of
 from ..select import thresholds as decide
-from ..tensors.buffer import Buffer
 from ..tensors.dtypes import BY_NAME, DType
 from ..tensors.found import Selection
 from ..tensors.tile import TensorInputs
@@ -32,40 +31,35 @@ def segments(numel: int) -> list[tuple[int, int]]:
 
 
 def exact(
-    positions: np.ndarray, n: int, expert: np.ndarray, stored: DType, dtype: DType, base_crc: int
+    positions: np.ndarray, n: int, expert: np.ndarray, stored: DType, dtype: DType, base_hash: int
 ) -> Encoded:
     """A tile of the expert's elements (uint8[m, bytes], of type `stored`) at `positions`, in the base's
     type."""
     values = np.ascontiguousarray(expert).reshape(-1)
     if stored is not dtype:
         values = average([(values, stored)], dtype) if values.size else values
-    return Encoded(encode_mask(positions, n) + values.tobytes(), len(positions), base_crc)
+    return Encoded(encode_mask(positions, n) + values.tobytes(), len(positions), base_hash)
 
 
-def signs(positions: np.ndarray, n: int, d: np.ndarray, base_crc: int) -> Encoded:
+def signs(positions: np.ndarray, n: int, d: np.ndarray, base_hash: int) -> Encoded:
     """A tile of the signs of edits d (float64[m]; 0 counts as positive) at `positions`."""
     sums = float(np.abs(d).sum()), float(np.square(d).sum())
-    return Encoded(encode_mask(positions, n) + encode_signs(d >= 0), len(positions), base_crc, sums)
+    return Encoded(encode_mask(positions, n) + encode_signs(d >= 0), len(positions), base_hash, sums)
 
 
-def of_kept(kept: Kept, n: int, tensor: TensorInputs, values: str, base_crc: int) -> Encoded:
+def of_kept(kept: Kept, n: int, tensor: TensorInputs, values: str, base_hash: int) -> Encoded:
     """What the engine's graft keeps of a tile of n elements."""
     stored, dtype = tensor.experts[0].dtype, tensor.base.dtype
     if values == "exact":
-        return exact(kept.positions, n, kept.expert, stored, dtype, base_crc)
+        return exact(kept.positions, n, kept.expert, stored, dtype, base_hash)
     pairs = ((kept.expert, stored), (kept.base, dtype))
     expert, base = (as_float64(np.ascontiguousarray(data).reshape(-1), of) for data, of in pairs)
-    return signs(kept.positions, n, expert - base, base_crc)
-
-
-def crc(base: Buffer) -> int:
-    """Of a tile of a base."""
-    return zlib.crc32(base.data)
+    return signs(kept.positions, n, expert - base, base_hash)
 
 
 @dataclass(frozen=True)
 class Part:
-    """A tile of a tensor. base: its CRC-32; n: elements; d: the experts' edits, float64[T, n]; tile: its
+    """A tile of a tensor. base: its hash; n: elements; d: the experts' edits, float64[T, n]; tile: its
     inputs."""
 
     base: int
@@ -86,7 +80,7 @@ def parts(tensor: TensorInputs, start: int, stop: int) -> list[Part]:
                 f"{tile.experts[0].origin}: {tensor.name}: some weights of it or of the base are not finite, "
                 f"in the {TILE} elements from flat index {at}"
             )
-        found.append(Part(crc(tile.base), tile.numel, d, tile))
+        found.append(Part(hash_of(tile.base.data), tile.numel, d, tile))
     return found
 
 

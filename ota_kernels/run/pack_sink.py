@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping
 
 import numpy as np
 
+from ..io.pack import hash_of
 from ..io.pack_codec import TILE
 from ..io.pack_writing import Spool
 from ..io.pages import release
@@ -55,7 +55,7 @@ class PackSink(InRooms):
     so, those are the edits that are kept. moments: whether the sums of d and of d^2 over all elements are
     wanted.
 
-    base_crcs: of each tile of the base, by tensor; sums: float64[2], by the segments' tensors and starts.
+    base_hashes: of each tile of the base, by tensor; sums: float64[2], by the segments' tensors and starts.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class PackSink(InRooms):
     ) -> None:
         super().__init__()
         self._tensors, self._spool, self._read_ahead, self._moments = tensors, spool, read_ahead, moments
-        self.base_crcs = {i: np.zeros(-(-t.numel // TILE), np.uint32) for i, t in tensors.items()}
+        self.base_hashes = {i: np.zeros(-(-t.numel // TILE), np.uint32) for i, t in tensors.items()}
         self.sums: dict[tuple[int, int], np.ndarray] = {}
         self._places: dict[tuple[int, int], Place] = {}
 
@@ -75,7 +75,7 @@ class PackSink(InRooms):
         for start in range(0, tile.numel, TILE):
             part = tile.slice(start, min(start + TILE, tile.numel))
             j = (segment.start + start) // TILE
-            self.base_crcs[segment.index][j] = zlib.crc32(part.base.data)
+            self.base_hashes[segment.index][j] = hash_of(part.base.data)
             self._put((segment.index, j), Kept.of(part, np.flatnonzero(changed[start : start + part.numel])))
         if self._moments:
             base, expert = (as_float64(b.data, b.dtype) for b in (tile.base, tile.experts[0]))

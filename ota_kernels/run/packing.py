@@ -24,7 +24,7 @@ from ..errors import InputError, OutputError, RecipeError
 from ..io import pack as packs
 from ..io.assets import home
 from ..io.new_file import check_new_file, new_file
-from ..io.pack import SHARED, SIGN, Base, Entry
+from ..io.pack import SHARED, SIGN, Base, Entry, hash_of
 from ..io.pack_codec import TILE
 from ..io.pack_writing import Encoded, PackWriter, Spool
 from ..io.tokenizer import files_in, read_bytes, tokenizer_files
@@ -136,8 +136,9 @@ class _Packing:
         self._experts = [entry.reference for entry in job.recipe.models]
         self._writers = [PackWriter(spool) for _ in self._experts]
         self._shared: dict[str, list[tuple[int, int]]] = {}
-        # Per expert the sums over tensors of the means of |d|, and of the shared edit's magnitude where it
-        # is taken. self._norms = np.zeros((len(self._experts), 2))
+        # Per expert the sums over tensors of the means of |d|, and of the shared edit's magnitude where it is
+        # taken.
+        self._norms = np.zeros((len(self._experts), 2))
         self._tensors = {i: _flat(tensor) for i, tensor in job.tensors.items()}
         for index, entry in enumerate(job.inputs.entries):
             if index not in self._tensors:
@@ -207,10 +208,10 @@ class _Packing:
             def encoded(pair: tuple[int, int]) -> list[list[Encoded]]:
                 tiles = range(pair[0] // TILE, -(-pair[1] // TILE))
                 sizes = (min(TILE, tensor.numel - j * TILE) for j in tiles)
-                crcs, values = sink.base_crcs[index], self._how.stored(entry)
+                hashes, values = sink.base_hashes[index], self._how.stored(entry)
                 return [
                     [
-                        forms.of_kept(sink.kept(index, j), n, tensor, values, int(crcs[j]))
+                        forms.of_kept(sink.kept(index, j), n, tensor, values, int(hashes[j]))
                         for j, n in zip(tiles, sizes, strict=True)
                     ]
                 ]
@@ -254,14 +255,6 @@ class _Packing:
                 for t, (tile, size) in enumerate(of_experts):
                     self._writers[t].add(tensor.name, [tile])
                     self._norms[t] += np.array([tile.sums[0], size]) / numel
-
-    @property
-    def _norms(self) -> np.ndarray:
-        """Per expert the sums over tensors of mean |d| and of the mean magnitude of the shared edit where
-        it is taken."""
-        if not hasattr(self, "_norm_sums"):
-            self._norm_sums = np.zeros((len(self._experts), 2))
-        return self._norm_sums
 
     def _compare(self, tensor: TensorInputs, pool: Pool) -> None:
         """Of integers and buffers: what differs from the base's, as it is."""
@@ -373,7 +366,7 @@ def _differing(tensor: TensorInputs, t: int, start: int, stop: int) -> Iterator[
         base, expert = (b.data.reshape(-1, size) for b in (tile.base, tile.experts[t]))
         kept = np.flatnonzero((base != expert).any(axis=1))
         yield forms.exact(
-            kept, tile.numel, expert[kept], tile.base.dtype, tile.base.dtype, forms.crc(tile.base)
+            kept, tile.numel, expert[kept], tile.base.dtype, tile.base.dtype, hash_of(tile.base.data)
         )
 
 
@@ -396,8 +389,7 @@ def unpack(
     progress: Progress | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Write the expert of a pack as a folder; every tile of the base is compared with what the pack says
-    of it.
+    """Write the expert of a pack as a folder.
 
     base: where the base is, None for where the pack says it is. options, errors and the report are those
     of `merge`.
@@ -405,8 +397,6 @@ def unpack(
     data: dict[str, Any] = {"merge_method": "passthrough", "models": [{"model": os.fspath(path)}]}
     where = None if base is None else os.fspath(base)
     with Job(parse_recipe(data), Options.of(**options, pack_base=where)) as job:
-        for model in job.inputs.packs.values():
-            model.verify = True
         if not job.inputs.packs:
             raise InputError(f"{path}: is no pack: its name would end in {packs.SUFFIX}")
         return job.run(Path(out), progress or Silent())

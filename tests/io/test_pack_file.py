@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import struct
-import zlib
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,13 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ota_kernels import InputError, _native
+from ota_kernels.backends import native
 from ota_kernels.io import pack as pack_format
 from ota_kernels.io.header import PREFIX_BYTES
-from ota_kernels.io.pack import EXACT, SIGN, Base, Entry, PackFile
+from ota_kernels.io.pack import EXACT, SIGN, Base, Entry, PackFile, hash_of
 from ota_kernels.io.pack_codec import TILE, encode_mask, encode_signs
 from ota_kernels.io.pack_writing import Encoded, PackWriter, Spool
 from ota_kernels.tensors.buffer import Buffer
+from ota_kernels.tensors.curvature import Uniform
 from ota_kernels.tensors.dtypes import BY_NAME
+from ota_kernels.tensors.terms import ExpertTerms, Terms, Words
+from ota_kernels.tensors.tile import TensorInputs
 
 BF16 = BY_NAME["bfloat16"]
 
@@ -51,25 +55,35 @@ def unpack(record: bytes, count: int, n: int, values: int, base: np.ndarray, sca
     start, stop = window or (0, n)
     size = base.itemsize
     out = np.zeros((stop - start) * (size if values == 0 else 4), np.uint8)
-    bad = _native.unpack(
-        np.ascontiguousarray(base[start:stop]).view(np.uint8),
-        size,
-        BF16.code if size == 2 else 0,
-        np.frombuffer(record, np.uint8),
-        np.array([0, len(record)]),
-        np.array([count]),
-        0,
-        TILE,
-        n,
-        start,
-        stop,
-        values,
-        scale,
-        None,
-        0,
-        out,
+    part = part_of([record], [count], n, values, base[start:stop], scale, (start, stop))
+    return _native.unpack(part, out), out
+
+
+def bytes_of(data: np.ndarray) -> SimpleNamespace:
+    return SimpleNamespace(data=np.ascontiguousarray(data).view(np.uint8))
+
+
+def part_of(
+    records: list[bytes], counts: list[int], n: int, values: int, base: np.ndarray, scale, window, tile=TILE
+):
+    """What the extension is told of elements `window` of a tensor of n elements: base, of these alone."""
+    size = base.itemsize
+    return SimpleNamespace(
+        base=bytes_of(base),
+        shared=None,
+        records=bytes_of(np.frombuffer(b"".join(records), np.uint8)),
+        offsets=np.cumsum([0, *map(len, records)]),
+        counts=np.array(counts),
+        first=0,
+        tile=TILE,
+        numel=n,
+        start=window[0],
+        stop=window[1],
+        values=values,
+        type=BF16.code if size == 2 else 0,
+        size=size,
+        scale=scale,
     )
-    return bad, out
 
 
 masks = st.builds(
@@ -149,9 +163,9 @@ def write(path: Path, base: np.ndarray, expert: np.ndarray) -> bytes:
         for start in range(0, numel, TILE):
             stop = min(start + TILE, numel)
             kept = np.flatnonzero(base[start:stop] != expert[start:stop])
-            mask, crc = encode_mask(kept, stop - start), zlib.crc32(base[start:stop].tobytes())
+            mask, own = encode_mask(kept, stop - start), hash_of(base[start:stop].tobytes())
             values = expert[start:stop][kept].tobytes() if name == "w" else encode_signs(kept % 2 == 0)
-            tiles.append(Encoded(mask + values, len(kept), crc))
+            tiles.append(Encoded(mask + values, len(kept), own))
         writer.add(name, tiles)
     said = Base("/nowhere", "org/base", writer.content())
     writer.write(path, "ffg", "expert", {"density": 0.05}, said, {"config.json": b"{}" * 50})
@@ -164,7 +178,7 @@ def whole(pack: PackFile, base: np.ndarray) -> list[bytes]:
     found = []
     for name, entry in pack.entries.items():
         buffer = Buffer(base[: entry.numel].view(np.uint8), BF16)
-        found.append(pack.elements(name, buffer, 0, entry.numel).tobytes())
+        found.append(pack.part(name, buffer, 0, entry.numel).data.tobytes())
     return [*found, str(pack.beside())]
 
 
@@ -180,9 +194,54 @@ def test_tiles_decode_alone_and_in_any_order(parts, path, one, other):
     base, expert = parts
     start, stop = sorted((one, other))
     pack = PackFile(path, "e")
-    found = pack.elements("w", Buffer(base[start:stop].view(np.uint8), BF16), start, stop)
+    found = pack.part("w", Buffer(base[start:stop].view(np.uint8), BF16), start, stop).data
     assert found.tobytes() == expert[start:stop].tobytes()
     pack.close()
+
+
+@settings(max_examples=30)
+@given(st.integers(0, N), st.integers(0, N), st.sampled_from(["bfloat16", "float32"]), st.integers(1, 3))
+def test_a_merge_decodes_what_it_merges(parts, path, one, other, out_dtype, experts):
+    """A stretch at a time, wherever its tile begins and ends: as if the experts lay there as a whole."""
+    start, stop = sorted((one, other))
+    base = Buffer(parts[0][start:stop].view(np.uint8), BF16)
+    words = Words(score="none", select="all", weigh="constant", divide="number")
+    terms = Terms(words, tuple(ExpertTerms(weight_scale=0.3 + t) for t in range(experts)))
+    found = []
+    with closing(PackFile(path, "e")) as pack:
+        for whole in (False, True):
+            own = [pack.part("w", base, start, stop) for _ in range(experts)]
+            given = tuple(Buffer(part.data, part.dtype) if whole else part for part in own)
+            curvatures = (Uniform(),) * experts
+            tile = TensorInputs("w", (N,), BY_NAME[out_dtype], base, given, curvatures, start=start)
+            out = np.empty(len(base) * BY_NAME[out_dtype].itemsize, np.uint8)
+            stats = native.merge(tile, terms, out)
+            found.append((out.tobytes(), stats.kept, stats.unkept))
+            assert whole or start == stop or all(part._made is None for part in own)
+    assert found[0] == found[1]
+
+
+def test_a_merge_of_a_record_that_is_none(parts, tmp_path):
+    """Whose hash is right: whoever made it meant it."""
+    base, expert = parts
+    spool = Spool(tmp_path)
+    writer = PackWriter(spool)
+    writer.begin("w", Entry((2 * TILE,), BF16, EXACT))
+    kept = np.flatnonzero(base[:TILE] != expert[:TILE])
+    sound = encode_mask(kept, TILE) + expert[kept].tobytes()
+    own = [hash_of(base[a : a + TILE].tobytes()) for a in (0, TILE)]
+    writer.add("w", [Encoded(sound, len(kept), own[0]), Encoded(sound[:-1], len(kept), own[1])])
+    writer.write(tmp_path / "e.pack", "ffg", "e", {}, Base("", "b", writer.content()), {})
+    spool.close()
+    words = Words(score="none", select="all", weigh="constant", divide="number")
+    buffer = Buffer(base[: 2 * TILE].view(np.uint8), BF16)
+    with closing(PackFile(tmp_path / "e.pack", "e")) as pack:
+        part = pack.part("w", buffer, 0, 2 * TILE)
+        tile = TensorInputs("w", (2 * TILE,), BF16, buffer, (part,), (Uniform(),))
+        with pytest.raises(InputError, match="damaged: tile 1 of 'w'"):
+            native.merge(tile, Terms(words, (ExpertTerms(),)), np.empty(4 * TILE, np.uint8))
+        with pytest.raises(InputError, match="damaged: tile 1 of 'w'"):
+            len(part.data)
 
 
 @given(st.lists(st.integers(0, N - 1), max_size=300))
@@ -195,7 +254,7 @@ def test_elements_at_positions(parts, path, positions):
         assert found.tobytes() == expert[at].tobytes()
         at %= 200
         at.sort()
-        of_signs = pack.elements("signs", Buffer(base[:200].view(np.uint8), BF16), 0, 200).view(np.float32)
+        of_signs = pack.part("signs", Buffer(base[:200].view(np.uint8), BF16), 0, 200).data.view(np.float32)
         found = pack.gathered("signs", Buffer(base[at].view(np.uint8), BF16), at).view(np.float32)
         assert found.tolist() == of_signs[at].tolist()
 
@@ -205,8 +264,8 @@ def test_says_what_it_is(parts, path):
     assert (pack.form, pack.expert, pack.settings) == ("ffg", "expert", {"density": 0.05})
     assert (pack.base.model, len(pack.base.content)) == ("org/base", 64)
     assert pack.beside() == {"config.json": b"{}" * 50}
-    assert pack.is_base("w", Buffer(parts[0].view(np.uint8), BF16), range(3))
-    assert not pack.is_base("w", Buffer(parts[1].view(np.uint8), BF16), [1])
+    tiles = np.split(parts[0], [TILE, 2 * TILE])
+    assert pack.base_hashes("w").tolist() == [hash_of(tile.tobytes()) for tile in tiles]
     pack.close()
 
 
@@ -274,7 +333,7 @@ def test_a_lie_about_a_tensor_is_refused_or_harmless(parts, path, tmp_path_facto
         for own, entry in pack.entries.items():
             if entry.numel <= 2 * N:
                 base = np.zeros(entry.numel * entry.dtype.itemsize, np.uint8)
-                pack.elements(own, Buffer(base, entry.dtype), 0, entry.numel, _some(entry))
+                len(pack.part(own, Buffer(base, entry.dtype), 0, entry.numel, _some(entry)).data)
 
 
 def _some(entry: Entry) -> Buffer | None:
@@ -286,7 +345,7 @@ def _some(entry: Entry) -> Buffer | None:
 @settings(max_examples=60)
 @given(st.integers(0, 2), st.integers(0, 3), st.integers(0, 2**32 - 1))
 def test_a_lie_about_a_tile_is_refused(parts, path, tmp_path_factory, tile, column, lie):
-    """Bytes, count and CRC of a record; the base's CRC tells of another base."""
+    """Bytes, count and hash of a record; the base's hash tells of another base."""
     content = bytearray(path.read_bytes())
     (length,) = struct.unpack_from("<Q", content)
     header = json.loads(content[PREFIX_BYTES : PREFIX_BYTES + length])
@@ -300,7 +359,7 @@ def test_a_lie_about_a_tile_is_refused(parts, path, tmp_path_factory, tile, colu
     base = Buffer(parts[0].view(np.uint8), BF16)
     pack = PackFile(target, "e")
     if column == 3:
-        assert not pack.is_base("w", base, [tile])
+        assert pack.base_hashes("w")[tile] == lie
         return
     with pytest.raises(InputError, match="damaged"):
-        pack.elements("w", base, 0, N)
+        len(pack.part("w", base, 0, N).data)

@@ -252,6 +252,8 @@ class TestAsModels:
             ("ties", {"density": 0.5, "weight": 1.0}),
             ("linear", {}),
             ("dare_linear", {"density": 0.5, "weight": 1.0}),
+            ("della_linear", {"density": 0.5, "epsilon": 0.2, "weight": 1.0}),
+            ("task_arithmetic", {"weight": 0.4}),
         ],
         ids=str,
     )
@@ -335,7 +337,8 @@ class TestRefused:
         refused_command("unpack", path, tmp_path / "out", "--base", tmp_path / "other", "-q", facts=facts)
 
     def test_a_base_that_differs_in_one_element(self, models, tmp_path):
-        """Which a few tiles need not tell: `unpack` looks at all of them."""
+        """Which a few tiles need not tell: all of them are looked at when they are read, and nothing is
+        published."""
         shapes = {f"layers.{i}.weight": (70, 1000) for i in range(70)}
         models = make_set(tmp_path / "m", shapes, experts=1)
         packed(models, tmp_path / "e.pack", density=0.01)
@@ -346,6 +349,10 @@ class TestRefused:
                 save_model(tmp_path / f"other{i}", other)
                 with pytest.raises(InputError, match="base"):
                     unpack(tmp_path / "e.pack", tmp_path / f"out{i}", base=tmp_path / f"other{i}")
+                recipe = {"merge_method": "task_arithmetic", "base_model": str(tmp_path / f"other{i}")}
+                recipe["models"] = [{"model": str(tmp_path / "e.pack"), "parameters": {"weight": 1.0}}]
+                with pytest.raises(InputError, match=f"not the base that it was packed .* layers.{i}"):
+                    merge(recipe, tmp_path / f"out{i}")
                 assert not (tmp_path / f"out{i}").exists()
 
     def test_a_base_that_moved(self, tmp_path, refused_command, ota_merge):
@@ -381,8 +388,8 @@ class TestRefused:
         refused_command("unpack", models.base_folder, tmp_path / "out", "-q", facts=("is no pack",))
 
     def test_a_later_version(self, path, tmp_path, refused_command):
-        path.write_bytes(path.read_bytes().replace(b'"version":"1"', b'"version":"2"', 1))
-        refused_command("unpack", path, tmp_path / "out", "-q", facts=("version '2'", "update"))
+        path.write_bytes(path.read_bytes().replace(b'"version":"2"', b'"version":"3"', 1))
+        refused_command("unpack", path, tmp_path / "out", "-q", facts=("version '3'", "update"))
 
     def test_a_shared_edit_of_others(self, models, tmp_path):
         for name, chosen in (("a", [0, 1]), ("b", [1, 2])):
