@@ -333,7 +333,7 @@ def serving(name: str, tensor: Any, origin: str) -> tuple[Backend, Read]:
 
 def _uncomputed(like: Tensor, output: OutputTensor, models: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
     """A tensor that is copied, taken from one model (by its label), or the mean of those that have it."""
-    if output.action == COPY and output.dtype == output.sources[0].dtype:
+    if output.action == COPY and output.dtype == output.sources[0].info.dtype:
         return _agreed(like, output)
     first = output.experts[0]
     if output.action == TAKE and isinstance(first.model, Packed):
