@@ -8,6 +8,14 @@ import math
 import numpy as np
 import torch
 
+from ota_kernels.select.thresholds import total_mass
+
+
+def masses(census: np.ndarray | None) -> tuple[int, ...] | None:
+    """What a census says: the exact sums of scores up to a bracket and above it, and how many are above."""
+    return None if census is None else (*map(total_mass, np.split(census[:-1], 2)), int(census[-1]))
+
+
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 LARGE = 300_000
 

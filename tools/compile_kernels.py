@@ -224,7 +224,7 @@ def surveys(threads_of_warp: int) -> Iterator[Kernel]:
                  "numbers": "*fp32", **place}  # fmt: skip
         yield Kernel(what, survey._values_kernel, types, {"what": what, **expert, **common}, size, 4, 2)
     for first in (True, False):
-        types = {"base_pointer": "*bf16", "counts": "*i64", "lows": "*i64", "suspects": "*i32",
+        types = {"base_pointer": "*bf16", "counts": "*i64", "suspects": "*i32",
                  "table": "*i64", "numbers": "*fp32", "prefix": "i32", **place}  # fmt: skip
         constants = {"of_edits": False, "first_digit": first, **expert, **common}
         name = f"histogram, {'high' if first else 'low'} bits"

@@ -28,7 +28,8 @@ class NonFinite:
 
 
 # A census of one expert's scores outside its bracket, int64[CENSUS]: sums of significands by exponent, of the
-# scores up to the end of the bracket and of those above it; last, how many are above.
+# scores up to the end of the bracket and of those above it; last, how many are above. The sums may stand at
+# other exponents, as long as all together are the same.
 EXPONENTS = 256
 CENSUS = 2 * EXPONENTS + 1
 

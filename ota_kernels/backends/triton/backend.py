@@ -22,7 +22,7 @@ from . import batch, survey, tiles
 from .batch import Request
 from .device import FAULTS, DeviceMemoryError, is_out_of_memory, line_of, reported
 from .halves import merge_in_halves
-from .outcome import Merged, Undecided
+from .outcome import Merged, Undecided, of_exponents
 from .ring import Ring, Slot
 from .tiles import DeviceTile, Fetch, Load, device_curvature, device_tile, in_place, left_there
 
@@ -139,7 +139,7 @@ class Triton:
         """With undecided elements and censuses."""
         undecided = launched.undecided() if launched.columns else None
         wanted = [e.census for e in launched.terms.experts]
-        sums = launched.censuses.cpu().numpy() if any(wanted) else wanted
+        sums = of_exponents(launched.censuses.cpu().numpy()) if any(wanted) else wanted
         return replace(
             stats,
             candidates=None if undecided is None else _candidates(tile, undecided, fetch),

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -20,6 +21,7 @@ from .tiles import BLOCK, DeviceTile, nonfinite
 N_TOTALS = 4
 
 _EXPONENTS = tl.constexpr(EXPONENTS)
+_GROUP = tl.constexpr(8)  # exponents: the significands of 2^27 elements, shifted by 7 at most, fit 64 bits
 _CENSUS = tl.constexpr(CENSUS)
 
 
@@ -148,20 +150,38 @@ def add_to_census(
 
 @triton.jit
 def _add_significands(sums, s, end):
-    """Adds the significands of the block's scores by exponent, those from `end` (bits) upwards apart.
+    """Adds the significands of the block's scores by groups of exponents, those from `end` (bits) upwards
+    apart: at the lowest exponent of a group, as multiples of its unit (`of_exponents` takes them apart).
 
-    One sum and one exact atomic addition per exponent that occurs, some twenty of them, instead of an
-    addition per element to the same few addresses. Relaxed: nobody reads them before the kernel's end."""
+    One sum and one exact atomic addition per group that occurs, three or four of them, instead of an addition
+    per element to the same few addresses. Relaxed: nobody reads them before the kernel's end."""
     exponent = (stages.bits(s) >> 23).to(tl.int32)
     significand = ((stages.bits(s) & 0x7FFFFF) + tl.where(exponent > 0, 0x800000, 0)).to(tl.int64)
+    place = tl.maximum(exponent, 1) - 1  # the exponents 0 and 1 have one unit
+    shifted = significand << (place % _GROUP).to(tl.int64)
+    group = place // _GROUP
     above = stages.bits(s) >= end
-    e, highest = tl.min(tl.where(s > 0, exponent, _EXPONENTS)), tl.max(exponent)
-    while e <= highest:
-        of_e = tl.where(exponent == e, significand, 0)
-        tl.atomic_add(sums + e, tl.sum(tl.where(above, 0, of_e)), sem="relaxed")
-        tl.atomic_add(sums + _EXPONENTS + e, tl.sum(tl.where(above, of_e, 0)), sem="relaxed")
-        e += 1
+    g, last = tl.min(tl.where(s > 0, group, _EXPONENTS)), tl.max(group)
+    while g <= last:
+        of_g = tl.where(group == g, shifted, 0)
+        at = sums + g * _GROUP + 1
+        tl.atomic_add(at, tl.sum(tl.where(above, 0, of_g)), sem="relaxed")
+        tl.atomic_add(at + _EXPONENTS, tl.sum(tl.where(above, of_g, 0)), sem="relaxed")
+        g += 1
     tl.atomic_add(sums + 2 * _EXPONENTS, tl.sum(above.to(tl.int64)), sem="relaxed")
+
+
+def of_exponents(censuses: np.ndarray) -> np.ndarray:
+    """int64[T, CENSUS] of the kernel with its sums at exponents at which they are no larger than sums of
+    significands are, so that those of many tiles can be added up."""
+    found = censuses.copy()
+    lowest = np.arange(1, EXPONENTS, _GROUP.value)
+    further = np.minimum(_GROUP.value - 1, EXPONENTS - 2 - lowest)  # 254: the last exponent of finite scores
+    for sums in (found[:, :EXPONENTS], found[:, EXPONENTS:-1]):
+        whole = sums[:, lowest]
+        sums[:, lowest] = whole & ((1 << further) - 1)
+        sums[:, lowest + further] += whole >> further
+    return found
 
 
 class Undecided(NamedTuple):

@@ -20,6 +20,11 @@ _ROWS, _COLUMNS, _MATRIX_WARPS = 64, 128, 8
 _ROW_MULTIPLE = tl.constexpr(8)  # elements of a row that make its beginning a multiple of 16 bytes
 _CHUNK = 1 << 22  # elements that torch widens to float64 at a time
 
+_BINS = tl.constexpr(1 << 16)
+# Elements whose scores are counted in one row of bins: the sums of 16 bits of all of them take 39 bits, the
+# counts 24 more.
+PACKED, _LOW_BITS = tl.constexpr(1 << 23), tl.constexpr(39)
+
 _UNSPECIALISED = ["t", "n", "first_block", "first", "n_columns", "prefix", "n_rows"]
 
 
@@ -129,7 +134,6 @@ def _values_kernel(
 def _histogram_kernel(
     base_pointer,
     counts,
-    lows,
     suspects,
     table,
     numbers,
@@ -165,12 +169,14 @@ def _histogram_kernel(
     high, low = pattern >> 16, pattern & 0xFFFF
     one = tl.full((block_size,), 1, tl.int64)
     if first_digit:
-        # Edits that no mask keeps are 0, most of them: one addition to their bin, not one each. Relaxed:
-        # nobody reads the bins before the kernel's end.
-        tl.atomic_add(counts, tl.sum((inside & (pattern == 0)).to(tl.int64)), sem="relaxed")
-        wanted = inside & (pattern != 0)
-        tl.atomic_add(counts + high, one, mask=wanted, sem="relaxed")
-        tl.atomic_add(lows + high, low.to(tl.int64), mask=wanted, sem="relaxed")
+        # A bin's count and its sum of low halves are one number, in a row of bins for so many elements that
+        # neither overflows: additions to memory are what takes the time. Edits that no mask keeps are 0, most
+        # of them: one addition to their bin, not one each. Relaxed: nobody reads before the kernel's end.
+        bins = counts + offset // PACKED * _BINS
+        zeros = tl.sum((inside & (pattern == 0)).to(tl.int64))
+        tl.atomic_add(bins, zeros << _LOW_BITS, sem="relaxed")
+        packed = (one << _LOW_BITS) + low.to(tl.int64)
+        tl.atomic_add(bins + high, packed, mask=inside & (pattern != 0), sem="relaxed")
     else:
         tl.atomic_add(counts + low, one, mask=inside & (high == prefix), sem="relaxed")
     bad = loads.int32_sum((inside & loads.negated(usable)).to(tl.int32), 0)
@@ -291,13 +297,20 @@ def histogram(
     `native.histogram`. Returns whether some input is not usable."""
     x = _Prepared(tile, t, terms)
     masks = x.masks if of_edits else {"select": "all", "indexed": False}
+    bins = counts
+    if prefix < 0:
+        rows = triton.cdiv(tile.numel, PACKED.value)
+        bins = torch.zeros(rows, _BINS.value, dtype=torch.int64, device=tile.device)
     for first_block, end_block, tail in launches(tile.numel):
         launch(
             _histogram_kernel,
             (end_block - first_block,),
-            x.base, counts, lows, x.suspects, x.table, x.numbers, x.t, prefix, tile.numel, first_block,
+            x.base, bins, x.suspects, x.table, x.numbers, x.t, prefix, tile.numel, first_block,
             *x.place, of_edits=of_edits, first_digit=prefix < 0, tail=tail, **masks,
             **x.constants)  # fmt: skip
+    if prefix < 0:
+        counts += (bins >> _LOW_BITS.value).sum(0)
+        lows += (bins & ((1 << _LOW_BITS.value) - 1)).sum(0)
     return x.suspects.any()
 
 
