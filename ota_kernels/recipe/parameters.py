@@ -65,8 +65,8 @@ class Parameter:
 
     default: None where it is not set, REQUIRED where a recipe must give it; level: "shared" by the experts,
     or each "expert" has its own; varies: whether tensors may differ in it; affects: what depends on it:
-    "scores" and everything else, "masks" (which of the scores are kept, and what is found of those), or
-    "values" alone, nothing that is found of the inputs before they merge.
+    "scores" and everything else, "masks" (which of the scores are kept, and what is found of those),
+    "values" alone, nothing that is found of the inputs before they merge, or the "length" of the merged edit.
     """
 
     key: str
@@ -250,10 +250,10 @@ def scale(default: float = 1.0) -> tuple[Parameter, ...]:
             _LAMBDA,
             default,
             "the factor of the merged edit; auto: so much that what averaging took from it is undone",
-            affects="values",
+            affects="length",
         ),
         Parameter(
-            "times", FINITE, 1.0, "a further factor, of an automatic `lambda` or any", affects="values"
+            "times", FINITE, 1.0, "a further factor, of an automatic `lambda` or any", affects="length"
         ),
         Parameter(
             "match_norm",
@@ -261,14 +261,14 @@ def scale(default: float = 1.0) -> tuple[Parameter, ...]:
             None,
             "mean: scale the merged edit to the mean length of the experts' edits",
             varies=False,
-            affects="values",
+            affects="length",
         ),
     )
 
 
 SCALE = scale()
 # Of rows whose merged edit no sample of elements tells.
-LAMBDA = Parameter("lambda", FINITE, 1.0, "the factor of the merged edit", affects="values")
+LAMBDA = Parameter("lambda", FINITE, 1.0, "the factor of the merged edit", affects="length")
 DTYPE = Kind(f"{', '.join(OUTPUT_NAMES)} or auto", _parse_dtype)
 
 

@@ -12,6 +12,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
+from types import MappingProxyType
 
 import numpy as np
 
@@ -84,7 +85,7 @@ class Decider:
         surveys: Surveys | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
-        self.rules, self._surveys, self._ranks = rules, surveys or Once(), ranks
+        self.rules, self.surveys, self._ranks = rules, surveys or Once(), ranks
         self.method, self.tensors, self.backend, self.pool = method, tensors, backend, pool
         self._settings, self.release, self._wants = settings, release, wants
         self._positions, self._bundles, self._seed = positions or {}, bundles, seed
@@ -112,8 +113,18 @@ class Decider:
         """One that takes these tensors, prepared, for the model."""
         other = copy.copy(self)
         other.__dict__.pop("experts", None)
-        other.tensors, other._surveys, other._ranks = tensors, Once(), ALONE
+        other.tensors, other.surveys, other._ranks = tensors, Once(), ALONE
         other.prepare = lambda tensor: tensor
+        return other
+
+    def of_length_one(self) -> Decider:
+        """One whose merged edits have no factor of their own: `lambda` and `times` are 1."""
+        other = copy.copy(self)
+        each = {
+            id(s): replace(s, shared=MappingProxyType({**s.shared, "lambda": 1.0, "times": 1.0}))
+            for s in self._settings.values()
+        }
+        other._settings = {name: each[id(s)] for name, s in self._settings.items()}
         return other
 
     @functools.cached_property
@@ -194,7 +205,7 @@ class Decider:
 
     def decide_model(self) -> ModelFound:
         """Brackets from a sample of all tensors, or thresholds from reads of them, or nothing at all."""
-        found = self._surveys.of(None, self._decide_model)
+        found = self.surveys.of(None, self._decide_model)
         if not self.needs.has("signs", "model"):
             return found
 
@@ -253,7 +264,7 @@ class Decider:
             count, spread = self.rules.clusters(elements), spread or release is None
             scope, part = None if self.model_scope else tensors[0].name, (ranks.rank, ranks.size)
             score, run = self.score_terms, self.pool.run
-            sampled = self._surveys.sampled(
+            sampled = self.surveys.sampled(
                 (scope, "bracket"),
                 experts,
                 lambda of: sample(tensors, count, of, score, self.backend, run, release, spread, part=part),
@@ -305,7 +316,7 @@ class Decider:
         """The kernel's numbers for one prepared tensor; open (see terms.is_open) where a threshold
         follows."""
         settings = self.settings(tensor)
-        found = self._surveys.of(tensor.name, lambda: self._found(tensor, settings, model))
+        found = self.surveys.of(tensor.name, lambda: self._found(tensor, settings, model))
         found.signs = model.signs
         terms, factor = self.method.terms(settings, found), settings.shared.get("layers") or 1.0
         if settings.scaled:
@@ -408,7 +419,7 @@ class Decider:
         model; ready: a tensor as it is read, and its terms."""
         count = self.rules.clusters(sum(t.numel for t in tensors))
         prepared = [ready(t)[0] for t in tensors]
-        found = self._surveys.sampled(
+        found = self.surveys.sampled(
             (name, "ranks"),
             experts,
             lambda of: sample(prepared, count, of, lambda t: ready(t)[1], self.backend, self.pool.run),

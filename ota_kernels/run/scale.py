@@ -50,7 +50,8 @@ _WHOLE = {"norms", "gram", "row scores"}
 
 class Sums(NamedTuple):
     """Over the model, of one merged edit e: sum_t ||k_t||^2, ||e||^2, sum_t <e, k_t>, and ||lambda e||^2
-    for each tensor's own lambda, `auto` and `match_norm` taken as 1; edits: ||d_t||^2 per expert."""
+    for each tensor's own lambda, `auto` and `match_norm` taken as 1; edits: ||d_t||^2 per expert. Of a part
+    of the model, lambda is without the recipe's `lambda` and `times`."""
 
     kept: float
     merged: float
@@ -114,9 +115,26 @@ def decide(decider: Decider, always: bool = False) -> ModelFound:
 
 def find(decider: Decider, model: ModelFound) -> Scale:
     """Of a decider's tensors. model: what was found of it."""
+    measured = decider.surveys.measured(lambda: _measured(decider.of_length_one(), model))
+    if measured is None:
+        return NONE
+    factors = {tensor.name: decider.settings(tensor).lambda_ for tensor in decider.tensors}
+    sums = [part._replace(scaled=part.scaled * factors[name] ** 2) for name, part in measured.parts]
+    return Scale.of(_added(sums), measured.elements)
+
+
+class _Measured(NamedTuple):
+    """The sums of parts of the model, each of a tensor; elements: how many were sampled."""
+
+    parts: list[tuple[str, Sums]]
+    elements: int
+
+
+def _measured(decider: Decider, model: ModelFound) -> _Measured | None:
+    """Of a decider of edits of length one; None of no elements."""
     total = sum(t.numel for t in decider.tensors)
     if not total:
-        return NONE
+        return None
     share = min(max(total / 100, _LEAST), _MOST) / total
     whole = [t for t in decider.tensors if decider.matrices.by_formula(t)]
     ready = (decider.prepare(t) for t in decider.tensors if not decider.matrices.by_formula(t))
@@ -129,14 +147,16 @@ def find(decider: Decider, model: ModelFound) -> Scale:
     terms_of = _terms_of_tensors if by_tensors else _terms_of_sample
     times = _times(decider, pieces)
 
-    def sums(pair: tuple[TensorInputs, Terms]) -> Sums:
+    def sums(pair: tuple[TensorInputs, Terms]) -> tuple[str, Sums]:
         piece, terms = pair
-        return _sums(decider, piece, terms, times[piece.name])
+        return piece.name, _sums(decider, piece, terms, times[piece.name])
 
-    found = list(decider.pool.run(sums, terms_of(decider, model, pieces)))
-    matrices = _matrices(decider, model, whole)
-    found += decider.pool.run(lambda matrix: _sums_of_matrix(decider, matrix), matrices)
-    return Scale.of(_added(found), sum(p.numel for p in pieces) + sum(t.numel for t in whole))
+    def of_matrix(matrix: Matrix) -> tuple[str, Sums]:
+        return matrix.stored.name, _sums_of_matrix(decider, matrix)
+
+    parts = list(decider.pool.run(sums, terms_of(decider, model, pieces)))
+    parts += decider.pool.run(of_matrix, _matrices(decider, model, whole))
+    return _Measured(parts, sum(p.numel for p in pieces) + sum(t.numel for t in whole))
 
 
 def _statistics(decider: Decider) -> set[str]:
@@ -203,15 +223,15 @@ def _threshold(
     def scores(piece: TensorInputs) -> np.ndarray:
         return resident.host(decider.backend.scores(piece, t, sample.score_terms(piece))[0])
 
-    found = list(decider.pool.run(scores, taking_part))
-    if not found:
+    if not taking_part:
         return KEEP_NOTHING
-    of_each = np.concatenate(
-        [np.full(len(s), times[p.name]) for s, p in zip(found, taking_part, strict=True)]
-    )
-    values = np.concatenate(found)
-    order = np.argsort(-values, kind="stable")
-    values, of_each = values[order], of_each[order]
+    # Sorted as integers: the score's bits, then its piece.
+    found = enumerate(decider.pool.run(scores, taking_part))
+    keys = np.concatenate([s.view(np.uint32).astype(np.uint64) << 32 | np.uint64(i) for i, s in found])
+    keys.sort()
+    keys = keys[::-1]
+    values = (keys >> 32).astype(np.uint32).view(np.float32)
+    of_each = np.array([times[p.name] for p in taking_part])[keys & 0xFFFFFFFF]
     reached = np.cumsum(of_each * (values.astype(np.float64) if selection.rule == "mass" else 1.0))
     at = int(np.searchsorted(reached, selection.value * reached[-1]))
     if selection.value <= 0 or not values[0]:

@@ -1,7 +1,8 @@
 """What merges of the same tensors found before they merged, kept for the next ones.
 
-A parameter says what depends on it (recipe/parameters.py): settings that differ in "values" only find the
-same; those that differ in "masks" score alike, and share a sample of the scores.
+A parameter says what depends on it (recipe/parameters.py): settings that differ in "length" only measure the
+same merged edit, and those that differ in "values" find the same; those that differ in "masks" score alike,
+and share a sample of the scores.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from ..recipe.settings import Settings
 from ..tensors.array import Array
 
 _MOST = 32  # statistics of rows are as large as a column of each matrix
+# What samples of scores, what is found, and what is measured of merged edits depend on.
+_SCORED, _FOUND, _EDIT = ("scores",), ("scores", "masks"), ("scores", "masks", "values")
 
 Key = tuple
 Result = TypeVar("Result")
@@ -26,17 +29,24 @@ Result = TypeVar("Result")
 @dataclass
 class Surveys:
     """What was found by settings that find the same, under keys that say of what. decided: exact thresholds
-    of groups, by the number of the tensor, None for the model; samples: of scores."""
+    of groups, by the number of the tensor, None for the model; samples: of scores; edits: what was measured
+    of merged edits, by what they depend on, of which `edit` is asked for."""
 
     samples: dict[Key, Array] = field(default_factory=dict)
     found: dict[str | None, Any] = field(default_factory=dict)
     decided: dict[int | None, list[float | None]] = field(default_factory=dict)
+    edits: OrderedDict[Key, Any] = field(default_factory=OrderedDict)
+    edit: Key = ()
 
     def of(self, name: str | None, find: Callable[[], Result]) -> Result:
         """What was found of a tensor, or of the model (None)."""
         if name not in self.found:
             self.found[name] = find()
         return self.found[name]
+
+    def measured(self, measure: Callable[[], Result]) -> Result:
+        """What is measured of the merged edit, whatever its factor."""
+        return _taken(self.edits, self.edit, measure)
 
     def sampled(
         self, scope: Key, experts: Sequence[int], take: Callable[[Sequence[int]], list[Array]]
@@ -53,6 +63,9 @@ class Once(Surveys):
 
     def of(self, name: str | None, find: Callable[[], Result]) -> Result:
         return find()
+
+    def measured(self, measure: Callable[[], Result]) -> Result:
+        return measure()
 
     def sampled(
         self, scope: Key, experts: Sequence[int], take: Callable[[Sequence[int]], list[Array]]
@@ -96,14 +109,18 @@ class _Entry:
 
 
 class Shared(Surveys):
-    """Of merges that run at once. found: of those that find the same; scores: of those that score alike."""
+    """Of merges that run at once. edits: of those that measure the same; found: of those that find the same;
+    scores: of those that score alike."""
 
-    def __init__(self, found: _Counted, scores: _Counted) -> None:
+    def __init__(self, edits: _Counted, found: _Counted, scores: _Counted) -> None:
         super().__init__()
-        self._found, self._scores = found, scores
+        self._edits, self._found, self._scores = edits, found, scores
 
     def of(self, name: str | None, find: Callable[[], Result]) -> Result:
         return self._found.of((name,), find)
+
+    def measured(self, measure: Callable[[], Result]) -> Result:
+        return self._edits.of((), measure)
 
     def sampled(
         self, scope: Key, experts: Sequence[int], take: Callable[[Sequence[int]], list[Array]]
@@ -121,7 +138,7 @@ class Shared(Surveys):
             each = {key: _Counted(n, is_worker) for key, n in Counter(keys).items()}
             return [each[key] for key in keys]
 
-        return list(map(Shared, counted(("scores", "masks")), counted(("scores",))))
+        return list(map(Shared, counted(_EDIT), counted(_FOUND), counted(_SCORED)))
 
 
 class Kept:
@@ -133,9 +150,11 @@ class Kept:
 
     def of(self, method: Method, outputs: Sequence[OutputTensor]) -> Surveys:
         """What is known for these outputs; empty at first."""
-        scores, masks = (_key(method, outputs, affects) for affects in (("scores",), ("scores", "masks")))
+        scores, masks, edit = (_key(method, outputs, affects) for affects in (_SCORED, _FOUND, _EDIT))
         samples = _taken(self._samples, scores, dict)
-        return _taken(self._surveys, masks, lambda: Surveys(samples))
+        surveys = _taken(self._surveys, masks, lambda: Surveys(samples))
+        surveys.edit = edit
+        return surveys
 
 
 def _taken(kept: OrderedDict, key: Key, make):
@@ -155,7 +174,8 @@ def _key(method: Method, outputs: Sequence[OutputTensor], affects: tuple[str, ..
 
     def chosen(settings: Settings) -> Key:
         of_experts = tuple(tuple(e[key] for key in own) for e in settings.experts)
-        return settings.has_base, tuple(settings[key] for key in shared), of_experts
+        # A table of weights is not kept as a key: it stands in the weights.
+        return settings.has_base, tuple(settings.shared.get(key) for key in shared), of_experts
 
     of_settings = {id(o.settings): chosen(o.settings) for o in outputs}
     return (method.name, *((o.name, o.action, o.positions, of_settings[id(o.settings)]) for o in outputs))

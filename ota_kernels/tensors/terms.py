@@ -55,6 +55,7 @@ Scales of scores are powers of two times the recipe's numbers: float32 neither u
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -107,12 +108,17 @@ class Words:
     @property
     def codes(self) -> tuple[int, ...]:
         """The words by their places in WORDS."""
-        return tuple(words.index(getattr(self, step)) for step, words in WORDS.items())
+        return _codes(self)
 
     @property
     def curvature(self) -> bool:
         """Whether elements of curvature are read."""
         return self.score in ("saliency", "curvature") or self.weigh == "curvature"
+
+
+@functools.cache
+def _codes(words: Words) -> tuple[int, ...]:
+    return tuple(known.index(getattr(words, step)) for step, known in WORDS.items())
 
 
 @dataclass(frozen=True, slots=True)

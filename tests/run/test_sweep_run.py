@@ -41,6 +41,8 @@ CASES = {
     "model": ("ota", {}, {"lambda": [0.6, 1.0, 1.4], "density": [0.1, 0.3]}),
     "tensor": ("ota", {"density_scope": "tensor"}, {"density": [0.1, 0.3], "power": [0.5, 1.0]}),
     "mass": ("ota", {"normalise": "model"}, {"saliency_mass": [0.5, 0.9]}),
+    "automatic": ("ota", {"density": 0.3}, {"lambda": ["auto", 0.7], "times": [1.0, 0.5], "power": [0.5, 1]}),
+    "match": ("task_arithmetic", {"match_norm": "mean"}, {"lambda": [1.0, -0.5], "weight": [1.0, 0.5]}),
     "ties": ("ties", {"weight": 1.0}, {"lambda": [0.5, 1.0], "density": [0.2, 1.0]}),
     "linear": ("linear", {}, {"weight": [1.0, 0.5], "normalize": [True, False]}),
     "ramplus": ("ramplus", {}, {"r": [0.1, 0.2]}),
@@ -63,6 +65,7 @@ def test_each_folder_is_its_merge(models, tmp_path, case, threads):
         report = json.loads((folder / "merge_report.json").read_text())
         alone = json.loads((tmp_path / name / "merge_report.json").read_text())
         assert report["experts"] == alone["experts"]
+        assert report["lambda"] == alone["lambda"]
         assert yaml.safe_load((folder / "merge_recipe.yaml").read_text()) == yaml.safe_load(
             (tmp_path / name / "merge_recipe.yaml").read_text()
         )
@@ -97,6 +100,17 @@ def test_what_is_found_is_found_once(models, tmp_path, monkeypatch):
     values = {"lambda": [0.5, 1.0], "density": [0.1, 0.2, 0.3]}
     ota_kernels.sweep(models.recipe(), tmp_path / "out", values, tile_elements=TILE)
     assert len(taken) == 1
+
+
+def test_merges_that_differ_in_length_only_are_measured_once(models, tmp_path, monkeypatch):
+    measured = []
+    edits = native.edits
+    monkeypatch.setattr(native, "edits", lambda *a: (measured.append(1), edits(*a))[1])
+    ota_kernels.merge(models.recipe(density=0.1), tmp_path / "one")
+    once = len(measured)
+    values = {"lambda": ["auto", 0.5, 1.0], "density": [0.1, 0.2]}
+    ota_kernels.sweep(models.recipe(), tmp_path / "out", values, tile_elements=TILE)
+    assert len(measured) == (1 + 2) * once > 0  # the merge alone, then each density
 
 
 class TestResume:
