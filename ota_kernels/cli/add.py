@@ -24,7 +24,8 @@ from .options import reading
 @reading
 def add(out: str, expert: str, new: str, quiet: bool, **options: Any) -> None:
     """Merge EXPERT into the merge OUT, which was made with `keep_sums: true`, and write the folder NEW:
-    byte for byte the merge of all experts from the start. Reads OUT's sums, the base and EXPERT.
+    byte for byte the merge of all experts from the start. Reads OUT's sums, the base and EXPERT. A merge by
+    `opcm` needs no sums: NEW is the merge of all but for the rounding of OUT's weights.
 
     What all experts of OUT share (a density, say) holds for EXPERT too, unless it is given.
     """

@@ -7,6 +7,7 @@ import copy
 import functools
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from .roles import EMBEDDING, role_of
 from .second_moments import moments_key
 from .tables import table_of
 from .truncation import cut
+from .unscaled import Unscaled
 from .vocabulary import Aligned, AlignedMoments, Alignment, with_rows
 
 _ADVICE = "; --allow-crimes merges what there is"
@@ -46,7 +48,8 @@ class Inputs:
     what they compute, and notes say so; allow_differences: in what they compute; truncate: vocabulary tensors
     are cut to the fewest rows of any model; files: models are single files, whatever lies beside them, and
     which names are merged (pairing.py); lora_dtype: the type that models with adapters are rounded to;
-    pack_base: the base of packs, None for the recipe's or where they say it is.
+    pack_base: the base of packs, None for the recipe's or where they say it is; unscaled: factors by which
+    the edits of some models were multiplied, by their names: they are divided by them.
 
     recipe: without models that are the base itself; entries: output tensors in the order in which they are
     written; models: by their references; checkpoints: the files of each; untied: the output has an output
@@ -65,9 +68,10 @@ class Inputs:
         files: str | None = None,
         lora_dtype: str | None = None,
         pack_base: str | None = None,
+        unscaled: Mapping[str, float] | None = None,
     ) -> None:
         self.recipe, self._single, self._lora_dtype = recipe, files, lora_dtype
-        self._pack_base = pack_base
+        self._pack_base, self._unscaled = pack_base, unscaled or {}
         self.method = recipe.method
         self._files = contextlib.ExitStack()
         self.notes: list[str] = []
@@ -134,6 +138,10 @@ class Inputs:
             model: Model = self._packed(reference, path)
         else:
             model, self.checkpoints[reference] = self._stored(path, reference.label)
+            if reference.label in self._unscaled:
+                label = self.recipe.base.label
+                base, _ = self._stored(self.model_folders[label], label)
+                model = Unscaled(model, base, self._unscaled[reference.label])
         if reference.adapter is None:
             return model
         name = reference.adapter_label

@@ -65,9 +65,12 @@ class Decider:
 
     release: called with each tile of a large read, whose pages may go; wants: told what will be read soon;
     positions: the numbers in the recipe of a tensor's experts, by its name, where some do not take part;
+    norms_before: of the edits of those that the first expert stands for, where it is a merge of others;
     bundles: those of the tensors that stand for several; seed: of random numbers; surveys: what was found
     before, and is kept; ranks: who decides of the model together.
     """
+
+    norms_before: Sequence[float] = ()
 
     def __init__(
         self,

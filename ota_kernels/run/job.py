@@ -106,7 +106,7 @@ class Job:
             self.inputs.close()
             raise
 
-    def _open(self, recipe: Recipe) -> Inputs:
+    def _open(self, recipe: Recipe, **more: Any) -> Inputs:
         options = self.options
         return Inputs(
             recipe,
@@ -114,6 +114,7 @@ class Job:
             truncate=options.unsafe_truncate_embeddings,
             lora_dtype=options.lora_merge_dtype,
             pack_base=options.pack_base,
+            **more,
         )
 
     def _backend(self) -> Backend:

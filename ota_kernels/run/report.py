@@ -101,8 +101,8 @@ def build_report(
 
 def _scale(decider: Decider, found: ModelFound) -> dict | None:
     """used: the factor of the merged edit, None where tensors differ in it; auto, match_norm: the factors
-    that those keys would find (run/scale.py); length: ||merged edit|| / mean_t ||d_t||; sampled: of so many
-    elements. None where the method has no factor, or a sample does not tell."""
+    that those keys would find (run/scale.py); length: ||merged edit|| / mean_t ||d_t||; norms: each
+    ||d_t||; sampled: of so many elements. None where the method has no factor, or a sample does not tell."""
     if found.scale is None:
         return None
     settings = [decider.settings(tensor) for tensor in decider.tensors]
@@ -113,6 +113,7 @@ def _scale(decider: Decider, found: ModelFound) -> dict | None:
         "auto": found.scale.auto,
         "match_norm": found.scale.match_norm,
         "length": float(f"{factor * found.scale.length:.4g}"),
+        "norms": list(found.scale.norms),
         "sampled": found.scale.elements,
     }
 

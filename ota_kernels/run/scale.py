@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -63,12 +63,13 @@ class Sums(NamedTuple):
 @dataclass(frozen=True)
 class Scale:
     """What the sums say. auto, match_norm: factors of those names; length: ||lambda e|| / mean_t ||d_t||
-    without either; elements: how many were sampled."""
+    without either; elements: how many were sampled; norms: each ||d_t||."""
 
     auto: float
     match_norm: float
     length: float
     elements: int
+    norms: Sequence[float] = ()
 
     def factor(self, settings: Settings) -> float:
         """By which these settings ask a merged edit to be multiplied."""
@@ -77,19 +78,22 @@ class Scale:
         return 1.0 if settings.shared.get("match_norm") is None else self.match_norm
 
     @classmethod
-    def of(cls, sums: Sums, elements: int) -> Scale:
-        """Factors to six digits: the sums' last ones differ between backends."""
-        mean = math.fsum(map(math.sqrt, sums.edits)) / max(len(sums.edits), 1)
+    def of(cls, sums: Sums, elements: int, before: Sequence[float] = ()) -> Scale:
+        """Factors to six digits: the sums' last ones differ between backends. before: norms of the experts
+        that the first one stands for, where it is a merge of them."""
+        own = list(map(math.sqrt, sums.edits))
+        norms = [*before, *own[1:]] if before else own
+        mean, six = math.fsum(norms) / max(len(norms), 1), tuple(map(_six, norms))
         length = math.sqrt(sums.merged)
         if not (length and math.isfinite(sums.kept + sums.merged + sums.scaled)):
-            return cls(1.0, 1.0, 0.0, elements)  # nothing to scale, or what the merge itself refuses
+            return cls(1.0, 1.0, 0.0, elements, six)  # nothing to scale, or what the merge itself refuses
         auto = math.sqrt(sums.kept) / length
         if sums.product > 0:
             auto = min(auto, sums.kept / sums.product)
         if len(sums.edits) == 1:
             auto = 1.0
         scaled = math.sqrt(sums.scaled) / mean if mean else 0.0
-        return cls(_six(auto), _six(1 / scaled) if scaled else 1.0, _six(scaled), elements)
+        return cls(_six(auto), _six(1 / scaled) if scaled else 1.0, _six(scaled), elements, six)
 
 
 NONE = Scale(1.0, 1.0, 0.0, 0)
@@ -120,7 +124,7 @@ def find(decider: Decider, model: ModelFound) -> Scale:
         return NONE
     factors = {tensor.name: decider.settings(tensor).lambda_ for tensor in decider.tensors}
     sums = [part._replace(scaled=part.scaled * factors[name] ** 2) for name, part in measured.parts]
-    return Scale.of(_added(sums), measured.elements)
+    return Scale.of(_added(sums), measured.elements, decider.norms_before)
 
 
 class _Measured(NamedTuple):

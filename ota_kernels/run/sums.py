@@ -14,19 +14,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, RecipeError
+from ..errors import InputError
 from ..io.assets import Asset, recipe_asset
 from ..io.reader import Checkpoint
 from ..recipe.recipe import Recipe
-from ..recipe.schema import load_recipe, parse_recipe
+from ..recipe.schema import parse_recipe
+from .going_on import Before, together
 from .job import Job
+from .one_by_one import OneByOne
 from .options import Options, Progress, Silent
-from .report import published_report
 from .rules import RULES
 from .sums_writing import PLANES, SUMS, Earlier, base_probes, plane_type, uniform_tensors
-
-RECIPE_NAME = "merge_recipe.yaml"
-SELECTIONS = ("density", "saliency_mass", "precond_threshold")
 
 
 def add(
@@ -41,13 +39,18 @@ def add(
     """Merge an expert into the finished merge `out`, which has kept its sums, and write it as the folder
     `new`: byte for byte the merge of all experts in this order. Reads the sums, the base and one expert.
 
+    A merge by `opcm` keeps no sums: run/one_by_one.py.
+
     parameters: the expert's own, by the recipe's keys; those that all others share are taken over. options
     and errors as of `merge`. Returns the report.
     """
-    before = _Before(Path(out))
+    before = Before(Path(out))
     entry = {"model": os.fspath(expert), "parameters": before.parameters(dict(parameters or {}))}
     models = before.recipe["models"]
     whole = parse_recipe(before.recipe | {"models": [*models, entry]})
+    if before.one_by_one:
+        with OneByOne(before, entry, whole, Options.of(**before.options, **options)) as job:
+            return job.run(Path(new), progress or Silent())
     with _GoingOn(before, entry, whole, len(models), Options.of(**before.options, **options)) as job:
         return job.run(Path(new), progress or Silent())
 
@@ -63,7 +66,9 @@ def remove(
     """Take an expert out of the finished merge `out` again: within rounding the merge of the others. The
     sums have lost what rounding took when it was added: an error of an ulp of the largest P_t d_t.
     Arguments as of `add`; expert: as the recipe names it."""
-    before = _Before(Path(out))
+    before = Before(Path(out))
+    if before.one_by_one:
+        raise InputError(f"{out}: opcm adds what the others left over: merge them from the start")
     models = before.recipe["models"]
     found = [t for t, model in enumerate(models) if _same(_name(model["model"]), os.fspath(expert))]
     if len(found) != 1 or len(models) < 2:
@@ -86,44 +91,13 @@ def _same(one: str, other: str) -> bool:
     )
 
 
-class _Before:
-    """A finished merge that kept its sums. recipe: as a mapping; report: what it says of itself; options:
-    those that its bytes depend on."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.report = folder, published_report(folder)
-        if "sums" not in self.report or not (folder / SUMS).is_dir():
-            raise InputError(
-                f"{folder}: is no merge that can go on: merge it with `keep_sums: true` of the method `ota`"
-            )
-        self.recipe = load_recipe(folder / RECIPE_NAME).as_dict()
-        self.options: dict[str, Any] = dict(self.report["options"])
-        if "models" not in self.recipe:
-            raise InputError(f"{folder}: its recipe restacks layers: merge all experts from the start")
-
-    def parameters(self, given: dict[str, Any]) -> dict[str, Any]:
-        """A new expert's: what is given, and what all experts of the merge share."""
-        each = [model.get("parameters", {}) for model in self.recipe["models"]]
-        shared = {k: x for k, x in each[0].items() if all(k in own and own[k] == x for own in each)}
-        shared.pop("preconditioner_path", None)
-        if any(key in given for key in SELECTIONS):
-            shared = {key: value for key, value in shared.items() if key not in SELECTIONS}
-        elif not any(key in shared for key in SELECTIONS) and any(
-            k in own for own in each for k in SELECTIONS
-        ):
-            raise RecipeError(
-                f"the experts of {self.folder} differ in what is kept of them: give --density or the like"
-            )
-        return shared | given
-
-
 class _GoingOn(Job):
     """A merge of one expert on top of the sums of others. whole: the recipe of all experts; place: the
     expert's among them; removes: it is taken out."""
 
     def __init__(
         self,
-        before: _Before,
+        before: Before,
         entry: dict[str, Any],
         whole: Recipe,
         place: int,
@@ -182,27 +156,10 @@ class _GoingOn(Job):
 
     def _completed(self, report: dict[str, Any]) -> dict[str, Any]:
         own = super()._completed(report) | {"notes": self.notes}
-        return _together(self._before.report, own, self._place, self._removes)
+        both = together(self._before.report, own, self._place, self._removes)
+        # Of the edit of all, which nobody has sampled.
+        return both | {"found": both["found"] | {"scale": None}, "lambda": None}
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
         self._sums.close()
-
-
-def _together(before: dict[str, Any], report: dict[str, Any], place: int, removes: bool) -> dict[str, Any]:
-    """The report of one expert's merge, with what the earlier one says of the others."""
-
-    def whole(old: list, new: list) -> list:
-        return old[:place] + old[place + 1 :] if removes else old + new
-
-    tensors = {}
-    for name, found in report["tensors"].items():
-        old = before["tensors"][name]
-        tensors[name] = found | {key: whole(old[key], found[key]) for key in ("kept", "thresholds")}
-    both = {key: whole(before["found"][key], report["found"][key]) for key in ("thresholds", "mean_weights")}
-    return report | {
-        "experts": whole(before["experts"], report["experts"]),
-        "tensors": tensors,
-        "found": report["found"] | both | {"scale": None},  # of the edit of all, which nobody has sampled
-        "lambda": None,
-    }
