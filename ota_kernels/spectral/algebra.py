@@ -34,6 +34,8 @@ def one_thread() -> Iterator[None]:
             _threads = torch.get_num_threads()
         _inside += 1
         torch.set_num_threads(1)  # of this thread, and of those that begin later
+        # A thread takes the common number over once, at its first loop or question: here, while it is 1.
+        torch.get_num_threads()
     try:
         yield
     finally:

@@ -177,6 +177,29 @@ def test_results_do_not_depend_on_threads():
         torch.set_num_threads(before)
 
 
+@alone
+def test_a_thread_that_leaves_changes_nothing_for_those_inside():
+    seen, entered, left = [], threading.Event(), threading.Event()
+
+    def other():
+        with one_thread():
+            entered.set()
+            left.wait()
+            seen.append(torch.get_num_threads())
+
+    torch.set_num_threads(4)
+    thread = threading.Thread(target=other)
+    with one_thread():
+        thread.start()
+        entered.wait()
+    left.set()
+    thread.join()
+    assert seen == [1]
+    with one_thread():
+        pass
+    assert torch.get_num_threads() == 4
+
+
 def test_polar_of_nothing():
     assert not polar(torch.zeros(3, 5, dtype=torch.float64)).any()
     assert polar(torch.zeros(3, 0, dtype=torch.float64)).shape == (3, 0)
