@@ -37,7 +37,8 @@ BEAT = 2.0  # seconds between two signs of life
 LOST = 30.0  # seconds without one
 _START = 300.0  # seconds until the first
 _LEAVE = 10.0  # seconds that rank 0, which may serve the store, waits for others to leave
-_ANSWER = 60.0  # seconds in which the store, and gloo between ranks that are all there, must answer
+_ANSWER = 60.0  # seconds in which the store must answer
+_TOGETHER = LOST  # seconds in which gloo must: a rank may end when all were there
 _POLL = 0.002, 0.2  # seconds between two questions, at first and at most
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # as torchrun sets it
 _HINT = "the same command with --resume goes on, with any number of processes"
@@ -146,7 +147,7 @@ class Several:
         try:
             if self._gloo is None:
                 store = PrefixStore("gloo", self._store)
-                self._gloo = ProcessGroupGloo(store, self.rank, self.size, timedelta(seconds=_ANSWER))
+                self._gloo = ProcessGroupGloo(store, self.rank, self.size, timedelta(seconds=_TOGETHER))
             self._gloo.allreduce([summed]).wait()
         except RuntimeError as error:
             time.sleep(2 * self._beat)  # the one that has ended may have said why

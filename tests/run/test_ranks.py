@@ -258,6 +258,34 @@ class TestEnds:
         assert time.monotonic() - begun < 30
         assert not (tmp_path / "out").exists()
 
+    @pytest.mark.parametrize("met_before", [False, True])
+    def test_a_rank_that_ends_between_being_there_and_the_sum(self, monkeypatch, met_before):
+        """gloo waits for it; no longer than for a rank that is not heard of."""
+        assert processes._TOGETHER <= 30
+        monkeypatch.setattr(processes, "_TOGETHER", 1.0)
+        store, found = HashStore(), {}
+
+        def one(rank):
+            try:
+                with Several(store, rank, 2, beat=0.01, lost=0.5) as ranks:
+                    if met_before:
+                        ranks.total(np.ones(1))
+                    if rank == 1:
+                        ranks.wait()
+                        ranks._ended.set()
+                        while 0 not in found:
+                            time.sleep(0.01)
+                    else:
+                        ranks.total(np.ones(1))
+            except BaseException as error:
+                found[rank] = error
+
+        begun = time.monotonic()
+        in_threads(one, 2)
+        assert type(found[0]) is RunError
+        assert "--resume goes on" in str(found[0])
+        assert time.monotonic() - begun < 20
+
     def test_values_that_are_not_finite_leave_nothing_to_resume(self, tmp_path):
         own = make_set(tmp_path / "models", {f"w{i}": (50, 60) for i in range(4)}, experts=2)
         own.experts[1]["w2"][3, 3] = math.inf
