@@ -386,6 +386,7 @@ NB_MODULE(_native, m) {
     m.def("unguard", &ota::unguard, "number"_a);
     m.def("watch", &ota::watch, "on"_a);
     m.def("lost", &ota::lost);
+    m.def("end_where_lost", &ota::end_where_lost);
     m.def("scatter_in_file", &scatter_in_file, "fd"_a, "begin"_a, "n"_a, "positions"_a, "elements"_a, "size"_a);
     m.def("below", &below, "alternatives"_a, "size"_a, "at"_a, "values"_a);
     m.def("between", &between, "values"_a, "low"_a, "high"_a, "out"_a, "isa"_a);

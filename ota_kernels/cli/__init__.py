@@ -11,6 +11,7 @@ import traceback
 
 import click
 
+from .. import _native
 from ..errors import OtaError, StoppedError, one_line
 from . import remarks
 
@@ -69,6 +70,7 @@ def main() -> None:
     # would take as long as to import numpy.
     gc.set_threshold(50_000)
     _fill_standard_files()
+    _native.end_where_lost()
     remarks.hold()
     try:
         cli.main(standalone_mode=False)

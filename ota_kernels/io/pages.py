@@ -87,7 +87,7 @@ def _forget(number: int) -> None:
 @contextmanager
 def watched() -> Iterator[None]:
     """In here a failing read of a mapped file gives zeros, for which `check_reads` must be asked before
-    anything made of them is kept. Else the system ends the process."""
+    anything made of them is kept. Else it ends the process: a command with one line (`cli.main`)."""
     from .. import _native
 
     _native.watch(True)

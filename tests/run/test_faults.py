@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jobs
 import pytest
+import torch
 from checkpoints import make_set, model_digests, write_recipe
 from jobs import Interrupt, merge
 
@@ -233,3 +234,78 @@ class TestProcess:
         assert process.wait(60) == 0
         merge(recipe, tmp_path / "expected")
         assert model_digests(out) == model_digests(tmp_path / "expected")
+
+
+# `ota-merge`, under which a file becomes shorter as soon as it is mapped.
+CUT = """
+import os, sys
+from pathlib import Path
+from ota_kernels import cli
+from ota_kernels.io import reader, torchfile
+
+file = Path(os.environ["FILE"])
+
+def cutting(maps):
+    def mapped(path, *more):
+        found = maps(path, *more)
+        if Path(path) == file:
+            os.truncate(file, 100)
+        return found
+    return mapped
+
+reader._map, torchfile.load = cutting(reader._map), cutting(torchfile.load)
+cli.main()
+"""
+
+
+class TestCommandsOnFilesThatAreCut:
+    """They end with one line, and leave nothing that looks whole."""
+
+    @pytest.fixture
+    def ends(self, tmp_path):
+        """Asserts it of a command."""
+
+        def ends(
+            file, *arguments, code=1, fact="is lost: it has become shorter, or its disk is full or has failed"
+        ):
+            before = visible(tmp_path)
+            command = [sys.executable, "-c", CUT, *map(str, arguments)]
+            env = os.environ | {"FILE": str(file)}
+            done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+            assert (done.returncode, done.stdout) == (code, ""), done.stderr
+            assert done.stderr.splitlines()[-1] == f"error: {file}: {fact}"
+            assert done.stderr.count("error") == 1
+            assert visible(tmp_path) == before
+
+        def visible(folder):
+            return sorted(name for name in os.listdir(folder) if not name.startswith("."))
+
+        return ends
+
+    def test_moments(self, models, tmp_path, ends):
+        one, other = models.curvature_files
+        ends(one, "moments", "show", one)
+        ends(other, "moments", "compress", other, tmp_path / "new.safetensors", "--format", "log8")
+
+    def test_moments_of_a_torch_file(self, tmp_path, ends):
+        moments = {f"w{i}": {"exp_avg_sq": torch.full((300, 400), 1e-9)} for i in range(4)}
+        file = tmp_path / "optimizer.pt"
+        torch.save({"state": moments}, file)
+        ends(file, "moments", "compress", file, tmp_path / "new.safetensors", "--format", "bf16")
+
+    def test_packs(self, models, tmp_path, ends, ota_merge):
+        base = ("--base", models.base_folder, "--form", "tswitch", "-q")
+        code, _, errors = ota_merge("pack", models.expert_folders[0], tmp_path / "e.pack", *base)
+        assert (code, errors) == (0, "")
+        expert, kept = (
+            models.expert_folders[0] / "model.safetensors",
+            models.base_folder / "model.safetensors",
+        )
+        ends(expert, "pack", models.expert_folders[0], tmp_path / "f.pack", *base)
+        ends(kept, "unpack", tmp_path / "e.pack", tmp_path / "whole", "-q")
+
+    @pytest.mark.parametrize("command", ["report", "verify --sample 100%"])
+    def test_what_reads_a_merge(self, models, tmp_path, ends, command):
+        recipe = write_recipe(tmp_path / "recipe.yaml", models.recipe(density=0.3))
+        merge(recipe, tmp_path / "out")
+        ends(models.base_folder / "model.safetensors", *command.split(), tmp_path / "out")
