@@ -81,6 +81,8 @@ def results(lab):
         found.grafts[by, 0.1] = {task: lab.graft(task, 0.1, by) for task in lab.experts}
     for label in ("ffg .1 signs", "emr"):
         found.packs[label] = {task: lab.packed(task, label) for task in lab.experts}
+    for label in ("experts", "ffg .05 exact", "emr"):
+        found.merged_packs[label] = lab.merged_packs(label)
     return found
 
 
@@ -99,7 +101,7 @@ def test_merges_are_scored_once_and_remembered(lab, results):
     assert scored.factor != 1
     assert 0 < scored.kept < 1
     lines = (lab._folder / "scores.jsonl").read_text().splitlines()
-    assert len(lines) == 1 + 2 + 4 + 4 + 4
+    assert len(lines) == 1 + 2 + 4 + 4 + 4 + 3
     assert all(set("".join(json.loads(x)["scored"]["right"].values())) <= {"0", "1"} for x in lines)
     again = Lab(lab._folder, lab.base, lab.experts, None, {})
     again.frozen = True
@@ -124,8 +126,26 @@ def test_packs_are_scored_with_their_size(lab, results):
         assert 0.5 < scored.bits < 6
     assert all(9 < scored.bits < 14 for scored in results.packs["emr"].values())
     rows = tables.packs("a", results).splitlines()
-    assert [row.split(" | ")[0] for row in rows[-2:]] == ["| ffg .1 signs", "| emr"]
+    assert [row.split(" | ")[0] for row in rows[-4:]] == [
+        "| experts",
+        "| ffg .05 exact",
+        "| ffg .1 signs",
+        "| emr",
+    ]
     assert not (lab._folder / "packing").exists()
+
+
+def test_merges_of_packs_are_beside_those_of_experts(lab, results):
+    """The experts as they are: the merge of the table of methods."""
+    merged = results.merged_packs
+    assert merged["experts"].right == results.merges[LINEAR.label][1.0].right
+    assert merged["emr"].bits == results.packs["emr"][next(iter(lab.experts))].bits
+    assert all(set(scored.right) == set(lab.experts) for scored in merged.values())
+    (row,) = (
+        line for line in tables.packs("a", results).splitlines() if line.startswith("| ffg .05 exact |")
+    )
+    gap, low, high = results.scale.difference(merged["ffg .05 exact"], merged["experts"])
+    assert row.endswith(f"| {gap:+.1f} [{low:+.1f}, {high:+.1f}] |")
 
 
 def test_the_interval_is_of_paired_texts():

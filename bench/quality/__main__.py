@@ -72,7 +72,7 @@ def run(given: argparse.Namespace) -> None:
         print(f"\n{tables.merges(group, found, others, methods)}")
         if found.grafts:
             print(f"\n{tables.grafts(group, found)}")
-        if found.packs:
+        if found.packs or found.merged_packs:
             print(f"\n{tables.packs(group, found)}")
     if given.figure and results:
         tables.figure(given.figure, results, methods)
@@ -103,6 +103,10 @@ def _results(lab: Lab, methods: list[Method]) -> Results | None:
         packs = {task: lab.packed(task, label) for task in lab.experts}
         if None not in packs.values():
             found.packs[label] = packs
+    for label in ("experts", *PACKS):
+        together = lab.merged_packs(label)
+        if together is not None:
+            found.merged_packs[label] = together
     return found
 
 

@@ -152,26 +152,52 @@ class Lab:
         """An expert packed and unpacked again, scored on its task; of `emr` with all others."""
         return self._once(f"pack {task} {label}", lambda: self._unpacked(task, label))
 
+    def merged_packs(self, label: str) -> Scored | None:
+        """All experts packed, and merged by task arithmetic with `lambda: auto`; "experts": as they are."""
+        return self._once(f"merge of packs {label}", lambda: self._merged_packs(label))
+
     def _unpacked(self, task: str, label: str) -> Scored:
-        (options, by_saliency), together = PACKS[label], label == "emr"
-        experts = list(self.experts.values()) if together else [self.experts[task]]
         place = self._folder / "packing"
-        folders = [place / str(t) for t in range(len(experts))]  # whose names packs have
-        shutil.rmtree(place, ignore_errors=True)  # of a run that was stopped
-        place.mkdir()
-        for folder, expert in zip(folders, experts, strict=True):
-            folder.symlink_to(expert)
-        moments = ["--moments", self.moments(task, "adam")] if by_saliency else []
-        target = place / ("packs" if together else "expert.pack")
-        ota_merge("pack", *folders, target, "--base", self.base, "-q", *options, *moments)
-        number = list(self.experts).index(task)
-        pack = target / f"{number}.pack" if together else target
-        ota_merge("unpack", pack, place / "out", "-q")
-        files = list(target.iterdir()) if together else [target]
-        size = sum(file.stat().st_size for file in files) / len(experts)
+        packs, size = self._pack(place, list(self.experts) if label == "emr" else [task], label)
+        ota_merge("unpack", packs[task], place / "out", "-q")
         scored = self._score(place / "out", [task])
         shutil.rmtree(place)
-        return scored._replace(bits=8 * size / self._parameters())
+        return scored._replace(bits=size)
+
+    def _merged_packs(self, label: str) -> Scored:
+        place = self._folder / "packing"
+        models, size = dict(self.experts), None
+        if label != "experts":
+            models, size = self._pack(place, list(self.experts), label)
+        recipe = {
+            "merge_method": "task_arithmetic",
+            "base_model": str(self.base),
+            "models": [{"model": str(model), "parameters": {"weight": 1.0}} for model in models.values()],
+            "parameters": {"lambda": "auto"},
+        }
+        scored = self._run(recipe, None)
+        shutil.rmtree(place, ignore_errors=True)
+        return scored._replace(bits=size)
+
+    def _pack(self, place: Path, tasks: list[str], label: str) -> tuple[dict[str, Path], float]:
+        """Packs of these experts in an empty folder `place`, by task; bits per parameter of an expert."""
+        options, by_saliency = PACKS[label]
+        shutil.rmtree(place, ignore_errors=True)  # of a run that was stopped
+        place.mkdir()
+        for task in tasks:  # whose names packs have
+            (place / task).symlink_to(self.experts[task])
+        target, together = place / "packs", label == "emr"
+        packs = {task: target / f"{task}.pack" for task in tasks}
+        if together:
+            experts = [place / task for task in tasks]
+            ota_merge("pack", *experts, target, "--base", self.base, "-q", *options)
+        else:
+            target.mkdir()
+            for task in tasks:
+                moments = ["--moments", self.moments(task, "adam")] if by_saliency else []
+                ota_merge("pack", place / task, packs[task], "--base", self.base, "-q", *options, *moments)
+        size = sum(file.stat().st_size for file in target.iterdir()) / len(tasks)
+        return packs, 8 * size / self._parameters()
 
     def _parameters(self) -> int:
         header = read_header(self.base / "model.safetensors")

@@ -19,6 +19,7 @@ class Results:
         self.merges: dict[str, dict[float | None, Scored]] = {}
         self.grafts: dict[tuple[str, float], dict[str, Scored]] = {}
         self.packs: dict[str, dict[str, Scored]] = {}
+        self.merged_packs: dict[str, Scored] = {}
 
     def best(self, label: str) -> float | None:
         """The setting of a method with the highest mean."""
@@ -96,16 +97,30 @@ def grafts(name: str, results: Results) -> str:
 
 
 def packs(name: str, results: Results) -> str:
-    """Share of an expert's gain that its pack has, against its size."""
-    tasks = results.scale.tasks
-    lines = [f"Set {name}: experts packed and unpacked, percent of the gain over the base: mean (worst).", ""]
-    lines += [_row(["form", "bits per parameter", "gain"]), _row(["-"] * 3)]
-    for label in PACKS:
-        found = results.packs.get(label)
-        if found is not None:
-            gains = [results.scale.gain(t, found[t]) for t in tasks]
-            bits = sum(found[t].bits for t in tasks) / len(tasks)
-            lines.append(_row([label, f"{bits:.2f}", f"{sum(gains) / len(gains):.0f} ({min(gains):.0f})"]))
+    """Share of an expert's gain that its pack has, against its size; and merges of packs, which the experts'
+    own is compared with."""
+    scale, merged = results.scale, results.merged_packs
+    lines = [
+        f"Set {name}: experts packed and unpacked, percent of the gain over the base: mean (worst); merges "
+        "of them by task arithmetic, `lambda: auto`: of the experts' accuracy.",
+        "",
+    ]
+    lines += [_row(["form", "bits per parameter", "gain", "merge", "- experts'"]), _row(["-"] * 5)]
+    for label in ("experts", *PACKS):
+        found, together = results.packs.get(label), merged.get(label)
+        if found is None and together is None:
+            continue
+        one = (together,) if found is None else found.values()
+        sizes, cells = [s.bits for s in one if s.bits is not None], [label]
+        cells.append(f"{sum(sizes) / len(sizes):.2f}" if sizes else "")
+        gains = [scale.gain(t, found[t]) for t in scale.tasks] if found else []
+        cells.append(f"{sum(gains) / len(gains):.0f} ({min(gains):.0f})" if gains else "")
+        cells.append(f"{scale.mean(together):.1f} ({scale.worst(together):.0f})" if together else "")
+        difference = ""
+        if together and label != "experts" and "experts" in merged:
+            mean, low, high = scale.difference(together, merged["experts"])
+            difference = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+        lines.append(_row([*cells, difference]))
     return "\n".join(lines)
 
 
