@@ -175,16 +175,47 @@ void resolve(const MergeArgs& args, Waiting& waiting, Strip<Acc>& x, Resolver& r
     waiting.count = 0;
 }
 
+// A stretch of packs whose edits are all added: only those that are kept are looked at, everything else is the base.
+// Returns its end; `offset` where some input may not be usable.
+template <typename Acc>
+int64_t merge_packed(Stretches& stretches, const Merge<Acc>& m, int64_t offset) {
+    if constexpr (std::is_same<Acc, float>::value) {
+        const Tile& tile = m.args.tile;
+        alignas(64) float numerator[kStretch];
+        const int64_t end = stretches.add(offset, numerator, m.stats);
+        Suspicions found;
+        found.look(numerator, static_cast<int>(end - offset), Ahead(), [](float sum) { return suspicion(sum); });
+        bool usable = !found.any();
+        const int64_t overflow = m.stats.overflow, unkept = m.stats.unkept;
+        for (int64_t at = offset; usable && at < end; at += kStrip) {
+            NonFinite base;
+            go_to(tile, at, m.x);
+            load_base(tile, m.x);
+            usable = !count_unusable_base(m.x, base);
+            if (!usable) break;
+            std::memcpy(m.x.numerator, numerator + (at - offset), sizeof(float) * static_cast<size_t>(m.x.n));
+            finish_plain(m);
+        }
+        if (usable) return end;
+        stretches.back();
+        m.stats.overflow = overflow, m.stats.unkept = unkept;
+        for (int t = 0; t < tile.n_experts; ++t) m.stats.kept[t] -= m.x.offset - offset;
+    }
+    return offset;
+}
+
 template <typename Acc>
 void merge_tile(const MergeArgs& given, MergeStats& stats) {
     Stretches stretches(given.tile);
     const MergeArgs args{stretches.tile(), given.out, given.out_dtype, given.candidates, given.sums};
     const Tile& tile = args.tile;
-    int64_t end = stretches.next(0, stats);
+    const bool open = args.candidates != nullptr && has_spans(tile);
+    const bool packed = std::is_same<Acc, float>::value && stretches.are_alone() && !open &&
+                        args.sums.new_numerator == nullptr && is_plain(tile);
+    int64_t end = packed ? 0 : stretches.next(0, stats);
     Strip<Acc> x;
     prepare(tile, x);
     const Ranked ranked(tile, 0, tile.n_experts, x);
-    const bool open = args.candidates != nullptr && has_spans(tile);
     const Salient common = args.sums.new_numerator == nullptr ? salient(args, open) : nullptr;
     const Merge<Acc> m{args, stats, x, open};
     Waiting waiting;
@@ -197,6 +228,13 @@ void merge_tile(const MergeArgs& given, MergeStats& stats) {
     while (offset < tile.n) {
         if (offset == end) {
             if (open) resolve(args, waiting, x, *resolver, stats);
+            if (packed) {
+                end = merge_packed(stretches, m, offset);
+                if (end > offset) {
+                    offset = end;
+                    continue;
+                }
+            }
             end = stretches.next(offset, stats);
         }
         const int merged = offset >= retry ? merge_salient(common, m, offset, end, waiting) : 0;

@@ -274,6 +274,13 @@ public:
                       [&](auto put) { return walk(begin, to, put); });
     }
 
+    // Calls put(place from the last stretch's end, values of the tile, number among its kept) for each element up to `to`
+    // that is kept. False as above.
+    template <typename Put>
+    bool each(int64_t to, Put put) {
+        return walk(at_, to, put);
+    }
+
     int64_t bad = -1;
 
 private:

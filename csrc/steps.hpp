@@ -241,17 +241,20 @@ void add_plain_groups(const Tile& tile, Strip<Acc>& x) {
     });
 }
 
-// N and D of such a tile. False where an input may not be usable: N is not finite then.
+// Whether N is finite; else an input may not be usable.
+template <typename Acc>
+bool is_sum_usable(Strip<Acc>& x) {
+    Suspicions found;
+    found.look(x.numerator, x.n, Ahead(), [](Acc sum) { return suspicion(static_cast<float>(sum)); });
+    return !found.any();
+}
+
+// N of such a tile. False where an input may not be usable.
 template <typename Acc>
 bool add_plain(const Tile& tile, Strip<Acc>& x) {
     std::memset(x.numerator, 0, sizeof(x.numerator));
     x.direct ? add_plain_groups<Direct<Acc>>(tile, x) : add_plain_groups<float>(tile, x);
-    Acc weights = 0;
-    for (int t = 0; t < tile.n_experts; ++t) weights += static_cast<Acc>(tile.experts[t].weight_scale);
-    for (int i = 0; i < x.n; ++i) x.denominator[i] = weights;
-    Suspicions found;
-    found.look(x.numerator, x.n, Ahead(), [](Acc sum) { return suspicion(static_cast<float>(sum)); });
-    return !found.any();
+    return is_sum_usable(x);
 }
 
 // How many experts add each element.
@@ -377,6 +380,29 @@ void write(const Merge<Acc>& m) {
     m.stats.overflow += store(m.args.out_dtype, m.args.out, m.x.offset, m.x.n, m.x.numerator);
 }
 
+// From N on where all edits are added, with a number each (is_plain): D is one number.
+template <typename Acc>
+void finish_plain(const Merge<Acc>& m) {
+    const Tile& tile = m.args.tile;
+    Strip<Acc>& x = m.x;
+    const int n = x.n;
+    Acc weights = 0;
+    for (int t = 0; t < tile.n_experts; ++t) weights += static_cast<Acc>(tile.experts[t].weight_scale);
+    for (int t = 0; t < tile.n_experts; ++t) m.stats.kept[t] += n;
+    x.denominator[0] = weights, x.n = 1;
+    find_denominator(tile, x);
+    x.n = n;
+    const Acc d = x.denominator[0], lambda = static_cast<Acc>(tile.numbers.lambda);
+    if (d == Acc(0)) {
+        for (int i = 0; i < n; ++i) x.denominator[i] = weights;
+        std::memset(x.any, 0xff, sizeof(x.any));
+        divide(m, x.any);
+    } else {
+        for (int i = 0; i < n; ++i) x.numerator[i] = x.base[i] + lambda * (x.numerator[i] / d);
+    }
+    write(m);
+}
+
 // The strip through all steps; its place is set.
 template <typename Acc>
 void merge_strip(const Merge<Acc>& m) {
@@ -388,10 +414,7 @@ void merge_strip(const Merge<Acc>& m) {
     bool bad = tile.has_base() && count_unusable_base(x, m.stats.base);
     const Sums& sums = m.args.sums;
     if (!bad && sums.new_numerator == nullptr && is_plain(tile) && add_plain(tile, x)) {
-        for (int t = 0; t < tile.n_experts; ++t) m.stats.kept[t] += x.n;
-        std::memset(x.any, 0xff, sizeof(x.any));
-        divide(m, x.any);
-        write(m);
+        finish_plain(m);
         return;
     }
     bad = mark(m, bad);

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -330,7 +331,9 @@ class PackedPart(Buffer):
 
     def __del__(self) -> None:
         records = getattr(self, "records", ())
-        if len(records) >= _MAPPED:  # a call takes longer than few pages are worth
+        if (
+            len(records) >= _MAPPED and not sys.is_finalizing()
+        ):  # a call takes longer than few pages are worth
             advise(records.data, "dontneed")
 
 

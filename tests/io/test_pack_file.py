@@ -221,6 +221,38 @@ def test_a_merge_decodes_what_it_merges(parts, path, one, other, out_dtype, expe
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("special", ["nothing", "zeros", "nan", "infinite base", "all", "overflow"])
+@pytest.mark.parametrize("divide", ["number", "weights"])
+@pytest.mark.parametrize("repair", [False, True])
+def test_a_sum_of_packs_is_that_of_the_experts(parts, tmp_path, special, divide, repair):
+    """Where only what is kept is looked at, and where some of it is not finite."""
+    base, expert = (part.copy() for part in parts)
+    if special == "zeros":
+        base[::7] = expert[::7] = 0x8000  # -0
+    elif special == "nan":
+        expert[[5, 70000]] = 0x7FC0
+    elif special == "infinite base":
+        base[70000] = expert[70000] = 0x7F80
+    elif special == "all":
+        expert = base ^ 3
+    elif special == "overflow":
+        base[9], expert[9] = 0x7F7F, 0x7F7E
+    write(tmp_path / "e.pack", base, expert)
+    words = Words(score="none", select="all", weigh="constant", divide=divide)
+    buffer, found = Buffer(base.view(np.uint8), BF16), []
+    for weights in ((0.7,), (0.5, -2.0, 1.0)):
+        terms = Terms(words, tuple(ExpertTerms(weight_scale=w) for w in weights), repair=repair)
+        for whole in (False, True):
+            with closing(PackFile(tmp_path / "e.pack", "e")) as pack:
+                own = [pack.part("w", buffer, 0, N) for _ in weights]
+                given = tuple(Buffer(part.data, part.dtype) if whole else part for part in own)
+                tile = TensorInputs("w", (N,), BF16, buffer, given, (Uniform(),) * len(weights))
+                out = np.empty(2 * N, np.uint8)
+                found.append((native.merge(tile, terms, out), out.tobytes()))
+    assert found[0] == found[1]
+    assert found[2] == found[3]
+
+
 def test_a_merge_of_a_record_that_is_none(parts, tmp_path):
     """Whose hash is right: whoever made it meant it."""
     base, expert = parts
