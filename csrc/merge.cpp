@@ -187,7 +187,8 @@ int64_t merge_packed(Stretches& stretches, const Merge<Acc>& m, int64_t offset) 
         found.look(numerator, static_cast<int>(end - offset), Ahead(), [](float sum) { return suspicion(sum); });
         bool usable = !found.any();
         const int64_t overflow = m.stats.overflow, unkept = m.stats.unkept;
-        for (int64_t at = offset; usable && at < end; at += kStrip) {
+        int64_t at = offset;
+        for (; usable && at < end; at += m.x.n) {
             NonFinite base;
             go_to(tile, at, m.x);
             load_base(tile, m.x);
@@ -199,7 +200,7 @@ int64_t merge_packed(Stretches& stretches, const Merge<Acc>& m, int64_t offset) 
         if (usable) return end;
         stretches.back();
         m.stats.overflow = overflow, m.stats.unkept = unkept;
-        for (int t = 0; t < tile.n_experts; ++t) m.stats.kept[t] -= m.x.offset - offset;
+        for (int t = 0; t < tile.n_experts; ++t) m.stats.kept[t] -= at - offset;
     }
     return offset;
 }

@@ -331,9 +331,8 @@ class PackedPart(Buffer):
 
     def __del__(self) -> None:
         records = getattr(self, "records", ())
-        if (
-            len(records) >= _MAPPED and not sys.is_finalizing()
-        ):  # a call takes longer than few pages are worth
+        # A call takes longer than few pages are worth.
+        if len(records) >= _MAPPED and not sys.is_finalizing():
             advise(records.data, "dontneed")
 
 
