@@ -67,6 +67,7 @@ CHANGES = {
     "ota": {},
     "ota, brackets": {"brackets": True},
     "ota, rank-1": RANK1,
+    "ota, listed": {"listed": True, "tail": True, "aligned": False},
     "ties": {**VOTING, "elect": "sum"},
     "ota, T=8": {"n_experts": 8},
     "ota, T=17": {"n_experts": 17},

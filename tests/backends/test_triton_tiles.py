@@ -209,6 +209,20 @@ class TestResidentTilesOnTheDevice:
         operand = np.full(tile.numel, 0.5)[final]
         assert_close("bfloat16", one, other, operand, 2)
 
+    @pytest.mark.parametrize("quantile", [0.0, 0.7, 0.95])
+    def test_lists_without_room_for_all_are_merged_again(self, backend, quantile):
+        """Programs of three blocks each have room for one block of undecided elements."""
+        tile = random_experts(44, (5 * 1024 + 7,), 1).inputs("bfloat16")
+        terms = terms_of(tile, quantile=quantile)
+        terms = replace(terms, experts=tuple(replace(e, span=1 << 30) for e in terms.experts))
+        truth = merge_tile(tile, terms, reference)[1]
+        out = torch.zeros(2 * tile.numel, dtype=torch.uint8, device=backend.device)
+        found = backend.merge(resident(tile, backend.device), terms, out).candidates
+        np.testing.assert_array_equal(found.positions.cpu().numpy(), truth.candidates.positions)
+        np.testing.assert_array_equal(found.steps[0].cpu().numpy(), truth.candidates.steps[0])
+        weights = found.operands.experts[0].data.cpu().numpy()
+        assert weights.tobytes() == truth.candidates.operands.experts[0].data.tobytes()
+
     def test_surveys(self, backend, tile):
         there = resident(tile, backend.device)
         terms = terms_of(tile)

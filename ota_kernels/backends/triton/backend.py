@@ -132,12 +132,22 @@ class Triton:
             again = batch.merge_all([requests[i]._replace(exact_roots=True) for i in overdone])
             for i, merged, numbers in zip(overdone, again, read(again), strict=True):
                 launched[i], stats[i] = merged, merged.stats(numbers)
-        pairs = zip(launched, stats, tiles, strict=True)
-        return [self._complete(merged, found, tile, fetch) for merged, found, tile in pairs]
+        parts = zip(requests, launched, stats, tiles, strict=True)
+        return [self._complete(*part, read, fetch) for part in parts]
 
-    def _complete(self, launched: Merged, stats: MergeStats, tile: TensorInputs, fetch: Fetch) -> MergeStats:
+    def _complete(
+        self,
+        request: Request,
+        launched: Merged,
+        stats: MergeStats,
+        tile: TensorInputs,
+        read: Read,
+        fetch: Fetch,
+    ) -> MergeStats:
         """With undecided elements and censuses."""
-        undecided = launched.undecided() if launched.columns else None
+        undecided = launched.undecided() if launched.lists else None
+        if undecided is None and launched.lists:
+            return self._merged([request._replace(whole_room=True)], [tile], read, fetch)[0]
         wanted = [e.census for e in launched.terms.experts]
         sums = of_exponents(launched.censuses.cpu().numpy()) if any(wanted) else wanted
         return replace(

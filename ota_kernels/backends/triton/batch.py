@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import triton
 
 from ...errors import BackendError
 from ...tensors.result import CENSUS
 from ...tensors.terms import Terms
 from .merge import _merge_kernel
-from .outcome import N_TOTALS, Merged
+from .outcome import N_TOTALS, Lists, Merged, Rooms
 from .table import address, by_place, chances_of, launch, numbers_of, unified, upload, words_of
 from .tiles import BLOCK, DeviceTile
 from .variant import UNROLLED, Variant, constants, warps
@@ -34,17 +33,22 @@ _PROGRAMS = 16
 _INTERPRETED_PROGRAMS = 2
 _MOST_BLOCKS = (1 << 13) - 1  # of a program, whose threads count 8 elements of each in 16 bits
 
+# Undecided elements are a quarter of a program's at most, or it merges again with room for all.
+_SHARE_OF_ROOM = 4
+
 # Bytes of tensors that were copied for their types until they are launched: mixed types are rare.
 _MOST_COPIED = 1 << 30
 
 
 class Request(NamedTuple):
-    """A tile that is merged into `out` ([n], any output type). exact_roots: see `Merged.is_overdone`."""
+    """A tile that is merged into `out` ([n], any output type). exact_roots: see `Merged.is_overdone`;
+    whole_room: whether all its elements may be undecided."""
 
     tile: DeviceTile
     terms: Terms
     out: torch.Tensor
     exact_roots: bool = False
+    whole_room: bool = False
 
 
 def totals_of(merged: Sequence[Merged]) -> list[list[int]]:
@@ -59,14 +63,12 @@ def totals_of(merged: Sequence[Merged]) -> list[list[int]]:
     return [numbers[begin : begin + width] for begin, width in zip(begins, widths, strict=True)]
 
 
-class _Ready(NamedTuple):
-    """A request as the kernel takes it."""
+class Ready(NamedTuple):
+    """A request as the kernel takes it; tile: unified."""
 
     request: Request
     tile: DeviceTile
     chances: tuple[torch.Tensor, ...]
-    columns: tuple[torch.Tensor | None, ...]
-    lengths: torch.Tensor | None
     censuses: torch.Tensor | None
 
 
@@ -76,46 +78,42 @@ def merge(tile: DeviceTile, terms: Terms, out: torch.Tensor, exact_roots: bool =
     return merged
 
 
-def merge_all(requests: Iterable[Request]) -> list[Merged]:
+def merge_all(requests: Sequence[Request]) -> list[Merged]:
     """Merge tiles without waiting for the device: two launches for all that need the same code.
 
     Raises BackendError for more than 64 experts.
     """
     found: dict[int, Merged] = {}
-    waiting: dict[Variant, dict[int, _Ready]] = {}
+    for indices, batch in batches(requests):
+        found.update(zip(indices, batch.merged(batch.launch()), strict=True))
+    return [found[i] for i in range(len(found))]
+
+
+def batches(requests: Sequence[Request]) -> Iterator[tuple[list[int], Batch]]:
+    """The requests that need the same code, and their numbers."""
+    waiting: dict[Variant, dict[int, Ready]] = {}
     copied = 0
-
-    def flush() -> None:
-        for variant, ready in waiting.items():
-            found.update(zip(ready, _launched(variant, list(ready.values())), strict=True))
-        waiting.clear()
-
     for i, request in enumerate(requests):
         if len(request.tile.experts) > MOST:
             count = len(request.tile.experts)
             raise BackendError(f"the triton backend merges {MOST} experts at most, not {count}")
         tile = unified(request.tile, by_place(request.terms))
-        variant = Variant.of(tile, *request[1:])
+        variant = Variant.of(tile, request.terms, request.out, request.exact_roots)
         waiting.setdefault(variant, {})[i] = _ready(request, tile, variant)
         copied += _copied_bytes(request.tile, tile)
-        if copied > _MOST_COPIED:
-            flush()
-            copied = 0
-    flush()
-    return [found[i] for i in range(len(found))]
+        if copied > _MOST_COPIED or i == len(requests) - 1:
+            for of, ready in waiting.items():
+                yield list(ready), Batch(of, list(ready.values()))
+            waiting, copied = {}, 0
 
 
-def _ready(request: Request, tile: DeviceTile, variant: Variant) -> _Ready:
-    terms, device = request.terms, tile.device
-    chances, lengths, censuses = (), None, None
+def _ready(request: Request, tile: DeviceTile, variant: Variant) -> Ready:
+    terms, chances, censuses = request.terms, (), None
     if variant.select == "random by rank":
         chances = tuple(chances_of(request.tile, terms, t) for t in range(len(terms.experts)))
-    if variant.brackets:
-        lengths = torch.empty(triton.cdiv(tile.numel, BLOCK), dtype=torch.int32, device=device)
     if variant.census:
-        censuses = torch.zeros(len(terms.experts), CENSUS, dtype=torch.int64, device=device)
-    columns = _columns(tile) if variant.brackets else ()
-    return _Ready(request, tile, chances, columns, lengths, censuses)
+        censuses = torch.zeros(len(terms.experts), CENSUS, dtype=torch.int64, device=tile.device)
+    return Ready(request, tile, chances, censuses)
 
 
 def _copied_bytes(given: DeviceTile, tile: DeviceTile) -> int:
@@ -123,65 +121,113 @@ def _copied_bytes(given: DeviceTile, tile: DeviceTile) -> int:
     return sum(x.nbytes for before, x in pairs if isinstance(x, torch.Tensor) and x is not before)
 
 
-def _launched(variant: Variant, ready: Sequence[_Ready]) -> list[Merged]:
-    """Tiles of one variant."""
-    device = ready[0].tile.device
-    sizes = np.array([x.tile.numel for x in ready], np.int64)
-    programs = _programs(device, sizes // BLOCK, variant)
-    tails = np.flatnonzero(sizes % BLOCK)
-    of_blocks = np.repeat(np.arange(len(ready)), programs)
-    tile_of_program = np.concatenate([of_blocks, tails])
-    table, numbers, tiles = _uploaded(variant, ready, programs, tile_of_program)
-    n_programs = len(tile_of_program)
-    rows = variant.n_experts * (1 + variant.brackets) + N_TOTALS
-    counts = torch.empty(rows, n_programs, dtype=torch.int32, device=device)
-    for first, end, tail in ((0, len(of_blocks), False), (len(of_blocks), n_programs, True)):
-        if end > first:
-            launch(
-                _merge_kernel,
-                (end - first,),
-                table, numbers, tiles, counts, first, n_programs,
-                **constants(replace(variant, tail=tail) if tail else variant),
-                num_warps=warps(variant),
-                enable_fp_fusion=False)  # fmt: skip
-    if len(ready) == 1:
-        totals = counts.sum(1, dtype=torch.int32)[None]
-    else:
-        totals = counts.new_zeros(len(ready), rows).index_add_(0, tiles, counts.T)
-    scaled = variant.power == "scaled"
-    return [
-        Merged(x.request.tile, x.request.terms, scaled, totals, i, x.columns, x.lengths, x.censuses)
-        for i, x in enumerate(ready)
-    ]
+class Batch:
+    """Tiles of one variant on the device. rooms: of undecided elements, of each tile; lists: of all; table,
+    numbers: a row for each tile; tiles: of each program, those of full blocks first; counts: a column for
+    each program."""
+
+    def __init__(self, variant: Variant, ready: Sequence[Ready]) -> None:
+        self.variant, self.ready, self.device = variant, ready, ready[0].tile.device
+        sizes = np.array([x.tile.numel for x in ready], np.int64)
+        programs = _programs(self.device, sizes // BLOCK, variant)
+        tails = np.flatnonzero(sizes % BLOCK)
+        self.n_full = int(programs.sum())
+        self.tile_of_program = np.concatenate([np.repeat(np.arange(len(ready)), programs), tails])
+        self.rooms = _rooms(sizes, programs, tails, [x.request.whole_room for x in ready])
+        self.lists = self._lists() if variant.brackets else None
+        self.table, self.numbers, self.tiles = self._uploaded()
+        rows = variant.n_experts * (1 + variant.brackets) + N_TOTALS
+        self.counts = torch.empty(rows, self.n_programs, dtype=torch.int32, device=self.device)
+
+    @property
+    def n_programs(self) -> int:
+        return len(self.tile_of_program)
+
+    def launch(self) -> torch.Tensor:
+        """Merge; returns the totals of each tile, int32[tiles, counts]."""
+        for first, end, tail in ((0, self.n_full, False), (self.n_full, self.n_programs, True)):
+            if end > first:
+                run(
+                    replace(self.variant, tail=tail),
+                    self.table,
+                    self.numbers,
+                    self.tiles,
+                    self.counts,
+                    first,
+                    end,
+                )
+        return self.totals(self.counts)
+
+    def totals(self, counts: torch.Tensor) -> torch.Tensor:
+        """Of each tile, of the columns of its programs."""
+        if len(self.ready) == 1:
+            return counts.sum(1, dtype=torch.int32)[None]
+        return counts.new_zeros(len(self.ready), len(counts)).index_add_(0, self.tiles, counts.T)
+
+    def merged(self, totals: torch.Tensor) -> list[Merged]:
+        """What is known of each tile."""
+        scaled = self.variant.power == "scaled"
+        return [
+            Merged(x.request.tile, x.request.terms, scaled, totals, i, self.lists, rooms, x.censuses)
+            for i, (x, rooms) in enumerate(zip(self.ready, self.rooms, strict=True))
+        ]
+
+    def _lists(self) -> Lists:
+        tile, n = self.ready[0].tile, _end(self.rooms)
+        empty = functools.partial(torch.empty, device=self.device)
+        base = None if tile.base is None else empty(n, dtype=tile.base.dtype)
+        weights = empty(len(tile.experts), n, dtype=tile.experts[0].dtype)
+        uniform = tile.curvatures[0] is None
+        curvatures = None if uniform else empty(len(tile.experts), n, dtype=torch.float32)
+        lengths = empty(self.n_programs, dtype=torch.int32)
+        return Lists(empty(n, dtype=torch.int32), base, weights, curvatures, lengths)
+
+    def _uploaded(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        lists = self.lists or Lists(*[None] * len(Lists._fields))
+        stride = _end(self.rooms)
+        table, numbers = [], []
+        for x, rooms in zip(self.ready, self.rooms, strict=True):
+            terms, tile, out = x.request.terms, x.tile, x.request.out
+            table += words_of(
+                tile,
+                terms,
+                x.chances,
+                base=address(out if tile.base is None else tile.base),
+                out=address(out),
+                n=tile.numel,
+                program=rooms.first,
+                programs=rooms.count,
+                censuses=address(x.censuses),
+                begin=rooms.begin,
+                room=rooms.room,
+                stride=stride,
+                lengths=address(lists.lengths),
+                positions=address(lists.positions),
+                listed_base=address(lists.base),
+                listed_weights=address(lists.weights),
+                listed_values=address(lists.curvatures),
+            )
+            numbers += numbers_of(_scaled(terms) if self.variant.power == "scaled" else terms)
+        return upload(table, numbers, self.variant.acc, self.device, self.tile_of_program)
 
 
-def _uploaded(
-    variant: Variant, ready: Sequence[_Ready], programs: np.ndarray, tile_of_program: np.ndarray
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(table, numbers, tile of each program) on the device."""
-    firsts = np.cumsum(programs) - programs
-    table, numbers = [], []
-    for x, first, count in zip(ready, firsts.tolist(), programs.tolist(), strict=True):
-        terms, tile, out = x.request.terms, x.tile, x.request.out
-        columns = x.columns or (None,) * 4
-        table += words_of(
-            tile,
-            terms,
-            x.chances,
-            base=address(out if tile.base is None else tile.base),
-            out=address(out),
-            n=tile.numel,
-            program=first,
-            programs=count,
-            censuses=address(x.censuses),
-            lengths=address(x.lengths),
-            positions=address(columns[0]),
-            bases=address(columns[1]),
-            kept_weights=address(columns[2]),
-            kept_values=address(columns[3]),
-        )
-        numbers += numbers_of(_scaled(terms) if variant.power == "scaled" else terms)
-    return upload(table, numbers, variant.acc, ready[0].tile.device, tile_of_program)
+def run(
+    variant: Variant,
+    table: torch.Tensor,
+    numbers: torch.Tensor,
+    tiles: torch.Tensor,
+    counts: torch.Tensor,
+    first: int,
+    end: int,
+) -> None:
+    """Launch the programs first .. end of a variant, which write as many columns of counts."""
+    launch(
+        _merge_kernel,
+        (end - first,),
+        table, numbers, tiles, counts, first, counts.shape[1],
+        **constants(variant),
+        num_warps=warps(variant),
+        enable_fp_fusion=False)  # fmt: skip
 
 
 def _scaled(terms: Terms) -> Terms:
@@ -201,12 +247,22 @@ def _programs(device: torch.device, blocks: np.ndarray, variant: Variant) -> np.
     return -(-blocks // of_each)
 
 
-def _columns(tile: DeviceTile) -> tuple[torch.Tensor | None, ...]:
-    """Room for every element of the tile as a candidate: positions, base; weights and curvatures by expert
-    (None: all 1), [T, n] of whole blocks."""
-    n, experts = triton.cdiv(tile.numel, BLOCK) * BLOCK, len(tile.experts)
-    empty = functools.partial(torch.empty, device=tile.device)
-    base = None if tile.base is None else empty(n, dtype=tile.base.dtype)
-    weights = empty(experts, n, dtype=tile.experts[0].dtype)
-    curvatures = None if tile.curvatures[0] is None else empty(experts, n, dtype=torch.float32)
-    return empty(n, dtype=torch.int32), base, weights, curvatures
+def _rooms(sizes: np.ndarray, programs: np.ndarray, tails: np.ndarray, whole: Sequence[bool]) -> list[Rooms]:
+    """Of each tile. whole: room for every element; else for a quarter of them, but a block at least."""
+    firsts = np.cumsum(programs) - programs
+    of_tail = dict(zip(tails.tolist(), itertools.count(int(programs.sum()))))
+    found, begin = [], 0
+    for i, (n, first, count) in enumerate(
+        zip(sizes.tolist(), firsts.tolist(), programs.tolist(), strict=True)
+    ):
+        most = -(-(n // BLOCK) // max(count, 1)) * BLOCK
+        room = most if whole[i] else max(most // _SHARE_OF_ROOM, BLOCK)
+        found.append(Rooms(first, count, of_tail.get(i, -1), begin, room))
+        begin += count * room + (BLOCK if i in of_tail else 0)
+    return found
+
+
+def _end(rooms: Sequence[Rooms]) -> int:
+    """Elements of all rooms."""
+    last = rooms[-1]
+    return last.begin + last.count * last.room + (BLOCK if last.tail >= 0 else 0)

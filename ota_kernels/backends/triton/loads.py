@@ -20,14 +20,17 @@ WEIGHTS, ORIGINS, VALUES, COLUMNS, CHANCES, PLACE_WEIGHTS, ROW_SCORES, FIRST, LA
 )
 # start: flat index of the tile's first element; key, name: of random numbers; index: of gathered elements. Of
 # a merge: base, out: addresses; n: elements; first, columns: of its Place; program, programs: the first one
-# that takes full blocks of it, and how many do; then addresses of censuses and of undecided elements: how
-# many of each block, positions, base, weights, curvatures.
+# that takes full blocks of it, and how many do; censuses: address. Of undecided elements, which each program
+# lists in a room of its own: begin: where those of the tile's programs begin, room: of each, stride: elements
+# of all rooms together; addresses of how many each program has found, positions, base, weights, curvatures.
 SCALARS = (
     *("start", "key", "name", "index", "base", "out", "n", "first", "columns", "program", "programs"),
-    *("censuses", "lengths", "positions", "bases", "kept_weights", "kept_values"),
+    *("censuses", "begin", "room", "stride"),
+    *("lengths", "positions", "listed_base", "listed_weights", "listed_values"),
 )
 START, KEY, NAME, INDEX, BASE, OUT, N, PLACE, ROW, PROGRAM, PROGRAMS = (tl.constexpr(i) for i in range(11))
-CENSUSES, LENGTHS, POSITIONS, BASES, KEPT_WEIGHTS, KEPT_VALUES = (tl.constexpr(i) for i in range(11, 17))
+CENSUSES, BEGIN, ROOM, STRIDE = (tl.constexpr(i) for i in range(11, 15))
+LENGTHS, POSITIONS, LISTED_BASE, LISTED_WEIGHTS, LISTED_VALUES = (tl.constexpr(i) for i in range(15, 20))
 N_TABLE, N_SCALARS = tl.constexpr(len(TABLE)), tl.constexpr(len(SCALARS))
 
 # The kernels' numbers, in the type of the sums, a row for each tile: these of each expert (fields of
@@ -77,11 +80,15 @@ def scalar(table, n_experts: tl.constexpr, which: tl.constexpr):
 
 
 @triton.jit
-def of_tile(table, numbers, tile, n_experts: tl.constexpr):
-    """(table, numbers) from a tile's row on."""
-    row = tile.to(tl.int64)
-    table += row * (N_TABLE * n_experts + N_SCALARS)
-    return table, numbers + row * (N_NUMBERS * n_experts + N_SHARED)
+def row_of_table(table, row, n_experts: tl.constexpr):
+    """The table from that row on."""
+    return table + row.to(tl.int64) * (N_TABLE * n_experts + N_SCALARS)
+
+
+@triton.jit
+def row_of_numbers(numbers, row, n_experts: tl.constexpr):
+    """The numbers from that row on."""
+    return numbers + row.to(tl.int64) * (N_NUMBERS * n_experts + N_SHARED)
 
 
 @triton.jit

@@ -55,6 +55,7 @@ def _merge_kernel(
     by_fours: tl.constexpr,
     aligned: tl.constexpr,
     tail: tl.constexpr,
+    listed: tl.constexpr,
     unroll: tl.constexpr,
     packed: tl.constexpr,
     keepers: tl.constexpr,
@@ -68,18 +69,23 @@ def _merge_kernel(
     lane = tl.arange(0, block_size)
     zero = tl.zeros((block_size,), acc)
     program = first_program + tl.program_id(0)
-    table, numbers = loads.of_tile(table, numbers, tl.load(tiles + program), n_experts)
-    n = loads.scalar(table, n_experts, loads.N)
+    tile = tl.load(tiles + program)
+    table = loads.row_of_table(table, program if listed else tile, n_experts)
+    numbers = loads.row_of_numbers(numbers, tile, n_experts)
+    n = outcome.listed(table, n_experts) if listed else loads.scalar(table, n_experts, loads.N)
     first, n_columns = loads.place_in_rows(table, n_experts, place)
     first_block = (n // block_size).to(tl.int32)
     end_block, step = first_block + 1, 1
-    if not tail:
+    if listed:
+        first_block, end_block = 0, tl.cdiv(n, block_size).to(tl.int32)
+    elif not tail:
         end_block = first_block
         first_block = program - loads.scalar(table, n_experts, loads.PROGRAM).to(tl.int32)
         step = loads.scalar(table, n_experts, loads.PROGRAMS).to(tl.int32)
     # Of kept edits, and with brackets, in the upper 16 bits, of those that reach them.
     kept_counts = tl.zeros((block_size // per_thread, fields), tl.int32)
     other_counts = tl.zeros((block_size // per_thread, _N_TOTALS), tl.int32)
+    filled = first_block * 0  # undecided elements in the program's list
     for block in tl.range(first_block, end_block, step):
         offset = tl.cast(block, tl.int64) * block_size
         inside = loads.inside_of(lane, n - offset, tail, block_size)
@@ -187,7 +193,11 @@ def _merge_kernel(
             merged = tl.where(bad, base, merged)
         written = merged.to(outs)
         out_pointer = loads.scalar_pointer(table, n_experts, loads.OUT, outs, aligned)
-        tl.store(out_pointer + offset + lane, written, mask=inside)
+        if listed:
+            positions = loads.scalar_pointer(table, n_experts, loads.POSITIONS, tl.int32, False)
+            tl.store(out_pointer + tl.load(positions + offset + lane, mask=inside), written, mask=inside)
+        else:
+            tl.store(out_pointer + offset + lane, written, mask=inside)
 
         decided = inside
         if brackets:
@@ -216,9 +226,9 @@ def _merge_kernel(
                     tl.store(to + n_experts * n_programs, loads.int32_sum((inside & flag).to(tl.int32), 0))
 
         if brackets:
-            outcome.append(
-                base_pointer, table, block, offset, n, lane, tl.where(inside, undecided, 0), first, n_columns,
-                n_experts, weights, bases, curvature, curvatures, has_base, place, unroll,
+            filled = outcome.append(
+                base_pointer, table, program, filled, offset, n, lane, tl.where(inside, undecided, 0), first,
+                n_columns, tail, n_experts, weights, bases, curvature, curvatures, has_base, place, unroll,
                 block_size)  # fmt: skip
         if census:
             outcome.add_to_census(
@@ -226,6 +236,8 @@ def _merge_kernel(
                 score, n_experts, weights, origins, curvature, curvatures, place, aligned,
                 block_size)  # fmt: skip
 
+    if brackets:
+        tl.store(loads.scalar_pointer(table, n_experts, loads.LENGTHS, tl.int32, False) + program, filled)
     column_of_counts = counts + program
     if packed and brackets:
         to = column_of_counts + n_experts * n_programs

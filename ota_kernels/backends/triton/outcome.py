@@ -15,7 +15,7 @@ from ...tensors.result import CENSUS, EXPONENTS, MergeStats
 from ...tensors.terms import ExpertTerms, Terms, score_bits
 from . import loads, stages
 from .survey import values
-from .tiles import BLOCK, DeviceTile, nonfinite
+from .tiles import DeviceTile, nonfinite
 
 # Counts beside those of experts: unkept, overflow, repaired, suspects.
 N_TOTALS = 4
@@ -50,16 +50,25 @@ def store_counts(to, found, n_programs, n_rows: tl.constexpr, fields: tl.constex
 
 
 @triton.jit
+def listed(table, n_experts: tl.constexpr):
+    """How many undecided elements a list holds. table: from the list's own row on."""
+    found = tl.load(loads.scalar_pointer(table, n_experts, loads.LENGTHS, tl.int32, False))
+    return tl.minimum(found, loads.scalar(table, n_experts, loads.ROOM))
+
+
+@triton.jit
 def append(
     base_pointer,
     table,
-    block,
+    program,
+    filled,
     offset,
     n,
     lane,
     wanted,
     first,
     n_columns,
+    tail: tl.constexpr,
     n_experts: tl.constexpr,
     weights: tl.constexpr,
     bases: tl.constexpr,
@@ -70,24 +79,34 @@ def append(
     unroll: tl.constexpr,
     block_size: tl.constexpr,
 ):
-    """Write the block's wanted elements (1, else 0) to the columns, from the block's own beginning on, where
+    """Write the block's wanted elements (1, else 0) behind the `filled` ones of the program's list, while
     they are in the cache: reading a tenth of the elements later would read nearly every 32-byte sector again.
+    Returns how many the list would have with room for all.
 
     Positions first; then as many threads as a program has take one element each and all that belongs to it,
     instead of every element's thread a masked turn."""
-    positions = loads.scalar_pointer(table, n_experts, loads.POSITIONS, tl.int32, True) + offset
-    m = loads.int32_sum(wanted, 0)
-    tl.store(loads.scalar_pointer(table, n_experts, loads.LENGTHS, tl.int32, False) + block, m)
-    tl.store(positions + tl.cumsum(wanted, 0) - 1, offset.to(tl.int32) + lane, mask=wanted != 0)
+    room = loads.scalar(table, n_experts, loads.ROOM)
+    if tail:
+        part = loads.scalar(table, n_experts, loads.PROGRAMS)
+    else:
+        part = program - loads.scalar(table, n_experts, loads.PROGRAM)
+    begin = loads.scalar(table, n_experts, loads.BEGIN) + part * room
+    positions = loads.scalar_pointer(table, n_experts, loads.POSITIONS, tl.int32, True) + begin
+    end = filled + loads.int32_sum(wanted, 0)
+    last = end if tail else tl.minimum(end, room.to(tl.int32))
+    place_in_list = filled + tl.cumsum(wanted, 0) - 1
+    tl.store(
+        positions + place_in_list, offset.to(tl.int32) + lane, mask=(wanted != 0) & (place_in_list < last)
+    )
     tl.debug_barrier()  # each thread's positions are seen by all
-    of_base = loads.scalar_pointer(table, n_experts, loads.BASES, bases, True) + offset
-    ws = loads.scalar_pointer(table, n_experts, loads.KEPT_WEIGHTS, weights, True) + offset
-    hs = loads.scalar_pointer(table, n_experts, loads.KEPT_VALUES, tl.float32, True) + offset
-    room = tl.cdiv(n, block_size).to(tl.int64) * block_size  # elements of each expert's column
+    of_base = loads.scalar_pointer(table, n_experts, loads.LISTED_BASE, bases, True) + begin
+    ws = loads.scalar_pointer(table, n_experts, loads.LISTED_WEIGHTS, weights, True) + begin
+    hs = loads.scalar_pointer(table, n_experts, loads.LISTED_VALUES, tl.float32, True) + begin
+    stride = loads.scalar(table, n_experts, loads.STRIDE)
     each: tl.constexpr = "narrow" if place == "whole" or place == "long" else place
-    for first_one in tl.range(0, m, block_size // 8):
+    for first_one in tl.range(filled, last, block_size // 8):
         at = first_one + tl.arange(0, block_size // 8)
-        there = at < m
+        there = at < last
         which = tl.load(positions + at, mask=there, other=0) - offset.to(tl.int32)
         if has_base:
             tl.store(of_base + at, tl.load(base_pointer + offset + which, mask=there), mask=there)
@@ -96,12 +115,13 @@ def append(
             n_experts, each, False)  # fmt: skip
         for t in tl.range(0, n_experts, loop_unroll_factor=unroll):
             w = loads.elements(table, loads.WEIGHTS * n_experts + t, offset, which, there, weights, False)
-            tl.store(ws + t * room + at, w, mask=there)
+            tl.store(ws + t * stride + at, w, mask=there)
             if curvature != "uniform":
                 h = loads.curvature(
                     table, t, offset, which, there, row, column, wrapped, has_next,
                     n_experts, curvature, curvatures, each, False, block_size // 8)  # fmt: skip
-                tl.store(hs + t * room + at, h, mask=there)
+                tl.store(hs + t * stride + at, h, mask=there)
+    return end
 
 
 @triton.jit
@@ -194,22 +214,44 @@ class Undecided(NamedTuple):
     steps: tuple[torch.Tensor, ...]
 
 
+class Lists(NamedTuple):
+    """Undecided elements as the programs of a launch list them, one room after the other. positions:
+    int32[n]; base: [n] or None; weights: [T, n]; curvatures: float32[T, n] or None (all 1); lengths:
+    int32[programs], how many each has found."""
+
+    positions: torch.Tensor
+    base: torch.Tensor | None
+    weights: torch.Tensor
+    curvatures: torch.Tensor | None
+    lengths: torch.Tensor
+
+
+class Rooms(NamedTuple):
+    """Where the lists of one tile are: of programs from `first` on, `count` of them, with a room of so many
+    elements each, from `begin` on; then that of program `tail` (-1: there is none)."""
+
+    first: int
+    count: int
+    tail: int
+    begin: int
+    room: int
+
+
 @dataclass(frozen=True)
 class Merged:
     """What a launched merge will have counted; reading it waits for the device.
 
     tile: the inputs; terms: what was asked for; scaled_roots: of h k instead of h; together: of the tiles
-    that were launched with it, int32[tiles, counts], and its own place there; columns: of the undecided
-    elements, each block's from its own beginning on; lengths: how many of each block; censuses:
-    int64[T, CENSUS]."""
+    that were launched with it, int32[tiles, counts], and its own place there; lists, rooms: of undecided
+    elements; censuses: int64[T, CENSUS]."""
 
     tile: DeviceTile
     terms: Terms
     scaled_roots: bool
     together: torch.Tensor
     place: int
-    columns: tuple[torch.Tensor, ...] = ()
-    lengths: torch.Tensor | None = None
+    lists: Lists | None = None
+    rooms: Rooms | None = None
     censuses: torch.Tensor | None = None
 
     @property
@@ -229,21 +271,30 @@ class Merged:
         kept = tuple(totals[:n_experts])
         return MergeStats(
             kept=kept,
-            reached=tuple(totals[n_experts : 2 * n_experts]) if self.columns else kept,
+            reached=tuple(totals[n_experts : 2 * n_experts]) if self.lists else kept,
             unkept=unkept,
             overflow=overflow,
             repaired=repaired if self.terms.repair else 0,
             nonfinite=nonfinite(self.tile) if suspects else (),
         )
 
-    def undecided(self) -> Undecided:
-        """The undecided elements in ascending order: what the blocks have written, one after the other."""
-        lengths = self.lengths
-        ahead = torch.arange(len(lengths), device=lengths.device) * BLOCK - (lengths.cumsum(0) - lengths)
-        shift = torch.repeat_interleave(ahead, lengths)
-        order = shift + torch.arange(len(shift), device=shift.device)
-        found = (None if x is None else x[..., order] for x in self.columns)
-        positions, base, weights, curvatures = found
+    def undecided(self) -> Undecided | None:
+        """The undecided elements in ascending order; None where a list had no room for all. Waits once."""
+        first, count, tail, begin, room = self.rooms
+        lengths = self.lists.lengths[first : first + count]
+        short = (lengths > room).sum()
+        if tail >= 0:
+            lengths = torch.cat([lengths, self.lists.lengths[tail : tail + 1]])
+        found, is_short = torch.stack([lengths.sum(), short]).tolist()
+        if is_short:
+            return None
+        ahead = begin + torch.arange(len(lengths), device=lengths.device) * room
+        ahead -= lengths.cumsum(0) - lengths
+        listed = torch.repeat_interleave(ahead, lengths, output_size=found)
+        listed += torch.arange(found, device=listed.device)
+        positions, order = self.lists.positions[listed].sort()
+        parts = (None if x is None else x[..., listed[order]] for x in self.lists[1:4])
+        base, weights, curvatures = parts
         # Kernels run on unified types; a candidate is stored in its tensor's own, which loses nothing.
         own = [w.dtype for w in self.tile.experts]
         operands = _gathered(

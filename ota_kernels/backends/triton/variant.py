@@ -25,7 +25,7 @@ class Variant:
     not 0; floored: whether the divisor has a least value; indexed, flat: whether thresholds hold for parts of
     the flat indices, and whether these are asked for; quads: random numbers by `stages.draw`; place: as in
     `loads.place_of`; aligned: 16-byte loads, by_fours: of what belongs to columns; tail: the block that is
-    not full."""
+    not full; listed: undecided elements, whose results go to their positions."""
 
     n_experts: int
     weights: tl.dtype
@@ -59,6 +59,7 @@ class Variant:
     by_fours: bool
     aligned: bool
     tail: bool = False
+    listed: bool = False
 
     @classmethod
     def of(cls, tile: DeviceTile, terms: Terms, out: torch.Tensor, exact_roots: bool = False) -> Variant:
