@@ -47,12 +47,12 @@ def merge_tensors(
     (`density`, `precond_threshold`, `power`, `lambda_` for `lambda`, ...); a key of one model may be a list
     with a value per expert. Densities are over this tensor.
 
-    Tensors on a GPU, all on one, are merged there by the backend `triton`, on the current stream. For others
+    Tensors on a GPU are merged there by the backend `triton`, on the current stream. For others
     `auto` is `native`; `triton` streams them through a GPU.
 
     Returns a new tensor like the first input, on its device, in out_dtype (default: the base's, or first
     expert's, type). Raises RecipeError for a wrong parameter, InputError for tensors that do not fit, are not
-    finite or lie on several devices, BackendError for a device that the backend does not serve.
+    finite, lie on several devices or are DTensors, BackendError for a device that the backend does not serve.
     """
     merged = merge_state_dicts(
         None if base is None else {name: base},
@@ -83,7 +83,8 @@ def merge_state_dicts(
 ) -> dict[str, Tensor]:
     """Merge dictionaries of tensors; densities are over all of them (`density_scope: model`) unless told.
 
-    Arguments and errors as for `merge_tensors`. An expert may be the path of a pack (`ota-merge pack`)
+    Arguments and errors as for `merge_tensors`; tensors of different names may lie on different GPUs, each is
+    merged where it is. An expert may be the path of a pack (`ota-merge pack`)
     against the base: it is made tile by tile, on the host. Tensors that are not floating point, and
     buffers that no optimizer trained (`inv_freq`, masks, counters), are copied in their own type when all
     models agree. Names that only some dictionaries have are an error unless `extra_tensors` says

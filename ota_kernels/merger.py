@@ -37,6 +37,7 @@ from .run.target import Target
 from .select.pending import Store
 from .tensors import array as resident
 from .tensors.buffer import Buffer
+from .tensors.computed import is_computed
 from .tensors.convert import array_like, buffer_of, device_of, numpy_dtype
 from .tensors.curvature import Full
 
@@ -183,6 +184,7 @@ class Placed:
             outputs, like = target.outputs, out
         by_label = {reference.label: model for reference, model in given.items()}
         merged = {o.name: _uncomputed(like[o.name], o, by_label) for o in outputs if not o.is_computed}
+        backend = _of_places(backend, outputs)
         floats = [output for output in outputs if output.is_computed]
         for output in floats:
             if isinstance(like[output.name], np.ndarray):
@@ -211,11 +213,11 @@ class Placed:
     ) -> dict[str, Tensor]:
         """Merge the tensors that are floating point. like: a tensor of the kind that each output is to be.
 
-        With T experts, the host waits for a device at most 3 T + 3 times per tensor whose densities are its
-        own: for scores of the sample (T) and brackets (T); the merge's counts (1) and which candidates have a
-        score in a bracket (T); thresholds (1); the counts of the candidates merged again (1). Densities over
-        the model: the first two and the thresholds once for all tensors. A saliency mass: twice for each
-        expert's threshold. Known thresholds: once per tensor.
+        The host waits for a device once for all tensors whose thresholds are known, and once for as many
+        tensors as fit into a tile whose densities are their own. Densities over the model, with T experts:
+        once for their sample and T times for brackets, once for the counts of a tile's tensors, T + 2 times
+        for undecided elements of each tensor, and once for the thresholds. A saliency mass: twice for each
+        expert's threshold.
         """
         tensors = [output.inputs() for output in outputs]
         of_each = {output.name: output.settings for output in outputs}
@@ -324,11 +326,34 @@ def serving(name: str, tensor: Any, origin: str) -> tuple[Backend, Read]:
 
     def read(other: Any, its_origin: str) -> Buffer:
         where = device_of(other, its_origin)
-        if where != device:
+        if (where == "cpu") != (device == "cpu"):
             raise InputError(f"{its_origin} is on {where}, {origin} on {device}: move them to one device")
         return buffer_of(other, its_origin, in_place)
 
     return chosen, read
+
+
+def _of_places(backend: Backend, outputs: Sequence[OutputTensor]) -> Backend:
+    """The backend for tensors that may lie on several devices, those of one name on one."""
+    places = {}
+    for output in outputs:
+        parts = [*output.sources, *(part for part in output.origins if part is not None)]
+        buffers = [*(part.source for part in parts), *(b for c in output.curvatures for b in c.buffers)]
+        if any(map(is_computed, buffers)) or not resident.is_resident(buffers[0].data):
+            continue
+        first, where = buffers[0], resident.place(buffers[0].data)
+        for other in buffers:
+            if resident.place(other.data) != where:
+                raise InputError(
+                    f"{other.origin} is on {resident.place(other.data)}, {first.origin} on {where}: "
+                    "move them to one device"
+                )
+        places[where] = None
+    if len(places) < 2:
+        return backend
+    from .backends.triton.devices import Devices
+
+    return Devices({where: backends.select("triton", where) for where in places})
 
 
 def _uncomputed(like: Tensor, output: OutputTensor, models: Mapping[str, Mapping[str, Tensor]]) -> Tensor:

@@ -31,7 +31,7 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ota_kernels.backends.triton import survey
+from ota_kernels.backends.triton import ranks, survey
 from ota_kernels.backends.triton.merge import _merge_kernel
 from ota_kernels.backends.triton.tiles import WARPS, block_size
 from ota_kernels.backends.triton.variant import UNROLLED, Variant, constants, warps
@@ -247,6 +247,32 @@ def surveys(threads_of_warp: int) -> Iterator[Kernel]:
                  elements, _wide_accesses(of_thread, tl.float32), warps=survey._MATRIX_WARPS)  # fmt: skip
 
 
+def ranking(threads_of_warp: int) -> Iterator[Kernel]:
+    """The kernels of thresholds that are found on the device, for bfloat16 models with float32 curvature."""
+    size = block_size(threads_of_warp)
+    lists = {"tiles": "*i32", "begins": "*i64", "lengths": "*i32", "values": "*i32", "stride": "i64"}
+    tables = {"table": "*i64", "numbers": "*fp32"}
+    expert = {"n_experts": 5, "weights": tl.bfloat16, "bases": tl.bfloat16, "curvature": "full",
+              "curvatures": tl.float32, "score": "saliency", "has_base": True, "place": "none"}  # fmt: skip
+    for sampled in (True, False):
+        types = {**lists, **tables, "lists": "*i64", "places": "*i64", "runs": "*i32"}
+        name = f"scores of {'samples' if sampled else 'lists'}"
+        yield Kernel(
+            name, ranks._score_kernel, types, {**expert, "sampled": sampled, "block_size": size}, size
+        )
+    query = {"bins": "*i32", "ranks": "*i64"}
+    for digit in range(ranks.DIGITS):
+        constants = {"n_experts": 5, "queries": 2, "digit": digit, "from_inside": False, "block_size": size}
+        yield Kernel(f"digit {digit}", ranks._digit_kernel, {**lists, **query}, constants, size)
+    constants = {"n_experts": 5, "block_size": size}
+    yield Kernel("squares", ranks._squares_kernel, {**lists, **query, "squares": "*i64"}, constants, size)
+    types = {**tables, **query, "wanted": "*i64", "sizes": "*i64", "exact": "*i32"}
+    yield Kernel("bracket", ranks._bracket_kernel, types, {"n_experts": 5}, size)
+    types = {**tables, "bins": "*i32", "wanted": "*i64", "totals": "*i32", "n_counts": "i32",
+             "lengths": "*i32", "found": "*i32"}  # fmt: skip
+    yield Kernel("threshold", ranks._decide_kernel, types, constants, size)
+
+
 def compile_kernel(kernel: Kernel, target: GPUTarget) -> Code:
     """Compile as the launcher would: pointers are multiples of 16 bytes, numbers are not specialised."""
     names = kernel.function.arg_names
@@ -381,6 +407,7 @@ def kernels(target: str, quick: bool) -> Iterator[Kernel]:
             yield merge_kernel(label, replace(PLAIN, **changes), threads)
     if not quick:
         yield from surveys(threads)
+        yield from ranking(threads)
 
 
 @click.command(help=__doc__.split("\n")[0])

@@ -23,8 +23,8 @@ from ..recipe.methods import Method
 from ..recipe.needs import Needs
 from ..recipe.settings import Settings
 from ..select import thresholds as decide
-from ..select.bracket import Bracket, bracket_share
-from ..select.sample import sample
+from ..select.bracket import Bracket, bracket_share, reach_of
+from ..select.sample import runs_of_tensor, sample
 from ..tensors import array as resident
 from ..tensors.buffer import Buffer
 from ..tensors.curvature import Uniform
@@ -33,6 +33,7 @@ from ..tensors.random import name_hash
 from ..tensors.result import SUMS
 from ..tensors.segment import CHUNK
 from ..tensors.terms import (
+    Sample,
     Terms,
     saliency_of_score,
     score_of_saliency,
@@ -315,20 +316,32 @@ class Decider:
         settings = self.settings(tensor)
         return self.method.view(self._forms.of(tensor, settings, self._check_curvature), settings)
 
-    def terms(self, tensor: TensorInputs, model: ModelFound) -> Terms:
+    def terms(self, tensor: TensorInputs, model: ModelFound, whole: bool = False) -> Terms:
         """The kernel's numbers for one prepared tensor; open (see terms.is_open) where a threshold
-        follows."""
+        follows. whole: it is merged as one tile, whose thresholds a device may find itself."""
         settings = self.settings(tensor)
-        found = self.surveys.of(tensor.name, lambda: self._found(tensor, settings, model))
+        finds = whole and self._device_finds(tensor)
+        found = self.surveys.of(tensor.name, lambda: self._found(tensor, settings, model, finds))
         found.signs = model.signs
         terms, factor = self.method.terms(settings, found), settings.shared.get("layers") or 1.0
         if settings.scaled:
             factor *= model.scale.factor(settings)
-        return replace(terms, lambda_=terms.lambda_ * factor)
+        sample = None
+        if finds and tensor.numel > self.rules.direct:
+            starts = runs_of_tensor(tensor, self.rules.clusters(tensor.numel))
+            sample = Sample(starts, reach_of(len(starts)))
+        return replace(terms, lambda_=terms.lambda_ * factor, sample=sample)
 
-    def _found(self, tensor: TensorInputs, settings: Settings, model: ModelFound) -> Found:
+    def _device_finds(self, tensor: TensorInputs) -> bool:
+        """Whether a device finds a tensor's thresholds while it merges: shares of elements, over itself."""
+        if not (self.brackets and tensor.is_resident) or self.model_scope or self._keeps_base(tensor):
+            return False
+        plain = all(s.rule != "mass" for s in self.selections(tensor)) and not tensor.origins
+        return plain and self.rules.on_device and self.backend.finds(self.score_terms(tensor).words)
+
+    def _found(self, tensor: TensorInputs, settings: Settings, model: ModelFound, finds: bool) -> Found:
         found = self._unknown(tensor)
-        found.brackets = self._thresholds(tensor, model)
+        found.brackets = self._thresholds(tensor, model, finds)
         if self.needs.has("mean weight", "model"):
             found.means = list(model.mean_weights)
         if model.sums is not None:
@@ -359,10 +372,16 @@ class Decider:
             trims=[0.0] * count,
         )
 
-    def _thresholds(self, tensor: TensorInputs, model: ModelFound) -> list[Threshold]:
+    def _thresholds(self, tensor: TensorInputs, model: ModelFound, finds: bool) -> list[Threshold]:
         selections, brackets = self.selections(tensor), model.brackets
         if self._keeps_base(tensor):
             return [Threshold(decide.KEEP_NOTHING)] * len(selections)
+        if finds:
+            counts = [self._wanted(s, tensor) for s in selections]
+            return [
+                Threshold(wanted=count) if count else self._threshold(tensor, t, selections[t], model)
+                for t, count in enumerate(counts)
+            ]
         if self.brackets and not self.model_scope and tensor.numel > self.rules.direct:
             brackets = self._sampled_brackets([tensor], selections, model.spread)
         found = []
@@ -374,10 +393,18 @@ class Decider:
                 found.append(open_threshold(bracket, selection))
         return found
 
+    def _wanted(self, selection: Selection, tensor: TensorInputs) -> int:
+        """How many elements a density keeps; 0 where the selection is another one, or keeps none."""
+        if selection.rule != "density":
+            return 0
+        return decide.count_of_density(selection.value, tensor.numel)
+
     def _threshold(self, tensor: TensorInputs, t: int, selection: Selection, model: ModelFound) -> Threshold:
         if selection.rule == "all":
             return KEEP_ALL
         if selection.surveyed and not self.model_scope:
+            if not decide.keeps_some(selection, tensor.numel):
+                return Threshold(decide.KEEP_NOTHING)
             return Threshold(self.select(tensor, t, self.score_terms(tensor), selection))
         if not self.takes_part(tensor):
             return Threshold(decide.KEEP_ALL)

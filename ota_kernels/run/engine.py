@@ -208,9 +208,9 @@ class Engine:
     def _key(self, index: int) -> int | None:
         return None if self._decider.model_scope else index
 
-    def _decide(self, index: int) -> tuple[TensorInputs, Terms]:
+    def _decide(self, index: int, whole: bool = False) -> tuple[TensorInputs, Terms]:
         tensor = self._decider.prepare(self._tensors[index])
-        terms = self._decider.terms(tensor, self._found)
+        terms = self._decider.terms(tensor, self._found, whole)
         known = self.decided.get(self._key(index))
         return tensor, terms if known is None else close(terms, known)
 
@@ -221,7 +221,7 @@ class Engine:
         one tile: it is decided here, and where densities are per tensor settled before it is written."""
         results, tiles = [], []
         for segment, given in unit:
-            tile = _Tile(segment, *(given or self._decide(segment.index)), given is None)
+            tile = _Tile(segment, *(given or self._decide(segment.index, True)), given is None)
             if self._decider.matrices.shape(self._tensors[segment.index]):
                 results += self._merge_matrices(*tile[:3])
             else:
@@ -229,8 +229,10 @@ class Engine:
         merged = zip(tiles, self._run_kernel(tiles), strict=True)
         return results + [self._written(tile, *result) for tile, result in merged]
 
-    def _written(self, tile: _Tile, room: Array, result: Counts | Pending) -> tuple:
+    def _written(self, tile: _Tile, room: Array, result: Counts | Pending | MergeStats) -> tuple:
         segment, tensor, terms, alone = tile
+        if isinstance(result, MergeStats):
+            result = self._found_thresholds(tile, result)
         if alone and isinstance(result, Pending) and not self._decider.model_scope:
             group = self._new_group(segment.index)
             group.add(result, tensor, terms)
@@ -247,6 +249,23 @@ class Engine:
         stored = tensor.stored
         self._sink.done_with(stored if alone else stored.slice(segment.start, segment.stop))
         return (result.owned(), tensor, terms) if isinstance(result, Pending) else (segment, result)
+
+    def _found_thresholds(self, tile: _Tile, stats: MergeStats) -> Counts:
+        """Of a tensor whose thresholds the backend was to find."""
+        segment, tensor, terms, _ = tile
+        thresholds = list(stats.thresholds)
+        missed = [t for t, e in enumerate(terms.experts) if e.wanted and thresholds[t] is None]
+        if missed:
+            self._rules.before("missed", None)
+            exact = self._decider.exact_thresholds(tensor, missed)
+            thresholds = [x if e is None else e for x, e in zip(thresholds, exact, strict=True)]
+        self.decided[segment.index] = thresholds
+        closed = tile._replace(terms=close(terms, thresholds))
+        if missed:
+            ((_, counts),) = self._run_kernel([closed])
+            counts.repeats = 1
+            return counts
+        return self._counted(closed, tensor, stats)
 
     def _merge_matrices(
         self, segment: Segment, tensor: TensorInputs, terms: Terms
@@ -268,8 +287,9 @@ class Engine:
             self._sink.done_with(stored.stored.slice(start, start + size))
             yield whole, counts
 
-    def _run_kernel(self, tiles: Sequence[_Tile]) -> list[tuple[Array, Counts | Pending]]:
-        """The merged tiles, and the final counts of each or what is pending of it."""
+    def _run_kernel(self, tiles: Sequence[_Tile]) -> list[tuple[Array, Counts | Pending | MergeStats]]:
+        """The merged tiles, and the final counts of each or what is pending of it, or the thresholds that
+        were found."""
         given = []
         for segment, tensor, terms, _ in tiles:
             self._rules.before("tile", segment)
@@ -284,8 +304,10 @@ class Engine:
             for tile, each, stats in zip(tiles, given, merged, strict=True)
         ]
 
-    def _counted(self, of: _Tile, tile: TensorInputs, stats: MergeStats) -> Counts | Pending:
+    def _counted(self, of: _Tile, tile: TensorInputs, stats: MergeStats) -> Counts | Pending | MergeStats:
         self._decider.check(tile, stats.nonfinite)
+        if any(e.wanted for e in of.terms.experts):
+            return stats
         counts = Counts.of(stats, self._saliencies(of.tensor, of.terms))
         if not any(map(is_open, of.terms.experts)):
             self._count_members(counts, of.segment, tile, of.terms)

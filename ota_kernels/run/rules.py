@@ -22,7 +22,8 @@ from ..tensors.segment import CHUNK, Segment
 class Rules:
     """bracket: from sampled scores to a bracket; clusters: how many are sampled of so many elements; cached:
     whether the page cache holds files; direct: elements of a tensor that is selected from directly, since a
-    sample would be most of it; mapped: elements up to which a sampled tensor's pages stay mapped until it is
+    sample would be most of it; on_device: whether a device finds thresholds while it merges, where it can;
+    mapped: elements up to which a sampled tensor's pages stay mapped until it is
     merged.
 
     few, batch: as in settle.py; clock: in seconds; checkpoint_seconds: how much work a kill may undo (those
@@ -39,6 +40,7 @@ class Rules:
     clusters: Callable[[int], int] = cluster_count
     cached: Callable[[Sequence[Buffer]], bool] = are_cached
     direct: int = 1 << 15
+    on_device: bool = True
     mapped: int = 4 * CHUNK
     few: int = FEW
     batch: int = BATCH

@@ -102,8 +102,17 @@ def _standard_error(selection: Selection, scores: Array, threshold: Array, total
         squares = resident.squared_differences(residuals)
     else:
         squares = ranks.squared_differences(scores, threshold)
-    # A few clusters tell little about their own deviation (Student's t).
-    return (1 + 8 / clusters) * error_of_sum(squares, clusters)
+    return _few(clusters) * error_of_sum(squares, clusters)
+
+
+def reach_of(clusters: int) -> float:
+    """Half a bracket's width, of counts, in roots of the sum of squared differences (see `error_of_sum`)."""
+    return DEVIATIONS * _few(clusters) * float(error_of_sum(np.float64(1), clusters))
+
+
+def _few(clusters: int) -> float:
+    """A few clusters tell little about their own deviation (Student's t)."""
+    return 1 + 8 / clusters
 
 
 def error_of_sum(squares: Array, clusters: int) -> Array:

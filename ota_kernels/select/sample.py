@@ -24,14 +24,13 @@ from ..errors import InputError
 from ..tensors import array as resident
 from ..tensors.array import Array
 from ..tensors.buffer import Buffer
-from ..tensors.segment import CHUNK, Map
+from ..tensors.segment import CHUNK, RUN, Map
 from ..tensors.terms import Terms
 from ..tensors.tile import TensorInputs, concatenated
 
 if TYPE_CHECKING:
     from ..backends import Backend
 
-RUN = 16  # elements of a run: one cache line of float32
 RUNS = 16  # of a window
 CLUSTER = RUN * RUNS  # elements of a window's runs
 _BATCH = 1 << 17  # elements that are scored by one task
@@ -89,6 +88,13 @@ def _fills_lines(tensors: Sequence[TensorInputs]) -> bool:
     """Whether rows are whole numbers of runs: a run then is one cache line of a tensor that begins with one,
     and as anywhere else no two rows share it."""
     return len(tensors) == 1 and bool(tensors[0].shape) and tensors[0].shape[-1] % RUN == 0
+
+
+def runs_of_tensor(tensor: TensorInputs, count: int) -> np.ndarray:
+    """Where about `count` * RUNS runs of a tensor of at least a run begin, int32[an even number]."""
+    count = in_pairs([tensor], count * RUNS)
+    _, starts = _clusters_again((tensor.numel,), count, 1, _fills_lines([tensor]))
+    return starts[: len(starts) // 2 * 2, 0].astype(np.int32)
 
 
 def sample(
@@ -193,10 +199,12 @@ def _sample_resident(
 ) -> list[Array]:
     """Scores of `count` runs over tensors on a device, in one batch: a few launches for any number."""
     index, starts = _clusters_again(tuple(t.numel for t in tensors), count, 1, _fills_lines(tensors))
-    on_device = resident.beside(starts, tensors[0].experts[0].data)
+    beside = {resident.place(t.experts[0].data): t.experts[0].data for t in tensors}
+    on_device = {where: resident.beside(starts, like) for where, like in beside.items()}
     bounds = [0, *(np.flatnonzero(np.diff(index)) + 1).tolist(), len(index)]
     gathered = [
-        _gathered(tensors[index[begin]], on_device[begin:end, 0]) for begin, end in itertools.pairwise(bounds)
+        _gathered(tensors[i], on_device[resident.place(tensors[i].experts[0].data)][begin:end, 0])
+        for i, (begin, end) in ((index[bound[0]], bound) for bound in itertools.pairwise(bounds))
     ]
     # Neighbouring tiles of a form are scored together.
     tiles = [concatenated(list(alike)) for _, alike in itertools.groupby(gathered, _form)]
@@ -214,7 +222,8 @@ def _gathered(tensor: TensorInputs, starts: Array) -> TensorInputs:
 def _form(tile: TensorInputs) -> tuple:
     """What tiles that are scored together have in common."""
     curvatures = [(type(c), c.bias_correction) for c in tile.curvatures]
-    return tile.base is None, [b.dtype for b in tile.buffers], curvatures
+    where = resident.place(tile.experts[0].data)
+    return where, tile.base is None, [b.dtype for b in tile.buffers], curvatures
 
 
 def are_cached(buffers: Sequence[Buffer]) -> bool:

@@ -75,8 +75,18 @@ def on_cpu(array: np.ndarray) -> Array:
     return torch.from_numpy(array)
 
 
+def place(data: Array) -> str:
+    """The device of a resident array."""
+    return str(data.device)
+
+
 def joined(parts: Sequence[Array]) -> Array:
-    return library(parts[0]).concatenate(tuple(parts))
+    """One array of all; of several devices, on the first one's."""
+    return library(parts[0]).concatenate(_together(parts))
+
+
+def _together(parts: Sequence[Array]) -> tuple[Array, ...]:
+    return tuple(p.to(parts[0].device) for p in parts) if is_resident(parts[0]) else tuple(parts)
 
 
 def float64(values: Array) -> Array:
@@ -195,7 +205,7 @@ def numbers(*scalars: Array) -> list[float]:
     """Arrays of shape () as numbers, with one wait for the device."""
     if not is_resident(scalars[0]):
         return [float(x) for x in scalars]
-    return library(scalars[0]).stack([x.double() for x in scalars]).tolist()
+    return library(scalars[0]).stack([x.double() for x in _together(scalars)]).tolist()
 
 
 def host(values: Array) -> np.ndarray:

@@ -23,6 +23,11 @@ def device_of(tensor: Any, origin: str) -> str:
 
     if not isinstance(tensor, torch.Tensor):
         raise InputError(f"{origin} is a {type(tensor).__name__}, not a torch tensor or numpy array")
+    if type(tensor).__name__ == "DTensor":
+        raise InputError(
+            f"{origin} is a DTensor, of which this process has a part: give its .full_tensor(), or merge "
+            "files by several processes"
+        )
     if tensor.device.type not in _DEVICES:
         raise BackendError(
             f"{origin} is on {tensor.device}: no backend serves that device; move it with .cpu()"

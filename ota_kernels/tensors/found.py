@@ -55,13 +55,14 @@ class Threshold(NamedTuple):
 
     threshold: a float32 score, or the bracket's lowest; span: how many float32 numbers the bracket holds (0:
     it is `threshold`, or the threshold is known); census: whether scores are summed; masks: whether it is a
-    threshold at all: False where a selection keeps everything.
+    threshold at all: False where a selection keeps everything; wanted: as in ExpertTerms.
     """
 
     threshold: float = 0.0
     span: int = 0
     census: bool = False
     masks: bool = True
+    wanted: int = 0
 
 
 KEEP_ALL = Threshold(masks=False)

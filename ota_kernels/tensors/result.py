@@ -155,7 +155,8 @@ class MergeStats:
     score of the bracket; unkept: kept by nobody; overflow: results beyond the output type's range; repaired:
     set to the base value because an input was not finite. Undecided elements count nowhere but in `reached`
     and as not finite; alternatives count for the experts that are decided. candidates: None where every
-    threshold is known; censuses: per expert, None where not asked for."""
+    threshold is known; censuses: per expert, None where not asked for; thresholds: per expert, of those that
+    were `wanted`, None where it was not found."""
 
     kept: tuple[int, ...]
     reached: tuple[int, ...]
@@ -165,6 +166,7 @@ class MergeStats:
     nonfinite: tuple[NonFinite, ...]
     candidates: Candidates | None = None
     censuses: tuple[np.ndarray | None, ...] = ()
+    thresholds: tuple[float | None, ...] = ()
 
 
 @dataclass

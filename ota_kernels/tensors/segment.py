@@ -8,6 +8,8 @@ from typing import NamedTuple
 # Elements of one piece of work. Fixed, so that float64 sums do not depend on tiles, threads or memory.
 CHUNK = 1 << 20
 
+RUN = 16  # elements of a sample that lie side by side: one cache line of float32
+
 Map = Callable[[Callable, Iterable], Iterable]  # as Pool.run
 
 

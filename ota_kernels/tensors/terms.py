@@ -59,6 +59,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -128,8 +129,9 @@ class ExpertTerms:
     threshold: float32 score from which an edit is kept (0 keeps all, NaN none); first, last, upto: flat
     indices in the tensor; span: where the threshold is not known yet, how many float32 numbers from
     `threshold` upwards it may be (0: it is known); census: whether the scores are to be summed; position: the
-    expert's number in the recipe, which keys its random numbers; weights: float64[rows or columns], by row
-    and by column; row_scores: float32[rows].
+    expert's number in the recipe, which keys its random numbers; wanted: how many elements are kept, where
+    the backend finds the threshold itself (0: it is known, or a bracket is); weights: float64[rows or
+    columns], by row and by column; row_scores: float32[rows].
     """
 
     threshold: float = 0.0
@@ -148,8 +150,18 @@ class ExpertTerms:
     position: int = 0
     span: int = 0
     census: bool = False
+    wanted: int = 0
     weights: np.ndarray | None = field(default=None, compare=False)
     row_scores: np.ndarray | None = field(default=None, compare=False)
+
+
+class Sample(NamedTuple):
+    """Of one tensor, to find thresholds of `wanted` by. starts: int32[runs], in pairs of neighbours, flat
+    indices at which RUN elements begin; reach: as far as a count over the sample may be off, in roots of the
+    sum of squared differences within pairs."""
+
+    starts: np.ndarray
+    reach: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +170,8 @@ class Terms:
 
     epsilon: scaled like the weights; fallback: "base" or "mean"; zero: "fallback" or "one"; repair: write the
     base value where an input is not finite, instead of failing; seed, name_hash: keys of random numbers;
-    ranked: rows of `random by rank`: how many elements, how far apart (1: neighbours); tiles are whole ones.
+    ranked: rows of `random by rank`: how many elements, how far apart (1: neighbours); tiles are whole ones;
+    sample: for thresholds that are `wanted`, None for all elements.
 
     function: of (base or None, experts, curvatures that the words read), torch tensors [n] in the type acc:
     it stands in place of all words; what: an error's name of it.
@@ -181,6 +194,7 @@ class Terms:
     seed: int = 0
     name_hash: int = 0
     ranked: tuple[int, int] = (1, 1)
+    sample: Sample | None = field(default=None, compare=False)
     function: Callable | None = None
     what: str = ""
 
@@ -200,7 +214,8 @@ def is_open(terms: ExpertTerms) -> bool:
 def close(terms: Terms, thresholds: Sequence[float | None]) -> Terms:
     """Terms with these thresholds in place of the brackets (None: not a bracket)."""
     pairs = zip(terms.experts, thresholds, strict=True)
-    experts = tuple(e if x is None else replace(e, threshold=x, span=0, census=False) for e, x in pairs)
+    closed = {"span": 0, "census": False, "wanted": 0}
+    experts = tuple(e if x is None else replace(e, threshold=x, **closed) for e, x in pairs)
     return replace(terms, experts=experts)
 
 

@@ -29,6 +29,7 @@ import ota_kernels.topk as selection
 from ota_kernels import graft, merge_state_dicts, merge_tensors, topk_threshold
 from ota_kernels.backends import native, triton
 from ota_kernels.errors import BackendError, InputError
+from ota_kernels.run import decide
 from ota_kernels.run.decide import Decider
 from ota_kernels.run.rules import Rules
 from ota_kernels.run.sinks import Inline, MemorySink
@@ -189,8 +190,26 @@ class TestSelections:
             right = bracket_of(given, scores)
             return Bracket(right.lowest * (4.0 if bad == "too high" else 0.25), right.span // 8)
 
-        found = stream_on_device(recipe, tensors, rules=replace(BRACKETED, bracket=beside))
+        rules = replace(BRACKETED, bracket=beside, on_device=False)
+        found = stream_on_device(recipe, tensors, rules=rules)
         assert found.repeats == 1
+        assert found.numbers() == expected.numbers()
+        assert [found.scores(t) for t in range(3)] == [expected.scores(t) for t in range(3)]
+
+    @pytest.mark.parametrize("bad", ["misleads", "tells little"])
+    def test_a_sample_that_is_of_no_use_costs_time_only(self, monkeypatch, bad):
+        """One run again and again, by which each threshold seems to be known; a bracket of all scores, for
+        which lists have no room."""
+        size = SHAPE if bad == "misleads" else (5, 1030)
+        tensors = inputs_of([random_experts(seed, shape) for seed, shape in enumerate((size, SMALL))])
+        recipe = recipe_of([DENSITY] * 3, density_scope="tensor")
+        expected = stream_on_cpu(recipe, tensors)
+        if bad == "misleads":
+            monkeypatch.setattr(decide, "runs_of_tensor", lambda tensor, count: np.zeros(64, np.int32))
+        monkeypatch.setattr(decide, "reach_of", lambda clusters: 0.0 if bad == "misleads" else 1e6)
+        found = stream_on_device(recipe, tensors)
+        assert found.counts[0].repeats == 1
+        assert found.counts[1].repeats == 0
         assert found.numbers() == expected.numbers()
         assert [found.scores(t) for t in range(3)] == [expected.scores(t) for t in range(3)]
 
@@ -357,14 +376,11 @@ def elsewhere(monkeypatch):
     return places
 
 
-def test_tensors_on_two_devices(elsewhere, monkeypatch):
+def test_tensors_on_a_device_and_on_the_host(elsewhere, monkeypatch):
+    """On two devices: test_devices.py."""
     monkeypatch.setattr(functional.backends, "select", lambda name, device: triton)
-    base, expert, curvature = torch.ones(3), torch.ones(3), torch.ones(3)
-    elsewhere |= {id(base): "cuda:0", id(expert): "cuda:0", id(curvature): "cuda:1"}
-    with pytest.raises(InputError) as raised:
-        merge_tensors(base, [expert], [curvature])
-    text = str(raised.value)
-    assert text.startswith("curvatures[0]['weight'] is on cuda:1, base['weight'] on cuda:0: move")
+    base, expert = torch.ones(3), torch.ones(3)
+    elsewhere |= {id(base): "cuda:0", id(expert): "cuda:0"}
     with pytest.raises(InputError, match=r"experts\[0\]\['weight'\] is on cpu, base\['weight'\] on cuda:0"):
         merge_tensors(base, [torch.ones(3)])
     with pytest.raises(InputError, match=r"experts\[0\]\['weight'\] is on cuda:0, base\['weight'\] on cpu"):

@@ -68,6 +68,14 @@ def assert_same(found, expected) -> None:
         torch.testing.assert_close(found[name].float(), tensor.float(), rtol=2.0**-7, atol=0)
 
 
+DENSITIES = {
+    "whole": ([(30,), (33, 20), (1025,)], {}),
+    "sampled": ([(60, 700), (1 << 15, 2), (999,)], {}),
+    "rank-1": ([(60, 700), (30,)], {"rank1_approx": True}),
+    "float32": ([(60, 700), (30,)], {"out_dtype": "float32"}),
+}
+
+
 class TestCostsOnTheDevice:
     __test__ = RUNS_HERE
 
@@ -92,3 +100,14 @@ class TestCostsOnTheDevice:
         models[1][1]["layers.2.weight"][1050] = float("nan")
         with pytest.raises(ota_kernels.InputError, match=r"layers.2.weight.*1050"):
             costs_of(models, precond_threshold=1e-11)
+
+    @pytest.mark.parametrize("kind", DENSITIES)
+    def test_densities_of_each_tensor(self, costs_of, kind):
+        """As many launches as for one tensor, and one wait: nothing of a threshold crosses to the host."""
+        shapes, options = DENSITIES[kind]
+        models = models_of(shapes)
+        found, expected, costs = costs_of(models, density=[0.3, 0.02], density_scope="tensor", **options)
+        assert_same(found, expected)
+        if "rank1_approx" not in options:  # whose sums of rows are each tensor's
+            assert costs.launches <= 60, costs
+            assert costs.waits.total() <= 2, costs

@@ -1,6 +1,7 @@
 """The Triton backend: the same formulas as `reference`, in one fused pass on a GPU.
 
     backend.py   the backend's functions, over tiles on the host or on the device
+    devices.py   several devices, for models whose tensors lie on more than one
     ring.py      what tiles from the host pass through: pinned memory, streams, device memory
     filling.py   how pinned memory is filled from mapped files
     bus.py       how fast the bus is, which processors are near
@@ -12,6 +13,8 @@
     stages.py    one function for each word of tensors/terms.py
     merge.py     the merge kernel
     batch.py     its launches, for any number of tiles at once
+    density.py   thresholds of densities, found on the device while tiles merge
+    ranks.py     scores by their rank
     variant.py   what it is compiled for
     outcome.py   what it counts and leaves undecided
     survey.py    statistics of tiles

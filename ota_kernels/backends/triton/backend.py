@@ -15,10 +15,10 @@ from ...errors import BackendError
 from ...tensors.array import Array, is_resident, library
 from ...tensors.curvature import Full, Log8, Uniform
 from ...tensors.result import Candidates, MergeStats, NonFinite
-from ...tensors.terms import Terms
+from ...tensors.terms import Terms, Words, close
 from ...tensors.tile import TensorInputs
 from .. import functions, triton
-from . import batch, survey, tiles
+from . import batch, density, survey, tiles
 from .batch import Request
 from .device import FAULTS, DeviceMemoryError, is_out_of_memory, line_of, reported
 from .halves import merge_in_halves
@@ -29,6 +29,7 @@ from .tiles import DeviceTile, Fetch, Load, device_curvature, device_tile, in_pl
 _SMALLEST_TILE = 1 << 14  # elements below which a tile is not halved any more
 
 Result = TypeVar("Result")
+Tile = tuple[TensorInputs, Terms, Array]  # to be merged by these terms into uint8[n]
 
 Read = Callable[[Sequence[Merged]], list[list[int]]]
 
@@ -78,25 +79,63 @@ class Triton:
             )
         return merge_in_halves(self.merge, tile, terms, out, columns)
 
-    def merge_all(self, given: Sequence[tuple[TensorInputs, Terms, Array]]) -> list[MergeStats]:
-        """What `merge` does for each of these resident tiles: two launches for all of a form, one wait."""
-        words = [x for x in given if x[1].function is None]
+    def finds(self, words: Words) -> bool:
+        """Whether `merge_all` finds thresholds that are `wanted`."""
+        return density.finds(words)
+
+    def merge_all(self, given: Sequence[Tile]) -> list[MergeStats]:
+        """What `merge` does for each of these resident tiles: two launches for all of a form, one wait.
+
+        Thresholds that are `wanted` are found meanwhile, of tiles that are whole tensors. Of one whose
+        threshold is not found, nothing is merged.
+        """
+        by_words = [i for i, (_, terms, _) in enumerate(given) if terms.function is None]
+        wanted = [i for i in by_words if any(e.wanted for e in given[i][1].experts)]
+        found: dict[int, MergeStats] = {}
+        with reported(self.device), self._current():
+            for indices, merge in ((wanted, self._found), (sorted({*by_words} - {*wanted}), self._known)):
+                found |= self._together(indices, merge, [given[i] for i in indices])
+        return [found[i] if i in found else self._alone(*each) for i, each in enumerate(given)]
+
+    def _together(
+        self,
+        indices: Sequence[int],
+        merge: Callable[[Sequence[Tile]], list[MergeStats]],
+        tiles: Sequence[Tile],
+    ) -> dict[int, MergeStats]:
+        """Stats by index; none where there is no room for all at once."""
         try:
-            with reported(self.device), self._current():
-                found = self._merged(
-                    [self._request(*x) for x in words], [x[0] for x in words], batch.totals_of, left_there
-                )
+            return dict(zip(indices, merge(tiles), strict=True))
         except (DeviceMemoryError, *FAULTS) as error:
             if not is_out_of_memory(error):
                 raise
-            found = None
-        if found is None:
-            return [self.merge(*x) for x in given]
-        rest = iter(found)
-        return [
-            next(rest) if terms.function is None else self.merge(tile, terms, out)
-            for tile, terms, out in given
+        return {}
+
+    def _alone(self, tile: TensorInputs, terms: Terms, out: Array) -> MergeStats:
+        """Where nothing is found of a threshold, its tile need not be merged."""
+        if any(e.wanted for e in terms.experts):
+            nothing = (0,) * len(terms.experts)
+            return MergeStats(nothing, nothing, 0, 0, 0, (), thresholds=(None,) * len(terms.experts))
+        return self.merge(tile, terms, out)
+
+    def _known(self, given: Sequence[Tile]) -> list[MergeStats]:
+        return self._merged(
+            [self._request(*x) for x in given], [x[0] for x in given], batch.totals_of, left_there
+        )
+
+    def _found(self, given: Sequence[Tile]) -> list[MergeStats]:
+        found = density.merge_all([self._request(*x) for x in given])
+        overdone = [
+            i for i, (stats, again) in enumerate(found) if again and None not in _found_of(stats, given[i][1])
         ]
+        stats = [of_tile for of_tile, _ in found]
+        if overdone:
+            closed = [(given[i][0], close(given[i][1], stats[i].thresholds), given[i][2]) for i in overdone]
+            requests = [self._request(*x)._replace(exact_roots=True) for x in closed]
+            merged = self._merged(requests, [x[0] for x in closed], batch.totals_of, left_there)
+            for i, of_tile in zip(overdone, merged, strict=True):
+                stats[i] = replace(of_tile, thresholds=stats[i].thresholds)
+        return stats
 
     def _request(self, tile: TensorInputs, terms: Terms, out: torch.Tensor) -> Request:
         return Request(device_tile(tile, in_place(self.device), terms), terms, out.view(_type_of(tile)))
@@ -265,6 +304,11 @@ class Triton:
 
 def _type_of(tile: TensorInputs) -> torch.dtype:
     return getattr(torch, tile.out_dtype.name)
+
+
+def _found_of(stats: MergeStats, terms: Terms) -> list[float | None]:
+    """The thresholds that were wanted."""
+    return [x for x, e in zip(stats.thresholds, terms.experts, strict=True) if e.wanted]
 
 
 def _needed(tile: TensorInputs, t: int, terms: Terms) -> tuple[TensorInputs, int, Terms]:

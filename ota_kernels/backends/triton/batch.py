@@ -36,6 +36,9 @@ _MOST_BLOCKS = (1 << 13) - 1  # of a program, whose threads count 8 elements of 
 # Undecided elements are a quarter of a program's at most, or it merges again with room for all.
 _SHARE_OF_ROOM = 4
 
+# Tiles of a launch with brackets: bins of their scores take 8 KB for each expert.
+_MOST_BRACKETED = 1024
+
 # Bytes of tensors that were copied for their types until they are launched: mixed types are rare.
 _MOST_COPIED = 1 << 30
 
@@ -101,7 +104,8 @@ def batches(requests: Sequence[Request]) -> Iterator[tuple[list[int], Batch]]:
         variant = Variant.of(tile, request.terms, request.out, request.exact_roots)
         waiting.setdefault(variant, {})[i] = _ready(request, tile, variant)
         copied += _copied_bytes(request.tile, tile)
-        if copied > _MOST_COPIED or i == len(requests) - 1:
+        full = variant.brackets and len(waiting[variant]) == _MOST_BRACKETED
+        if full or copied > _MOST_COPIED or i == len(requests) - 1:
             for of, ready in waiting.items():
                 yield list(ready), Batch(of, list(ready.values()))
             waiting, copied = {}, 0

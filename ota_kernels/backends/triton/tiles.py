@@ -215,7 +215,7 @@ def device_tile(tile: TensorInputs, load: Load, terms: Terms | None = None) -> D
     given = [tile.base, *tile.experts, *(tile.origins or ())]
     weights = [b for b in given if b is not None]
     curvatures = [_touched(c, tile.numel) for c in tile.curvatures]
-    if terms is not None and not terms.words.curvature and not any(e.span for e in terms.experts):
+    if terms is not None and not terms.words.curvature and not any(e.span or e.wanted for e in terms.experts):
         curvatures = [forms.Uniform()] * len(curvatures)  # nobody reads it; undecided elements keep it
     rows, place = _place(tile)
     by_place = _by_place(terms, rows, tile.out_dtype.itemsize >= 4) if terms is not None else {}

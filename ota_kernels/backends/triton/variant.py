@@ -97,7 +97,7 @@ class Variant:
             zero_divisor=terms.zero,
             fallback="base" if terms.fallback == "base" and tile.base is not None else "mean",
             repair=terms.repair,
-            brackets=any(e.span for e in terms.experts),
+            brackets=any(e.span or e.wanted for e in terms.experts),
             census=any(e.census for e in terms.experts),
             indexed=indexed,
             gathered=gathered,

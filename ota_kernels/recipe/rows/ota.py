@@ -269,6 +269,7 @@ def thresholds(found: Found, weights: list[float] | None = None) -> tuple[Expert
             threshold=bracket.threshold,
             span=bracket.span,
             census=bracket.census,
+            wanted=bracket.wanted,
             score_scale=found.score_scales[t],
             weight_scale=1.0 if weights is None else weights[t],
             edit_scale=found.edit_scales[t],

@@ -1,0 +1,272 @@
+"""Thresholds of densities, found while tiles merge, by launches whose number depends on nothing.
+
+    sampled runs --score, rank--> the sample's score at each density --squares--> its error --rank--> brackets
+    --merge--> counts, lists of undecided elements --score, rank--> thresholds --merge the lists--> results
+
+Each step is one launch for all tiles of a variant and all experts, a rank four. Numbers that depend on scores
+never leave the device: brackets and thresholds are written into the kernels' own table and numbers. The host
+reads counts, thresholds and what was missed, once, at the end.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import triton.language as tl
+
+from ...tensors.result import MergeStats
+from ...tensors.segment import RUN
+from ...tensors.terms import Words, score_of_bits
+from . import loads, ranks
+from .batch import Batch, Request, batches, run
+from .outcome import N_TOTALS, Merged
+from .table import address, launch, upload
+from .tiles import BLOCK, WARPS, nonfinite
+
+_PART = 1 << 14  # sampled elements that one program ranks
+
+
+def finds(words: Words) -> bool:
+    """Whether thresholds are found here for such a merge: undecided elements are merged by themselves."""
+    scores = words.score in ("saliency", "curvature", "magnitude")
+    return scores and words.select == "at least" and words.weigh in ("constant", "curvature", "alone")
+
+
+@dataclass(frozen=True)
+class Found:
+    """Of a batch, on the device. totals, settled: counts of the merge with brackets and of what it left
+    undecided, int32[tiles, counts]; thresholds: bits, and whether it was missed, int32[tiles, T, 2]."""
+
+    batch: Batch
+    totals: torch.Tensor
+    settled: torch.Tensor
+    thresholds: torch.Tensor
+
+
+def merge_all(requests: Sequence[Request]) -> list[tuple[MergeStats, bool]]:
+    """Merge tiles of whole tensors and find their thresholds; per tile what came of it, and whether roots
+    overflowed (see `Merged.is_overdone`). Waits once."""
+    found = [(indices, _launched(batch)) for indices, batch in batches(requests)]
+    parts = [x for _, f in found for x in (f.totals, f.settled, f.thresholds)]
+    numbers = torch.cat([x.view(-1) for x in parts]).tolist() if parts else []
+    ends = list(itertools.accumulate((x.numel() for x in parts), initial=0))
+    shaped = iter(
+        np.array(numbers[begin:end], np.int64).reshape(x.shape)
+        for x, (begin, end) in zip(parts, itertools.pairwise(ends), strict=True)
+    )
+    stats: dict[int, tuple[MergeStats, bool]] = {}
+    for indices, f in found:
+        totals, settled, thresholds = next(shaped), next(shaped), next(shaped)
+        merged = f.batch.merged(f.totals)
+        for i, m, *of_tile in zip(indices, merged, totals, settled, thresholds, strict=True):
+            stats[i] = _stats(m, *of_tile)
+    return [stats[i] for i in range(len(stats))]
+
+
+def _stats(
+    merged: Merged, totals: np.ndarray, settled: np.ndarray, thresholds: np.ndarray
+) -> tuple[MergeStats, bool]:
+    n = len(merged.terms.experts)
+    kept = tuple((totals[:n] + settled[:n]).tolist())
+    unkept, overflow, repaired, _ = (totals[-N_TOTALS:] + settled[-N_TOTALS:]).tolist()
+    bad = nonfinite(merged.tile) if totals[-1] else ()
+    answers = tuple(
+        score_of_bits(bits) if e.wanted and not missed else None
+        for e, (bits, missed) in zip(merged.terms.experts, thresholds.tolist(), strict=True)
+    )
+    repaired = repaired if merged.terms.repair else 0
+    stats = MergeStats(kept, kept, unkept, overflow, repaired, bad, thresholds=answers)
+    return stats, merged.is_overdone(totals.tolist(), bad)
+
+
+@dataclass(frozen=True)
+class _Lists:
+    """Lists of elements on the device (see ranks.py). tiles, begins, lengths: of each; values: int32[T, n];
+    places, runs: of sampled ones."""
+
+    tiles: torch.Tensor
+    begins: torch.Tensor
+    lengths: torch.Tensor
+    values: torch.Tensor
+    places: torch.Tensor | None = None
+    runs: torch.Tensor | None = None
+
+    @property
+    def given(self) -> tuple:
+        return self.tiles, self.begins, self.lengths, self.values, self.values.shape[1]
+
+
+def _launched(batch: Batch) -> Found:
+    n_experts, device = batch.variant.n_experts, batch.device
+    wanted = np.array([[e.wanted for e in x.request.terms.experts] for x in batch.ready], np.int64)
+    wanted_there, sample, statistics = _sample(batch, wanted)
+    _bracket(batch, wanted_there, sample, *statistics)
+    totals = batch.launch()
+    lists, table = _undecided(batch)
+    _score(batch, lists, table)
+    left = wanted_there - totals[:, n_experts : 2 * n_experts].reshape(-1)
+    bins = _ranked(lists, left, n_experts, 1, from_inside=True)
+    thresholds = torch.zeros(len(batch.ready), n_experts, 2, dtype=torch.int32, device=device)
+    launch(
+        ranks._decide_kernel,
+        (wanted.size,),
+        batch.table, batch.numbers, bins, wanted_there, totals, totals.shape[1], batch.lists.lengths,
+        thresholds, n_experts, BLOCK)  # fmt: skip
+    counts = torch.empty(n_experts + N_TOTALS, batch.n_programs, dtype=torch.int32, device=device)
+    uniform = batch.variant.curvature == "uniform"
+    settling = replace(
+        batch.variant,
+        listed=True,
+        tail=True,
+        brackets=False,
+        aligned=False,
+        place="none",
+        curvature="uniform" if uniform else "full",
+        curvatures=tl.float32,
+        by_fours=False,
+    )
+    run(settling, table, batch.numbers, batch.tiles, counts, 0, batch.n_programs)
+    return Found(batch, totals, batch.totals(counts), thresholds)
+
+
+def _sample(batch: Batch, wanted: np.ndarray) -> tuple[torch.Tensor, _Lists, tuple[torch.Tensor, ...]]:
+    """(wanted, the sample of each tile, its statistics for `_bracket`), on the device."""
+    starts, at = [], {}
+    tiles, begins, lengths, places, sizes = [], [], [], [], []
+    filled = runs = 0
+    for i, x in enumerate(batch.ready):
+        sample, n = x.request.terms.sample, x.tile.numel
+        key = ("all", n) if sample is None else id(sample.starts)
+        if key not in at:
+            starts.append(np.arange(0, n, RUN, np.int32) if sample is None else sample.starts)
+            at[key] = runs
+            runs += len(starts[-1])
+        size = n if sample is None else RUN * len(sample.starts)
+        for begin in range(0, size, _PART):
+            tiles.append(i)
+            begins.append(filled + begin)
+            lengths.append(min(_PART, size - begin))
+            places.append(at[key] + begin // RUN)
+        sizes.append(size)
+        filled += size
+    samples = [x.request.terms.sample for x in batch.ready]
+    numels = np.array([max(x.tile.numel, 1) for x in batch.ready])
+    targets = wanted / numels[:, None] * np.array(sizes)[:, None]
+    exact = np.array([s is None for s in samples])
+    targets[exact] = wanted[exact]
+    first = np.maximum(np.ceil(targets), 1).astype(np.int64)
+    reach = np.array([0.0 if s is None else s.reach for s in samples])
+    margin = np.stack([reach, 1.0 - exact], 1)
+    words = [*begins, *places, *sizes, *wanted.reshape(-1).tolist(), *first.reshape(-1).tolist()]
+    reals = [*targets.reshape(-1).tolist(), *margin.reshape(-1).tolist()]
+    integers = np.concatenate([np.array([*tiles, *lengths, *exact], np.int32), *starts])
+    words, reals, integers = upload(words, reals, tl.float64, batch.device, integers)
+    count, n = len(tiles), len(sizes)
+    begins, places, sizes, wanted_there, first = words.split([count, count, n, wanted.size, wanted.size])
+    tiles, lengths, exact, runs = integers.split([count, count, n, runs])
+    values = torch.empty(batch.variant.n_experts, filled, dtype=torch.int32, device=batch.device)
+    lists = _Lists(tiles, begins, lengths, values, places, runs)
+    targets, margin = reals.split([wanted.size, 2 * n])
+    return wanted_there, lists, (first, targets, margin.view(n, 1, 2), sizes, exact)
+
+
+def _bracket(
+    batch: Batch,
+    wanted: torch.Tensor,
+    sample: _Lists,
+    first: torch.Tensor,
+    targets: torch.Tensor,
+    margin: torch.Tensor,
+    sizes: torch.Tensor,
+    exact: torch.Tensor,
+) -> None:
+    """Write the brackets into the batch's table and numbers."""
+    n_experts, n = batch.variant.n_experts, len(batch.ready)
+    _score(batch, sample)
+    bins = _ranked(sample, first, n_experts, 1)
+    squares = torch.zeros(n, n_experts, dtype=torch.int64, device=batch.device)
+    launch(
+        ranks._squares_kernel,
+        (len(sample.tiles), n_experts),
+        *sample.given, bins, first, squares, n_experts, BLOCK)  # fmt: skip
+    reach = (squares.double().sqrt() * margin[..., 0] + margin[..., 1]).view(-1)
+    both = torch.stack([targets + reach, targets - reach], 1).ceil().long().view(-1)
+    bins = _ranked(sample, both, n_experts, 2)
+    launch(
+        ranks._bracket_kernel,
+        (n * n_experts,),
+        batch.table, batch.numbers, bins, both, wanted, sizes, exact, n_experts)  # fmt: skip
+
+
+def _score(batch: Batch, lists: _Lists, table: torch.Tensor | None = None) -> None:
+    """Fill the lists' values. table: of lists of undecided elements."""
+    v, sampled = batch.variant, table is None
+    long = v.place in ("whole", "long")
+    form = {"curvature": v.curvature, "curvatures": v.curvatures, "place": "narrow" if long else v.place}
+    if not sampled:
+        kind = "uniform" if v.curvature == "uniform" else "full"
+        form = {"curvature": kind, "curvatures": tl.float32, "place": "none"}
+    launch(
+        ranks._score_kernel,
+        (len(lists.tiles), v.n_experts),
+        batch.table, batch.table if sampled else table, batch.numbers, lists.tiles, lists.begins,
+        lists.lengths, lists.places if sampled else lists.begins, lists.runs if sampled else lists.tiles,
+        lists.values, lists.values.shape[1],
+        n_experts=v.n_experts, weights=v.weights, bases=v.bases, score=v.score, has_base=v.has_base,
+        sampled=sampled, block_size=BLOCK, num_warps=WARPS, enable_fp_fusion=False, **form)  # fmt: skip
+
+
+def _ranked(
+    lists: _Lists, wanted: torch.Tensor, n_experts: int, queries: int, from_inside: bool = False
+) -> torch.Tensor:
+    """Bins of each (tile, expert, query), which tell the value of that rank."""
+    bins = torch.zeros(len(wanted) * ranks.DIGITS * ranks.BINS, dtype=torch.int32, device=wanted.device)
+    for digit in range(ranks.DIGITS):
+        launch(
+            ranks._digit_kernel,
+            (len(lists.tiles), n_experts * queries),
+            *lists.given, bins, wanted, n_experts, queries, digit, from_inside, BLOCK,
+            num_warps=WARPS)  # fmt: skip
+    return bins
+
+
+def _undecided(batch: Batch) -> tuple[_Lists, torch.Tensor]:
+    """The lists of a merge with brackets, and the table by which they are tiles: a row for each list."""
+    experts, lists, n = batch.variant.n_experts, batch.lists, batch.n_programs
+    stride = lists.weights.shape[1]
+    begins, room_of = np.empty(n, np.int64), np.empty(n, np.int64)
+    for rooms in batch.rooms:
+        programs = np.arange(rooms.first, rooms.first + rooms.count)
+        begins[programs] = rooms.begin + (programs - rooms.first) * rooms.room
+        room_of[programs] = rooms.room
+        if rooms.tail >= 0:
+            begins[rooms.tail] = rooms.begin + rooms.count * rooms.room
+            room_of[rooms.tail] = BLOCK
+    table = np.zeros((n, len(loads.TABLE) * experts + len(loads.SCALARS)), np.int64)
+
+    def put(name: str, values: np.ndarray) -> None:
+        table[:, len(loads.TABLE) * experts + loads.SCALARS.index(name)] = values
+
+    def element(tensor: torch.Tensor, of_expert: int = 0) -> np.ndarray:
+        return address(tensor) + (of_expert * stride + begins) * tensor.itemsize
+
+    outs = np.array([address(x.request.out) for x in batch.ready])[batch.tile_of_program]
+    for t in range(experts):
+        table[:, loads.TABLE.index("weights") * experts + t] = element(lists.weights, t)
+        if lists.curvatures is not None:
+            table[:, loads.TABLE.index("values") * experts + t] = element(lists.curvatures, t)
+    put("base", outs if lists.base is None else element(lists.base))
+    put("out", outs)
+    put("room", room_of)
+    put("positions", element(lists.positions))
+    put("lengths", address(lists.lengths) + lists.lengths.itemsize * np.arange(n))
+    words = np.concatenate([table.reshape(-1), begins])
+    words, _, rooms = upload(words, (), tl.float32, batch.device, room_of)
+    table, begins = words.split([table.size, n])
+    lengths = torch.minimum(lists.lengths, rooms)
+    values = torch.empty(experts, stride, dtype=torch.int32, device=batch.device)
+    return _Lists(batch.tiles, begins, lengths, values), table
