@@ -23,8 +23,8 @@ from ..recipe.methods import Method
 from ..recipe.needs import Needs
 from ..recipe.settings import Settings
 from ..select import thresholds as decide
-from ..select.bracket import Bracket, bracket_share, reach_of
-from ..select.sample import runs_of_tensor, sample
+from ..select.bracket import Bracket, bracket_share
+from ..select.sample import sample
 from ..tensors import array as resident
 from ..tensors.buffer import Buffer
 from ..tensors.curvature import Uniform
@@ -33,20 +33,19 @@ from ..tensors.random import name_hash
 from ..tensors.result import SUMS
 from ..tensors.segment import CHUNK
 from ..tensors.terms import (
-    Sample,
     Terms,
     saliency_of_score,
     score_of_saliency,
     score_scale,
 )
 from ..tensors.tile import TensorInputs
+from . import on_device
 from .bundles import Bundle
 from .checks import check
 from .finders import FINDERS, located
 from .found import ModelFound, open_threshold
 from .low_rank import LowRankForms, is_factored
 from .matrices import Matrices
-from .order import Ready
 from .pool import Pool
 from .ranks import ALONE, Ranks
 from .rules import RULES, Rules
@@ -167,11 +166,11 @@ class Decider:
 
     def takes_part(self, tensor: TensorInputs) -> bool:
         """Whether model-wide and absolute thresholds apply to a tensor."""
-        if self._keeps_base(tensor):
+        if self.keeps_base(tensor):
             return False
         return self._all_uniform or not any(isinstance(c, Uniform) for c in tensor.curvatures)
 
-    def _keeps_base(self, tensor: TensorInputs) -> bool:
+    def keeps_base(self, tensor: TensorInputs) -> bool:
         """Whether the method leaves a tensor of this role as the base has it."""
         return self.method.keeps_base(self.settings(tensor), role_of(tensor.name, tensor.shape))
 
@@ -320,24 +319,14 @@ class Decider:
         """The kernel's numbers for one prepared tensor; open (see terms.is_open) where a threshold
         follows. whole: it is merged as one tile, whose thresholds a device may find itself."""
         settings = self.settings(tensor)
-        finds = whole and self._device_finds(tensor)
+        finds = whole and on_device.finds(self, tensor)
         found = self.surveys.of(tensor.name, lambda: self._found(tensor, settings, model, finds))
         found.signs = model.signs
         terms, factor = self.method.terms(settings, found), settings.shared.get("layers") or 1.0
         if settings.scaled:
             factor *= model.scale.factor(settings)
-        sample = None
-        if finds and tensor.numel > self.rules.direct:
-            starts = runs_of_tensor(tensor, self.rules.clusters(tensor.numel))
-            sample = Sample(starts, reach_of(len(starts)))
+        sample = on_device.sample_of(self, tensor) if finds else None
         return replace(terms, lambda_=terms.lambda_ * factor, sample=sample)
-
-    def _device_finds(self, tensor: TensorInputs) -> bool:
-        """Whether a device finds a tensor's thresholds while it merges: shares of elements, over itself."""
-        if not (self.brackets and tensor.is_resident) or self.model_scope or self._keeps_base(tensor):
-            return False
-        plain = all(s.rule != "mass" for s in self.selections(tensor)) and not tensor.origins
-        return plain and self.rules.on_device and self.backend.finds(self.score_terms(tensor).words)
 
     def _found(self, tensor: TensorInputs, settings: Settings, model: ModelFound, finds: bool) -> Found:
         found = self._unknown(tensor)
@@ -374,14 +363,12 @@ class Decider:
 
     def _thresholds(self, tensor: TensorInputs, model: ModelFound, finds: bool) -> list[Threshold]:
         selections, brackets = self.selections(tensor), model.brackets
-        if self._keeps_base(tensor):
+        if self.keeps_base(tensor):
             return [Threshold(decide.KEEP_NOTHING)] * len(selections)
         if finds:
-            counts = [self._wanted(s, tensor) for s in selections]
-            return [
-                Threshold(wanted=count) if count else self._threshold(tensor, t, selections[t], model)
-                for t, count in enumerate(counts)
-            ]
+            found = [on_device.wanted(s, tensor) for s in selections]
+            pairs = enumerate(zip(found, selections, strict=True))
+            return [x or self._threshold(tensor, t, s, model) for t, (x, s) in pairs]
         if self.brackets and not self.model_scope and tensor.numel > self.rules.direct:
             brackets = self._sampled_brackets([tensor], selections, model.spread)
         found = []
@@ -393,18 +380,10 @@ class Decider:
                 found.append(open_threshold(bracket, selection))
         return found
 
-    def _wanted(self, selection: Selection, tensor: TensorInputs) -> int:
-        """How many elements a density keeps; 0 where the selection is another one, or keeps none."""
-        if selection.rule != "density":
-            return 0
-        return decide.count_of_density(selection.value, tensor.numel)
-
     def _threshold(self, tensor: TensorInputs, t: int, selection: Selection, model: ModelFound) -> Threshold:
         if selection.rule == "all":
             return KEEP_ALL
         if selection.surveyed and not self.model_scope:
-            if not decide.keeps_some(selection, tensor.numel):
-                return Threshold(decide.KEEP_NOTHING)
             return Threshold(self.select(tensor, t, self.score_terms(tensor), selection))
         if not self.takes_part(tensor):
             return Threshold(decide.KEEP_ALL)
@@ -441,20 +420,6 @@ class Decider:
             for t in experts:
                 found[t] = self.select(tensor, t, terms, selections[t])
         return found
-
-    def samples(
-        self, tensors: Sequence[TensorInputs], name: str | None, experts: list[int], ready: Ready
-    ) -> dict[int, np.ndarray]:
-        """float32[clusters, elements] of each of these experts' scores. name: of the tensor, None for the
-        model; ready: a tensor as it is read, and its terms."""
-        count = self.rules.clusters(sum(t.numel for t in tensors))
-        prepared = [ready(t)[0] for t in tensors]
-        found = self.surveys.sampled(
-            (name, "ranks"),
-            experts,
-            lambda of: sample(prepared, count, of, lambda t: ready(t)[1], self.backend, self.pool.run),
-        )
-        return dict(zip(experts, map(resident.host, found), strict=True))
 
     # Inputs that are not finite
 

@@ -7,8 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ..planning.roles import role_of
 from ..recipe.settings import Settings
+from ..select.sample import sample
+from ..tensors import array as resident
 from ..tensors.found import At, Found, Selection, Threshold
 from ..tensors.result import SUMS
 from ..tensors.terms import Terms
@@ -87,11 +91,26 @@ def located(
     wanted = {t: lambda nonzero, t=t: decider.method.ranks(settings, t, n, nonzero) for t in experts}
     wanted = {t: ranks for t, ranks in wanted.items() if n and ranks(n)}
     large = n > decider.rules.direct and wanted
-    samples = decider.samples(tensors, name, list(wanted), ready) if large else {}
+    samples = _samples(decider, tensors, name, list(wanted), ready) if large else {}
     found: list[list[Located]] = [[] for _ in range(count)]
     for t, ranks in wanted.items():
         found[t] = order_statistics(decider.reader, tensors, t, ready, ranks, samples.get(t))
     return found[:1] * count if experts == [0] else found
+
+
+def _samples(
+    decider: Decider, tensors: Sequence[TensorInputs], name: str | None, experts: list[int], ready: Ready
+) -> dict[int, np.ndarray]:
+    """float32[clusters, elements] of each of these experts' scores. name: of the tensor, None for the model;
+    ready: a tensor as it is read, and its terms."""
+    count = decider.rules.clusters(sum(t.numel for t in tensors))
+    prepared = [ready(t)[0] for t in tensors]
+    found = decider.surveys.sampled(
+        (name, "ranks"),
+        experts,
+        lambda of: sample(prepared, count, of, lambda t: ready(t)[1], decider.backend, decider.pool.run),
+    )
+    return dict(zip(experts, map(resident.host, found), strict=True))
 
 
 FINDERS: Mapping[str, Callable[[Decider, TensorInputs, Settings, Found], None]] = {

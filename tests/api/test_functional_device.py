@@ -29,7 +29,7 @@ import ota_kernels.topk as selection
 from ota_kernels import graft, merge_state_dicts, merge_tensors, topk_threshold
 from ota_kernels.backends import native, triton
 from ota_kernels.errors import BackendError, InputError
-from ota_kernels.run import decide
+from ota_kernels.run import on_device
 from ota_kernels.run.decide import Decider
 from ota_kernels.run.rules import Rules
 from ota_kernels.run.sinks import Inline, MemorySink
@@ -205,8 +205,8 @@ class TestSelections:
         recipe = recipe_of([DENSITY] * 3, density_scope="tensor")
         expected = stream_on_cpu(recipe, tensors)
         if bad == "misleads":
-            monkeypatch.setattr(decide, "runs_of_tensor", lambda tensor, count: np.zeros(64, np.int32))
-        monkeypatch.setattr(decide, "reach_of", lambda clusters: 0.0 if bad == "misleads" else 1e6)
+            monkeypatch.setattr(on_device, "runs_of_tensor", lambda tensor, count: np.zeros(64, np.int32))
+        monkeypatch.setattr(on_device, "reach_of", lambda clusters: 0.0 if bad == "misleads" else 1e6)
         found = stream_on_device(recipe, tensors)
         assert found.counts[0].repeats == 1
         assert found.counts[1].repeats == 0
