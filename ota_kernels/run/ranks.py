@@ -29,6 +29,7 @@ import numpy as np
 from ..errors import InputError, OtaError, RunError, StoppedError
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.distributed import Store
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ LOST = 30.0  # seconds without one
 _START = 300.0  # seconds until the first
 _LEAVE = 10.0  # seconds that rank 0, which may serve the store, waits for others to leave
 _ANSWER = 60.0  # seconds in which the store must answer
-_TOGETHER = LOST  # seconds in which gloo must: a rank may end when all were there
+_TOGETHER = LOST  # seconds in which gloo must
 _POLL = 0.002, 0.2  # seconds between two questions, at first and at most
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # as torchrun sets it
 _HINT = "the same command with --resume goes on, with any number of processes"
@@ -139,21 +140,37 @@ class Several:
     def total(self, array: np.ndarray) -> np.ndarray:
         """The sum of the ranks' arrays (integers, or floats of which all but one are 0), of one shape."""
         import torch
-        from torch.distributed import PrefixStore, ProcessGroupGloo
 
         self.wait()
         signed = array.view(np.int64) if array.dtype == np.uint64 else array
         summed = torch.from_numpy(np.array(signed, copy=True, ndmin=1))
-        try:
-            if self._gloo is None:
-                store = PrefixStore("gloo", self._store)
-                self._gloo = ProcessGroupGloo(store, self.rank, self.size, timedelta(seconds=_TOGETHER))
-            self._gloo.allreduce([summed]).wait()
-        except RuntimeError as error:
+        # gloo may wait for a rank that ends just now: meanwhile this thread asks who is there.
+        failed: list[RuntimeError] = []
+        adding = threading.Thread(target=self._add, args=(summed, failed), daemon=True)
+        adding.start()
+        while adding.is_alive():
+            adding.join(_POLL[1])
+            self.check()
+        if failed:
             time.sleep(2 * self._beat)  # the one that has ended may have said why
             self.check()
-            raise RunError(f"a process of this merge cannot be reached any more; {_HINT}") from error
+            raise RunError(f"a process of this merge cannot be reached any more; {_HINT}") from failed[0]
         return summed.numpy().view(array.dtype).reshape(array.shape)
+
+    def _add(self, array: Tensor, failed: list[RuntimeError]) -> None:
+        """Add the ranks' arrays in place; an error goes to `failed`."""
+        from torch.distributed import PrefixStore, ProcessGroupGloo
+
+        try:
+            if self._gloo is None:
+                # While gloo waits it holds its connection, on which no sign of life goes then: it has one
+                # of its own, where torch makes them (2.8).
+                own = self._store.clone() if hasattr(self._store, "clone") else self._store
+                store = PrefixStore("gloo", own)
+                self._gloo = ProcessGroupGloo(store, self.rank, self.size, timedelta(seconds=_TOGETHER))
+            self._gloo.allreduce([array]).wait()
+        except RuntimeError as error:
+            failed.append(error)
 
     def take(self, pieces: Sequence[Item], sizes: Sequence[int]) -> Iterator[Item]:
         """Pieces that no other rank takes, all ranks together all of them: first, one after the other, those
