@@ -5,8 +5,8 @@
 Prints a table: registers, warps of a processor that have room for them, spills, shared memory, loads and
 stores by bytes, fences, and machine instructions per element of the path that is executed (the largest loop,
 or all up to the end). Exits 1 where a variant does not compile, spills registers with up to 8 experts, has a
-fence, takes more instructions than its budget, or reads or writes contiguous elements by less than 16 bytes
-at a time."""
+fence, rounds to bfloat16 by cutting off, takes more instructions than its budget, or reads or writes
+contiguous elements by less than 16 bytes at a time."""
 
 from __future__ import annotations
 
@@ -163,8 +163,8 @@ class Kernel:
 @dataclass(frozen=True)
 class Code:
     """What the compiler made: registers of a thread, bytes in its spilling instructions, bytes of shared
-    memory, how many loads and stores there are by bytes, fences, and instructions that a thread executes for
-    its elements."""
+    memory, how many loads and stores there are by bytes, fences, instructions that a thread executes for its
+    elements, and whether none rounds a result to the nearest bfloat16, as Triton's interpreter does not."""
 
     registers: int
     spilled: int
@@ -173,6 +173,7 @@ class Code:
     stores: dict[int, int]
     fences: int
     executed: int
+    cuts_off: bool = False
 
 
 def merge_kernel(label: str, variant: Variant, threads_of_warp: int) -> Kernel:
@@ -310,6 +311,7 @@ def _read_nvidia(compiled) -> Code:
         _widths(re.findall(r"st\.global[\w.:]*?(?:\.v(\d))?\.b(\d+)\b", ptx)),
         sum(name.startswith(("MEMBAR", "CCTL")) for _, _, name, _ in code),
         _executed([at for at, _, name, _ in code if name != "NOP"], loops, ends[0]),
+        "cvt.rn.bf16" not in ptx,
     )
 
 
@@ -378,6 +380,8 @@ def faults(kernel: Kernel, code: Code, target: str) -> list[str]:
     found = []
     if code.spilled and not kernel.may_spill:
         found.append(f"spills {code.spilled} bytes")
+    if kernel.constants.get("outs") == tl.bfloat16 and code.cuts_off:
+        found.append("does not round to the nearest bfloat16")
     if code.fences:
         found.append(f"{code.fences} fences")
     budgeted = target == BUDGETED[0] and _version() >= BUDGETED[1]

@@ -132,7 +132,8 @@ def _restore_bits(base: Buffer, expert: Buffer, merged: Array) -> None:
 
 class Inline(InPlace):
     """A Pool for work on a device: one task after the other on the caller's thread, so that kernels are
-    launched on its current stream. What goes wrong on the device is a BackendError."""
+    launched on its current stream. What goes wrong on the device is a BackendError; the caller's autocast
+    does not reach the work, whose results it would change."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -144,6 +145,7 @@ class Inline(InPlace):
         from ..backends.triton.device import reported
 
         self._entered.enter_context(reported(self._device))
+        self._entered.enter_context(torch.autocast(self._device.type, enabled=False))
         if self._device.type == "cuda":
             self._entered.enter_context(torch.cuda.device(self._device))
         return self

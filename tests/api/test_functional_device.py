@@ -348,6 +348,15 @@ class TestMerge:
         assert 0 < mask.mean() < 1 or parameters == {"density": 0}
         assert_grafted(grafted.cpu(), e.base, e.experts[0], mask)
 
+    def test_the_callers_autocast_changes_nothing(self):
+        e = random_experts(9, (20, 12), dtypes=("float32",), base_dtype="float32")
+        given = put(e.base), put(e.experts), put(e.curvatures)
+        options = DENSITY | {"rescale": True, "approximate_norm": True}
+        expected = merge_tensors(*given, backend="triton", **options)
+        with torch.autocast(device().type, dtype=torch.bfloat16):
+            found = merge_tensors(*given, backend="triton", **options)
+        assert torch.equal(found, expected)
+
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
     def test_the_current_stream_is_used(self):
         """Inputs that are still being computed when the merge is called."""

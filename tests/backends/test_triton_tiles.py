@@ -246,6 +246,23 @@ class TestResidentTilesOnTheDevice:
         for one, other in zip(found, expected, strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-14)
 
+    def test_sums_of_a_row_of_many_columns(self, backend, monkeypatch):
+        """One axis of programs has room for as many blocks of columns as there are."""
+        from ota_kernels.backends.triton import survey
+
+        grids = []
+        launch = survey.launch
+
+        def noted(kernel, grid, *arguments, **constants):
+            grids.append(grid)
+            launch(kernel, grid, *arguments, **constants)
+
+        monkeypatch.setattr(survey, "launch", noted)
+        rows, columns = survey.row_column_sums(torch.ones(130, 300))
+        assert grids == [(9,)]
+        assert torch.equal(rows, torch.full((130,), 300.0, dtype=torch.float64))
+        assert torch.equal(columns, torch.full((300,), 130.0, dtype=torch.float64))
+
     def test_nothing_is_copied(self, backend):
         from ota_kernels.backends.triton.tiles import device_tile, in_place
 
@@ -254,6 +271,51 @@ class TestResidentTilesOnTheDevice:
         found = device_tile(there, in_place(backend.device))
         places = [x.data_ptr() for x in (found.base, *found.experts, *found.curvatures)]
         assert places == [b.data.data_ptr() for b in there.buffers]
+
+    def test_negative_zeros_of_curvature_are_no_reason_to_look_closer(self, backend, monkeypatch):
+        from ota_kernels.backends.triton import outcome
+
+        experts = random_experts(45, (1100,), 2)
+        for h in experts.curvatures:
+            h[::7] = -0.0
+        tile = experts.inputs("bfloat16")
+        terms = terms_of(tile)
+        monkeypatch.setattr(outcome, "nonfinite", lambda tile: pytest.fail("plain torch has looked"))
+        out = torch.zeros(2 * tile.numel, dtype=torch.uint8, device=backend.device)
+        stats = backend.merge(resident(tile, backend.device), terms, out)
+        truth = merge_tile(tile, terms, reference)[1]
+        assert (stats.kept, stats.nonfinite) == (truth.kept, ())
+
+    def test_what_found_no_room_is_remembered(self, backend, failing_launches, monkeypatch):
+        from ota_kernels.backends.triton import backend as module
+
+        monkeypatch.setattr(module, "_SMALLEST_TILE", 100)
+        backend = triton.on()
+        launched = []
+
+        def fault(number, elements):
+            launched.append(elements)
+            if elements > 350:
+                raise torch.OutOfMemoryError(OUT_OF_MEMORY)
+
+        failing_launches += [fault]
+        tile = random_experts(46, (600,), 2).inputs("bfloat16")
+        terms, there = terms_of(tile), resident(tile, backend.device)
+        truth = merge_tile(tile, terms, reference)[1]
+
+        def merged():
+            out = torch.zeros(1200, dtype=torch.uint8, device=backend.device)
+            assert backend.merge(there, terms, out).kept == truth.kept
+
+        merged()
+        merged()
+        rooms = [torch.zeros(1200, dtype=torch.uint8, device=backend.device) for _ in range(3)]
+        stats = backend.merge_all([(there, terms, room) for room in rooms])
+        assert [s.kept for s in stats] == [truth.kept] * 3
+        assert launched == [600, 300, 300, 300, 300, *[300, 300] * 3]
+        backend.release()
+        merged()
+        assert launched[-3:] == [600, 300, 300]
 
     def test_without_room_are_halved(self, backend, failing_launches, monkeypatch):
         from ota_kernels.backends.triton import backend as module

@@ -4,6 +4,7 @@ tiles whose buffers are tensors on the device ("resident"), of which nothing is 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -46,6 +47,7 @@ class Triton:
     def __init__(self, device: str) -> None:
         self.device = torch.device(device)
         self._ring = Ring(self.device)
+        self._most: float = math.inf  # elements at once that found room, where more have not
 
     def verify(self) -> tuple[bool, str]:
         """(ok, reason): whether this backend can run here."""
@@ -53,6 +55,7 @@ class Triton:
 
     def release(self) -> None:
         """Give up the memory that is kept for the next tiles."""
+        self._most = math.inf
         self._ring.release()
 
     def merge(self, tile: TensorInputs, terms: Terms, out: Array) -> MergeStats:
@@ -60,6 +63,10 @@ class Triton:
         has no room for it at once."""
         if terms.function is not None:
             return functions.merge(tile, terms, out)
+        columns = terms.whole
+        halves = tile.numel >= 2 * max(_SMALLEST_TILE, columns)
+        if halves and tile.numel > self._most:
+            return merge_in_halves(self.merge, tile, terms, out, columns)
         with reported(self.device):
             try:
                 if tile.is_resident:
@@ -70,13 +77,13 @@ class Triton:
                     raise
                 reason = line_of(error)
         # Here, past the handler, nothing refers to the failed attempt's tensors any more.
-        columns = terms.whole
-        if tile.numel < 2 * max(_SMALLEST_TILE, columns):
+        if not halves:
             megabytes = sum(b.data.nbytes for b in tile.buffers) / 1e6
             raise BackendError(
                 f"triton on {self.device}: no room for a tile of {megabytes:.1f} MB, alone in flight: "
                 f"free some memory there ({reason})"
             )
+        self._most = tile.numel // 2
         return merge_in_halves(self.merge, tile, terms, out, columns)
 
     def finds(self, words: Words) -> bool:
@@ -103,13 +110,21 @@ class Triton:
         merge: Callable[[Sequence[Tile]], list[MergeStats]],
         tiles: Sequence[Tile],
     ) -> dict[int, MergeStats]:
-        """Stats by index; none where there is no room for all at once."""
-        try:
-            return dict(zip(indices, merge(tiles), strict=True))
-        except (DeviceMemoryError, *FAULTS) as error:
-            if not is_out_of_memory(error):
-                raise
-        return {}
+        """Stats by index, of half of the tiles at a time where there is no room for all; none of one alone
+        that finds none."""
+        elements = sum(tile.numel for tile, _, _ in tiles)
+        if elements <= self._most:
+            try:
+                return dict(zip(indices, merge(tiles), strict=True))
+            except (DeviceMemoryError, *FAULTS) as error:
+                if not is_out_of_memory(error):
+                    raise
+            self._most = elements // 2
+        if len(tiles) < 2:
+            return {}
+        middle = len(tiles) // 2
+        first = self._together(indices[:middle], merge, tiles[:middle])
+        return first | self._together(indices[middle:], merge, tiles[middle:])
 
     def _alone(self, tile: TensorInputs, terms: Terms, out: Array) -> MergeStats:
         """Where nothing is found of a threshold, its tile need not be merged."""

@@ -23,9 +23,9 @@ from ...tensors.segment import RUN
 from ...tensors.terms import Words, score_of_bits
 from . import loads, ranks
 from .batch import Batch, Request, batches, run
-from .outcome import N_TOTALS, Merged
+from .outcome import N_TOTALS, Merged, unusable
 from .table import address, launch, upload
-from .tiles import BLOCK, WARPS, nonfinite
+from .tiles import BLOCK, WARPS
 
 _PART = 1 << 14  # sampled elements that one program ranks
 
@@ -73,7 +73,7 @@ def _stats(
     n = len(merged.terms.experts)
     kept = tuple((totals[:n] + settled[:n]).tolist())
     unkept, overflow, repaired, _ = (totals[-N_TOTALS:] + settled[-N_TOTALS:]).tolist()
-    bad = nonfinite(merged.tile) if totals[-1] else ()
+    bad = unusable(merged.tile, merged.terms) if totals[-1] else ()
     answers = tuple(
         score_of_bits(bits) if e.wanted and not missed else None
         for e, (bits, missed) in zip(merged.terms.experts, thresholds.tolist(), strict=True)

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...tensors.result import CENSUS, EXPONENTS, MergeStats
+from ...tensors.result import CENSUS, EXPONENTS, MergeStats, NonFinite
 from ...tensors.terms import ExpertTerms, Terms, score_bits
 from . import loads, stages
 from .survey import values
@@ -204,6 +204,13 @@ def of_exponents(censuses: np.ndarray) -> np.ndarray:
     return found
 
 
+def unusable(tile: DeviceTile, terms: Terms) -> tuple[NonFinite, ...]:
+    """The inputs of a suspect tile that cannot be used. Scores of -0 and those that overflow are suspect,
+    too: a read of each expert tells them apart before plain torch counts."""
+    suspect = (values("scores", tile, t, terms)[1] for t in range(len(terms.experts)))
+    return nonfinite(tile) if any(map(bool, suspect)) else ()
+
+
 class Undecided(NamedTuple):
     """Elements that some bracket leaves undecided. positions: int32[m], ascending; operands: their inputs,
     curvature as float32; steps: per expert, of each score in its bracket, how many float32 numbers it lies
@@ -275,7 +282,7 @@ class Merged:
             unkept=unkept,
             overflow=overflow,
             repaired=repaired if self.terms.repair else 0,
-            nonfinite=nonfinite(self.tile) if suspects else (),
+            nonfinite=unusable(self.tile, self.terms) if suspects else (),
         )
 
     def undecided(self) -> Undecided | None:

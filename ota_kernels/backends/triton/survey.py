@@ -218,13 +218,16 @@ def _row_column_kernel(
 ):
     if aligned:
         n_columns = n_columns // _ROW_MULTIPLE * _ROW_MULTIPLE  # so the compiler sees it
-    row = tl.program_id(0).to(tl.int64) * rows_of_block + tl.arange(0, rows_of_block)
-    column = tl.program_id(1).to(tl.int64) * columns_of_block + tl.arange(0, columns_of_block)
+    # One axis of programs: a second one has 65535 at most, too few for a matrix of few rows.
+    across = tl.cdiv(n_columns, columns_of_block)
+    down, right = (tl.program_id(0) // across).to(tl.int64), (tl.program_id(0) % across).to(tl.int64)
+    row = down * rows_of_block + tl.arange(0, rows_of_block)
+    column = right * columns_of_block + tl.arange(0, columns_of_block)
     inside = (row < n_rows)[:, None] & (column < n_columns)[None, :]
     h = tl.load(values + row[:, None] * n_columns + column[None, :], mask=inside, other=0).to(tl.float32)
     h = tl.where(loads.is_curvature(h), h, 0.0).to(tl.float64)
-    tl.store(row_sums + tl.program_id(1).to(tl.int64) * n_rows + row, tl.sum(h, 1), mask=row < n_rows)
-    to_columns = column_sums + tl.program_id(0).to(tl.int64) * n_columns + column
+    tl.store(row_sums + right * n_rows + row, tl.sum(h, 1), mask=row < n_rows)
+    to_columns = column_sums + down * n_columns + column
     tl.store(to_columns, tl.sum(h, 0), mask=column < n_columns)
 
 
@@ -348,7 +351,7 @@ def row_column_sums(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         aligned = is_aligned([values]) and n_columns % _ROW_MULTIPLE.value == 0
         launch(
             _row_column_kernel,
-            grid,
+            (grid[0] * grid[1],),
             values, row_sums, column_sums, n_rows, n_columns, aligned, _ROWS, _COLUMNS,
             num_warps=_MATRIX_WARPS)  # fmt: skip
     return row_sums.sum(0), column_sums.sum(0)
