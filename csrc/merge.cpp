@@ -1,12 +1,11 @@
 // One tile in, one merged tile out, strip by strip, with nothing intermediate in memory: read, mark (which edits are
 // kept), elect (which of these are added), add, finish. Single-threaded; the engine runs one tile per thread.
 //
-// The common merge takes whole strips in one step (salient.hpp); one that it finds something wrong with goes through all
-// of them after all.
+// Many strips are merged at once in registers where nothing is wrong with them: the common merge by salient.hpp, nearly
+// all others by blocks.hpp. Where these find something wrong, a strip goes through all steps after all.
 
+#include "blocks.hpp"
 #include "pack_stretches.hpp"
-#include "salient.hpp"
-#include "steps.hpp"
 
 namespace ota {
 namespace OTA_ISA {
@@ -26,15 +25,15 @@ void take_censuses(const Tile& tile, int64_t offset, int n, Strip<Acc>& x) {
         }
 }
 
-// The common merge of as many strips as there are up to `end`, or a span, from `offset` on. Returns their elements: 0
-// where it is not so common.
+// Merges as many strips as there are up to `end`, or a span, from `offset` on. Returns their elements: 0 where they have to
+// go through all steps.
 template <typename Acc>
-int merge_salient(Salient salient, const Merge<Acc>& m, int64_t offset, int64_t end, Waiting& waiting) {
+int merge_span(InRegisters quick, const Merge<Acc>& m, int64_t offset, int64_t end, Waiting& waiting) {
     const Tile& tile = m.args.tile;
     const int64_t left = (end - offset) / kStrip * kStrip;
     const int n = left < kSpan ? static_cast<int>(left) : kSpan;
-    if (salient == nullptr || n == 0) return 0;
-    const int nobody = salient(m.args, offset, n, m.stats.kept, waiting);
+    if (quick == nullptr || n == 0) return 0;
+    const int nobody = quick(m.args, offset, n, m.stats.kept, waiting);
     if (nobody < 0) return 0;
     m.stats.unkept += nobody;
     take_censuses(tile, offset, n, m.x);
@@ -217,7 +216,9 @@ void merge_tile(const MergeArgs& given, MergeStats& stats) {
     Strip<Acc> x;
     prepare(tile, x);
     const Ranked ranked(tile, 0, tile.n_experts, x);
-    const Salient common = args.sums.new_numerator == nullptr ? salient(args, open) : nullptr;
+    InRegisters quick = salient(args, open);
+    if (quick == nullptr) quick = blocks(args);
+    if (args.sums.new_numerator != nullptr) quick = nullptr;
     const Merge<Acc> m{args, stats, x, open};
     Waiting waiting;
     Resolver* resolver = nullptr;
@@ -225,7 +226,7 @@ void merge_tile(const MergeArgs& given, MergeStats& stats) {
         resolver = new Resolver{tile, tile, {}, {}};
         close_brackets(resolver->closed);
     }
-    int64_t offset = 0, retry = 0;  // where the common merge is tried again
+    int64_t offset = 0, retry = 0;  // where registers are tried again
     while (offset < tile.n) {
         if (offset == end) {
             if (open) resolve(args, waiting, x, *resolver, stats);
@@ -238,7 +239,7 @@ void merge_tile(const MergeArgs& given, MergeStats& stats) {
             }
             end = stretches.next(offset, stats);
         }
-        const int merged = offset >= retry ? merge_salient(common, m, offset, end, waiting) : 0;
+        const int merged = offset >= retry ? merge_span(quick, m, offset, end, waiting) : 0;
         if (merged == 0) {
             if (offset >= retry) retry = offset + kSpan;
             go_to(tile, offset, x);

@@ -4,6 +4,7 @@
 
 #include <cstdlib>
 
+#include "lanes.hpp"
 #include "stages.hpp"
 
 namespace ota {
@@ -37,44 +38,76 @@ struct Philox {
           expert(expert),
           high(static_cast<uint32_t>(x.name_hash >> 32)) {}
 
-    // The words of n groups of four elements from number `group` on, one row of kStrip for each place in a group.
-    void words(uint64_t group, int n, uint32_t (*out)[kStrip]) const {
-        for (int i = 0; i < n; ++i) {
-            const uint64_t g = group + static_cast<uint64_t>(i);
-            uint32_t c0 = static_cast<uint32_t>(g), c1 = static_cast<uint32_t>(g >> 32), c2 = expert, c3 = high;
-            uint32_t k0 = key[0], k1 = key[1];
-            for (int round = 0; round < 10; ++round) {
-                const uint64_t first = uint64_t{0xD2511F53u} * c0, second = uint64_t{0xCD9E8D57u} * c2;
-                c0 = static_cast<uint32_t>(second >> 32) ^ c1 ^ k0;
-                c1 = static_cast<uint32_t>(second);
-                c2 = static_cast<uint32_t>(first >> 32) ^ c3 ^ k1;
-                c3 = static_cast<uint32_t>(first);
-                k0 += 0x9E3779B9u;
-                k1 += 0xBB67AE85u;
-            }
-            out[0][i] = c0, out[1][i] = c1, out[2][i] = c2, out[3][i] = c3;
+    // The words of the four elements of a group.
+    void words(uint64_t group, uint32_t* out) const {
+        uint32_t c0 = static_cast<uint32_t>(group), c1 = static_cast<uint32_t>(group >> 32), c2 = expert, c3 = high;
+        uint32_t k0 = key[0], k1 = key[1];
+        for (int round = 0; round < kRounds; ++round, k0 += kWeyl[0], k1 += kWeyl[1]) {
+            const uint64_t first = uint64_t{kTimes[0]} * c0, second = uint64_t{kTimes[1]} * c2;
+            c0 = static_cast<uint32_t>(second >> 32) ^ c1 ^ k0;
+            c1 = static_cast<uint32_t>(second);
+            c2 = static_cast<uint32_t>(first >> 32) ^ c3 ^ k1;
+            c3 = static_cast<uint32_t>(first);
         }
+        out[0] = c0, out[1] = c1, out[2] = c2, out[3] = c3;
     }
+
+#if defined(OTA_LANES)
+    // The words of the elements of many groups, a vector after the other; the chains of N pairs of vectors overlap.
+    static constexpr int kPair = OTA_LANES / 2;  // groups
+
+    template <int N>
+    void words(uint64_t group, lanes::Bits* out) const {
+        using namespace lanes;
+        // Words are the low halves of 64-bit lanes; what is in the high ones is of no matter.
+        Bits c0[N], c1[N], c2[N], c3[N];
+        for (int n = 0; n < N; ++n) {
+            c0[n] = count_from(group + static_cast<uint64_t>(n * kPair)), c1[n] = high_half(c0[n]);
+            c2[n] = all(expert), c3[n] = all(high);
+        }
+        uint32_t k0 = key[0], k1 = key[1];
+#pragma GCC unroll 10
+        for (int round = 0; round < kRounds; ++round, k0 += kWeyl[0], k1 += kWeyl[1])
+            for (int n = 0; n < N; ++n) {
+                const Bits first = product(all(kTimes[0]), c0[n]), second = product(all(kTimes[1]), c2[n]);
+                c0[n] = differ(high_half(second), c1[n], all(k0)), c1[n] = second;
+                c2[n] = differ(high_half(first), c3[n], all(k1)), c3[n] = first;
+            }
+        for (int n = 0; n < N; ++n) in_turn(c0[n], c1[n], c2[n], c3[n], out + 2 * n);
+    }
+#endif
+
+private:
+    static constexpr int kRounds = 10;
+    static constexpr uint32_t kTimes[2] = {0xD2511F53u, 0xCD9E8D57u}, kWeyl[2] = {0x9E3779B9u, 0xBB67AE85u};
 };
 
 // u of n elements, from 0 to below 1.
 inline void uniform(const Philox& philox, const Place& place, int n, float* u) {
-    uint32_t words[4][kStrip];
     const auto of = [](uint32_t word) { return static_cast<float>(word >> 8) * 0x1p-24f; };
     if (place.index != nullptr) {
         for (int i = 0; i < n; ++i) {
-            philox.words(static_cast<uint64_t>(place.index[i]) >> 2, 1, words);
-            u[i] = of(words[place.index[i] & 3][0]);
+            uint32_t words[4];
+            philox.words(static_cast<uint64_t>(place.index[i]) >> 2, words);
+            u[i] = of(words[place.index[i] & 3]);
         }
         return;
     }
     const auto first = static_cast<uint64_t>(place.first);
-    const int begin = static_cast<int>(first & 3), groups = (begin + n + 3) / 4;
-    for (int done = 0; done < groups; done += kStrip) {  // n + 3 elements may take one group more than a strip has
-        philox.words((first >> 2) + static_cast<uint64_t>(done), groups - done < kStrip ? groups - done : kStrip, words);
-        for (int i = done * 4 < begin ? 0 : done * 4 - begin; i < n && (i + begin) / 4 - done < kStrip; ++i)
-            u[i] = of(words[(i + begin) & 3][(i + begin) / 4 - done]);
+    const int begin = static_cast<int>(first & 3), end = begin + n;
+    alignas(64) uint32_t words[kStrip + kChunk];
+#if defined(OTA_LANES)
+    constexpr int kTogether = 2, kStep = kTogether * 2 * OTA_LANES;
+    static_assert(kChunk >= kStep, "what is drawn beyond the strip");
+    for (int i = 0; i < end; i += kStep) {
+        lanes::Bits drawn[kTogether * 2];
+        philox.words<kTogether>((first >> 2) + static_cast<uint64_t>(i / 4), drawn);
+        for (int v = 0; v < kTogether * 2; ++v) lanes::store(words + i + v * OTA_LANES, drawn[v]);
     }
+#else
+    for (int i = 0; i < end; i += 4) philox.words((first >> 2) + static_cast<uint64_t>(i / 4), words + i);
+#endif
+    for (int i = 0; i < n; ++i) u[i] = of(words[begin + i]);
 }
 
 // Orders `n` bits (below 2^31) ascending, equals by their place: `order`, with as much room again.

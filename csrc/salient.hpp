@@ -7,173 +7,17 @@
 #include "add.hpp"
 #include "undecided.hpp"
 
-#if defined(__AVX512F__) && defined(__AVX512BW__)
-#define OTA_LANES 16
-#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
-#define OTA_LANES 8
-#endif
-
 namespace ota {
 namespace OTA_ISA {
 
 // Merges n elements from `offset` on, whole strips: writes its results, adds what it counts to `kept` and the elements in brackets to
 // `waiting`. Returns how many elements nobody keeps, or -1 where they have to go through all steps: an input is not
 // usable, or a result is beyond the output's type.
-using Salient = int (*)(const MergeArgs& args, int64_t offset, int n, int64_t* kept, Waiting& waiting);
+using InRegisters = int (*)(const MergeArgs& args, int64_t offset, int n, int64_t* kept, Waiting& waiting);
 
 #if defined(OTA_LANES)
 
 namespace lanes {
-
-#if OTA_LANES == 16
-
-using Floats = __m512;
-using Bits = __m512i;
-using Mask = __mmask16;
-constexpr int kVectors = 4;  // whose sums leave enough of 32 registers free
-
-inline Floats all(float x) { return _mm512_set1_ps(x); }
-inline Bits all(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
-inline Bits bits(Floats x) { return _mm512_castps_si512(x); }
-inline Floats floats(Bits x) { return _mm512_castsi512_ps(x); }
-inline Bits widen(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
-inline __m256i halves(const uint16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-inline Bits widen(const uint16_t* p) { return _mm512_cvtepu16_epi32(halves(p)); }
-inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
-inline Floats load_f16(const uint16_t* p) { return _mm512_cvtph_ps(halves(p)); }
-inline void store_low_halves(uint16_t* p, Bits x) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(x));
-}
-inline void store_f16(uint16_t* p, Floats x) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
-}
-inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
-inline Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
-inline Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
-inline Floats div(Floats a, Floats b) { return _mm512_div_ps(a, b); }
-inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
-inline Floats sqrt(Floats x) { return _mm512_sqrt_ps(x); }
-inline Bits add(Bits a, Bits b) { return _mm512_add_epi32(a, b); }
-inline Bits both(Bits a, Bits b) { return _mm512_and_si512(a, b); }
-inline Bits larger(Bits a, Bits b) { return _mm512_max_epu32(a, b); }
-template <int N> inline Bits left(Bits x) { return _mm512_slli_epi32(x, N); }
-template <int N> inline Bits right(Bits x) { return _mm512_srli_epi32(x, N); }
-// table[i & 3] of each i.
-inline Bits look_up(Bits i, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-    return _mm512_permutexvar_epi32(
-        i, _mm512_set4_epi32(static_cast<int>(d), static_cast<int>(c), static_cast<int>(b), static_cast<int>(a)));
-}
-inline Mask at_least(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
-inline Mask is_zero(Floats x) { return _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_EQ_OQ); }
-inline Mask is_zero(Bits x) { return _mm512_testn_epi32_mask(x, x); }
-// Lanes of m where a is not at least b (which may be NaN).
-inline Mask not_at_least(Mask m, Floats a, Floats b) { return _mm512_mask_cmp_ps_mask(m, a, b, _CMP_NGE_UQ); }
-inline Mask either(Mask a, Mask b) { return static_cast<Mask>(a | b); }
-inline Floats zero_unless(Mask m, Floats x) { return _mm512_maskz_mov_ps(m, x); }
-inline Floats choose(Mask m, Floats a, Floats b) { return _mm512_mask_mov_ps(b, m, a); }
-inline Mask nowhere() { return 0; }
-inline uint32_t lanes_of(Mask m) { return m; }
-
-#else
-
-using Floats = __m256;
-using Bits = __m256i;
-using Mask = __m256;
-constexpr int kVectors = 2;  // of 16 registers
-
-inline Floats all(float x) { return _mm256_set1_ps(x); }
-inline Bits all(uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); }
-inline Bits bits(Floats x) { return _mm256_castps_si256(x); }
-inline Floats floats(Bits x) { return _mm256_castsi256_ps(x); }
-inline Bits widen(const uint8_t* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))); }
-inline __m128i halves(const uint16_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
-inline Bits widen(const uint16_t* p) { return _mm256_cvtepu16_epi32(halves(p)); }
-inline Floats load(const float* p) { return _mm256_loadu_ps(p); }
-inline Floats load_f16(const uint16_t* p) { return _mm256_cvtph_ps(halves(p)); }
-inline void store_low_halves(uint16_t* p, Bits x) {
-    const __m256i joined = _mm256_permute4x64_epi64(_mm256_packus_epi32(x, x), 0x08);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(joined));
-}
-inline void store_f16(uint16_t* p, Floats x) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
-}
-inline Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
-inline Floats sub(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
-inline Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
-inline Floats div(Floats a, Floats b) { return _mm256_div_ps(a, b); }
-inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
-inline Floats sqrt(Floats x) { return _mm256_sqrt_ps(x); }
-inline Bits add(Bits a, Bits b) { return _mm256_add_epi32(a, b); }
-inline Bits both(Bits a, Bits b) { return _mm256_and_si256(a, b); }
-inline Bits larger(Bits a, Bits b) { return _mm256_max_epu32(a, b); }
-template <int N> inline Bits left(Bits x) { return _mm256_slli_epi32(x, N); }
-template <int N> inline Bits right(Bits x) { return _mm256_srli_epi32(x, N); }
-inline Bits look_up(Bits i, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-    const int w = static_cast<int>(a), x = static_cast<int>(b), y = static_cast<int>(c), z = static_cast<int>(d);
-    return _mm256_permutevar8x32_epi32(_mm256_setr_epi32(w, x, y, z, w, x, y, z), i);
-}
-inline Mask at_least(Floats a, Floats b) { return _mm256_cmp_ps(a, b, _CMP_GE_OQ); }
-inline Mask is_zero(Floats x) { return _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_EQ_OQ); }
-inline Mask is_zero(Bits x) { return floats(_mm256_cmpeq_epi32(x, _mm256_setzero_si256())); }
-inline Mask not_at_least(Mask m, Floats a, Floats b) { return _mm256_andnot_ps(at_least(a, b), m); }
-inline Mask either(Mask a, Mask b) { return _mm256_or_ps(a, b); }
-inline Floats zero_unless(Mask m, Floats x) { return _mm256_and_ps(m, x); }
-inline Floats choose(Mask m, Floats a, Floats b) { return _mm256_blendv_ps(b, a, m); }
-inline Mask nowhere() { return _mm256_setzero_ps(); }
-inline uint32_t lanes_of(Mask m) { return static_cast<uint32_t>(_mm256_movemask_ps(m)); }
-
-#endif
-
-constexpr int kStep = kVectors * OTA_LANES;  // a strip is a whole number of steps
-static_assert(kStrip % kStep == 0, "a strip is a whole number of steps");
-constexpr int kAhead = 128;  // elements between what is read and what is fetched
-
-inline uint64_t joined(const Mask (&m)[kVectors]) {
-    uint64_t all = 0;
-    for (int v = 0; v < kVectors; ++v) all |= uint64_t{lanes_of(m[v])} << (v * OTA_LANES);
-    return all;
-}
-
-inline uint32_t largest(Bits x) {
-    uint32_t each[OTA_LANES], top = 0;
-    std::memcpy(each, &x, sizeof(each));
-    for (uint32_t one : each) top = OTA_ISA::larger(top, one);
-    return top;
-}
-
-// As to_bf16, of numbers.
-inline Bits bf16_of(Floats x) {
-    const Bits even = both(right<16>(bits(x)), all(1u));
-    return right<16>(add(bits(x), add(even, all(0x7fffu))));
-}
-
-inline Bits magnitude(Floats x) { return both(bits(x), all(0x7fffffffu)); }
-
-// Element types: a vector from element i on.
-struct BF16 {
-    static constexpr int size = 2;
-    static Floats read(const uint8_t* p, int i) {
-        return floats(left<16>(widen(reinterpret_cast<const uint16_t*>(p) + i)));
-    }
-};
-struct F16 {
-    static constexpr int size = 2;
-    static Floats read(const uint8_t* p, int i) { return load_f16(reinterpret_cast<const uint16_t*>(p) + i); }
-};
-struct F32 {
-    static constexpr int size = 4;
-    static Floats read(const uint8_t* p, int i) { return load(reinterpret_cast<const float*>(p) + i); }
-};
-// log8: as `level`.
-struct Codes {
-    static constexpr int size = 1;
-    static Floats read(const uint8_t* p, int i) {
-        constexpr uint32_t top = 64u << 23;
-        const Bits c = widen(p + i);
-        const Bits of_quarter = look_up(c, top, top - (8u << 16), top - (11u << 16), top - (9u << 16));
-        return choose(is_zero(c), all(0.0f), floats(add(left<21>(c), of_quarter)));
-    }
-};
 
 // Curvature: as it is stored, or times a number of the row.
 template <typename T>
@@ -302,7 +146,7 @@ int merge(const MergeArgs& args, int64_t offset, int n, int64_t* kept, Waiting& 
 }
 
 template <bool Open, Form F, typename W>
-Salient of_curvature(const Curvature& c) {
+InRegisters of_curvature(const Curvature& c) {
     switch (c.kind) {
         case CurvatureKind::rank1: return merge<Open, F, W, Scaled<F32>>;
         case CurvatureKind::log8: return merge<Open, F, W, Scaled<Codes>>;
@@ -314,7 +158,7 @@ Salient of_curvature(const Curvature& c) {
 }
 
 template <bool Open, Form F>
-Salient of_weights(const Expert& e) {
+InRegisters of_weights(const Expert& e) {
     switch (e.weights.dtype) {
         case DType::bf16: return of_curvature<Open, F, BF16>(e.curvature);
         case DType::f16: return of_curvature<Open, F, F16>(e.curvature);
@@ -357,7 +201,7 @@ inline bool is_common(const Tile& tile) {
 }  // namespace lanes
 
 // The function that merges whole strips of such a tile; none where they have to go through all steps.
-inline Salient salient(const MergeArgs& args, bool open) {
+inline InRegisters salient(const MergeArgs& args, bool open) {
     using namespace lanes;
     const Tile& tile = args.tile;
     const bool narrow = args.out_dtype == DType::bf16 || args.out_dtype == DType::f16;
@@ -369,7 +213,7 @@ inline Salient salient(const MergeArgs& args, bool open) {
 
 #else
 
-inline Salient salient(const MergeArgs&, bool) { return nullptr; }
+inline InRegisters salient(const MergeArgs&, bool) { return nullptr; }
 
 #endif
 

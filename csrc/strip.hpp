@@ -11,6 +11,9 @@ namespace OTA_ISA {
 // Experts whose sums are in registers together.
 constexpr int kGroup = 6;
 
+// Elements that are taken at once where they stay in registers.
+constexpr int kSpan = 16 * kStrip;
+
 // Besides float, the type of weights that loops read as they are stored.
 template <typename Acc>
 using Direct = std::conditional_t<std::is_same<Acc, double>::value, double, bf16>;

@@ -20,9 +20,6 @@ inline void each_one(const int32_t* flags, int n, Step step) {
     }
 }
 
-// Elements that the common merge takes at once.
-constexpr int kSpan = 16 * kStrip;
-
 // Undecided elements that have yet to be resolved: while their inputs are in the second-level cache, and enough of
 // them for whole vectors.
 struct Waiting {
