@@ -14,15 +14,20 @@ namespace {
 // Scores of n elements from `offset` on, all usable, to the censuses.
 template <typename Acc>
 void take_censuses(const Tile& tile, int64_t offset, int n, Strip<Acc>& x) {
-    for (int t = 0; t < tile.n_experts; ++t)
-        for (int64_t at = offset; tile.experts[t].census != nullptr && at < offset + n; at += kStrip) {
-            go_to(tile, at, x);
-            load_base(tile, x);
-            find_edits(tile, t, x);
+    bool some = false;
+    for (int t = 0; t < tile.n_experts; ++t) some |= tile.experts[t].census != nullptr;
+    for (int64_t at = offset; some && at < offset + n; at += kStrip) {
+        go_to(tile, at, x);
+        load_base(tile, x);
+        share_scores(tile, x);
+        for (int t = 0; t < tile.n_experts; ++t) {
+            if (tile.experts[t].census == nullptr) continue;
+            if (tile.words.score != Score::spread) find_edits(tile, t, x);
             alignas(64) float used[kStrip];
             use(find_scores(tile, t, x), nullptr, kStrip, used);
             take_census(used, tile.experts[t], kStrip);
         }
+    }
 }
 
 // Merges as many strips as there are up to `end`, or a span, from `offset` on. Returns their elements: 0 where they have to
