@@ -123,11 +123,11 @@ def _power(terms: Terms, acc: tl.dtype, exact_roots: bool) -> str:
 
 
 def warps(variant: Variant) -> int:
-    """Warps of a program: so many that a thread's elements stay in registers, 8 or (in float64, or with
-    places of their own) 4."""
+    """Warps of a program: so many that a thread's elements stay in registers, 8 or (in float64, with a
+    census, or with places of their own) 4."""
     in_float64 = variant.acc == tl.float64 or variant.power == "general"
     places = variant.place in ("narrow", "wide", "gathered")  # a row and a column of each element
-    return 2 * WARPS if in_float64 or places else WARPS
+    return 2 * WARPS if in_float64 or places or variant.census else WARPS
 
 
 @functools.cache
