@@ -239,7 +239,7 @@ class Placed:
             )
             for _ in engine.run():
                 pass
-            surveys.decided = engine.decided
+            surveys.keep(engine.decided)
         return {
             t.name: array_like(like[t.name], data, t.out_dtype, t.shape)
             for t, data in zip(tensors, sink.outputs, strict=True)

@@ -69,6 +69,13 @@ class Gang:
             self._begin_ready()
         return future
 
+    def join(self, k: int) -> None:
+        """Member k, which had left, begins: the others wait for it where they are."""
+        with self._lock:
+            if self._stopped:
+                raise KeyboardInterrupt
+            self._places[k] = (-1, 0)
+
     def leave(self, k: int) -> None:
         """Member k asks for no more units."""
         with self._lock:

@@ -117,6 +117,11 @@ class Merging:
             if not any("found" in record for record in own):
                 log.append({"found": asdict(state.found)})
             self._lap("survey")
+            for index, thresholds in job.surveys.decided.items():
+                if index not in state.decided:
+                    known = Decided(index, thresholds, False)
+                    log.append(record_of(known), of_data=False)
+                    state.add(known)
             weights = job.inputs.bytes_per_element
             self._progress.stage("merge", job.inputs.total_bytes)
             self._progress.advance(sum(state.done_elements(i) * w for i, w in enumerate(weights)))
@@ -136,6 +141,8 @@ class Merging:
                 for event in itertools.chain(self._copy(state, writer), self._events(engine, state, decider)):
                     self._ranks.check()
                     log.append(record_of(event), of_data=not isinstance(event, Decided))
+                    if isinstance(event, Decided) and event.index is None:
+                        job.surveys.keep({None: event.thresholds})  # before its tiles are patched
                     for segment in state.add(event):
                         done = (segment.stop - segment.start) * weights[segment.index]
                         self._progress.advance(self._ranks.done(done))
@@ -144,6 +151,7 @@ class Merging:
                     for event in engine.checkpoint():
                         log.append(record_of(event))
                 raise
+            job.surveys.keep(engine.decided)
             self._lap("merge")
         finally:
             log.close()

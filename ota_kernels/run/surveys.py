@@ -48,6 +48,10 @@ class Surveys:
         """What is measured of the merged edit, whatever its factor."""
         return _taken(self.edits, self.edit, measure)
 
+    def keep(self, decided: dict[int | None, list[float | None]]) -> None:
+        """Thresholds that a merge has decided."""
+        self.decided.update(decided)
+
     def sampled(
         self, scope: Key, experts: Sequence[int], take: Callable[[Sequence[int]], list[Array]]
     ) -> list[Array]:
@@ -66,6 +70,9 @@ class Once(Surveys):
 
     def measured(self, measure: Callable[[], Result]) -> Result:
         return measure()
+
+    def keep(self, decided: dict[int | None, list[float | None]]) -> None:
+        pass
 
     def sampled(
         self, scope: Key, experts: Sequence[int], take: Callable[[Sequence[int]], list[Array]]
@@ -110,11 +117,22 @@ class _Entry:
 
 class Shared(Surveys):
     """Of merges that run at once. edits: of those that measure the same; found: of those that find the same;
-    scores: of those that score alike."""
+    scores: of those that score alike; first: of the first merge that finds the same, None where it is this
+    one. told: set when that one's thresholds are known, or never will be."""
 
-    def __init__(self, edits: _Counted, found: _Counted, scores: _Counted) -> None:
+    def __init__(
+        self, edits: _Counted, found: _Counted, scores: _Counted, first: Shared | None = None
+    ) -> None:
         super().__init__()
-        self._edits, self._found, self._scores = edits, found, scores
+        self._edits, self._found, self._scores, self.is_first = edits, found, scores, first is None
+        self.told = threading.Event() if first is None else first.told
+        if first is not None:
+            self.decided = first.decided
+
+    def keep(self, decided: dict[int | None, list[float | None]]) -> None:
+        if self.is_first:
+            self.decided.update(decided)
+            self.told.set()
 
     def of(self, name: str | None, find: Callable[[], Result]) -> Result:
         return self._found.of((name,), find)
@@ -138,7 +156,12 @@ class Shared(Surveys):
             each = {key: _Counted(n, is_worker) for key, n in Counter(keys).items()}
             return [each[key] for key in keys]
 
-        return list(map(Shared, counted(_EDIT), counted(_FOUND), counted(_SCORED)))
+        firsts: dict[int, Shared] = {}
+        made = []
+        for edits, found, scores in zip(counted(_EDIT), counted(_FOUND), counted(_SCORED), strict=True):
+            made.append(Shared(edits, found, scores, firsts.get(id(found))))
+            firsts.setdefault(id(found), made[-1])
+        return made
 
 
 class Kept:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import threading
@@ -25,6 +26,7 @@ from ..recipe.setting import with_values
 from ..tensors.tile import TensorInputs
 from .gang import Gang
 from .job import Job, Options, Progress, Silent
+from .pool import IN_PLACE
 from .rules import RULES
 from .surveys import Shared
 
@@ -98,6 +100,13 @@ class _Combination(Job):
     def _open(self, recipe: Recipe) -> Inputs:
         return self._shared.again(recipe)
 
+    @functools.cached_property
+    def follows(self) -> bool:
+        """Whether it begins when another merge has decided its thresholds: it reads the inputs once more,
+        from the page cache, and has nothing undecided."""
+        brackets = self.decider(IN_PLACE).brackets
+        return brackets and not self.surveys.is_first and self.read_ahead.is_idle
+
     def pool(self) -> Any:
         return self._gang.members[self.number]
 
@@ -146,7 +155,7 @@ def _run(recipes: Mapping[str, Recipe], out: Path, options: Options, progress: P
         for job, surveys in zip(
             jobs.values(), Shared.among(merges, lambda: gang.pool.is_worker), strict=True
         ):
-            job.surveys = surveys
+            job.surveys, job.read_ahead = surveys, first.read_ahead
         _check_room(jobs.values(), out, options)
         shared = _Sum(progress, k)
         return _together(jobs, out, shared, gang)
@@ -170,15 +179,23 @@ def _together(jobs: Mapping[str, _Combination], out: Path, progress: Progress, g
         job.check_output(out / name)  # before anything is written
     out.mkdir(parents=True, exist_ok=True)
 
+    for job in jobs.values():
+        if job.follows:
+            gang.leave(job.number)
+
     def one(name: str) -> dict:
         job = jobs[name]
         try:
+            if job.follows:
+                job.surveys.told.wait()
+                gang.join(job.number)
             return job.run(out / name, progress)
         except BaseException:
             gang.stop()
             raise
         finally:
             gang.leave(job.number)
+            job.surveys.keep({})
 
     with ThreadPoolExecutor(len(jobs), thread_name_prefix="sweep") as threads:
         running = {name: threads.submit(one, name) for name in jobs}
