@@ -83,7 +83,7 @@ class Scale:
         that the first one stands for, where it is a merge of them."""
         own = list(map(math.sqrt, sums.edits))
         norms = [*before, *own[1:]] if before else own
-        mean, six = math.fsum(norms) / max(len(norms), 1), tuple(map(_six, norms))
+        mean, six = math.fsum(norms) / max(len(norms), 1), list(map(_six, norms))
         length = math.sqrt(sums.merged)
         if not (length and math.isfinite(sums.kept + sums.merged + sums.scaled)):
             return cls(1.0, 1.0, 0.0, elements, six)  # nothing to scale, or what the merge itself refuses
