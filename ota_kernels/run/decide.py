@@ -214,7 +214,7 @@ class Decider:
 
         def ready(tensor: TensorInputs) -> tuple[TensorInputs, Terms]:
             prepared, settings = self.prepare(tensor), self.settings(tensor)
-            return prepared, self.method.terms(settings, self._found(prepared, settings, found))
+            return prepared, self.method.terms(settings, self._found(prepared, settings, found, finds=False))
 
         return replace(found, signs=int(self.reader.over(Signs(), self.tensors, ready)[0]))
 

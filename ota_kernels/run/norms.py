@@ -20,7 +20,7 @@ _ROWS = 1024
 
 def edit_norm(edits: Array, shape: tuple[int, ...], role: str, approximate: bool) -> float:
     """The norm of one tensor's edits, float32[n] in row-major order of `shape`. Holds, for matrices, the
-    float64 Gram matrix of the smaller side, or with `approximate` only vectors."""
+    float64 Gram matrix of the smaller side, or with `approximate` the edits as float64."""
     if len(edits) == 0:
         return 0.0
     if role == MATRIX:
@@ -44,8 +44,9 @@ def _spectral_norm(matrix: Array) -> float:
 
 
 def _power_iteration(matrix: Array) -> float:
-    """A lower bound of the largest singular value, close after a few steps from the largest edit's row."""
-    lib = resident.library(matrix)
+    """A lower bound of the largest singular value, close after a few steps from the largest edit's row. In
+    float64: products in float32 are what the library and the processor make of the order of their sums."""
+    lib, matrix = resident.library(matrix), resident.float64(matrix)
     row = int(lib.argmax(lib.maximum(lib.amax(matrix, 1), -lib.amin(matrix, 1))))
     v, norm = _unit(matrix[row])
     for _ in range(_POWER_ITERATIONS):

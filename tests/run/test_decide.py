@@ -341,7 +341,8 @@ def test_approximate_norms_rescale_almost_alike(backend):
     np.testing.assert_array_equal(exact.masks, near.masks)
     largest = np.abs(exact.out - base).max()
     np.testing.assert_allclose(near.out, exact.out, rtol=0, atol=2e-4 * largest)
-    assert near.data.tobytes() != exact.data.tobytes()
+    scales = ([e.edit_scale for e in found.terms.experts] for found in (near, exact))
+    assert next(scales) != next(scales)  # another way to the same number
 
 
 def test_sixty_four_experts_are_the_most():
