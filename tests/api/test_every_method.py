@@ -4,12 +4,11 @@ OTA_EVERY_METHOD set, Triton's interpreter."""
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from alone import passes_interpreted
 from checkpoints import assert_same_tensors, edited, random_tensors, second_moments
 
 from ota_kernels import merge_state_dicts
@@ -82,13 +81,4 @@ def test_triton(name):
     "OTA_EVERY_METHOD" not in os.environ, reason="half a minute; test_triton_words has all words"
 )
 def test_under_the_interpreter():
-    """Triton's, which must be chosen before Triton is imported: in a process of its own."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n0", __file__]
-    done = subprocess.run(
-        [*command, "-k", "test_triton"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-6000:]
+    passes_interpreted(__file__, "test_triton")

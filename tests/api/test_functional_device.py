@@ -7,8 +7,6 @@ test runs this file in a process of its own, since the interpreter must be chose
 from __future__ import annotations
 
 import functools
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +15,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from alone import passes_interpreted
 from models import Experts, decider_of, random_experts, with_buffers
 from scores import CASES, DTYPES, assert_grafted, ranks, sorted_answers
 from streams import Streamed, inputs_of, recipe_of, run_engine, stream
@@ -46,12 +45,7 @@ DENSITY = {"density": 0.3}
 
 @pytest.mark.skipif(RUNS_HERE, reason="the tests below run in this process")
 def test_under_the_interpreter():
-    command = [sys.executable, "-W", "ignore", "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    command += ["-k", "TestSelections or TestMerge"]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-6000:]
+    passes_interpreted(__file__, "TestSelections or TestMerge")
 
 
 @functools.cache

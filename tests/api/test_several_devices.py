@@ -3,12 +3,9 @@ lies where is told by the storage of its own."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from alone import passes_interpreted
 
 import ota_kernels
 from ota_kernels import InputError, merge_state_dicts
@@ -19,16 +16,7 @@ RUNS_HERE = triton.interpreted()
 
 @pytest.mark.skipif(RUNS_HERE, reason="the tests below run in this process")
 def test_under_the_interpreter():
-    command = [sys.executable, "-W", "ignore", "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(
-        [*command, "-k", "Several"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-6000:]
-    assert " passed" in done.stdout
+    passes_interpreted(__file__, "Several")
 
 
 def test_distributed_tensors_are_refused_in_a_line():

@@ -7,14 +7,12 @@ imported: then one test runs this file's classes in a process of their own.
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from alone import passes_interpreted
 from scores import masses
 from tiles import OUTPUT_DTYPES, Experts, buffer, decode, merge_tile, random_experts
 from tolerances import assert_close
@@ -33,11 +31,7 @@ backend = triton.on() if RUNS_HERE else None
 
 @pytest.mark.skipif(RUNS_HERE, reason="the tests below run in this process")
 def test_under_the_interpreter():
-    command = [sys.executable, "-W", "ignore", "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-6000:]
+    passes_interpreted(__file__)
 
 
 OTA = Words()

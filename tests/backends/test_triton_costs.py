@@ -5,12 +5,9 @@ The interpreter must be chosen before Triton is imported: one test runs the othe
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from alone import passes_interpreted
 
 import ota_kernels
 from ota_kernels.backends import triton
@@ -20,16 +17,7 @@ RUNS_HERE = triton.interpreted()
 
 @pytest.mark.skipif(RUNS_HERE, reason="the tests below run in this process")
 def test_under_the_interpreter():
-    command = [sys.executable, "-W", "ignore", "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(
-        [*command, "-k", "OnTheDevice"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-6000:]
-    assert " passed" in done.stdout
+    passes_interpreted(__file__, "OnTheDevice")
 
 
 def models_of(shapes: list[tuple[int, ...]], experts: int = 2):

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import subprocess
-import sys
 import threading
 from dataclasses import replace
 
@@ -19,6 +16,7 @@ import jobs
 import numpy as np
 import pytest
 import torch
+from alone import passes_interpreted
 from checkpoints import assert_same_tensors, load_merged, make_set
 from tolerances import assert_close
 
@@ -41,16 +39,7 @@ LOST = "CUDA error: an illegal memory access was encountered\nCUDA kernel errors
 
 @pytest.mark.skipif(RUNS_HERE, reason="the merges below run in this process")
 def test_under_the_interpreter():
-    command = [sys.executable, "-W", "ignore", "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(
-        [*command, "-k", "OnTheDevice"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-6000:]
-    assert " passed" in done.stdout
+    passes_interpreted(__file__, "OnTheDevice")
 
 
 SHAPES = {

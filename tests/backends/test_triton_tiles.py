@@ -4,14 +4,12 @@ in two halves. As in test_triton.py, kernels run on a GPU, or in a process of th
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from alone import passes_interpreted
 from scores import masses
 from test_triton import log8_of, terms_of
 from tiles import decode, merge_tile, random_experts, with_buffers
@@ -31,16 +29,7 @@ OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 34.00 MiB."
 
 @pytest.mark.skipif(RUNS_HERE, reason="the tests below run in this process")
 def test_under_the_interpreter():
-    command = [sys.executable, "-W", "ignore", "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(
-        [*command, "-k", "OnTheDevice"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-6000:]
-    assert " passed" in done.stdout
+    passes_interpreted(__file__, "OnTheDevice")
 
 
 def stats_of(**changes) -> MergeStats:

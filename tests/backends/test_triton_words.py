@@ -4,14 +4,12 @@ of their own."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from alone import passes_interpreted
 from test_triton import check, terms_of, with_thresholds
 from tiles import Experts, buffer, decode, merge_tile, random_experts
 
@@ -32,12 +30,7 @@ NAME = random.name_hash("model.layers.0.weight")
 
 @pytest.mark.skipif(RUNS_HERE, reason="the tests below run in this process")
 def test_under_the_interpreter():
-    command = [sys.executable, "-W", "ignore", "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-6000:]
-    assert " passed" in done.stdout
+    passes_interpreted(__file__)
 
 
 def per_expert(rows: int, columns: int) -> dict:

@@ -7,13 +7,12 @@ loudest: w_0 + lambda weight_t d_t, t the last expert of the largest |weight_t d
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import numpy as np
 import oracle
 import pytest
 import torch
+from alone import passes_interpreted
 from checkpoints import load_merged, make_set, model_digests
 from jobs import Interrupt, merge
 from tolerances import assert_close
@@ -173,13 +172,4 @@ def test_a_name_is_registered_once():
 
 @pytest.mark.skipif(IN_INTERPRETER, reason="the tests above run under it")
 def test_under_the_interpreter():
-    """Triton's, which must be chosen before Triton is imported: in a process of its own."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n0", __file__]
-    done = subprocess.run(
-        [*command, "-k", "TestEveryWay"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-6000:]
+    passes_interpreted(__file__, "TestEveryWay")
