@@ -106,13 +106,6 @@ def in_bracket(s, lowest, span):
 
 
 @triton.jit
-def is_suspect(s):
-    """Whether a saliency tells that some input is not usable: with usable ones it is finite and not negative,
-    unless it overflows or is -0. One comparison in place of five."""
-    return bits(s) >= 0x7F800000
-
-
-@triton.jit
 def usable_score(s, usable):
     """s, and 0 where an input is not usable; s may be -0, or NaN (a curvature above 2^96, an edit of 0)."""
     return tl.where(usable & (s > 0), s, 0.0)
