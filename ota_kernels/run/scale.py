@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -28,8 +28,9 @@ from ..tensors import array as resident
 from ..tensors.dtypes import BY_NAME
 from ..tensors.found import Selection
 from ..tensors.random import name_hash
+from ..tensors.segment import CHUNK
 from ..tensors.terms import Terms, close, is_open
-from ..tensors.tile import TensorInputs
+from ..tensors.tile import TensorInputs, concatenated
 
 if TYPE_CHECKING:
     from .decide import Decider
@@ -144,9 +145,7 @@ def _measured(decider: Decider, model: ModelFound) -> _Measured | None:
     ready = (decider.prepare(t) for t in decider.tensors if not decider.matrices.by_formula(t))
     pieces: list[TensorInputs] = []
     for tensor in ready:
-        pieces += _pieces(tensor, share, decider.score_terms(tensor).whole)
-        if not tensor.is_computed:
-            decider.release(tensor)  # the pages that a sample touches are nearly all of them
+        pieces += _pieces(tensor, share, decider.score_terms(tensor), decider.release)
     by_tensors = _WHOLE & _statistics(decider) or decider.needs.matrices
     terms_of = _terms_of_tensors if by_tensors else _terms_of_sample
     times = _times(decider, pieces)
@@ -167,26 +166,37 @@ def _statistics(decider: Decider) -> set[str]:
     return {need.statistic for need in decider.needs.everything}
 
 
-def _pieces(tensor: TensorInputs, share: float, whole: int) -> Iterator[TensorInputs]:
-    """A sample of one tensor: one tile of runs, each in its own stratum. whole: elements that must stay
-    together; they are then tiles of their own."""
-    run = whole if whole > 1 else _RUN
+def _pieces(
+    tensor: TensorInputs, share: float, terms: Terms, release: Callable[[TensorInputs], None]
+) -> Iterator[TensorInputs]:
+    """A sample of one tensor: one tile of runs, each in its own stratum. terms: where they want elements that
+    stay together, those are tiles of their own; release: lets go of a tile's mapped pages."""
+    run = terms.whole if terms.whole > 1 else _RUN
     count = max(math.ceil(share * tensor.numel / run), _FEWEST)
     if not tensor.numel:
         return
     if count * run >= tensor.numel:
         yield tensor.made
         return
-    places = tensor.numel // run if whole > 1 else tensor.numel - run
+    places = tensor.numel // run if terms.whole > 1 else tensor.numel - run
     random = np.random.default_rng(name_hash(tensor.name))
     starts = ((np.arange(count) + random.random(count)) * (places / count)).astype(np.int64)
-    if whole > 1:
-        yield from (tensor.slice(start * run, (start + 1) * run) for start in starts.tolist())
+    if not terms.gathers:
+        step = run if terms.whole > 1 else 1
+        yield from (tensor.slice(start * step, start * step + run) for start in starts.tolist())
         return
-    positions = (starts[:, None] + np.arange(run)).reshape(-1)
-    yield tensor.gather(
-        resident.beside(positions, tensor.experts[0].data) if tensor.is_resident else positions
-    )
+    tiles = []
+    for first in range(0, tensor.numel, CHUNK):
+        within = starts[(starts >= first) & (starts < first + CHUNK)]
+        if not len(within):
+            continue
+        positions = (within[:, None] + np.arange(run)).reshape(-1)
+        if tensor.is_resident:
+            positions = resident.beside(positions, tensor.experts[0].data)
+        tiles.append(tensor.gather(positions))
+        if not tensor.is_computed:
+            release(tensor.slice(first, min(first + CHUNK + run, tensor.numel)))
+    yield concatenated(tiles)
 
 
 Settled = Iterator[tuple[TensorInputs, Terms]]

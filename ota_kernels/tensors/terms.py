@@ -205,6 +205,11 @@ class Terms:
             return BLOCK
         return max(math.prod(self.ranked), 1) if self.words.select == "random by rank" else 1
 
+    @property
+    def gathers(self) -> bool:
+        """Whether a tile may be of elements from anywhere."""
+        return self.function is None and self.words.select != "random by rank"
+
 
 def is_open(terms: ExpertTerms) -> bool:
     """Whether this threshold is still a bracket."""

@@ -248,3 +248,24 @@ def test_small_tensors_that_hold_much_saliency_do_not_count_twice(monkeypatch):
     monkeypatch.setattr(scale, "_LEAST", 1 << 30)
     monkeypatch.setattr(scale, "_MOST", 1 << 30)
     assert sampled == pytest.approx(length(), rel=0.02)
+
+
+def test_a_sample_lets_go_of_pages_as_it_goes(models, tmp_path, monkeypatch):
+    """A large tensor's pages are never all held: an embedding alone can be a gigabyte."""
+    recipe = models.recipe(**{"lambda": "auto"})
+    whole = merge(recipe, tmp_path / "whole")["lambda"]["used"]
+    held = []
+    monkeypatch.setattr(scale, "CHUNK", 1 << 14)
+    pieces = scale._pieces
+
+    def watched(tensor, share, terms, release):
+        def noted(tile):
+            held.append(tile.numel)
+            release(tile)
+
+        return pieces(tensor, share, terms, noted)
+
+    monkeypatch.setattr(scale, "_pieces", watched)
+    assert merge(recipe, tmp_path / "parts")["lambda"]["used"] == whole
+    assert len(held) > 40
+    assert max(held) <= (1 << 14) + 64
