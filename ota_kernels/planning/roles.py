@@ -14,17 +14,27 @@ _EMBEDDING = re.compile(
 )
 _OUTPUT = re.compile(r"(^|[./])(lm_head|embed_out|output|score)\.weight$")
 
-# By the name of the module, or of it and the module it lies in: Llama, Mistral, Qwen; Meta's own names and
-# Mixtral's experts (w1, w2, w3); GPT-2; GPT-NeoX; Phi. Fused matrices (c_attn, query_key_value) are "other".
+# By the name of the module, or of it and the one or two it lies in: Llama, Mistral, Qwen; Meta's own names
+# and Mixtral's experts (w1, w2, w3); GPT-2; GPT-NeoX; Phi; BERT. Fused matrices (c_attn, query_key_value) are
+# "other".
 _MODULES = {
-    "q": ("q_proj", "wq"),
-    "k": ("k_proj", "wk"),
-    "v": ("v_proj", "wv"),
-    "o": ("o_proj", "wo", "attn.c_proj", "attention.dense", "self_attn.dense"),
+    "q": ("q_proj", "wq", "self.query"),
+    "k": ("k_proj", "wk", "self.key"),
+    "v": ("v_proj", "wv", "self.value"),
+    "o": ("o_proj", "wo", "attn.c_proj", "attention.dense", "self_attn.dense", "attention.output.dense"),
     "gate": ("gate_proj", "w1"),
-    "up": ("up_proj", "w3", "c_fc", "dense_h_to_4h", "fc1"),
-    "down": ("down_proj", "w2", "mlp.c_proj", "dense_4h_to_h", "fc2"),
-    "embeddings": ("embed_tokens", "tok_embeddings", "wte", "wpe", "word_embeddings", "embed_in"),
+    "up": ("up_proj", "w3", "c_fc", "dense_h_to_4h", "fc1", "intermediate.dense"),
+    "down": ("down_proj", "w2", "mlp.c_proj", "dense_4h_to_h", "fc2", "output.dense"),
+    "embeddings": (
+        "embed_tokens",
+        "tok_embeddings",
+        "wte",
+        "wpe",
+        "word_embeddings",
+        "embed_in",
+        "position_embeddings",
+        "token_type_embeddings",
+    ),
     "output": ("lm_head", "embed_out", "output", "score"),
 }
 _ROLE_OF_MODULE = {module: role for role, modules in _MODULES.items() for module in modules}
@@ -39,7 +49,7 @@ def detailed_role(name: str) -> str:
     modules = name.split(".")
     if modules[-1] in ("weight", "bias") and len(modules) > 1:
         modules.pop()
-    for module in (".".join(modules[-2:]), modules[-1]):
+    for module in (".".join(modules[-3:]), ".".join(modules[-2:]), modules[-1]):
         if module in _ROLE_OF_MODULE:
             return _ROLE_OF_MODULE[module]
     return "norms" if _NORM.search(modules[-1]) else "other"

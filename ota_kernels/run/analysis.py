@@ -18,6 +18,7 @@ import numpy as np
 from ..errors import InputError
 from ..planning.roles import detailed_role, layer_of
 from ..recipe.schema import load_recipe
+from ..spectral.algebra import one_thread
 from ..tensors import array as resident
 from ..tensors.curvature import Uniform
 from ..tensors.dtypes import BY_NAME
@@ -189,9 +190,12 @@ def _is_small(tensor: TensorInputs) -> bool:
 
 def effective_rank(matrix: np.ndarray) -> float:
     """exp of the entropy of the singular values' shares: between 1 and the smaller side; 0 of nothing."""
-    x = matrix.astype(np.float64)
-    squares = np.linalg.eigvalsh(x @ x.T if x.shape[0] <= x.shape[1] else x.T @ x)
-    values = np.sqrt(np.maximum(squares, 0))
+    import torch
+
+    with one_thread():  # workers that do a matrix each would wait for each other's threads
+        x = torch.from_numpy(matrix).double()
+        squares = torch.linalg.eigvalsh(x @ x.T if x.shape[0] <= x.shape[1] else x.T @ x)
+    values = squares.clamp(min=0).sqrt().numpy()
     total = values.sum()
     if not total:
         return 0.0
