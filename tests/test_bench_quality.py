@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import numpy as np
@@ -110,13 +111,36 @@ def test_merges_are_scored_once_and_remembered(lab, results):
 
 
 def test_tables_say_what_was_scored(results):
-    text = tables.merges("a", results, [results], [NO_TUNING, LINEAR])
+    methods = [NO_TUNING, LINEAR]
+    text = tables.merges("a", results, [results], methods)
     rows = [line for line in text.splitlines() if line.startswith(f"| {LINEAR.label} ")]
-    assert len(rows) == 3  # default, auto, and the best on the other set, which here is one of the two
+    assert len(rows) == 2  # default and auto: nothing is tuned on a set that has not tried all
     best = results.merges[LINEAR.label][results.best(LINEAR.label)]
     assert "+0.0 [+0.0, +0.0]" in text
     assert f"| {results.scale.mean(best):.1f} |" in text
     assert "| 0.1 |" in tables.grafts("a", results)
+    whole = copy.copy(results)
+    of_linear = results.merges[LINEAR.label]
+    whole.merges = {LINEAR.label: of_linear | dict.fromkeys(tables.TIMES, of_linear[None])}
+    rows = tables.merges("a", results, [whole], methods).splitlines()
+    assert len([line for line in rows if line.startswith(f"| {LINEAR.label} ")]) == 3
+    lines = tables.overview({"a": results, "b": whole}, methods).splitlines()
+    filled = {x.split(" | ")[0]: sum("(" in cell for cell in x.split(" | ")[1:]) for x in lines}
+    assert filled[f"| {NO_TUNING.label}"] == 2  # of set a, by default and auto
+    assert filled[f"| {LINEAR.label}"] == 5  # and tuned on b
+
+
+def test_the_figure_has_a_panel_for_what_was_scored(results, tmp_path):
+    pytest.importorskip("matplotlib")
+    of_linear = results.merges[LINEAR.label]
+    whole = copy.copy(results)
+    whole.merges = {LINEAR.label: of_linear | dict.fromkeys(tables.TIMES, of_linear[None])}
+    for packs, panels in ((results.packs, 3), ({}, 2)):
+        whole.packs = packs
+        tables.figure(tmp_path / "figure.svg", {"b": whole}, [NO_TUNING, LINEAR])
+        text = (tmp_path / "figure.svg").read_text()
+        assert text.count('<g id="axes_') == panels
+        assert f"<!-- {LINEAR.label} -->" in text
 
 
 def test_packs_are_scored_with_their_size(lab, results):

@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import argparse
 import subprocess
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
-from ota_kernels.errors import OtaError
+from ota_kernels.errors import OtaError, RecipeError
 
 from . import sources, tables
-from .merges import DENSITIES, PACKS, Lab, Method, all_methods, failed, tasks_of
+from .merges import DENSITIES, FIRST, PACKS, SECOND, Lab, Method, all_methods, failed, tasks_of
 from .scores import Scale
 from .tables import Results, settings_of
 
@@ -56,8 +59,7 @@ def run(given: argparse.Namespace) -> None:
         experts.train_all(given.cache, tasks)
     base = base_folder(given.cache)
     encoder = Encoder(base, tasks)
-    wanted = given.methods.split(",") if given.methods else None
-    methods = [m for m in all_methods() if wanted is None or m.label in wanted]
+    methods = _chosen(given.methods)
     results = {}
     for group in experts.SETS:
         folders = experts.folders(given.cache, group, tasks)
@@ -65,8 +67,12 @@ def run(given: argparse.Namespace) -> None:
         place = given.cache / "scores" / f"{trained} {'-'.join(tasks)}" / group
         lab = Lab(place, base, folders, encoder, tasks_of(tasks, group, _HELD_OUT))
         lab.frozen = given.tables or group not in given.sets.split(",")
-        if found := _results(lab, methods):
+        if found := _begun(lab):
             results[group] = found
+    for step in _steps(methods):
+        for found in results.values():
+            step(found)
+    print(f"\n{tables.overview(results, methods)}")
     for group, found in results.items():
         others = [results[name] for name in results if name != group]
         print(f"\n{tables.merges(group, found, others, methods)}")
@@ -78,36 +84,72 @@ def run(given: argparse.Namespace) -> None:
         tables.figure(given.figure, results, methods)
 
 
-def _results(lab: Lab, methods: list[Method]) -> Results | None:
-    """Everything of one set; as far as it is known where the lab is frozen, None for nothing."""
+def _chosen(labels: str | None) -> list[Method]:
+    methods = all_methods()
+    wanted = [m.label for m in methods] if labels is None else labels.split(",")
+    if unknown := set(wanted) - {m.label for m in methods}:
+        raise RecipeError(f"no such rows: {', '.join(sorted(unknown))}")
+    return [m for m in methods if m.label in wanted]
+
+
+def _begun(lab: Lab) -> Results | None:
+    """A set's base and experts; None where a frozen lab does not know them."""
     base = lab.model("base", lab.base)
     own = {task: lab.model(f"expert {task}", folder) for task, folder in lab.experts.items()}
-    if base is None or None in own.values():
-        return None
-    found = Results(lab, Scale(base, own), base, own)
+    return None if base is None or None in own.values() else Results(lab, Scale(base, own), base, own)
+
+
+def _steps(methods: list[Method]) -> Iterator[Callable[[Results], None]]:
+    """What is scored of each set, the most telling first: a bench that is stopped has that of all sets."""
+    others = [m for m in methods if m.label not in FIRST]
     for method in methods:
-        for times, parameters in settings_of(method):
-            try:
-                scored = lab.merge(method, **parameters)
-            except subprocess.CalledProcessError as error:
-                print(f"{method.label} {parameters}: {failed(error)}", flush=True)
-                continue
-            if scored is not None:
-                found.merges.setdefault(method.label, {})[times] = scored
+        if method.label in FIRST:
+            yield partial(_merge, method, settings_of(method))
+    for method in others:
+        if method.label in SECOND:
+            yield partial(_merge, method, settings_of(method)[:2])
+    yield _grafts
+    for method in others:
+        if method.label not in SECOND:
+            yield partial(_merge, method, settings_of(method)[:2])
+    for method in others:
+        yield partial(_merge, method, settings_of(method)[2:])
+    yield _packs
+
+
+def _merge(method: Method, settings: list[tuple[float | None, dict]], found: Results) -> None:
+    for times, parameters in settings:
+        began = time.monotonic()
+        try:
+            scored = found.lab.merge(method, **parameters)
+        except subprocess.CalledProcessError as error:
+            print(f"{method.label} {parameters}: {failed(error)}", flush=True)
+            continue
+        if scored is None:
+            continue
+        found.merges.setdefault(method.label, {})[times] = scored
+        if not found.lab.frozen:
+            mean, took = found.scale.mean(scored), time.monotonic() - began
+            print(f"{found.lab.name} {method.label} {parameters}: {mean:.1f}, {took:.0f} s", flush=True)
+
+
+def _grafts(found: Results) -> None:
     for density in DENSITIES:
         for by in ("ffg", "magnitude"):
-            grafts = {task: lab.graft(task, density, by) for task in lab.experts}
+            grafts = {task: found.lab.graft(task, density, by) for task in found.lab.experts}
             if None not in grafts.values():
                 found.grafts[by, density] = grafts
+
+
+def _packs(found: Results) -> None:
     for label in PACKS:
-        packs = {task: lab.packed(task, label) for task in lab.experts}
+        packs = {task: found.lab.packed(task, label) for task in found.lab.experts}
         if None not in packs.values():
             found.packs[label] = packs
     for label in ("experts", *PACKS):
-        together = lab.merged_packs(label)
+        together = found.lab.merged_packs(label)
         if together is not None:
             found.merged_packs[label] = together
-    return found
 
 
 if __name__ == "__main__":

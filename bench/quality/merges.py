@@ -55,6 +55,12 @@ class Method:
     scaled: bool = True
 
 
+# Of rows whose own default keeps every edit: what their papers use.
+_DENSITIES = dict.fromkeys(("ties", "breadcrumbs", "breadcrumbs_ties"), 0.2) | dict.fromkeys(
+    ("dare_linear", "dare_ties", "della", "della_linear"), 0.5
+)
+
+
 def _registered() -> Iterator[Method]:
     """Every method of the registry that merges several experts, by its defaults; required weights are 1."""
     for name in methods.names():
@@ -65,8 +71,8 @@ def _registered() -> Iterator[Method]:
         for parameter in row.parameters:
             if parameter.default is REQUIRED and parameter.key == "weight":
                 parameters["weight"] = 1.0
-        if row.by_key.get("density") is not None:
-            parameters["density"] = 0.5 if name.startswith("d") else 0.2  # their papers' values
+        if name in _DENSITIES:
+            parameters["density"] = _DENSITIES[name]
         yield Method(name, name, parameters, scaled="lambda" in row.by_key and row.base == "required")
 
 
@@ -85,12 +91,23 @@ FORMS = tuple(
 )
 
 
+# Rows of whole matrices with masks, or with the recipe of no tuning where there are none; and the other way.
+WHOLE = (
+    Method("tsv + ffg .95", "tsv", _FFG),
+    Method("tsv elsewhere ota + ffg .99", "tsv", {"elsewhere": "ota", "power": 1.0, "saliency_mass": 0.99}),
+    Method("iso_c elsewhere ota", "iso_c", {"elsewhere": "ota", "power": 1.0}),
+    Method("no tuning + calibrate svc", "ota", NO_TUNING.parameters | {"calibrate": "svc"}),
+)
+# What a bench scores before anything else, and what next.
+SECOND = ("iso_c", *(method.label for method in (*OTA, *FORMS, *WHOLE)))
+FIRST = (NO_TUNING.label, "linear", "task_arithmetic", "ties", "dare_ties", "tsv")
+
+
 def all_methods() -> tuple[Method, ...]:
-    """The rows of the table, the most telling ones first: a bench that is stopped has those."""
-    found = list(_registered())
-    first = ("task_arithmetic", "ties", "dare_ties", "localize_stitch", "tsv", "iso_c", "linear", "fisher")
-    found.sort(key=lambda m: first.index(m.label) if m.label in first else len(first))
-    return (NO_TUNING, *found[:4], *OTA, *found[4:], *FORMS)
+    """The rows of the table."""
+    found = {method.label: method for method in _registered()}
+    first = [found.pop(label) for label in FIRST[1:]]
+    return (NO_TUNING, *first, *OTA, *WHOLE, *found.values(), *FORMS)
 
 
 class Scored(NamedTuple):
@@ -120,7 +137,7 @@ class Lab:
         tasks: Mapping[str, Any],
     ) -> None:
         self.base, self.experts, self._encoder, self._tasks = base, experts, encoder, tasks
-        self._folder, self.frozen = folder, False
+        self._folder, self.name, self.frozen = folder, folder.name, False
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "scores.jsonl"
         rows = map(json.loads, self._path.read_text().splitlines()) if self._path.exists() else ()

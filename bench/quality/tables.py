@@ -33,6 +33,40 @@ def settings_of(method: Method) -> list[tuple[float | None, dict]]:
     return [(None, {}), *(automatic if method.scaled else [])]
 
 
+def overview(results: Mapping[str, Results], methods: Sequence[Method]) -> str:
+    """A row per method: mean (worst) of each set at its default, at the automatic lambda, and tuned on the
+    other set."""
+    kinds = ("default", "auto", "tuned")
+    head = ["model", *(f"{kind}, {name}" for kind in kinds for name in results)]
+    lines = [
+        "Percent of the experts' own accuracy: mean (worst task).",
+        "",
+        _row(head),
+        _row(["-"] * len(head)),
+    ]
+    for method in methods:
+        cells = []
+        for kind in kinds:
+            for name, found in results.items():
+                of_method = found.merges.get(method.label, {})
+                others = [other for key, other in results.items() if key != name]
+                times = {"default": None, "auto": 1.0}.get(kind, _tuned(others, method.label))
+                scored = None if kind == "tuned" and times == "unknown" else of_method.get(times)
+                scale = found.scale
+                cells.append(
+                    "" if scored is None else f"{scale.mean(scored):.1f} ({scale.worst(scored):.0f})"
+                )
+        if any(cells):
+            lines.append(_row([method.label, *cells]))
+    return "\n".join(lines)
+
+
+def _tuned(others: Sequence[Results], label: str) -> float | str | None:
+    """What another set has found best of all that is tried; "unknown" where it has not tried them all."""
+    whole = [other for other in others if {None, 1.0, *TIMES} <= other.merges.get(label, {}).keys()]
+    return whole[0].best(label) if whole else "unknown"
+
+
 def merges(name: str, results: Results, others: Sequence[Results], methods: Sequence[Method]) -> str:
     """A row per method and setting: default, automatic lambda, the best on the other set, if it is given."""
     tasks = results.scale.tasks
@@ -55,12 +89,10 @@ def merges(name: str, results: Results, others: Sequence[Results], methods: Sequ
         shown: list[tuple[str, Scored]] = [("default", found[None])]
         if 1.0 in found:
             shown.append(("auto", found[1.0]))
-            for other in others:
-                if method.label in other.merges:
-                    best = other.best(method.label)
-                    what = "default" if best is None else "auto" if best == 1 else f"auto x {best:g}"
-                    if best in found:
-                        shown.append((f"best on the other set: {what}", found[best]))
+            best = _tuned(others, method.label)
+            if best in found:
+                what = "default" if best is None else "auto" if best == 1 else f"auto x {best:g}"
+                shown.append((f"best on the other set: {what}", found[best]))
         lines += [_line(method.label, label, scored, results, reference) for label, scored in shown]
     return "\n".join(lines)
 
@@ -130,44 +162,66 @@ def _row(cells: Sequence[str]) -> str:
 
 def figure(path: Path, results: Mapping[str, Results], methods: Sequence[Method]) -> None:
     """Accuracy against length per method, gain of grafts against density and of packs against size, of the
-    last set."""
+    last set, as far as they are there."""
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
     name, found = list(results.items())[-1]
-    drawing, (left, right, last) = pyplot.subplots(1, 3, figsize=(16, 4.5), layout="constrained")
+    panels = [("merges", 9)] + [(x, 5) for x in ("grafts", "packs") if getattr(found, x)]
+    width = sum(size for _, size in panels)
+    drawing, places = pyplot.subplots(
+        1,
+        len(panels),
+        figsize=(width, 5),
+        layout="constrained",
+        squeeze=False,
+        width_ratios=[size for _, size in panels],
+    )
+    for (panel, _), axes in zip(panels, places[0], strict=True):
+        axes.set_title(f"{panel}, set {name}")
+        axes.grid(alpha=0.3)
+        {"merges": _draw_merges, "grafts": _draw_grafts, "packs": _draw_packs}[panel](axes, found, methods)
+    drawing.savefig(path)
+    pyplot.close(drawing)
+
+
+def _draw_merges(axes, found: Results, methods: Sequence[Method]) -> None:
+    drawn = 0
     for method in methods:
-        points = [
-            (s.length, found.scale.mean(s)) for s in found.merges.get(method.label, {}).values() if s.length
-        ]
+        scored = [s for s in found.merges.get(method.label, {}).values() if s.length]
+        points = sorted((s.length, found.scale.mean(s)) for s in scored)
         if len(points) > 2:
-            left.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, label=method.label)
-    left.set(
+            style = {"color": f"C{drawn % 10}", "linestyle": ("-", "--", ":")[drawn // 10 % 3]}
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=method.label, **style)
+            drawn += 1
+    axes.set(
         xlabel="length of the merged edit / mean length of the experts' edits",
         ylabel="% of the experts' accuracy",
     )
-    left.set_title(f"merges, set {name}")
-    left.legend(fontsize="x-small")
+    if drawn:
+        axes.legend(
+            fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, handlelength=3
+        )
+
+
+def _draw_grafts(axes, found: Results, methods: Sequence[Method]) -> None:
     for by in ("ffg", "magnitude"):
         at = [d for d in DENSITIES if (by, d) in found.grafts]
-        mean = [
-            sum(found.scale.gain(t, s) for t, s in found.grafts[by, d].items()) / len(found.scale.tasks)
-            for d in at
-        ]
-        if at:
-            right.plot(at, mean, marker="o", label=by)
-    right.set(xlabel="density", ylabel="% of the expert's gain", xscale="log", title=f"grafts, set {name}")
-    right.legend()
+        gains = [[found.scale.gain(t, s) for t, s in found.grafts[by, d].items()] for d in at]
+        axes.plot(at, [sum(g) / len(g) for g in gains], marker="o", label=by)
+    axes.set(xlabel="density", ylabel="% of the expert's gain", xscale="log")
+    axes.set_xticks(DENSITIES, [f"{d:g}" for d in DENSITIES])
+    axes.minorticks_off()
+    axes.legend()
+
+
+def _draw_packs(axes, found: Results, methods: Sequence[Method]) -> None:
     tasks = found.scale.tasks
     for label, of_task in found.packs.items():
-        bits, gain = (
-            sum(values) / len(tasks)
-            for values in ([of_task[t].bits for t in tasks], [found.scale.gain(t, of_task[t]) for t in tasks])
-        )
-        last.plot(bits, gain, marker="o")
-        last.annotate(label, (bits, gain), fontsize="x-small")
-    last.set(xlabel="bits per parameter", ylabel="% of the expert's gain", title=f"packs, set {name}")
-    drawing.savefig(path)
-    pyplot.close(drawing)
+        gains = [found.scale.gain(t, of_task[t]) for t in tasks]
+        at = sum(of_task[t].bits for t in tasks) / len(tasks), sum(gains) / len(tasks)
+        axes.plot(*at, marker="o")
+        axes.annotate(label, at, fontsize="x-small")
+    axes.set(xlabel="bits per parameter", ylabel="% of the expert's gain")
