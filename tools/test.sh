@@ -7,4 +7,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash tools/setup.sh test
 .venv/bin/ruff check
 .venv/bin/ruff format --check
+# The tests start hundreds of processes, which would all compile the same modules.
+export PYTHONDONTWRITEBYTECODE=
 exec .venv/bin/python -m pytest -n auto --dist worksteal "$@"
