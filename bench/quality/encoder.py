@@ -12,9 +12,13 @@ os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
 
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
 from torch.nn import functional
-from transformers import BertConfig, BertModel
+
+try:
+    from tokenizers import Tokenizer
+    from transformers import BertConfig, BertModel
+except ImportError as error:
+    raise SystemExit(f"error: the bench runs an encoder ({error}): pip install -e '.[quality]'") from None
 
 from . import sources
 from .tasks import Task
