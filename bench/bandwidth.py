@@ -19,7 +19,7 @@ import numpy as np
 
 from ota_kernels.processors import default_threads
 
-_BYTES = 1 << 29  # far more than any last-level cache
+BYTES = 1 << 29  # far more than any last-level cache
 _REPEATS = 12
 
 _libc = ctypes.CDLL(None)
@@ -38,7 +38,7 @@ class Bandwidth(NamedTuple):
 def measure(threads: int) -> Bandwidth:
     """Best of several passes over 512 MiB."""
     # Pages that were never written all map to one physical page, which would be read from the cache.
-    parts = np.array_split(np.full(_BYTES, 1, np.uint8), threads)
+    parts = np.array_split(np.full(BYTES, 1, np.uint8), threads)
     with ThreadPoolExecutor(threads) as pool:
         rates = [_best(pool, parts, task) for task in (_scan, _compare_halves, _copy_half)]
     return Bandwidth(max(rates[:2]), rates[2])
@@ -50,7 +50,7 @@ def _best(pool: ThreadPoolExecutor, parts: list[np.ndarray], task: Callable[[np.
         started = time.perf_counter()
         list(pool.map(task, parts))
         seconds.append(time.perf_counter() - started)
-    return _BYTES / min(seconds)
+    return BYTES / min(seconds)
 
 
 def _scan(part: np.ndarray) -> None:

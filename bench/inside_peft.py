@@ -54,7 +54,7 @@ def milliseconds(model: torch.nn.Module, kind: str, options: dict) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time PEFT's weighted adapters with and without this package.")
+    parser = argparse.ArgumentParser(description="Time weighted adapters of PEFT and of this package.")
     for name, default in (("width", 1024), ("layers", 4), ("rank", 64), ("runs", 5)):
         parser.add_argument(f"--{name}", type=int, default=default, help="[%(default)s]")
     given = parser.parse_args()

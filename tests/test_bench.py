@@ -101,7 +101,7 @@ def test_bandwidth(monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
     from bench import bandwidth
 
-    monkeypatch.setattr(bandwidth, "_BYTES", 1 << 22)
+    monkeypatch.setattr(bandwidth, "BYTES", 1 << 22)
     assert min(bandwidth.measure(2)) > 0
 
 

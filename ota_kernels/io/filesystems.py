@@ -23,10 +23,10 @@ _SLOW = {
 
 def slow_maps(path: str) -> str | None:
     """The name of the file system of `path`, where reads in flight are faster than faults; None elsewhere."""
-    return _SLOW.get(_type_of(path))
+    return _SLOW.get(type_of(path))
 
 
-def _type_of(path: str) -> int:
+def type_of(path: str) -> int:
     """f_type; 0 where the system does not tell."""
     if sys.platform != "linux":
         return 0

@@ -26,7 +26,7 @@ from ..sizes import format_bytes
 from . import journal
 from .assets import sync_folder
 
-_TOUCH = 10.0  # seconds between two signs of life in the lock
+TOUCH = 10.0  # seconds between two signs of life in the lock
 _STALE = 60.0  # seconds without one after which another host may take it
 
 
@@ -104,11 +104,11 @@ class WorkFolder:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError as error:
                     raise OutputError(busy) from error
-            if holder and holder["host"] != _host() and (age := self._age(fd)) < _STALE:
+            if holder and holder["host"] != host() and (age := self._age(fd)) < _STALE:
                 raise OutputError(f"{busy}; if that process is gone, try again in {_STALE - age:.0f} seconds")
             with suppress(OSError):  # no room for a name
                 os.ftruncate(fd, 0)
-                os.pwrite(fd, json.dumps({"host": _host(), "process": os.getpid()}).encode(), 0)
+                os.pwrite(fd, json.dumps({"host": host(), "process": os.getpid()}).encode(), 0)
         except BaseException:
             os.close(fd)
             raise
@@ -124,7 +124,7 @@ class WorkFolder:
         return age
 
     def _touch(self) -> None:
-        while not self._released.wait(_TOUCH):
+        while not self._released.wait(TOUCH):
             with suppress(OSError):
                 os.utime(self.path / "lock")
 
@@ -173,7 +173,7 @@ class WorkFolder:
             seen = ""
         if seen != token:
             raise RunError(
-                f"{_host()} does not see {self.path} as rank 0 has made it: name an output folder on a file "
+                f"{host()} does not see {self.path} as rank 0 has made it: name an output folder on a file "
                 "system that all hosts share"
             )
 
@@ -235,7 +235,7 @@ class WorkFile(WorkFolder):
         self.remove()
 
 
-def _host() -> str:
+def host() -> str:
     return socket.gethostname()
 
 

@@ -47,8 +47,8 @@ DTYPES = ("float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
 # A commit writes all sums. A kill loses what was computed since the last one: half a minute, or longer where
 # commits at that pace would take more than this share of the time.
-_COMMIT_SECONDS = 30.0
-_COMMIT_SHARE = 0.05
+COMMIT_SECONDS = 30.0
+COMMIT_SHARE = 0.05
 
 Progress = Callable[[int, int], None]
 
@@ -219,7 +219,7 @@ def _add_all(
 ) -> None:
     """Add the squared gradients of the samples that `sums` lacks; commit now and then and at the end."""
     squares = _Squares(parameters, sums)
-    committed, interval = time.monotonic(), _COMMIT_SECONDS
+    committed, interval = time.monotonic(), COMMIT_SECONDS
     progress(sums.done, len(samples))
     for done, sample in enumerate(samples[sums.done :], start=sums.done + 1):
         try:
@@ -235,7 +235,7 @@ def _add_all(
             squares.commit(done)
             squares.load()
             committed = time.monotonic()
-            interval = max(_COMMIT_SECONDS, (committed - started) / _COMMIT_SHARE)
+            interval = max(COMMIT_SECONDS, (committed - started) / COMMIT_SHARE)
 
 
 class _Squares:

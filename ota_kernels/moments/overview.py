@@ -21,7 +21,7 @@ from .checking import ValueCheck
 from .source import only
 
 _LABEL = "second moments"
-_PIECE_ELEMENTS = 1 << 22
+PIECE_ELEMENTS = 1 << 22
 _DIGIT = 1 << 16
 
 
@@ -149,7 +149,7 @@ def _bits(values: np.ndarray) -> np.ndarray:
 
 
 def _pieces(values: Full | Log8, numel: int) -> Iterator[np.ndarray]:
-    for start in range(0, numel, _PIECE_ELEMENTS):
-        part = values.slice(start, min(start + _PIECE_ELEMENTS, numel))
+    for start in range(0, numel, PIECE_ELEMENTS):
+        part = values.slice(start, min(start + PIECE_ELEMENTS, numel))
         yield part.float32()
         release(part)

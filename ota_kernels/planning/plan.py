@@ -57,7 +57,7 @@ _MEMORY_LIMITS = {"native": 1 << 30, "reference": 1 << 30, "triton": 4 << 30}
 PROCESS_BYTES = {"native": 100 << 20, "reference": 420 << 20, "triton": 420 << 20}
 # What is known of one input of one tensor: its name, place, view, counts, line of the report. Measured with
 # 60,000 tensors of 7 inputs.
-_SOURCE_BYTES = 400
+SOURCE_BYTES = 400
 _REFERENCE_TEMPORARIES = 12  # float32 arrays of a tile that the reference holds per expert
 _SUMS_BYTES = 32  # two sums of float64, those before and those after
 
@@ -155,7 +155,7 @@ def make_plan(
     whole = decider.matrices.bytes(tensors) if decider.needs.matrices else 0
     process = "reference" if whole and backend.NAME == "native" else backend.NAME  # matrices are torch's
     shared = PROCESS_BYTES[process] + min(candidates, held) + sum(map(_factor_bytes, tensors))
-    shared += _SOURCE_BYTES * sum(len(e.sources) + len(e.curvatures) for e in inputs.entries)
+    shared += SOURCE_BYTES * sum(len(e.sources) + len(e.curvatures) for e in inputs.entries)
     local = decider.brackets and not decider.model_scope
     largest = _LARGE_TILE_ELEMENTS if local or backend.NAME == "triton" else TILE_ELEMENTS
     for number in threads:

@@ -39,7 +39,7 @@ LOST = 30.0  # seconds without one
 _START = 300.0  # seconds until the first
 _LEAVE = 10.0  # seconds that rank 0, which may serve the store, waits for others to leave
 _ANSWER = 60.0  # seconds in which the store must answer
-_TOGETHER = LOST  # seconds in which gloo must
+TOGETHER = LOST  # seconds in which gloo must
 _POLL = 0.002, 0.2  # seconds between two questions, at first and at most
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # as torchrun sets it
 _HINT = "the same command with --resume goes on, with any number of processes"
@@ -167,7 +167,7 @@ class Several:
                 # of its own, where torch makes them (2.8).
                 own = self._store.clone() if hasattr(self._store, "clone") else self._store
                 store = PrefixStore("gloo", own)
-                self._gloo = ProcessGroupGloo(store, self.rank, self.size, timedelta(seconds=_TOGETHER))
+                self._gloo = ProcessGroupGloo(store, self.rank, self.size, timedelta(seconds=TOGETHER))
             self._gloo.allreduce([array]).wait()
         except RuntimeError as error:
             failed.append(error)

@@ -11,7 +11,7 @@ from .decide import Decider
 from .engine import Range
 
 _LOTS = 32  # of each rank, about
-_LEAST_LOT, _LARGEST_LOT = 1 << 22, 1 << 31  # bytes
+LEAST_LOT, _LARGEST_LOT = 1 << 22, 1 << 31  # bytes
 
 
 def ranges_of(
@@ -36,7 +36,7 @@ def ranges_of(
 def lot_bytes(total: int, count: int) -> int:
     """Bytes of a lot, where `count` ranks take lots of so many bytes in all: many times as many as ranks, so
     that those which are slow hold nobody up for long, and large enough to be read in one go."""
-    return min(max(total // (count * _LOTS), _LEAST_LOT), _LARGEST_LOT)
+    return min(max(total // (count * _LOTS), LEAST_LOT), _LARGEST_LOT)
 
 
 def lots_of(

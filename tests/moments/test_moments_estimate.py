@@ -269,8 +269,8 @@ class TestSamples:
 @pytest.fixture
 def commit_always(monkeypatch):
     """Every sample is committed."""
-    monkeypatch.setattr(estimating, "_COMMIT_SECONDS", 0.0)
-    monkeypatch.setattr(estimating, "_COMMIT_SHARE", float("inf"))
+    monkeypatch.setattr(estimating, "COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(estimating, "COMMIT_SHARE", float("inf"))
 
 
 def stop_at(sample: int):
@@ -445,7 +445,7 @@ def test_commits_take_a_small_share_of_the_time(folder, data, out, monkeypatch):
 
     monkeypatch.setattr(Sums, "commit", slow_commit)
     monkeypatch.setattr(estimating.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(estimating, "_COMMIT_SECONDS", 4.0)
+    monkeypatch.setattr(estimating, "COMMIT_SECONDS", 4.0)
     write_texts(data, texts(9))
     estimate(folder, data, out, progress=progress)
     first = commits[0]

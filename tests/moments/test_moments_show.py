@@ -23,7 +23,7 @@ def lower_median(values):
 
 @pytest.fixture(params=[8, 1 << 22], ids=["many pieces", "one piece"])
 def pieces(request, monkeypatch):
-    monkeypatch.setattr(overview, "_PIECE_ELEMENTS", request.param)
+    monkeypatch.setattr(overview, "PIECE_ELEMENTS", request.param)
 
 
 @pytest.mark.usefixtures("pieces")

@@ -84,7 +84,7 @@ def test_the_plan_counts_what_is_known_of_tensors(models, monkeypatch):
     """400 bytes for each input of each tensor, beside their elements."""
     _, recipe = models
     with_them = plan(recipe).peak_memory
-    monkeypatch.setattr(planning, "_SOURCE_BYTES", 0)
+    monkeypatch.setattr(planning, "SOURCE_BYTES", 0)
     assert with_them - plan(recipe).peak_memory == 400 * 5 * (N + 1)
 
 

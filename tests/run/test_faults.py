@@ -186,14 +186,14 @@ class TestOtherHosts:
 
     def test_one_that_has_ended_holds_nothing(self, models, tmp_path, monkeypatch):
         out = tmp_path / "out"
-        monkeypatch.setattr(workfolder, "_host", lambda: "node7")
+        monkeypatch.setattr(workfolder, "host", lambda: "node7")
         interrupted(models, out)
-        monkeypatch.setattr(workfolder, "_host", lambda: "node8")
+        monkeypatch.setattr(workfolder, "host", lambda: "node8")
         assert merge(models.recipe(density=0.3), out, resume=True)["resumed"]
 
     def test_a_merge_gives_signs_of_life(self, models, tmp_path, monkeypatch):
         out, seen = tmp_path / "out", []
-        monkeypatch.setattr(workfolder, "_TOUCH", 0.01)
+        monkeypatch.setattr(workfolder, "TOUCH", 0.01)
 
         def look(step, segment):
             time.sleep(0.05)

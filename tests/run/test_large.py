@@ -143,7 +143,7 @@ class TestNetworkFiles:
             reads.append((os.fstat(descriptor).st_ino, offset, sum(map(len, rooms))))
             return preadv(descriptor, rooms, offset, *flags)
 
-        monkeypatch.setattr(filesystems, "_type_of", lambda path: 0x6969)
+        monkeypatch.setattr(filesystems, "type_of", lambda path: 0x6969)
         monkeypatch.setattr(os, "preadv", counted)
         descriptors = len(os.listdir("/proc/self/fd"))
         with caplog.at_level("INFO", "ota_kernels"):
@@ -157,7 +157,7 @@ class TestNetworkFiles:
         assert line == f"{models.base_folder} is on NFS: files are read ahead, 16 at a time"
 
     def test_of_this_machine_are_known(self, tmp_path):
-        assert filesystems._type_of(str(tmp_path)) > 0
-        assert filesystems._type_of("/proc") == 0x9FA0
+        assert filesystems.type_of(str(tmp_path)) > 0
+        assert filesystems.type_of("/proc") == 0x9FA0
         assert filesystems.slow_maps("/proc") is None
         assert filesystems.slow_maps(str(tmp_path / "missing")) is None

@@ -64,7 +64,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def small_lots(monkeypatch):
-    monkeypatch.setattr(shares, "_LEAST_LOT", 1)
+    monkeypatch.setattr(shares, "LEAST_LOT", 1)
 
 
 def in_threads(one, size):
@@ -261,7 +261,7 @@ class TestEnds:
     @pytest.mark.parametrize("met_before", [False, True])
     def test_a_rank_that_ends_between_being_there_and_the_sum(self, monkeypatch, met_before):
         """gloo waits for it, the merge no longer than for any rank that is not heard of."""
-        monkeypatch.setattr(processes, "_TOGETHER", 600.0)
+        monkeypatch.setattr(processes, "TOGETHER", 600.0)
         store, found = HashStore(), {}
 
         def one(rank):
