@@ -50,6 +50,11 @@ def merge_tensors(
     Tensors on a GPU are merged there by the backend `triton`, on the current stream. For others
     `auto` is `native`; `triton` streams them through a GPU.
 
+    CUDA graphs: a merge on a GPU can be captured that the host decides nothing of: with precond_threshold and
+    on_nonfinite "base", or `linear` and its like, whose results show what is not finite. A `Merger` that has
+    merged so before knows its other thresholds, too. Nothing is counted then. Merge once before the capture,
+    for kernels that have to compile. Anything else is a BackendError while a stream is captured.
+
     Returns a new tensor like the first input, on its device, in out_dtype (default: the base's, or first
     expert's, type). Raises RecipeError for a wrong parameter, InputError for tensors that do not fit, are not
     finite, lie on several devices or are DTensors, BackendError for a device that the backend does not serve.

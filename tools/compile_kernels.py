@@ -48,6 +48,8 @@ POINTERS = {tl.bfloat16: "*bf16", tl.float16: "*fp16", tl.float32: "*fp32", tl.f
 _BYTES_OF_LOAD = 16
 _ELEMENTS_OF_THREAD = 8
 _FEW_EXPERTS = 8  # up to which a spill is an error
+# Of a census on sm_100 (68 with triton 3.7): 16 warps have none, but 46 % more instructions.
+_SPILLED_BY_CENSUS = 80
 
 # OTA with absolute thresholds: bfloat16 models, float32 curvature.
 PLAIN = Variant(
@@ -156,7 +158,7 @@ class Kernel:
     elements: int
     loads: int | None = None
     stores: int | None = None
-    may_spill: bool = True
+    may_spill: float = math.inf
     warps: int = WARPS
 
 
@@ -203,7 +205,7 @@ def merge_kernel(label: str, variant: Variant, threads_of_warp: int) -> Kernel:
         block_size(threads_of_warp),
         experts * of_expert + weights * variant.has_base if wide else None,
         _wide_accesses(elements, out) if wide else None,
-        may_spill=variant.n_experts > _FEW_EXPERTS,
+        may_spill=math.inf if variant.n_experts > _FEW_EXPERTS else _SPILLED_BY_CENSUS * variant.census,
         warps=warps(variant),
     )
 
@@ -378,7 +380,7 @@ def warps_of_processor(kernel: Kernel, code: Code, target: str) -> int:
 def faults(kernel: Kernel, code: Code, target: str) -> list[str]:
     """What is wrong with the code, one line each."""
     found = []
-    if code.spilled and not kernel.may_spill:
+    if code.spilled > kernel.may_spill:
         found.append(f"spills {code.spilled} bytes")
     if kernel.constants.get("outs") == tl.bfloat16 and code.cuts_off:
         found.append("does not round to the nearest bfloat16")

@@ -39,7 +39,8 @@ from . import gradients
 _MODELS = "(Tensor[] tensors, Scalar[] numbers, str call) -> Tensor[]"
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 
-# The host decides while these run, so no CUDA graph can hold them; older versions of torch cannot be told.
+# For most arguments the host decides while these run, which no CUDA graph can hold (api.merge_tensors says
+# which it can), and torch is told of an operator, not of its call; older versions cannot be told.
 _TAGS = {"tags": [torch.Tag.cudagraph_unsafe]} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import BackendError
+
 Array = Any  # np.ndarray | torch.Tensor
 
 # Elements of a tile. A launch and what waits for it take a fifth of a millisecond, such a tile one and a half
@@ -26,6 +28,21 @@ _INTEGERS = {1: "uint8", 2: "int16", 4: "int32", 8: "int64"}
 def is_resident(data: Array) -> bool:
     """Whether it is a torch tensor, not numpy's."""
     return not isinstance(data, (np.ndarray, np.generic))
+
+
+def is_captured(data: Array) -> bool:
+    """Whether work on it is recorded for a CUDA graph now, which runs it later, without the host."""
+    return is_resident(data) and data.is_cuda and library(data).cuda.is_current_stream_capturing()
+
+
+def needs_the_host(data: Array) -> None:
+    """Raises BackendError where work on data is captured: values are to be read, or copied there."""
+    if is_captured(data):
+        raise BackendError(
+            "while a CUDA graph is captured the host can decide nothing: merge with known thresholds "
+            "(precond_threshold, or a Merger that has merged so before) and on_nonfinite='base', or outside "
+            "of the graph"
+        )
 
 
 def library(data: Array) -> ModuleType:
@@ -60,6 +77,7 @@ def beside(array: np.ndarray, like: Array) -> Array:
     """The array, or a copy of it on the device of `like`."""
     if not is_resident(like):
         return array
+    needs_the_host(like)
     return library(like).from_numpy(array).to(like.device)
 
 
@@ -131,6 +149,7 @@ def replace_changed(out: Array, base: Array, expert: Array, size: int) -> None:
 
 def is_equal(one: Array, other: Array) -> bool:
     """Whether two arrays of one type hold the same."""
+    needs_the_host(one)
     return one.shape == other.shape and bool((one == other).all())
 
 
@@ -205,9 +224,11 @@ def numbers(*scalars: Array) -> list[float]:
     """Arrays of shape () as numbers, with one wait for the device."""
     if not is_resident(scalars[0]):
         return [float(x) for x in scalars]
+    needs_the_host(scalars[0])
     return library(scalars[0]).stack([x.double() for x in _together(scalars)]).tolist()
 
 
 def host(values: Array) -> np.ndarray:
     """The array, or a copy of it on the host."""
+    needs_the_host(values)
     return values.cpu().numpy() if is_resident(values) else values

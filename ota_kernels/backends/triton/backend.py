@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ...errors import BackendError
-from ...tensors.array import Array, is_resident, library
+from ...tensors.array import Array, is_captured, is_resident, library, needs_the_host
 from ...tensors.curvature import Full, Log8, Uniform
 from ...tensors.result import Candidates, MergeStats, NonFinite
 from ...tensors.terms import Terms, Words, close
@@ -63,6 +63,8 @@ class Triton:
         has no room for it at once."""
         if terms.function is not None:
             return functions.merge(tile, terms, out)
+        if is_captured(out):
+            return self._captured([(tile, terms, out)])[0]
         columns = terms.whole
         halves = tile.numel >= 2 * max(_SMALLEST_TILE, columns)
         if halves and tile.numel > self._most:
@@ -96,6 +98,8 @@ class Triton:
         Thresholds that are `wanted` are found meanwhile, of tiles that are whole tensors. Of one whose
         threshold is not found, nothing is merged.
         """
+        if given and is_captured(given[0][2]):
+            return self._captured(given)
         by_words = [i for i, (_, terms, _) in enumerate(given) if terms.function is None]
         wanted = [i for i in by_words if any(e.wanted for e in given[i][1].experts)]
         found: dict[int, MergeStats] = {}
@@ -103,6 +107,19 @@ class Triton:
             for indices, merge in ((wanted, self._found), (sorted({*by_words} - {*wanted}), self._known)):
                 found |= self._together(indices, merge, [given[i] for i in indices])
         return [found[i] if i in found else self._alone(*each) for i, each in enumerate(given)]
+
+    def _captured(self, given: Sequence[Tile]) -> list[MergeStats]:
+        """Launches alone, for a CUDA graph: nothing is allocated or copied by tile, and nothing counted. So
+        inputs that are not finite must be repaired by the kernel, or show in the result."""
+        for _, terms, out in given:
+            w = terms.words
+            shown = (w.edit, w.select, w.elect, w.weigh) == ("difference", "all", "none", "constant")
+            opened = any(e.span or e.wanted or e.census for e in terms.experts)
+            if terms.function is not None or opened or not (terms.repair or shown):
+                needs_the_host(out)
+        with reported(self.device), self._current():
+            batch.merge_all([self._request(*each)._replace(exact_roots=True) for each in given])
+        return [MergeStats((0,) * len(x.experts), (0,) * len(x.experts), 0, 0, 0, ()) for _, x, _ in given]
 
     def _together(
         self,
@@ -221,6 +238,7 @@ class Triton:
         with reported(self.device):
             if resident:
                 with self._current():
+                    needs_the_host(torch.empty(0, device=self.device))
                     return work(in_place(self.device), left_there)
             return self._ring.run(lambda slot: work(slot.load, slot.fetch))
 

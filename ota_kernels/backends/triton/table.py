@@ -13,9 +13,10 @@ import torch
 import triton.language as tl
 
 from ...tensors import random
+from ...tensors.array import is_captured
 from ...tensors.terms import LAST_INDEX, Terms
 from . import loads
-from .tiles import BLOCK, DeviceTile, Log8, Place, Rank1, addressed, written_out
+from .tiles import BLOCK, DeviceTile, Log8, Place, Rank1, addressed, on_device, written_out
 
 ALIGNMENT = 16  # bytes of the widest load
 
@@ -151,22 +152,35 @@ def upload(
     device: torch.device,
     integers: Sequence[int] = (),
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Words (int64), numbers (float32 or float64) and integers (int32) on the device, by one copy."""
+    """Words (int64), numbers (float32 or float64) and integers (int32) on the device, by one copy; none where
+    a CUDA graph is captured."""
     with np.errstate(over="ignore"):
         parts = np.array(table, np.int64), np.array(numbers, _NUMPY[dtype]), np.array(integers, np.int32)
-    # A tensor that leaves the cache may be in use still: only its own stream takes its memory after that use.
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    found = _upload(b"".join(part.tobytes() for part in parts), device, stream)
+    data = b"".join(part.tobytes() for part in parts)
+    if is_captured(torch.empty(0, device=device)):
+        found = _written(data, device)
+    else:
+        # A tensor that leaves the cache may be in use still: only its own stream takes its memory after that.
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        found = _upload(data, device, stream)
     words, reals, rest = found.split([part.nbytes for part in parts])
     return words.view(torch.int64), reals.view(_TORCH[dtype]), rest.view(torch.int32)
 
 
 @functools.lru_cache(maxsize=64)  # tiles of a ring have the same addresses again and again
 def _upload(data: bytes, device: torch.device, stream: int) -> torch.Tensor:
-    found = torch.from_numpy(np.frombuffer(data, np.uint8).copy())
-    if device.type == "cuda":
-        found = found.pin_memory().to(device, non_blocking=True)  # unpinned, it would wait for the stream
-    return found
+    return on_device(np.frombuffer(data, np.uint8), device)
+
+
+def _written(data: bytes, device: torch.device) -> torch.Tensor:
+    """The bytes there, brought by arguments of kernels (96 words each): a graph keeps those, while it would
+    read the host's memory again whenever it runs."""
+    words = np.frombuffer(data + bytes(-len(data) % 8), np.int64)
+    found = torch.zeros(len(words), dtype=torch.int64, device=device)
+    places, of_each = np.flatnonzero(words), found.unbind()
+    if len(places):
+        torch._foreach_add_([of_each[i] for i in places], words[places].tolist())
+    return found.view(torch.uint8)[: len(data)]
 
 
 def chances_of(tile: DeviceTile, terms: Terms, t: int) -> torch.Tensor:
@@ -177,7 +191,6 @@ def chances_of(tile: DeviceTile, terms: Terms, t: int) -> torch.Tensor:
         return torch.empty(0, dtype=torch.float32, device=tile.device)
     rows = tile.edit(t, torch.float32).abs().view(-1, n, stride)
     order = rows.sort(dim=1, stable=True).indices
-    of_rank = torch.from_numpy(random.probability_of_rank(e.probability, e.spread, np.arange(n), n))
+    of_rank = on_device(random.probability_of_rank(e.probability, e.spread, np.arange(n), n), tile.device)
     found = torch.empty(rows.shape, dtype=torch.float32, device=tile.device)
-    of_rank = of_rank.to(tile.device).view(1, n, 1)
-    return found.scatter_(1, order, of_rank.expand_as(rows)).view(-1)
+    return found.scatter_(1, order, of_rank.view(1, n, 1).expand_as(rows)).view(-1)

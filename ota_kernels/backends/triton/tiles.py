@@ -11,7 +11,7 @@ import triton.language as tl
 
 from ...tensors import curvature as forms
 from ...tensors import log8
-from ...tensors.array import Array, is_resident
+from ...tensors.array import Array, is_resident, needs_the_host
 from ...tensors.buffer import Buffer
 from ...tensors.result import NonFinite
 from ...tensors.terms import Terms
@@ -73,7 +73,7 @@ class Log8:
     def full(self, n: int) -> torch.Tensor:
         """The first n elements, float32[n]."""
         row = torch.arange(self.start, self.start + n, device=self.codes.device) // self.n_columns
-        levels = torch.from_numpy(log8.LEVELS.copy()).to(self.codes.device)
+        levels = on_device(log8.LEVELS, self.codes.device)
         return levels[self.codes[:n].long()] * self.scales[row]
 
 
@@ -200,14 +200,20 @@ def in_place(device: torch.device) -> Load:
     return load
 
 
+def on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A copy of a host array there; unpinned, it would wait for the stream."""
+    needs_the_host(torch.empty(0, device=device))
+    found = torch.tensor(array)
+    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found
+
+
 def left_there(tensors: Sequence[torch.Tensor]) -> list[Array]:
     """A Fetch for resident tiles."""
     return [x.view(torch.uint8) for x in tensors]
 
 
 def _copied(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    data = torch.from_numpy(array.reshape(-1).view(np.uint8))
-    return torch.empty(len(data), dtype=torch.uint8, device=device).copy_(data)
+    return on_device(array.reshape(-1).view(np.uint8), device)
 
 
 def device_tile(tile: TensorInputs, load: Load, terms: Terms | None = None) -> DeviceTile:
