@@ -3,6 +3,7 @@
 
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
+#include <nanobind/stl/tuple.h>
 
 #include "arguments.hpp"
 #include "lost.hpp"
@@ -128,6 +129,38 @@ ota::SurveyStats per_element(nb::handle inputs, int t, nb::handle terms, OutFloa
     nb::gil_scoped_release release;
     (table.*Kernel)(*tile, t, out.data(), stats);
     return stats;
+}
+
+// Intervals: (lowest, highest, room). How many scores are not 0, how many are inside of each interval, and what inputs are not
+// finite.
+std::tuple<int64_t, std::vector<int64_t>, ota::SurveyStats> around(nb::handle inputs, int t, nb::handle terms,
+                                                                   const nb::list& intervals, OutInts counts,
+                                                                   const std::string& isa) {
+    const auto tile = read(inputs, terms);
+    check_expert(*tile, t);
+    const auto n = static_cast<int>(nb::len(intervals));
+    require(n <= ota::kMaxIntervals, "so many intervals");
+    const int64_t pieces = (tile->n + ota::kCounted - 1) / ota::kCounted;
+    require(static_cast<int64_t>(counts.size()) == pieces * n * ota::kAround, "room for the counts, no more");
+    std::vector<ota::Interval> of;
+    for (const nb::handle one : intervals) {
+        const auto values = nb::cast<nb::tuple>(one);
+        const auto room = array<OutFloats>(values[2], "scores are float32");
+        require(static_cast<int64_t>(room.size()) >= tile->n + ota::kSpare, "room for all scores and SPARE more");
+        of.push_back({nb::cast<float>(values[0]), nb::cast<float>(values[1]), room.data()});
+    }
+    const std::vector<ota::Interval> before = of;
+    const ota::Kernels& table = kernels(isa);
+    ota::SurveyStats stats;
+    int64_t nonzero = 0;
+    {
+        nb::gil_scoped_release release;
+        std::fill_n(counts.data(), counts.size(), 0);
+        nonzero = table.around(*tile, t, of.data(), n, counts.data(), stats);
+    }
+    std::vector<int64_t> inside;
+    for (size_t k = 0; k < of.size(); ++k) inside.push_back(of[k].inside - before[k].inside);
+    return {nonzero, inside, stats};
 }
 
 // The scores of experts at runs of `length` of the tile's elements: one array per expert. place: (fd, offset) of a
@@ -345,6 +378,7 @@ void row_divergence(nb::handle inputs, int t, OutDoubles out, const std::string&
 NB_MODULE(_native, m) {
     m.doc() = "CPU kernels. Use ota_kernels.backends.native; these entry points take raw tiles.";
     m.attr("SPARE") = ota::kSpare;
+    m.attr("COUNTED") = ota::kCounted;
     nb::class_<ota::NonFinite>(m, "NonFinite")
         .def_ro("count", &ota::NonFinite::count)
         .def_ro("first", &ota::NonFinite::first);
@@ -378,6 +412,7 @@ NB_MODULE(_native, m) {
     m.def("histogram", &histogram, "tile"_a, "t"_a, "terms"_a, "of_edits"_a, "prefix"_a, "counts"_a, "lows"_a, "isa"_a);
     m.def("edits", &per_element<&ota::Kernels::edits>, "tile"_a, "t"_a, "terms"_a, "out"_a, "isa"_a);
     m.def("scores", &per_element<&ota::Kernels::scores>, "tile"_a, "t"_a, "terms"_a, "out"_a, "isa"_a);
+    m.def("around", &around, "tile"_a, "t"_a, "terms"_a, "intervals"_a, "counts"_a, "isa"_a);
     m.def("run_scores", &run_scores, "tile"_a, "terms"_a, "experts"_a, "starts"_a, "length"_a, "outs"_a,
           "place"_a.none(), "together"_a, "isa"_a);
     m.def("scatter", &scatter, "data"_a, "positions"_a, "elements"_a, "size"_a);

@@ -233,6 +233,17 @@ struct Between {
     int64_t inside = 0, above = 0;
 };
 
+// Scores from lowest to highest, and where those between the two go: room for the tile's elements and kSpare more, moved on
+// by as many.
+struct Interval {
+    float lowest = 0, highest = 0;
+    float* inside = nullptr;
+};
+
+constexpr int kMaxIntervals = 4;
+constexpr int kAround = 4;  // counts: scores above the highest, equal to it, inside, equal to the lowest alone
+constexpr int kCounted = 4096;  // elements that are counted together
+
 enum class By : int { tensor, row, column };
 
 // Sums of one expert's edits d and masks m over a tile.
@@ -250,6 +261,8 @@ struct Kernels {
     void (*histogram)(const Tile&, int t, bool of_edits, int64_t prefix, int64_t* counts, int64_t* lows, SurveyStats&);
     void (*edits)(const Tile&, int t, float* out, SurveyStats&);
     void (*scores)(const Tile&, int t, float* out, SurveyStats&);
+    // How many scores are not 0; counts[pieces of kCounted elements][intervals][kAround], which are 0 before.
+    int64_t (*around)(const Tile&, int t, Interval*, int intervals, int64_t* counts, SurveyStats&);
     // The scores of the experts at the runs, to out[number in `experts`][run, element].
     Unread (*run_scores)(const Tile&, const RunArgs&, float* const* out);
     // Values from low to below high, one after the other; out has room for all of them and kSpare more.

@@ -1,5 +1,6 @@
 // One tile in, statistics out: scores, histograms, masked edits, sums of curvature. The table of all kernels.
 
+#include "around.hpp"
 #include "places.hpp"
 #include "strips.hpp"
 
@@ -52,6 +53,27 @@ void scores(const Tile& tile, int t, float* out, SurveyStats& stats) {
     for_scores(tile, t, stats, [&](int64_t offset, int n, const float* s) {
         std::memcpy(out + offset, s, sizeof(float) * static_cast<size_t>(n));
     });
+}
+
+int64_t around(const Tile& tile, int t, Interval* of, int intervals, int64_t* counts, SurveyStats& stats) {
+    static_assert(kCounted % kStrip == 0, "whole strips");
+    int64_t nonzero = 0;
+    Strip<float> x;
+    prepare(tile, x);
+    for (int64_t offset = 0; offset < tile.n; offset += kCounted, counts += int64_t{intervals} * kAround) {
+        const int n = static_cast<int>(tile.n - offset < kCounted ? tile.n - offset : kCounted);
+        if (look_around_in_blocks(tile, t, offset, n, of, intervals, counts, nonzero)) continue;
+        for (int64_t at = offset; at < offset + n; at += x.n) {
+            alignas(64) int32_t usable[kStrip];
+            alignas(64) float used[kStrip];
+            go_to(tile, at, x);
+            load_base(tile, x);
+            score(tile, t, x, stats, usable, used);
+            for (int i = 0; i < x.n; ++i) nonzero += used[i] != 0.0f ? 1 : 0;
+            for (int k = 0; k < intervals; ++k) look_around(used, x.n, of[k], counts + k * kAround);
+        }
+    }
+    return nonzero;
 }
 
 // Runs from files and memory.
@@ -244,7 +266,7 @@ void row_column_sums(const Curvature& v, int64_t rows, int64_t columns, double* 
 
 }  // namespace
 
-const Kernels kernels = {merge,     histogram,       edits, scores,      run_scores, between, squared_differences,
+const Kernels kernels = {merge,     histogram,       edits, scores, around, run_scores, between, squared_differences,
                          power_sum, row_column_sums, gram,  masked_sums, row_divergence};
 
 }  // namespace OTA_ISA

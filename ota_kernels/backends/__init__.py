@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from ..errors import BackendError, RecipeError
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ..tensors.curvature import Curvature
-    from ..tensors.result import MergeStats, NonFinite
+    from ..tensors.result import Around, MergeStats, NonFinite
     from ..tensors.terms import ExpertTerms, Terms
     from ..tensors.tile import TensorInputs
 
@@ -60,6 +61,10 @@ class Backend(Protocol):
     def scores(
         self, tile: TensorInputs, t: int, terms: ExpertTerms
     ) -> tuple[np.ndarray, tuple[NonFinite, ...]]: ...
+
+    def around(
+        self, tile: TensorInputs, t: int, terms: ExpertTerms, intervals: Sequence[tuple[float, float]]
+    ) -> tuple[Around, tuple[NonFinite, ...]]: ...
 
     def power_sum(self, tile: TensorInputs, t: int, power: float) -> tuple[float, tuple[NonFinite, ...]]: ...
 

@@ -16,7 +16,17 @@ import numpy as np
 from ..errors import BackendError
 from ..tensors.buffer import Buffer
 from ..tensors.curvature import Curvature
-from ..tensors.result import CENSUS, STEP_BYTES, SUMS, Alternatives, Candidates, MergeStats, NonFinite
+from ..tensors.result import (
+    CENSUS,
+    COUNTED,
+    STEP_BYTES,
+    SUMS,
+    Alternatives,
+    Around,
+    Candidates,
+    MergeStats,
+    NonFinite,
+)
 from ..tensors.terms import Terms
 from ..tensors.tile import TensorInputs
 
@@ -204,6 +214,19 @@ def scores(tile: TensorInputs, t: int, terms: Terms) -> tuple[np.ndarray, tuple[
     out = np.empty(tile.numel, np.float32)
     bad = _extension().scores(tile, t, terms, out, instruction_set())
     return out, _nonfinite(t, bad.base, bad.weights, bad.curvature)
+
+
+def around(
+    tile: TensorInputs, t: int, terms: Terms, intervals: Sequence[tuple[float, float]]
+) -> tuple[Around, tuple[NonFinite, ...]]:
+    """Expert t's scores around places of their order: see Around. intervals: 4 at most."""
+    rooms = [np.empty(tile.numel + _extension().SPARE, np.float32) for _ in intervals]
+    counts = np.empty((-(-tile.numel // COUNTED), len(intervals), 4), np.int64)
+    of = [(*interval, room) for interval, room in zip(intervals, rooms, strict=True)]
+    found = _extension().around(tile, t, terms, of, counts.reshape(-1), instruction_set())
+    nonzero, inside, bad = found
+    some = [room[:n].copy() for room, n in zip(rooms, inside, strict=True)]
+    return Around(nonzero, counts, some), _nonfinite(t, bad.base, bad.weights, bad.curvature)
 
 
 def gram(tile: TensorInputs, by: str = "tensor") -> np.ndarray:

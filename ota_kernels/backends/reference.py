@@ -7,11 +7,13 @@ for wider ones.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
 from ..tensors.curvature import Uniform
-from ..tensors.result import CENSUS, EXPONENTS, SUMS, Candidates, MergeStats, NonFinite
+from ..tensors.result import CENSUS, EXPONENTS, SUMS, Around, Candidates, MergeStats, NonFinite
 from ..tensors.terms import ExpertTerms, Terms, score_bits
 from ..tensors.tile import TensorInputs
 from . import functions, torch_words
@@ -219,6 +221,14 @@ def scores(tile: TensorInputs, t: int, terms: Terms) -> tuple[np.ndarray, tuple[
     """The scores s_t of expert t, float32[n], 0 where an input is not usable."""
     _, s, nonfinite = _one(tile, t, terms)
     return s.numpy(), nonfinite
+
+
+def around(
+    tile: TensorInputs, t: int, terms: Terms, intervals: Sequence[tuple[float, float]]
+) -> tuple[Around, tuple[NonFinite, ...]]:
+    """Expert t's scores around places of their order: see Around."""
+    found, nonfinite = scores(tile, t, terms)
+    return Around.of(found, intervals), nonfinite
 
 
 def edits(tile: TensorInputs, t: int, terms: Terms) -> tuple[np.ndarray, tuple[NonFinite, ...]]:

@@ -92,10 +92,8 @@ def located(
     wanted = {t: ranks for t, ranks in wanted.items() if n and ranks(n)}
     large = n > decider.rules.direct and wanted
     samples = _samples(decider, tensors, name, list(wanted), ready) if large else {}
-    found: list[list[Located]] = [[] for _ in range(count)]
-    for t, ranks in wanted.items():
-        found[t] = order_statistics(decider.reader, tensors, t, ready, ranks, samples.get(t))
-    return found[:1] * count if experts == [0] else found
+    found = order_statistics(decider.reader, tensors, ready, wanted, samples) if wanted else {}
+    return [found.get(0 if experts == [0] else t, []) for t in range(count)]
 
 
 def _samples(

@@ -1,9 +1,10 @@
 """Exact order statistics of scores, of one tensor or of a whole model, before it merges.
 
-    a small sample --> an interval of scores around each rank --> one read: count above, collect inside
+    a small sample --> an interval of scores around each rank --> one read: count by pieces, collect inside
 
 A rank is a place in the total order (score, place of the tensor, flat index): of the k largest scores exactly
 k are kept, also where many are equal. What is found is the score there, the tensor, and the element's index.
+Of few distinct scores (edits in bfloat16) most that matter equal an end of the interval: only counted.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..backends import Backend, native
+from ..backends import Backend
 from ..select.bracket import DEVIATIONS, error_of_sum
+from ..select.order_statistics import Ranks as Sampled
 from ..select.order_statistics import squared_differences
 from ..tensors import array as resident
 from ..tensors.found import At, Rank
-from ..tensors.result import NonFinite
-from ..tensors.segment import CHUNK
+from ..tensors.result import COUNTED, Around, NonFinite
 from ..tensors.terms import LAST_INDEX, Terms
 from ..tensors.tile import TensorInputs
 from .statistics import Pieces, Reader
@@ -38,33 +39,27 @@ EVERYTHING = Interval(-math.inf, math.inf)
 
 
 class _Piece(NamedTuple):
-    """One tile: its tensor, and flat index of its first element; scores that are not 0; for each interval how
-    many scores are above, and those inside."""
+    """One tile: its tensor, flat index of its first element, and its scores, by expert."""
 
     name: str
     start: int
-    nonzero: int
-    above: list[int]
-    inside: list[np.ndarray]
+    of: dict[int, Around]
 
 
 @dataclass(frozen=True)
 class Collected(Pieces):
-    """The scores of expert t around some places of their order."""
+    """The scores of experts around some places of their order: of each its intervals."""
 
-    t: int
-    intervals: Sequence[Interval]
+    intervals: Mapping[int, Sequence[Interval]]
 
     def update(self, arrays: list, backend: Backend, tile: TensorInputs, terms: Terms) -> Iterable[NonFinite]:
-        found, bad = backend.scores(tile, self.t, terms)
-        scores, infinity = resident.host(found), np.float32(math.inf)
-        piece = _Piece(tile.name, tile.start, int(np.count_nonzero(scores)), [], [])
-        for low, high in self.intervals:
-            inside, above = native.between(scores, low, np.nextafter(np.float32(high), infinity))
-            piece.inside.append(inside.copy())
-            piece.above.append(above)
-        arrays.append(piece)
-        return bad
+        found: list[NonFinite] = []
+        of = {}
+        for t, intervals in self.intervals.items():
+            of[t], bad = backend.around(tile, t, terms, intervals)
+            found += bad
+        arrays.append(_Piece(tile.name, tile.start, of))
+        return found
 
     def finish(self, arrays: list) -> list[_Piece]:
         return arrays
@@ -79,63 +74,72 @@ _WIDER = 8.0  # intervals around ranks that a sample misjudged, before everythin
 def order_statistics(
     reader: Reader,
     tensors: Sequence[TensorInputs],
-    t: int,
     ready: Ready,
-    ranks: Ranks,
-    sample: np.ndarray | None,
-) -> list[Located]:
-    """What stands at the ranks of expert t's scores over these tensors, in their order. ready: a tensor as it
-    is read, and its terms; sample: float32[clusters, elements] of the scores, None where they are sorted at
-    once."""
-    n, found = sum(tensor.numel for tensor in tensors), None
-    if sample is not None:
-        nonzero = round(np.count_nonzero(sample) / sample.size * n)
-        ordered = np.sort(sample, axis=None)
-        for deviations in (DEVIATIONS, _WIDER * DEVIATIONS):
-            if found is None:
-                intervals = [_interval(ordered, sample, rank, n, deviations) for rank in ranks(nonzero)]
-                found = _read(reader, tensors, t, ready, ranks, intervals)
-    if found is None:
-        found = _read(reader, tensors, t, ready, ranks, [EVERYTHING])
+    wanted: Mapping[int, Ranks],
+    samples: Mapping[int, np.ndarray],
+) -> dict[int, list[Located]]:
+    """What stands at the ranks of experts' scores over these tensors, by expert in the order of its ranks.
+    ready: a tensor as it is read, and its terms; samples: float32[clusters, elements] of an expert's scores,
+    none where they are sorted at once."""
+    n = sum(tensor.numel for tensor in tensors)
+
+    def tries(t: int) -> Iterable[list[Interval]]:
+        if t in samples:
+            sample = samples[t]
+            ranks = wanted[t](round(np.count_nonzero(sample) / sample.size * n))
+            for deviations in (DEVIATIONS, _WIDER * DEVIATIONS):
+                yield [_interval(sample, rank, n, deviations) for rank in ranks]
+        yield [EVERYTHING]
+
+    left = {t: iter(tries(t)) for t in wanted}
+    # All experts in one read of what they share; those whose sample misjudged, one by one.
+    found = _read(reader, tensors, ready, wanted, {t: next(each) for t, each in left.items()})
+    for t, each in left.items():
+        while found[t] is None:
+            found |= _read(reader, tensors, ready, wanted, {t: next(each)})
     by_name = {tensor.name: tensor for tensor in tensors}
-    return [_located(reader, by_name[tie.name], t, ready, tie) for tie in found]
+    return {
+        t: [_located(reader, by_name[tie.name], t, ready, tie) for tie in ties] for t, ties in found.items()
+    }
 
 
 def _read(
     reader: Reader,
     tensors: Sequence[TensorInputs],
-    t: int,
     ready: Ready,
-    ranks: Ranks,
-    intervals: list[Interval],
-) -> list[_Tie] | None:
-    """One read: what stands at the ranks, None where one lies outside of its interval. One interval may
-    serve all."""
-    pieces = [
-        piece for tensor in tensors for piece in reader.of_tensor(Collected(t, intervals), *ready(tensor))
-    ]
-    wanted, n = ranks(sum(p.nonzero for p in pieces)), sum(tensor.numel for tensor in tensors)
-    last = len(intervals) - 1
-    found = [_at(pieces, min(i, last), rank, n) for i, rank in enumerate(wanted)]
-    return None if None in found else found
+    wanted: Mapping[int, Ranks],
+    intervals: Mapping[int, list[Interval]],
+) -> dict[int, list[_Tie] | None]:
+    """One read: what stands at the ranks of each expert that has intervals, None where one lies outside of
+    its interval. One interval may serve all ranks."""
+    pieces = [piece for tensor in tensors for piece in reader.of_tensor(Collected(intervals), *ready(tensor))]
+    n, found = sum(tensor.numel for tensor in tensors), {}
+    for t, own in intervals.items():
+        ranks, last = wanted[t](sum(p.of[t].nonzero for p in pieces)), len(own) - 1
+        ties = [_at(pieces, t, min(i, last), own[min(i, last)], rank, n) for i, rank in enumerate(ranks)]
+        found[t] = None if None in ties else ties
+    return found
 
 
-def _interval(ordered: np.ndarray, sample: np.ndarray, rank: Rank, n: int, deviations: float) -> Interval:
+def _interval(sample: np.ndarray, rank: Rank, n: int, deviations: float) -> Interval:
     """Sampled scores around a rank, as far away as the sample errs (see select/bracket.py)."""
-    ascending = rank.place if not rank.descending else n - 1 - rank.place
-    m = len(ordered)
-    target = (min(max(ascending, 0), n - 1) + 0.5) / n * m
-    at = ordered[min(int(target), m - 1)]
+    from_top = n - 1 - rank.place if not rank.descending else rank.place
+    m = sample.size
+    target = (min(max(from_top, 0), n - 1) + 0.5) / n * m
+    sampled = Sampled(sample, target)
+    at = sampled.at(np.int64(min(int(target), m - 1)))
     squares = squared_differences(sample, at)
     margin = deviations * float(error_of_sum(squares, len(sample))) + 1 if len(sample) > 1 else m
-    low, high = math.floor(target - margin), math.ceil(target + margin)
+    high, low = math.floor(target - margin), math.ceil(target + margin)
     return Interval(
-        float(ordered[low]) if low >= 0 else -math.inf, float(ordered[high]) if high < m else math.inf
+        float(sampled.at(np.int64(low))) if low < m else -math.inf,
+        float(sampled.at(np.int64(high))) if high >= 0 else math.inf,
     )
 
 
 class _Tie(NamedTuple):
-    """Of the elements of this score, number `within` of the piece of a tensor that begins at `start`."""
+    """Of the elements of this score, number `within` of the COUNTED elements of a tensor that begin at
+    `start`."""
 
     score: float
     name: str
@@ -143,23 +147,36 @@ class _Tie(NamedTuple):
     within: int
 
 
-def _at(pieces: list[_Piece], k: int, rank: Rank, n: int) -> _Tie | None:
-    """The element at a rank, None where it lies outside the k-th interval."""
-    inside = np.concatenate([p.inside[k] for p in pieces]) if pieces else np.zeros(0, np.float32)
-    above = sum(p.above[k] for p in pieces)
+def _at(pieces: list[_Piece], t: int, k: int, interval: Interval, rank: Rank, n: int) -> _Tie | None:
+    """The element at a rank, None where it lies outside of the k-th interval."""
+    if not pieces:
+        return None
+    counts = np.concatenate([p.of[t].counts[:, k] for p in pieces])
+    above, highest, between, lowest = counts.sum(axis=0).tolist()
     from_top = rank.place if rank.descending else n - 1 - rank.place
     place = from_top - above
-    if not 0 <= place < len(inside):
+    if not 0 <= place < highest + between + lowest:
         return None
-    score = np.partition(inside, len(inside) - 1 - place)[len(inside) - 1 - place]
-    larger = above + int(np.count_nonzero(inside > score))
-    equal = [int(np.count_nonzero(p.inside[k] == score)) for p in pieces]
-    tie = from_top - larger if rank.descending else rank.place - (n - larger - sum(equal))
+    if place < highest:
+        score, larger, equal = interval.highest, above, counts[:, 1]
+    elif place >= highest + between:
+        score, larger, equal = interval.lowest, above + highest + between, counts[:, 3]
+    else:
+        inside = np.concatenate([p.of[t].inside[k] for p in pieces])
+        at = between - 1 - (place - highest)
+        score = float(np.partition(inside, at)[at])
+        larger = above + highest + int(np.count_nonzero(inside > score))
+        before = np.concatenate(([0], np.cumsum(inside == score)))
+        equal = np.diff(before[np.concatenate(([0], np.cumsum(counts[:, 2])))])
     ends = np.cumsum(equal)
-    piece = int(np.searchsorted(ends, tie, side="right"))
-    return _Tie(
-        float(score), pieces[piece].name, pieces[piece].start, tie - (int(ends[piece - 1]) if piece else 0)
-    )
+    tie = from_top - larger if rank.descending else rank.place - (n - larger - int(ends[-1]))
+    number = int(np.searchsorted(ends, tie, side="right"))
+    within = tie - (int(ends[number - 1]) if number else 0)
+    for piece in pieces:
+        if number < len(piece.of[t].counts):
+            return _Tie(score, piece.name, piece.start + number * COUNTED, within)
+        number -= len(piece.of[t].counts)
+    raise AssertionError("a rank of the interval is an element of a piece")
 
 
 class Located(NamedTuple):
@@ -177,11 +194,10 @@ class Located(NamedTuple):
 
 
 def _located(reader: Reader, tensor: TensorInputs, t: int, ready: Ready, tie: _Tie) -> Located:
-    """With the index of the element, from its piece's scores once more."""
+    """With the index of the element, from the scores of its elements once more."""
     tensor, terms = ready(tensor)
     begin = tie.start - tensor.start
-    step = resident.TILE if tensor.is_resident else CHUNK
-    tile = tensor.slice(begin, min(begin + step, tensor.numel))
+    tile = tensor.slice(begin, min(begin + COUNTED, tensor.numel))
     scores = resident.host(reader.backend.scores(tile, t, terms)[0])
     index = tie.start + int(np.flatnonzero(scores == np.float32(tie.score))[tie.within])
     return Located(tie.score, tie.name, index)

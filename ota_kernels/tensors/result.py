@@ -36,6 +36,34 @@ CENSUS = 2 * EXPONENTS + 1
 # Columns of `masked_sums`: edits kept; sums of |d|, of |m d|, of (m d)^2; kept by others too, by no other.
 SUMS = ("kept", "l1", "kept_l1", "kept_squares", "shared", "unique")
 
+
+class Around(NamedTuple):
+    """One expert's scores of a tile around places of their order: of intervals from lowest to highest.
+
+    nonzero: scores that are not 0; counts: int64[pieces of COUNTED elements, intervals, 4]: scores above the
+    highest, equal to it, between the two, equal to the lowest where that is another; inside: by interval
+    those between, float32, in their order.
+    """
+
+    nonzero: int
+    counts: np.ndarray
+    inside: list[np.ndarray]
+
+    @classmethod
+    def of(cls, scores: np.ndarray, intervals: Sequence[tuple[float, float]]) -> Around:
+        """From scores, float32[n]."""
+        pieces, inside = np.arange(0, len(scores), COUNTED), []
+        counts = np.zeros((len(pieces), len(intervals), 4), np.int64)
+        for k, (lowest, highest) in enumerate(np.array(intervals, np.float32).reshape(-1, 2)):
+            between = (lowest < scores) & (scores < highest)
+            lowest_alone = (scores == lowest) & (lowest < highest)
+            for i, these in enumerate((scores > highest, scores == highest, between, lowest_alone)):
+                counts[:, k, i] = np.add.reduceat(these, pieces, dtype=np.int64) if len(pieces) else 0
+            inside.append(scores[between])
+        return cls(int(np.count_nonzero(scores)), counts, inside)
+
+
+COUNTED = 4096  # elements that are counted together
 STEP_BYTES = 4  # of one score that is listed
 _INDEX, _CURVATURE = 4, BY_NAME["float32"]
 

@@ -25,7 +25,7 @@ from word_cases import (
 from ota_kernels.select.thresholds import mass, total_mass
 from ota_kernels.tensors.array import BINS
 from ota_kernels.tensors.curvature import Uniform
-from ota_kernels.tensors.result import SUMS
+from ota_kernels.tensors.result import COUNTED, SUMS
 from ota_kernels.tensors.terms import WORDS, Words, score_bits
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
@@ -361,6 +361,46 @@ def test_scores_edits_and_histograms(backend, name):
             backend.histogram(given, t, terms, of_edits, prefix, counts, lows)
             inside = bits[bits >> 16 == prefix] & 0xFFFF
             assert np.array_equal(counts, np.bincount(inside, minlength=BINS))
+
+
+def check_around(backend, given, terms, s):
+    """By plain comparisons: intervals of one score, of two, between scores, and of everything."""
+    ordered, infinity = np.sort(s), np.inf
+    at = [float(ordered[int(share * (len(ordered) - 1))]) for share in (0.2, 0.5, 0.6, 0.9)]
+    for intervals in (
+        [(at[1], at[1]), (at[1], at[2])],
+        [(at[0], at[3]), (-infinity, at[1]), (at[3], infinity)],
+        [(-infinity, infinity)],
+        [],
+    ):
+        found, bad = backend.around(given, 0, terms, intervals)
+        assert bad == backend.scores(given, 0, terms)[1]
+        assert found.nonzero == np.count_nonzero(s)
+        for k, (low, high) in enumerate(intervals):
+            between = (s > low) & (s < high)
+            assert found.inside[k].tobytes() == s[between].tobytes()
+            for i, these in enumerate((s > high, s == high, between, (s == low) & (low != high))):
+                counts = [np.count_nonzero(these[a : a + COUNTED]) for a in range(0, len(s), COUNTED)]
+                assert found.counts[:, k, i].tolist() == counts
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("name", ["ties magnitude", "sce", "arcee_fusion", "curvature alone", "ota"])
+def test_scores_around_places_of_their_order(backend, name, weights):
+    """Whole blocks, what is left of one, few distinct scores."""
+    rng = np.random.default_rng(22)
+    given = tile(rng, n=2 * COUNTED + 320, columns=64, experts=3, weights=(weights,))
+    terms = terms_of(rng, given, NAMED[name])
+    s = scores(Inputs.of(given, terms.words), terms)[0] + np.float32(0)
+    check_around(backend, given, terms, s)
+
+
+@pytest.mark.parametrize("name", ["ties magnitude", "sce", "ota"])
+def test_scores_around_places_of_inputs_that_are_not_finite(backend, name):
+    rng = np.random.default_rng(23)
+    given = broken(rng)
+    terms = terms_of(rng, given, NAMED[name])
+    check_around(backend, given, terms, np.asarray(backend.scores(given, 0, terms)[0]))
 
 
 @pytest.mark.parametrize("base", [True, False])

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from ...errors import BackendError
-from ...tensors.array import Array, is_captured, is_resident, library, needs_the_host
+from ...tensors.array import Array, host, is_captured, is_resident, library, needs_the_host
 from ...tensors.curvature import Full, Log8, Uniform
-from ...tensors.result import Candidates, MergeStats, NonFinite
+from ...tensors.result import Around, Candidates, MergeStats, NonFinite
 from ...tensors.terms import Terms, Words, close
 from ...tensors.tile import TensorInputs
 from .. import functions, triton
@@ -245,6 +245,13 @@ class Triton:
     def scores(self, tile: TensorInputs, t: int, terms: Terms) -> tuple[Array, tuple[NonFinite, ...]]:
         """The scores s_t of expert t, float32[n], 0 where an input is not usable."""
         return self._values("scores", tile, t, terms)
+
+    def around(
+        self, tile: TensorInputs, t: int, terms: Terms, intervals: Sequence[tuple[float, float]]
+    ) -> tuple[Around, tuple[NonFinite, ...]]:
+        """Expert t's scores around places of their order, counted by the host: see Around."""
+        found, nonfinite = self.scores(tile, t, terms)
+        return Around.of(host(found), intervals), nonfinite
 
     def edits(self, tile: TensorInputs, t: int, terms: Terms) -> tuple[Array, tuple[NonFinite, ...]]:
         """The masked edits m_t d_t of expert t, float32[n]."""
