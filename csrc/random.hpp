@@ -110,18 +110,30 @@ inline void uniform(const Philox& philox, const Place& place, int n, float* u) {
     for (int i = 0; i < n; ++i) u[i] = of(words[begin + i]);
 }
 
-// Orders `n` bits (below 2^31) ascending, equals by their place: `order`, with as much room again.
-inline void sort_places(const uint32_t* bits, int64_t n, uint32_t* order, uint32_t* room) {
-    constexpr int kDigit = 11;
-    for (int64_t i = 0; i < n; ++i) room[i] = static_cast<uint32_t>(i);
-    for (int shift = 0; shift < 33; shift += kDigit) {
-        uint32_t begin[(1 << kDigit) + 1] = {};
-        for (int64_t i = 0; i < n; ++i) ++begin[(bits[i] >> shift & ((1u << kDigit) - 1)) + 1];
-        for (int i = 0; i < 1 << kDigit; ++i) begin[i + 1] += begin[i];
-        for (int64_t i = 0; i < n; ++i) order[begin[bits[room[i]] >> shift & ((1u << kDigit) - 1)]++] = room[i];
-        uint32_t* swap = order;
-        order = room, room = swap;
+// The places of `n` bits in ascending order, equals by their place: in one of two rooms for them.
+inline const uint32_t* sort_places(const uint32_t* bits, int64_t n, uint32_t* room, uint32_t* other) {
+    constexpr int kDigit = 8, kDigits = 32 / kDigit, kBins = 1 << kDigit;
+    uint32_t begin[kDigits][kBins] = {};
+    for (int64_t i = 0; i < n; ++i)
+        for (int digit = 0; digit < kDigits; ++digit) ++begin[digit][bits[i] >> digit * kDigit & (kBins - 1)];
+    const uint32_t* order = nullptr;
+    for (int digit = 0; digit < kDigits; ++digit) {
+        const auto bin = [&](uint32_t place) { return bits[place] >> digit * kDigit & (kBins - 1); };
+        uint32_t* first = begin[digit];
+        // Of edits in 16 bits, a digit or two is the same for all.
+        if (n > 0 && first[bin(0)] == n && (order != nullptr || digit + 1 < kDigits)) continue;
+        uint32_t before = 0;
+        for (int i = 0; i < kBins; ++i) {
+            const uint32_t here = first[i];
+            first[i] = before, before += here;
+        }
+        if (order == nullptr)
+            for (int64_t i = 0; i < n; ++i) room[first[bin(static_cast<uint32_t>(i))]++] = static_cast<uint32_t>(i);
+        else
+            for (int64_t i = 0; i < n; ++i) room[first[bin(order[i])]++] = order[i];
+        order = room, room = other, other = const_cast<uint32_t*>(order);
     }
+    return order;
 }
 
 // p of an edit of this rank in a row of `length`.

@@ -298,12 +298,14 @@ inline void use(const float* s, const int32_t* usable, int n, float* used) {
     }
 }
 
-// p of the elements of a tile of whole rows for expert t, by their ranks. room: 3 rows, and a block of them.
+// p of the elements of a tile of whole rows for expert t, by their ranks. room: 4 rows, and a block of them.
 template <typename Acc>
 void find_chances(const Tile& tile, int t, Strip<Acc>& x, uint32_t* room, float* p) {
     const Expert& e = tile.experts[t];
     const int64_t length = tile.ranked, block = length * tile.apart;
-    uint32_t *row = room, *order = row + length, *spare = order + length, *bits = spare + length;
+    uint32_t *row = room, *bits = row + 3 * length;
+    auto* of_rank = reinterpret_cast<float*>(bits + block);
+    for (int64_t rank = 0; rank < length; ++rank) of_rank[rank] = probability_of_rank(e, rank, length);
     for (int64_t first = 0; first < tile.n; first += block) {
         for (int64_t at = 0; at < block; at += x.n) {
             go_to(tile, first + at, x);
@@ -314,9 +316,8 @@ void find_chances(const Tile& tile, int t, Strip<Acc>& x, uint32_t* room, float*
         }
         for (int64_t begin = 0; begin < tile.apart; ++begin) {
             for (int64_t i = 0; i < length; ++i) row[i] = bits[begin + i * tile.apart];
-            sort_places(row, length, order, spare);
-            for (int64_t rank = 0; rank < length; ++rank)
-                p[first + begin + order[rank] * tile.apart] = probability_of_rank(e, rank, length);
+            const uint32_t* order = sort_places(row, length, row + length, row + 2 * length);
+            for (int64_t rank = 0; rank < length; ++rank) p[first + begin + order[rank] * tile.apart] = of_rank[rank];
         }
     }
 }
@@ -330,7 +331,7 @@ struct Ranked {
         if (tile.words.select != Select::random_by_rank || tile.n == 0) return;
         const auto numbers = [](int64_t n) { return std::malloc(sizeof(float) * static_cast<size_t>(n)); };
         chances = static_cast<float*>(numbers(tile.n * tile.n_experts));
-        auto* room = static_cast<uint32_t*>(numbers(tile.ranked * (3 + tile.apart)));
+        auto* room = static_cast<uint32_t*>(numbers(tile.ranked * (4 + tile.apart)));
         if (chances == nullptr || room == nullptr) {
             std::free(chances), std::free(room);
             throw std::bad_alloc();
