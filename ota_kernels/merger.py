@@ -215,9 +215,9 @@ class Placed:
 
         The host waits for a device once for all tensors whose thresholds are known, and once for as many
         tensors as fit into a tile whose densities are their own. Densities over the model, with T experts:
-        once for their sample and T times for brackets, once for the counts of a tile's tensors, T + 2 times
-        for undecided elements of each tensor, and once for the thresholds. A saliency mass: twice for each
-        expert's threshold.
+        T times for their sample, T for brackets, and once for all tensors. A saliency mass: so often for its
+        sample and brackets, once for the counts of a tile's tensors, T + 2 times for undecided elements of
+        each tensor, and twice for each expert's threshold.
         """
         tensors = [output.inputs() for output in outputs]
         of_each = {output.name: output.settings for output in outputs}

@@ -315,17 +315,17 @@ class Decider:
         settings = self.settings(tensor)
         return self.method.view(self._forms.of(tensor, settings, self._check_curvature), settings)
 
-    def terms(self, tensor: TensorInputs, model: ModelFound, whole: bool = False) -> Terms:
+    def terms(self, tensor: TensorInputs, model: ModelFound, finds: bool = False) -> Terms:
         """The kernel's numbers for one prepared tensor; open (see terms.is_open) where a threshold
-        follows. whole: it is merged as one tile, whose thresholds a device may find itself."""
+        follows. finds: whether a device may find thresholds itself (run/on_device.py)."""
         settings = self.settings(tensor)
-        finds = whole and on_device.finds(self, tensor)
+        finds = finds and (self.model_scope or on_device.finds(self, tensor))
         found = self.surveys.of(tensor.name, lambda: self._found(tensor, settings, model, finds))
         found.signs = model.signs
         terms, factor = self.method.terms(settings, found), settings.shared.get("layers") or 1.0
         if settings.scaled:
             factor *= model.scale.factor(settings)
-        sample = on_device.sample_of(self, tensor) if finds else None
+        sample = on_device.sample_of(self, tensor) if finds and not self.model_scope else None
         return replace(terms, lambda_=terms.lambda_ * factor, sample=sample)
 
     def _found(self, tensor: TensorInputs, settings: Settings, model: ModelFound, finds: bool) -> Found:
@@ -365,7 +365,7 @@ class Decider:
         selections, brackets = self.selections(tensor), model.brackets
         if self.keeps_base(tensor):
             return [Threshold(decide.KEEP_NOTHING)] * len(selections)
-        if finds:
+        if finds and not self.model_scope:
             found = [on_device.wanted(s, tensor) for s in selections]
             pairs = enumerate(zip(found, selections, strict=True))
             return [x or self._threshold(tensor, t, s, model) for t, (x, s) in pairs]
@@ -376,6 +376,8 @@ class Decider:
             bracket = brackets[t] if self.takes_part(tensor) or not self.model_scope else None
             if bracket is None:
                 found.append(self._threshold(tensor, t, selection, model))
+            elif finds:
+                found.append(on_device.bracketed(bracket, selection, self.elements))
             else:
                 found.append(open_threshold(bracket, selection))
         return found

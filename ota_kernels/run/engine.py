@@ -28,6 +28,7 @@ from ..tensors.result import Counts, MergeStats
 from ..tensors.segment import CHUNK, Segment, units
 from ..tensors.terms import Terms, close, is_open
 from ..tensors.tile import TensorInputs
+from . import on_device
 from .bundles import Bundle, kept_by_member
 from .decide import Decider
 from .found import ModelFound, open_thresholds
@@ -132,6 +133,7 @@ class Engine:
         self.decided = dict(decided or {})
         self._rules = decider.rules
         self._checkpointed = self._rules.clock()
+        self._finds_together = on_device.finds_together(decider)
         # Elements of a tensor that one worker decides. A sample is quick, other statistics want all workers.
         local = decider.brackets and not decider.model_scope
         self._alone = tile_elements if local else min(CHUNK, tile_elements)
@@ -202,15 +204,17 @@ class Engine:
 
     @property
     def _unbounded(self) -> bool:
-        """Whether any number of tiles may be merged together: where nothing of them waits on a device."""
-        return not self._decider.brackets and all(t.is_resident for t in self._tensors.values())
+        """Whether all tiles are merged together: where nothing of them waits on a device for the host."""
+        known = not self._decider.brackets and all(t.is_resident for t in self._tensors.values())
+        return known or self._finds_together
 
     def _key(self, index: int) -> int | None:
         return None if self._decider.model_scope else index
 
     def _decide(self, index: int, whole: bool = False) -> tuple[TensorInputs, Terms]:
         tensor = self._decider.prepare(self._tensors[index])
-        terms = self._decider.terms(tensor, self._found, whole)
+        finds = self._finds_together if self._decider.model_scope else whole
+        terms = self._decider.terms(tensor, self._found, finds)
         known = self.decided.get(self._key(index))
         return tensor, terms if known is None else close(terms, known)
 
@@ -226,13 +230,11 @@ class Engine:
                 results += self._merge_matrices(*tile[:3])
             else:
                 tiles.append(tile)
-        merged = zip(tiles, self._run_kernel(tiles), strict=True)
+        merged = zip(tiles, self._with_thresholds(tiles, self._run_kernel(tiles)), strict=True)
         return results + [self._written(tile, *result) for tile, result in merged]
 
-    def _written(self, tile: _Tile, room: Array, result: Counts | Pending | MergeStats) -> tuple:
+    def _written(self, tile: _Tile, room: Array, result: Counts | Pending) -> tuple:
         segment, tensor, terms, alone = tile
-        if isinstance(result, MergeStats):
-            result = self._found_thresholds(tile, result)
         if alone and isinstance(result, Pending) and not self._decider.model_scope:
             group = self._new_group(segment.index)
             group.add(result, tensor, terms)
@@ -250,22 +252,40 @@ class Engine:
         self._sink.done_with(stored if alone else stored.slice(segment.start, segment.stop))
         return (result.owned(), tensor, terms) if isinstance(result, Pending) else (segment, result)
 
-    def _found_thresholds(self, tile: _Tile, stats: MergeStats) -> Counts:
-        """Of a tensor whose thresholds the backend was to find."""
-        segment, tensor, terms, _ = tile
-        thresholds = list(stats.thresholds)
-        missed = [t for t, e in enumerate(terms.experts) if e.wanted and thresholds[t] is None]
+    def _with_thresholds(
+        self, tiles: Sequence[_Tile], merged: Sequence[tuple[Array, Counts | Pending | MergeStats]]
+    ) -> list[tuple[Array, Counts | Pending]]:
+        """The final counts where the backend was to find thresholds, too."""
+        groups: dict[int | None, list[int]] = {}
+        for i, (_, result) in enumerate(merged):
+            if isinstance(result, MergeStats):
+                groups.setdefault(self._key(tiles[i].segment.index), []).append(i)
+        final = dict(enumerate(merged))
+        for key, group in groups.items():
+            counts = self._found_thresholds(key, [tiles[i] for i in group], [merged[i][1] for i in group])
+            final |= {i: (merged[i][0], of_tile) for i, of_tile in zip(group, counts, strict=True)}
+        return list(final.values())
+
+    def _found_thresholds(
+        self, key: int | None, tiles: Sequence[_Tile], stats: Sequence[MergeStats]
+    ) -> list[Counts]:
+        """Of the tiles of a group whose thresholds the backend was to find."""
+        tensor, experts = None if key is None else tiles[0].tensor, tiles[0].terms.experts
+        thresholds = list(stats[0].thresholds)
+        missed = [t for t, e in enumerate(experts) if e.wanted and thresholds[t] is None]
         if missed:
             self._rules.before("missed", None)
             exact = self._decider.exact_thresholds(tensor, missed)
             thresholds = [x if e is None else e for x, e in zip(thresholds, exact, strict=True)]
-        self.decided[segment.index] = thresholds
-        closed = tile._replace(terms=close(terms, thresholds))
-        if missed:
-            ((_, counts),) = self._run_kernel([closed])
-            counts.repeats = 1
-            return counts
-        return self._counted(closed, tensor, stats)
+        self.decided[key] = thresholds
+        closed = [tile._replace(terms=close(tile.terms, thresholds)) for tile in tiles]
+        if not missed:
+            given = (tile.tensor.slice(tile.segment.start, tile.segment.stop) for tile in closed)
+            return [self._counted(*of_tile) for of_tile in zip(closed, given, stats, strict=True)]
+        counts = [of_tile for _, of_tile in self._run_kernel(closed)]
+        for of_tile in counts:
+            of_tile.repeats = 1
+        return counts
 
     def _merge_matrices(
         self, segment: Segment, tensor: TensorInputs, terms: Terms

@@ -1,4 +1,4 @@
-"""Tensors whose thresholds a device finds while it merges them: shares of elements, over one tensor."""
+"""Thresholds that a device finds while it merges: shares of elements, over one tensor or all of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..select import thresholds
-from ..select.bracket import reach_of
+from ..select.bracket import Bracket, reach_of
 from ..select.sample import runs_of_tensor
 from ..tensors.found import Selection, Threshold
 from ..tensors.terms import Sample
@@ -23,6 +23,25 @@ def finds(decider: Decider, tensor: TensorInputs) -> bool:
     shares = all(s.rule != "mass" for s in decider.selections(tensor))
     plain = shares and not tensor.origins and decider.rules.on_device
     return plain and decider.backend.finds(decider.score_terms(tensor).words)
+
+
+def finds_together(decider: Decider) -> bool:
+    """Whether the thresholds over the model are such, and all its tiles are given at once."""
+    if not (decider.brackets and decider.model_scope and decider.rules.on_device) or decider.needs.matrices:
+        return False
+    shares = all(s.rule != "mass" for s in decider.selections())
+    return shares and all(
+        tensor.is_resident
+        and not tensor.origins
+        and decider.backend.finds(decider.score_terms(tensor).words, together=True)
+        for tensor in decider.tensors
+    )
+
+
+def bracketed(bracket: Bracket, selection: Selection, elements: int) -> Threshold:
+    """The threshold over the model that is to be found in the bracket, of so many elements."""
+    count = thresholds.count_of_density(selection.value, elements)
+    return Threshold(bracket.lowest, max(bracket.span, 1), wanted=count)
 
 
 def wanted(selection: Selection, tensor: TensorInputs) -> Threshold | None:

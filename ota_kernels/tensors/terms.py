@@ -130,8 +130,9 @@ class ExpertTerms:
     indices in the tensor; span: where the threshold is not known yet, how many float32 numbers from
     `threshold` upwards it may be (0: it is known); census: whether the scores are to be summed; position: the
     expert's number in the recipe, which keys its random numbers; wanted: how many elements are kept, where
-    the backend finds the threshold itself (0: it is known, or a bracket is); weights: float64[rows or
-    columns], by row and by column; row_scores: float32[rows].
+    the backend finds the threshold itself (0: it is known, or a bracket is): of the tile or, with a span, of
+    all that are merged at once; weights: float64[rows or columns], by row and by column; row_scores:
+    float32[rows].
     """
 
     threshold: float = 0.0

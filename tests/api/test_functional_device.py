@@ -103,10 +103,11 @@ def stream_on_device(recipe, tensors, tile: int = resident.TILE, rules: Rules = 
     return Streamed(outputs, counts, waiting, repeats)
 
 
-def assert_same(found: Streamed, expected: Streamed) -> None:
-    """Equal counts and thresholds; float32 results within a unit in the last place."""
+def assert_same(found: Streamed, expected: Streamed, by_device: bool = False) -> None:
+    """Equal counts and thresholds; float32 results within a unit in the last place. by_device: the device
+    finds thresholds over the model, so that no tile waits for the host."""
     assert found.counts == expected.counts
-    assert found.waiting == expected.waiting
+    assert found.waiting == ([] if by_device else expected.waiting)
     for one, other in zip(found.outputs, expected.outputs, strict=True):
         np.testing.assert_array_max_ulp(np.frombuffer(one, np.float32), np.frombuffer(other, np.float32))
 
@@ -145,6 +146,10 @@ SELECTIONS = {
 }
 
 
+def _out_of_memory(*arguments):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
 class TestSelections:
     __test__ = RUNS_HERE
 
@@ -167,12 +172,14 @@ class TestSelections:
         expected = stream_on_cpu(recipe, tensors)
         if (kind, chosen, scope) == ("random", "density", "model"):
             assert 0 < dict(expected.waiting)[0] < N / 2
-        assert_same(stream_on_device(recipe, tensors), expected)
+        by_device = scope == "model" and chosen in ("density", "everything")
+        assert_same(stream_on_device(recipe, tensors), expected, by_device)
 
     @pytest.mark.parametrize("scope", ["tensor", "model"])
     def test_of_several_tiles(self, scope):
         tensors, recipe = tensors_of("random"), recipe_of(SELECTIONS["density"], density_scope=scope)
-        assert_same(stream_on_device(recipe, tensors, 400), stream_on_cpu(recipe, tensors, 400))
+        found = stream_on_device(recipe, tensors, 400)
+        assert_same(found, stream_on_cpu(recipe, tensors, 400), by_device=scope == "model")
 
     @pytest.mark.parametrize("scope", ["tensor", "model"])
     @pytest.mark.parametrize("bad", ["too high", "too low"])
@@ -204,6 +211,28 @@ class TestSelections:
         found = stream_on_device(recipe, tensors)
         assert found.counts[0].repeats == 1
         assert found.counts[1].repeats == 0
+        assert found.numbers() == expected.numbers()
+        assert [found.scores(t) for t in range(3)] == [expected.scores(t) for t in range(3)]
+
+    @pytest.mark.parametrize("bad", ["misleads", "tells little", "no memory"])
+    def test_thresholds_over_the_model_that_are_not_found_cost_time_only(self, monkeypatch, bad):
+        """A bracket beside the threshold, and one of all scores, for which lists have no room."""
+        tensors = inputs_of([random_experts(seed, shape) for seed, shape in enumerate(((5, 1030), SMALL))])
+        recipe = recipe_of([DENSITY] * 3, density_scope="model")
+        expected = stream_on_cpu(recipe, tensors)
+
+        def beside(given, scores) -> Bracket:
+            right = bracket_of(given, scores)
+            far = 1 << 29 if bad == "tells little" else right.span // 8
+            return Bracket(right.lowest * (4.0 if bad == "misleads" else 2.0**-60), far)
+
+        if bad == "no memory":
+            from ota_kernels.backends.triton import density
+
+            monkeypatch.setattr(density, "merge_all", _out_of_memory)
+        found = stream_on_device(recipe, tensors, rules=replace(BRACKETED, bracket=beside))
+        triton.on().release()
+        assert [counts.repeats for counts in found.counts] == [1, 1]
         assert found.numbers() == expected.numbers()
         assert [found.scores(t) for t in range(3)] == [expected.scores(t) for t in range(3)]
 

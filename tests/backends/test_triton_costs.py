@@ -99,3 +99,13 @@ class TestCostsOnTheDevice:
         if "rank1_approx" not in options:  # whose sums of rows are each tensor's
             assert costs.launches <= 60, costs
             assert costs.waits.total() <= 2, costs
+
+    def test_densities_over_the_model(self, costs_of):
+        """The host waits for the sample's ranks and its brackets, then once for all tensors."""
+        waits = []
+        for shapes in ([(60, 700), (40,)], [(60, 700), (40,), (1100,), (64, 32), (33, 33)]):
+            models = models_of(shapes)
+            found, expected, costs = costs_of(models, density=[0.3, 0.02], density_scope="model")
+            assert_same(found, expected)
+            waits.append(costs.waits.total())
+        assert waits[0] == waits[1] <= 5, waits

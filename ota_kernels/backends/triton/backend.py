@@ -88,24 +88,27 @@ class Triton:
         self._most = tile.numel // 2
         return merge_in_halves(self.merge, tile, terms, out, columns)
 
-    def finds(self, words: Words) -> bool:
-        """Whether `merge_all` finds thresholds that are `wanted`."""
+    def finds(self, words: Words, together: bool = False) -> bool:
+        """Whether `merge_all` finds thresholds that are `wanted`; together: those of several tensors."""
         return density.finds(words)
 
     def merge_all(self, given: Sequence[Tile]) -> list[MergeStats]:
         """What `merge` does for each of these resident tiles: two launches for all of a form, one wait.
 
-        Thresholds that are `wanted` are found meanwhile, of tiles that are whole tensors. Of one whose
-        threshold is not found, nothing is merged.
+        Thresholds that are `wanted` are found meanwhile, of tiles that are whole tensors, or, where
+        they have brackets, one over all tiles. Of one whose threshold is not found, nothing is merged.
         """
         if given and is_captured(given[0][2]):
             return self._captured(given)
         by_words = [i for i, (_, terms, _) in enumerate(given) if terms.function is None]
         wanted = [i for i in by_words if any(e.wanted for e in given[i][1].experts)]
+        model = [i for i in wanted if _is_together(given[i][1])]
+        known = sorted({*by_words} - {*wanted})
         found: dict[int, MergeStats] = {}
         with reported(self.device), self._current():
-            for indices, merge in ((wanted, self._found), (sorted({*by_words} - {*wanted}), self._known)):
+            for indices, merge in ((sorted({*wanted} - {*model}), self._found), (known, self._known)):
                 found |= self._together(indices, merge, [given[i] for i in indices])
+            found |= self._together(model, self._found, [given[i] for i in model], whole=True)
         return [found[i] if i in found else self._alone(*each) for i, each in enumerate(given)]
 
     def _captured(self, given: Sequence[Tile]) -> list[MergeStats]:
@@ -126,9 +129,10 @@ class Triton:
         indices: Sequence[int],
         merge: Callable[[Sequence[Tile]], list[MergeStats]],
         tiles: Sequence[Tile],
+        whole: bool = False,
     ) -> dict[int, MergeStats]:
         """Stats by index, of half of the tiles at a time where there is no room for all; none of one alone
-        that finds none."""
+        that finds none, or, as a whole, of all."""
         elements = sum(tile.numel for tile, _, _ in tiles)
         if elements <= self._most:
             try:
@@ -137,7 +141,7 @@ class Triton:
                 if not is_out_of_memory(error):
                     raise
             self._most = elements // 2
-        if len(tiles) < 2:
+        if len(tiles) < 2 or whole:
             return {}
         middle = len(tiles) // 2
         first = self._together(indices[:middle], merge, tiles[:middle])
@@ -156,7 +160,8 @@ class Triton:
         )
 
     def _found(self, given: Sequence[Tile]) -> list[MergeStats]:
-        found = density.merge_all([self._request(*x) for x in given])
+        together = any(_is_together(terms) for _, terms, _ in given)
+        found = density.merge_all([self._request(*x) for x in given], together)
         overdone = [
             i for i, (stats, again) in enumerate(found) if again and None not in _found_of(stats, given[i][1])
         ]
@@ -344,6 +349,11 @@ class Triton:
 
 def _type_of(tile: TensorInputs) -> torch.dtype:
     return getattr(torch, tile.out_dtype.name)
+
+
+def _is_together(terms: Terms) -> bool:
+    """Whether the thresholds that are wanted are over all tiles that are merged at once."""
+    return any(e.wanted and e.span for e in terms.experts)
 
 
 def _found_of(stats: MergeStats, terms: Terms) -> list[float | None]:

@@ -47,10 +47,15 @@ class Found:
     thresholds: torch.Tensor
 
 
-def merge_all(requests: Sequence[Request]) -> list[tuple[MergeStats, bool]]:
-    """Merge tiles of whole tensors and find their thresholds; per tile what came of it, and whether roots
-    overflowed (see `Merged.is_overdone`). Waits once."""
-    found = [(indices, _launched(batch)) for indices, batch in batches(requests)]
+def merge_all(requests: Sequence[Request], together: bool = False) -> list[tuple[MergeStats, bool]]:
+    """Merge tiles of whole tensors and find their thresholds, or together one of each expert over all tiles,
+    in the brackets of their terms; per tile what came of it, and whether roots overflowed (see
+    `Merged.is_overdone`). Waits once."""
+    groups = [list(batches(requests))] if together else ([each] for each in batches(requests))
+    found = []
+    for group in groups:
+        launched = _launched([batch for _, batch in group], together)
+        found += zip((indices for indices, _ in group), launched, strict=True)
     parts = [x for _, f in found for x in (f.totals, f.settled, f.thresholds)]
     numbers = torch.cat([x.view(-1) for x in parts]).tolist() if parts else []
     ends = list(itertools.accumulate((x.numel() for x in parts), initial=0))
@@ -59,8 +64,12 @@ def merge_all(requests: Sequence[Request]) -> list[tuple[MergeStats, bool]]:
         for x, (begin, end) in zip(parts, itertools.pairwise(ends), strict=True)
     )
     stats: dict[int, tuple[MergeStats, bool]] = {}
-    for indices, f in found:
-        totals, settled, thresholds = next(shaped), next(shaped), next(shaped)
+    of_batches = [(next(shaped), next(shaped), next(shaped)) for _ in found]
+    if together:
+        missed = np.concatenate([x[2][..., 1] for x in of_batches]).any(0)
+        for _, _, thresholds in of_batches:
+            thresholds[..., 1] |= missed
+    for (indices, f), (totals, settled, thresholds) in zip(found, of_batches, strict=True):
         merged = f.batch.merged(f.totals)
         for i, m, *of_tile in zip(indices, merged, totals, settled, thresholds, strict=True):
             stats[i] = _stats(m, *of_tile)
@@ -85,10 +94,11 @@ def _stats(
 
 @dataclass(frozen=True)
 class _Lists:
-    """Lists of elements on the device (see ranks.py). tiles, begins, lengths: of each; values: int32[T, n];
-    places, runs: of sampled ones."""
+    """Lists of elements on the device (see ranks.py). tiles, groups, begins, lengths: of each; values:
+    int32[T, n]; places, runs: of sampled ones."""
 
     tiles: torch.Tensor
+    groups: torch.Tensor
     begins: torch.Tensor
     lengths: torch.Tensor
     values: torch.Tensor
@@ -97,26 +107,41 @@ class _Lists:
 
     @property
     def given(self) -> tuple:
-        return self.tiles, self.begins, self.lengths, self.values, self.values.shape[1]
+        return self.groups, self.begins, self.lengths, self.values, self.values.shape[1]
 
 
-def _launched(batch: Batch) -> Found:
-    n_experts, device = batch.variant.n_experts, batch.device
-    wanted = np.array([[e.wanted for e in x.request.terms.experts] for x in batch.ready], np.int64)
-    wanted_there, sample, statistics = _sample(batch, wanted)
-    _bracket(batch, wanted_there, sample, *statistics)
-    totals = batch.launch()
-    lists, table = _undecided(batch)
-    _score(batch, lists, table)
-    left = wanted_there - totals[:, n_experts : 2 * n_experts].reshape(-1)
-    bins = _ranked(lists, left, n_experts, 1, from_inside=True)
-    thresholds = torch.zeros(len(batch.ready), n_experts, 2, dtype=torch.int32, device=device)
-    launch(
-        ranks._decide_kernel,
-        (wanted.size,),
-        batch.table, batch.numbers, bins, wanted_there, totals, totals.shape[1], batch.lists.lengths,
-        thresholds, n_experts, BLOCK)  # fmt: skip
-    counts = torch.empty(n_experts + N_TOTALS, batch.n_programs, dtype=torch.int32, device=device)
+def _launched(batches: Sequence[Batch], together: bool) -> list[Found]:
+    """One batch, of tiles with thresholds of their own, or all with those that they have together."""
+    first = batches[0]
+    n_experts, experts = first.variant.n_experts, first.ready[0].request.terms.experts
+    if together:
+        wanted = upload([e.wanted for e in experts], (), tl.float32, first.device)[0]
+    else:
+        wanted, sample, statistics = _sample(first)
+        _bracket(first, wanted, sample, *statistics)
+    totals = [batch.launch() for batch in batches]
+    undecided = [_undecided(batch, together) for batch in batches]
+    for batch, of_batch in zip(batches, undecided, strict=True):
+        _score(batch, *of_batch)
+    reached = [total[:, n_experts : 2 * n_experts] for total in totals]
+    left = wanted - (sum(r.sum(0) for r in reached) if together else reached[0].reshape(-1))
+    bins = _ranked([lists for lists, _ in undecided], left, n_experts, 1, from_inside=True)
+    found = []
+    for batch, total, (_, table) in zip(batches, totals, undecided, strict=True):
+        thresholds = torch.zeros(len(batch.ready), n_experts, 2, dtype=torch.int32, device=batch.device)
+        launch(
+            ranks._decide_kernel,
+            (len(batch.ready), n_experts),
+            batch.table, batch.numbers, bins, wanted, left, batch.lists.lengths, thresholds,
+            n_experts, together, BLOCK)  # fmt: skip
+        found.append(Found(batch, total, _settled(batch, table), thresholds))
+    return found
+
+
+def _settled(batch: Batch, table: torch.Tensor) -> torch.Tensor:
+    """Merge what was undecided; the totals."""
+    rows = batch.variant.n_experts + N_TOTALS
+    counts = torch.empty(rows, batch.n_programs, dtype=torch.int32, device=batch.device)
     uniform = batch.variant.curvature == "uniform"
     settling = replace(
         batch.variant,
@@ -130,11 +155,12 @@ def _launched(batch: Batch) -> Found:
         by_fours=False,
     )
     run(settling, table, batch.numbers, batch.tiles, counts, 0, batch.n_programs)
-    return Found(batch, totals, batch.totals(counts), thresholds)
+    return batch.totals(counts)
 
 
-def _sample(batch: Batch, wanted: np.ndarray) -> tuple[torch.Tensor, _Lists, tuple[torch.Tensor, ...]]:
+def _sample(batch: Batch) -> tuple[torch.Tensor, _Lists, tuple[torch.Tensor, ...]]:
     """(wanted, the sample of each tile, its statistics for `_bracket`), on the device."""
+    wanted = np.array([[e.wanted for e in x.request.terms.experts] for x in batch.ready], np.int64)
     starts, at = [], {}
     tiles, begins, lengths, places, sizes = [], [], [], [], []
     filled = runs = 0
@@ -169,7 +195,7 @@ def _sample(batch: Batch, wanted: np.ndarray) -> tuple[torch.Tensor, _Lists, tup
     begins, places, sizes, wanted_there, first = words.split([count, count, n, wanted.size, wanted.size])
     tiles, lengths, exact, runs = integers.split([count, count, n, runs])
     values = torch.empty(batch.variant.n_experts, filled, dtype=torch.int32, device=batch.device)
-    lists = _Lists(tiles, begins, lengths, values, places, runs)
+    lists = _Lists(tiles, tiles, begins, lengths, values, places, runs)
     targets, margin = reals.split([wanted.size, 2 * n])
     return wanted_there, lists, (first, targets, margin.view(n, 1, 2), sizes, exact)
 
@@ -187,7 +213,7 @@ def _bracket(
     """Write the brackets into the batch's table and numbers."""
     n_experts, n = batch.variant.n_experts, len(batch.ready)
     _score(batch, sample)
-    bins = _ranked(sample, first, n_experts, 1)
+    bins = _ranked([sample], first, n_experts, 1)
     squares = torch.zeros(n, n_experts, dtype=torch.int64, device=batch.device)
     launch(
         ranks._squares_kernel,
@@ -195,7 +221,7 @@ def _bracket(
         *sample.given, bins, first, squares, n_experts, BLOCK)  # fmt: skip
     reach = (squares.double().sqrt() * margin[..., 0] + margin[..., 1]).view(-1)
     both = torch.stack([targets + reach, targets - reach], 1).ceil().long().view(-1)
-    bins = _ranked(sample, both, n_experts, 2)
+    bins = _ranked([sample], both, n_experts, 2)
     launch(
         ranks._bracket_kernel,
         (n * n_experts,),
@@ -221,11 +247,15 @@ def _score(batch: Batch, lists: _Lists, table: torch.Tensor | None = None) -> No
 
 
 def _ranked(
-    lists: _Lists, wanted: torch.Tensor, n_experts: int, queries: int, from_inside: bool = False
+    of_batches: Sequence[_Lists],
+    wanted: torch.Tensor,
+    n_experts: int,
+    queries: int,
+    from_inside: bool = False,
 ) -> torch.Tensor:
-    """Bins of each (tile, expert, query), which tell the value of that rank."""
+    """Bins of each (group, expert, query), which tell the value of that rank."""
     bins = torch.zeros(len(wanted) * ranks.DIGITS * ranks.BINS, dtype=torch.int32, device=wanted.device)
-    for digit in range(ranks.DIGITS):
+    for digit, lists in itertools.product(range(ranks.DIGITS), of_batches):
         launch(
             ranks._digit_kernel,
             (len(lists.tiles), n_experts * queries),
@@ -234,7 +264,7 @@ def _ranked(
     return bins
 
 
-def _undecided(batch: Batch) -> tuple[_Lists, torch.Tensor]:
+def _undecided(batch: Batch, together: bool) -> tuple[_Lists, torch.Tensor]:
     """The lists of a merge with brackets, and the table by which they are tiles: a row for each list."""
     experts, lists, n = batch.variant.n_experts, batch.lists, batch.n_programs
     stride = lists.weights.shape[1]
@@ -269,4 +299,5 @@ def _undecided(batch: Batch) -> tuple[_Lists, torch.Tensor]:
     table, begins = words.split([table.size, n])
     lengths = torch.minimum(lists.lengths, rooms)
     values = torch.empty(experts, stride, dtype=torch.int32, device=batch.device)
-    return _Lists(batch.tiles, begins, lengths, values), table
+    groups = torch.zeros_like(batch.tiles) if together else batch.tiles
+    return _Lists(batch.tiles, groups, begins, lengths, values), table

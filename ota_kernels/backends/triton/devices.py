@@ -37,9 +37,9 @@ class Devices:
         for backend in self._backends.values():
             backend.release()
 
-    def finds(self, words: Words) -> bool:
-        """As `Triton.finds`."""
-        return density.finds(words)
+    def finds(self, words: Words, together: bool = False) -> bool:
+        """As `Triton.finds`; tensors of several devices have no threshold together."""
+        return density.finds(words) and not together
 
     def merge_all(self, given: Sequence[Tile]) -> list[MergeStats]:
         """As `Triton.merge_all`: a thread waits for each device."""

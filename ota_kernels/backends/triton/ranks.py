@@ -1,10 +1,10 @@
 """Scores by their rank, on the device, for many tiles and all experts at once.
 
     lists of elements --> values: the bits of their scores, which order like the scores; -1: does not count
-    four passes, 8 bits each: lists --> bins of every (tile, expert, query) --> the next pass
+    four passes, 8 bits each: lists --> bins of every (group, expert, query) --> the next pass
 
-A list is a part of what of a tile is looked at: sampled runs, or what a program left undecided. Nothing is
-sorted, nothing depends on an order, and no pass waits for the host.
+A group is a tile, or all of them. A list is a part of what of a tile is looked at: sampled runs, or what a
+program left undecided. Nothing is sorted, nothing depends on an order, and no pass waits for the host.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def _found(bins, rest, digits: tl.constexpr, from_inside: tl.constexpr):
 
 @triton.jit(do_not_specialize=["stride"])
 def _digit_kernel(
-    tiles,
+    groups,
     begins,
     lengths,
     values,
@@ -121,10 +121,10 @@ def _digit_kernel(
     from_inside: tl.constexpr,
     block_size: tl.constexpr,
 ):
-    """Add one list's values to the bins of a (tile, expert, query): those whose digits before this one are
+    """Add one list's values to the bins of a (group, expert, query): those whose digits before this one are
     those of the rank. Relaxed: nobody reads the bins before the kernel's end."""
     i, which = tl.program_id(0), tl.program_id(1)
-    row = tl.load(tiles + i).to(tl.int64) * (n_experts * queries) + which
+    row = tl.load(groups + i).to(tl.int64) * (n_experts * queries) + which
     rank = tl.load(ranks + row)
     prefix, _, _ = _found(bins + row * _ROW, rank, digit, from_inside)
     n = tl.load(lengths + i)
@@ -146,7 +146,7 @@ def _digit_kernel(
 
 @triton.jit(do_not_specialize=["stride"])
 def _squares_kernel(
-    tiles,
+    groups,
     begins,
     lengths,
     values,
@@ -160,7 +160,7 @@ def _squares_kernel(
     """Add up, over pairs of neighbouring runs, the squares of how many more values of one than of the other
     reach the rank's. An odd last run is left out."""
     i, t = tl.program_id(0), tl.program_id(1)
-    row = tl.load(tiles + i).to(tl.int64) * n_experts + t
+    row = tl.load(groups + i).to(tl.int64) * n_experts + t
     value, _, _ = _found(bins + row * _ROW, tl.load(ranks + row), 4, False)
     n = tl.load(lengths + i)
     of_list = values + t.to(tl.int64) * stride + tl.load(begins + i)
@@ -194,31 +194,32 @@ def _bracket_kernel(table, numbers, bins, ranks, wanted, sizes, exact, n_experts
         tl.store(to, low.to(tl.float32, bitcast=True).to(numbers.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["n_counts"])
+@triton.jit
 def _decide_kernel(
     table,
     numbers,
     bins,
     wanted,
-    totals,
-    n_counts,
+    left,
     lengths,
     found,
     n_experts: tl.constexpr,
+    together: tl.constexpr,
     block_size: tl.constexpr,
 ):
     """Write the threshold of a tile and expert, and to `found` its bits and whether it is none: it lies
-    outside of the bracket, or a list had no room. totals: of the merge with brackets; lengths: of lists."""
-    row = tl.program_id(0).to(tl.int64)
-    tile, t = row // n_experts, row % n_experts
+    outside of the bracket, or a list of the tile had no room. wanted, left: of each group (all tiles
+    together, or a tile) and expert, how many are kept, less those above the bracket; lengths: of lists."""
+    tile, t = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = tile * n_experts + t
+    of_group = row * 0 + t if together else row
     of_tile = loads.row_of_table(table, tile, n_experts)
     at = loads.row_of_numbers(numbers, tile, n_experts) + loads.N_NUMBERS * t + loads.THRESHOLD
     lowest = tl.load(at).to(tl.float32).to(tl.int32, bitcast=True)
     span = loads.integer(of_tile, t, n_experts, loads.SPAN)
-    k = tl.load(wanted + row)
-    reached = tl.load(totals + tile * n_counts + n_experts + t)
-    value, _, inside = _found(bins + row * _ROW, k - reached, 4, True)
-    rest = k - reached + inside
+    k, rest = tl.load(wanted + of_group), tl.load(left + of_group)
+    value, _, inside = _found(bins + of_group * _ROW, rest, 4, True)
+    rest += inside
     value = tl.where((span == 0) | (rest > inside), lowest, value)
     short = tl.cast(0, tl.int32)
     room = loads.scalar(of_tile, n_experts, loads.ROOM)
