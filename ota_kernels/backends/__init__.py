@@ -129,7 +129,7 @@ def for_files(
     are "auto", a GPU is taken only if it would be done before `threads` threads of this machine are."""
     if name == device == "auto" and not python and triton.gpu_in_sight()[0]:
         rate, known = bus.bandwidth()
-        by_cpu, on_gpu = seconds("native", nbytes, threads), seconds("triton", nbytes, threads)
+        by_cpu, on_gpu = seconds("native", nbytes, threads), seconds("triton", nbytes, threads, rate)
         device, other = ("cpu", "cuda") if by_cpu <= on_gpu else ("auto", "cpu")
         logger.info(
             f"files of {format_bytes(nbytes)}: {by_cpu:.2g} s on {threads} threads, {on_gpu:.2g} s on a GPU, "

@@ -10,8 +10,9 @@ FILLING = 12e9  # bytes per second that a core copies into pinned memory, as mea
 START = 6.0  # seconds until a GPU works: torch, its context, kernels that compile
 
 
-def seconds(backend: str, nbytes: int, threads: int) -> float:
-    """Estimate for files in the page cache."""
+def seconds(backend: str, nbytes: int, threads: int, rate: float | None = None) -> float:
+    """Estimate for files in the page cache. rate: of the bus to the GPU, where it has been looked for."""
     if backend == triton.NAME and not triton.interpreted():
-        return START + nbytes / min(bus.bandwidth()[0], threads * FILLING)
+        rate = bus.bandwidth()[0] if rate is None else rate
+        return START + nbytes / min(rate, threads * FILLING)
     return nbytes / (threads * CORE)

@@ -74,6 +74,16 @@ class TestCaptureOnTheDevice:
         assert costs.of_torch["_foreach_add_"] == 1
         assert costs.launches <= 6, costs
 
+    def test_operators(self, captured):
+        from ota_kernels.integrations import torch_ops
+
+        models = models_of((1100,), (7,))
+        call = {"backend": "triton", **PLAIN}
+        found, costs = captured(lambda: torch_ops.merge_state_dicts(*models, **call))
+        for name, tensor in ota_kernels.merge_state_dicts(*models, **call).items():
+            assert found[name].equal(tensor)
+        assert dict(costs.kernels) == {"_merge_kernel": 2}
+
     def test_methods_whose_results_show_what_is_not_finite(self, captured):
         models = models_of((40,))
         models[1][1]["0.weight"][7] = float("inf")
