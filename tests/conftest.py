@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -22,6 +23,18 @@ settings.load_profile("ota")
 
 # The tensors here are small: handing them to torch's threads takes longer than the work.
 torch.set_num_threads(1)
+
+if os.environ.get("TRITON_INTERPRET"):
+    # At every call of a kernel, and of a function inside of one, the interpreter replaces all functions of the
+    # language, and puts them back after the kernel. That takes longer than the work: here they stay replaced.
+    from triton.runtime import interpreter
+
+    def _replaced_once(kernel, replace=interpreter._patch_lang, modules={}):  # noqa: B006
+        if kernel.__module__ not in modules:
+            modules[kernel.__module__] = replace(kernel)
+        return types.SimpleNamespace(restore=lambda: None)
+
+    interpreter._patch_lang = _replaced_once
 
 
 @pytest.fixture(params=["reference", *(f"native-{isa}" for isa in native.instruction_sets())], scope="module")
