@@ -25,8 +25,8 @@ settings.load_profile("ota")
 torch.set_num_threads(1)
 
 if os.environ.get("TRITON_INTERPRET"):
-    # At every call of a kernel, and of a function inside of one, the interpreter replaces all functions of the
-    # language, and puts them back after the kernel. That takes longer than the work: here they stay replaced.
+    # At every call of a kernel, and of a function inside of one, the interpreter replaces all functions of
+    # its language, and puts them back after the kernel. That takes longer than the work: here they stay.
     from triton.runtime import interpreter
 
     def _replaced_once(kernel, replace=interpreter._patch_lang, modules={}):  # noqa: B006

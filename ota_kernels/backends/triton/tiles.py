@@ -203,7 +203,7 @@ def in_place(device: torch.device) -> Load:
 def on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """A copy of a host array there; unpinned, it would wait for the stream."""
     needs_the_host(torch.empty(0, device=device))
-    found = torch.tensor(array)
+    found = torch.from_numpy(np.frombuffer(bytearray(array), array.dtype).reshape(array.shape))
     return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found
 
 
