@@ -353,7 +353,7 @@ struct Blocks : Marks<W, kWide<Acc>> {
 };
 
 template <typename W, typename Acc>
-int merge_blocks(const MergeArgs& args, int64_t offset, int n, int64_t* kept, Waiting& waiting) {
+bool merge_blocks(const MergeArgs& args, int64_t offset, int n, MergeStats& stats, Waiting& waiting) {
     const Tile& tile = args.tile;
     Blocks<W, Acc> x(args, offset, n);
     const int before = waiting.count;
@@ -365,10 +365,11 @@ int merge_blocks(const MergeArgs& args, int64_t offset, int n, int64_t* kept, Wa
     const bool falls_back = total(x.merged_of) < n && !(tile.numbers.fallback_to_base && tile.has_base());
     if (largest(x.top) >= kSuspect || largest(x.top_merged) > limit || falls_back) {
         waiting.count = before;
-        return -1;
+        return false;
     }
-    for (int t = 0; t < tile.n_experts; ++t) kept[t] += x.plain ? n : total(x.sources[t].kept);
-    return x.plain ? 0 : n - static_cast<int>(total(x.kept_by_some));
+    for (int t = 0; t < tile.n_experts; ++t) stats.kept[t] += x.plain ? n : total(x.sources[t].kept);
+    stats.unkept += x.plain ? 0 : n - total(x.kept_by_some);
+    return true;
 }
 
 }  // namespace lanes

@@ -51,6 +51,7 @@ inline Floats sqrt(Floats x) { return _mm512_sqrt_ps(x); }
 inline Floats smaller(Floats a, Floats b) { return _mm512_min_ps(a, b); }
 inline Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 inline Bits add(Bits a, Bits b) { return _mm512_add_epi32(a, b); }
+inline Bits sub(Bits a, Bits b) { return _mm512_sub_epi32(a, b); }
 inline Bits both(Bits a, Bits b) { return _mm512_and_si512(a, b); }
 inline Bits larger(Bits a, Bits b) { return _mm512_max_epu32(a, b); }
 template <int N> inline Bits left(Bits x) { return _mm512_slli_epi32(x, N); }
@@ -137,6 +138,7 @@ inline Floats sqrt(Floats x) { return _mm256_sqrt_ps(x); }
 inline Floats smaller(Floats a, Floats b) { return _mm256_min_ps(a, b); }
 inline Floats larger(Floats a, Floats b) { return _mm256_max_ps(a, b); }
 inline Bits add(Bits a, Bits b) { return _mm256_add_epi32(a, b); }
+inline Bits sub(Bits a, Bits b) { return _mm256_sub_epi32(a, b); }
 inline Bits both(Bits a, Bits b) { return _mm256_and_si256(a, b); }
 inline Bits larger(Bits a, Bits b) { return _mm256_max_epu32(a, b); }
 template <int N> inline Bits left(Bits x) { return _mm256_slli_epi32(x, N); }

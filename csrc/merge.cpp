@@ -4,6 +4,7 @@
 // Many strips are merged at once in registers where nothing is wrong with them: the common merge by salient.hpp, nearly
 // all others by blocks.hpp. Where these find something wrong, a strip goes through all steps after all.
 
+#include "alternatives.hpp"
 #include "blocks.hpp"
 #include "pack_stretches.hpp"
 
@@ -14,9 +15,7 @@ namespace {
 // Scores of n elements from `offset` on, all usable, to the censuses.
 template <typename Acc>
 void take_censuses(const Tile& tile, int64_t offset, int n, Strip<Acc>& x) {
-    bool some = false;
-    for (int t = 0; t < tile.n_experts; ++t) some |= tile.experts[t].census != nullptr;
-    for (int64_t at = offset; some && at < offset + n; at += kStrip) {
+    for (int64_t at = offset; has_censuses(tile) && at < offset + n; at += kStrip) {
         go_to(tile, at, x);
         load_base(tile, x);
         share_scores(tile, x);
@@ -33,39 +32,21 @@ void take_censuses(const Tile& tile, int64_t offset, int n, Strip<Acc>& x) {
 // Merges as many strips as there are up to `end`, or a span, from `offset` on. Returns their elements: 0 where they have to
 // go through all steps.
 template <typename Acc>
-int merge_span(InRegisters quick, const Merge<Acc>& m, int64_t offset, int64_t end, Waiting& waiting) {
-    const Tile& tile = m.args.tile;
+int merge_span(InRegisters quick, bool common, const Merge<Acc>& m, int64_t offset, int64_t end, Waiting& waiting) {
     const int64_t left = (end - offset) / kStrip * kStrip;
     const int n = left < kSpan ? static_cast<int>(left) : kSpan;
     if (quick == nullptr || n == 0) return 0;
-    const int nobody = quick(m.args, offset, n, m.stats.kept, waiting);
-    if (nobody < 0) return 0;
-    m.stats.unkept += nobody;
-    take_censuses(tile, offset, n, m.x);
+    if (!quick(m.args, offset, n, m.stats, waiting)) return 0;
+    if (!common) take_censuses(m.args.tile, offset, n, m.x);
     return n;
 }
 
 // Undecided elements.
 
-// Whether the result as it is stored is a number: the exponents of those that are not are all ones.
-template <typename Stored>
-bool is_stored_finite(const uint8_t* out, int64_t at, Stored exponent) {
-    Stored bits;
-    std::memcpy(&bits, out + sizeof(bits) * static_cast<uint64_t>(at), sizeof(bits));
-    return (bits & exponent) != exponent;
-}
-
-bool is_stored_finite(const MergeArgs& args, int64_t at) {
-    switch (args.out_dtype) {
-        case DType::bf16: return is_stored_finite<uint16_t>(args.out, at, 0x7f80u);
-        case DType::f16: return is_stored_finite<uint16_t>(args.out, at, 0x7c00u);
-        case DType::f32: return is_stored_finite<uint32_t>(args.out, at, 0x7f800000u);
-        default: return is_stored_finite<uint64_t>(args.out, at, 0x7ff0000000000000u);
-    }
-}
-
 // What a merge keeps for its undecided elements: tiles of candidates, as they are and with closed brackets.
 struct Resolver {
+    Alone alone;      // none where any words are resolved in one way
+    int64_t resolved;  // candidates; those after them are known to stay
     Tile open, closed;
     int64_t index[kStrip];
     uint8_t merged[kStrip * sizeof(double)];
@@ -137,7 +118,8 @@ void resolve(const MergeArgs& args, int64_t from, int m, Strip<Acc>& x, Resolver
     for (int t = 0; t < tile.n_experts; ++t) bad |= found.weights[t].count + found.curvature[t].count > 0;
     const Acc limit = static_cast<Acc>(largest_finite(args.out_dtype));
     Undecided u;
-    for (int j = 0; j < m; ++j) u.stays[j] = std::fabs(x.numerator[j]) <= limit && tile.n <= kFlag ? 0 : -1;
+    const bool all_stay = r.alone != nullptr || tile.n > kFlag;
+    for (int j = 0; j < m; ++j) u.stays[j] = std::fabs(x.numerator[j]) <= limit && !all_stay ? 0 : -1;
     look(r.open, bad, x, u);
     const int size = item_size(args.out_dtype);
     for (int j = 0; j < m; ++j) {
@@ -166,17 +148,24 @@ void resolve(const MergeArgs& args, int64_t from, int m, Strip<Acc>& x, Resolver
     }
 }
 
+// All that wait, or as many as are worth it.
 template <typename Acc>
-void resolve(const MergeArgs& args, Waiting& waiting, Strip<Acc>& x, Resolver& r, MergeStats& stats) {
+void resolve(const MergeArgs& args, Waiting& waiting, bool all, Strip<Acc>& x, Resolver& r, MergeStats& stats) {
     Candidates& c = *args.candidates;
+    if (!all && waiting.count < Waiting::kMany) return;
     for (int first = 0; first < waiting.count; first += kStrip) {
         const int m = waiting.count - first < kStrip ? waiting.count - first : kStrip;
         const int64_t from = c.count;
         append(args.tile, waiting.at + first, m, c);
-        c.count = from;  // those that stay move up
-        resolve(args, from, m, x, r, stats);
+        if (r.alone != nullptr) c.count = from + r.alone(args, from, m, stats);
     }
     waiting.count = 0;
+    const int64_t end = c.count;
+    if (!all && r.alone != nullptr && end - r.resolved < Waiting::kMany) return;
+    c.count = r.resolved;  // those that stay move up
+    for (int64_t from = c.count; from < end; from += kStrip)
+        resolve(args, from, static_cast<int>(end - from < kStrip ? end - from : kStrip), x, r, stats);
+    r.resolved = c.count;
 }
 
 // A stretch of packs whose edits are all added: only those that are kept are looked at, everything else is the base.
@@ -222,19 +211,20 @@ void merge_tile(const MergeArgs& given, MergeStats& stats) {
     prepare(tile, x);
     const Ranked ranked(tile, 0, tile.n_experts, x);
     InRegisters quick = salient(args, open);
+    const bool common = quick != nullptr;
     if (quick == nullptr) quick = blocks(args);
     if (args.sums.new_numerator != nullptr) quick = nullptr;
     const Merge<Acc> m{args, stats, x, open};
     Waiting waiting;
     Resolver* resolver = nullptr;
     if (open) {
-        resolver = new Resolver{tile, tile, {}, {}};
+        resolver = new Resolver{common ? alone(args) : nullptr, 0, tile, tile, {}, {}};
         close_brackets(resolver->closed);
     }
     int64_t offset = 0, retry = 0;  // where registers are tried again
     while (offset < tile.n) {
         if (offset == end) {
-            if (open) resolve(args, waiting, x, *resolver, stats);
+            if (open) resolve(args, waiting, true, x, *resolver, stats);
             if (packed) {
                 end = merge_packed(stretches, m, offset);
                 if (end > offset) {
@@ -244,7 +234,7 @@ void merge_tile(const MergeArgs& given, MergeStats& stats) {
             }
             end = stretches.next(offset, stats);
         }
-        const int merged = offset >= retry ? merge_span(quick, m, offset, end, waiting) : 0;
+        const int merged = offset >= retry ? merge_span(quick, common, m, offset, end, waiting) : 0;
         if (merged == 0) {
             if (offset >= retry) retry = offset + kSpan;
             go_to(tile, offset, x);
@@ -252,9 +242,9 @@ void merge_tile(const MergeArgs& given, MergeStats& stats) {
             if (open) waiting.add(x.waits, offset, x.n);
         }
         offset += merged > 0 ? merged : x.n;
-        if (open && waiting.count >= Waiting::kMany) resolve(args, waiting, x, *resolver, stats);
+        if (open) resolve(args, waiting, false, x, *resolver, stats);
     }
-    if (open) resolve(args, waiting, x, *resolver, stats);
+    if (open) resolve(args, waiting, true, x, *resolver, stats);
     delete resolver;
     for (int t = 0; t < tile.n_experts; ++t) stats.reached[t] += stats.kept[t];
 }

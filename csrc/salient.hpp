@@ -5,15 +5,15 @@
 #pragma once
 
 #include "add.hpp"
-#include "undecided.hpp"
+#include "census.hpp"
 
 namespace ota {
 namespace OTA_ISA {
 
-// Merges n elements from `offset` on, whole strips: writes its results, adds what it counts to `kept` and the elements in brackets to
-// `waiting`. Returns how many elements nobody keeps, or -1 where they have to go through all steps: an input is not
-// usable, or a result is beyond the output's type.
-using InRegisters = int (*)(const MergeArgs& args, int64_t offset, int n, int64_t* kept, Waiting& waiting);
+// Merges n elements from `offset` on, whole strips: writes its results, adds what it counts to `stats` and the censuses, and
+// the elements in brackets to `waiting`. False, and nothing counted, where they have to go through all
+// steps: an input is not usable, or a result is beyond the output's type.
+using InRegisters = bool (*)(const MergeArgs& args, int64_t offset, int n, MergeStats& stats, Waiting& waiting);
 
 #if defined(OTA_LANES)
 
@@ -50,9 +50,11 @@ inline void fetch(const uint8_t* p, int i) {
         __builtin_prefetch(p + (i + kAhead) * T::size + byte, 0, 3);
 }
 
-// Elements [begin, end) from `offset` on. Undecided experts keep theirs.
+// Elements [begin, end) from `offset` on. Undecided experts keep theirs. Open: some are undecided, or have a census
+// (`censuses`, else none).
 template <bool Open, Form F, typename W, typename H>
-void run(const MergeArgs& args, int64_t offset, Stream* streams, int begin, int end, Waiting& waiting, Seen& result) {
+void run(const MergeArgs& args, int64_t offset, Stream* streams, int begin, int end, Waiting& waiting,
+         Censuses* censuses, Seen& result) {
     constexpr int V = kVectors;
     const uint8_t* base = args.tile.base.data + offset * W::size;
     auto* out = reinterpret_cast<uint16_t*>(args.out) + offset;
@@ -75,11 +77,13 @@ void run(const MergeArgs& args, int64_t offset, Stream* streams, int begin, int 
             fetch<W>(x.w, i);
             fetch<H>(x.h, i);
             Mask keep[V];
+            Floats scores[V];
             for (int v = 0; v < V; ++v) {
                 const int j = i + v * OTA_LANES;
                 const Floats w = W::read(x.w, j), h = H::curvature(x.h, j, x.row), d = sub(w, b[v]);
                 const Floats scaled = mul(d, all(65536.0f)), s = mul(mul(h, all(x.k)), mul(scaled, scaled));
                 keep[v] = at_least(s, all(x.threshold));
+                scores[v] = s;
                 const Floats p =
                     zero_unless(keep[v], fma(F == Form::root ? sqrt(h) : h, all(x.weight_scale), epsilon));
                 seen.top = larger(seen.top, bits(s));  // usable inputs have a score that is a number >= 0
@@ -88,6 +92,7 @@ void run(const MergeArgs& args, int64_t offset, Stream* streams, int begin, int 
                 numerator[v] = fma(p, d, numerator[v]);
             }
             x.kept += __builtin_popcountll(joined(keep));
+            if (Open && censuses != nullptr && censuses->has(t)) censuses->add<V>(t, scores);
         }
         Mask zero[V];
         for (int v = 0; v < V; ++v) {
@@ -110,7 +115,7 @@ void run(const MergeArgs& args, int64_t offset, Stream* streams, int begin, int 
 }
 
 template <bool Open, Form F, typename W, typename H>
-int merge(const MergeArgs& args, int64_t offset, int n, int64_t* kept, Waiting& waiting) {
+bool merge_all(const MergeArgs& args, int64_t offset, int n, MergeStats& stats, Waiting& waiting, Censuses* censuses) {
     const Tile& tile = args.tile;
     const Curvature& first = tile.experts[0].curvature;
     Stream streams[kMaxExperts];
@@ -125,7 +130,7 @@ int merge(const MergeArgs& args, int64_t offset, int n, int64_t* kept, Waiting& 
     const int before = waiting.count;
     Seen seen;
     if (first.kind == CurvatureKind::full)
-        run<Open, F, W, H>(args, offset, streams, 0, n, waiting, seen);
+        run<Open, F, W, H>(args, offset, streams, 0, n, waiting, censuses, seen);
     else
         by_rows({first.start + offset, nullptr, first.n_columns}, n, [&](int begin, int end, int64_t row, int64_t column) {
             for (int t = 0; t < tile.n_experts; ++t) {
@@ -134,15 +139,30 @@ int merge(const MergeArgs& args, int64_t offset, int n, int64_t* kept, Waiting& 
                 if (c.kind == CurvatureKind::rank1)
                     streams[t].h = reinterpret_cast<const uint8_t*>(c.columns + column - begin);
             }
-            run<Open, F, W, H>(args, offset, streams, begin, end, waiting, seen);
+            run<Open, F, W, H>(args, offset, streams, begin, end, waiting, censuses, seen);
         });
     const uint32_t limit = bit_cast<uint32_t>(static_cast<float>(largest_finite(args.out_dtype)));
-    if (largest(seen.top) >= kSuspect || largest(seen.top_merged) > limit) {
+    const bool counted = censuses == nullptr || censuses->are_whole();
+    if (largest(seen.top) >= kSuspect || largest(seen.top_merged) > limit || !counted) {
         waiting.count = before;
-        return -1;
+        return false;
     }
-    for (int t = 0; t < tile.n_experts; ++t) kept[t] += streams[t].kept;
-    return seen.zeros;
+    for (int t = 0; t < tile.n_experts; ++t) stats.kept[t] += streams[t].kept;
+    stats.unkept += seen.zeros;
+    if (censuses != nullptr) censuses->finish();
+    return true;
+}
+
+template <Form F, typename W, typename H>
+bool merge_counted(const MergeArgs& args, int64_t offset, int n, MergeStats& stats, Waiting& waiting) {
+    Censuses censuses(args.tile);
+    return merge_all<true, F, W, H>(args, offset, n, stats, waiting, &censuses);
+}
+
+template <bool Open, Form F, typename W, typename H>
+bool merge(const MergeArgs& args, int64_t offset, int n, MergeStats& stats, Waiting& waiting) {
+    if (Open && has_censuses(args.tile)) return merge_counted<F, W, H>(args, offset, n, stats, waiting);
+    return merge_all<Open, F, W, H>(args, offset, n, stats, waiting, nullptr);
 }
 
 template <bool Open, Form F, typename W>
@@ -204,6 +224,7 @@ inline bool is_common(const Tile& tile) {
 inline InRegisters salient(const MergeArgs& args, bool open) {
     using namespace lanes;
     const Tile& tile = args.tile;
+    open |= has_censuses(tile);
     const bool narrow = args.out_dtype == DType::bf16 || args.out_dtype == DType::f16;
     if (!narrow || !is_common(tile) || !are_alike(tile)) return nullptr;
     const Expert& e = tile.experts[0];

@@ -102,11 +102,39 @@ inline void point_at(const Tile& tile, const Candidates& c, int64_t from, int m,
     }
 }
 
+// Whether the result as it is stored is a number: the exponents of those that are not are all ones.
+template <typename Stored>
+inline bool is_stored_finite(const uint8_t* out, int64_t at, Stored exponent) {
+    Stored bits;
+    std::memcpy(&bits, out + sizeof(bits) * static_cast<uint64_t>(at), sizeof(bits));
+    return (bits & exponent) != exponent;
+}
+
+inline bool is_stored_finite(const MergeArgs& args, int64_t at) {
+    switch (args.out_dtype) {
+        case DType::bf16: return is_stored_finite<uint16_t>(args.out, at, 0x7f80u);
+        case DType::f16: return is_stored_finite<uint16_t>(args.out, at, 0x7c00u);
+        case DType::f32: return is_stored_finite<uint32_t>(args.out, at, 0x7f800000u);
+        default: return is_stored_finite<uint64_t>(args.out, at, 0x7ff0000000000000u);
+    }
+}
+
+template <typename T>
+void move(uint8_t* column, int64_t from, int64_t to) {
+    std::memcpy(column + sizeof(T) * static_cast<uint64_t>(to), column + sizeof(T) * static_cast<uint64_t>(from), sizeof(T));
+}
+
 // Moves candidate `from` to `to`.
 inline void move(const Tile& tile, Candidates& c, int64_t from, int64_t to) {
+    if (from == to) return;
     const auto copy = [&](const Operand& x, uint8_t* column) {
-        const int size = item_size(x.dtype);
-        if (x.data != nullptr) std::memmove(column + size * to, column + size * from, static_cast<size_t>(size));
+        if (x.data == nullptr) return;
+        switch (item_size(x.dtype)) {
+            case 8: return move<uint64_t>(column, from, to);
+            case 4: return move<uint32_t>(column, from, to);
+            case 2: return move<uint16_t>(column, from, to);
+            default: return move<uint8_t>(column, from, to);
+        }
     };
     c.index[to] = c.index[from];
     copy(tile.base, c.base);
@@ -132,6 +160,12 @@ inline void flag_undecided(const float* __restrict s, const Expert& e, int n, in
     for (int i = 0; i < n; ++i) waits[i] |= bit_cast<uint32_t>(s[i]) - lowest < span ? 1 : 0;
 }
 
+inline bool has_censuses(const Tile& tile) {
+    bool some = false;
+    for (int t = 0; t < tile.n_experts; ++t) some |= tile.experts[t].census != nullptr;
+    return some;
+}
+
 // Adds a score (as it is counted) outside of the expert's bracket to its census.
 inline void count_score(uint32_t bits, const Expert& e, uint32_t end) {
     const uint32_t exponent = bits >> 23, above = bits >= end ? 1 : 0;
@@ -143,6 +177,13 @@ inline void count_score(uint32_t bits, const Expert& e, uint32_t end) {
 constexpr uint32_t kWindow = 21;
 static_assert(kStrip <= 256, "24 + 20 + 8 bits");
 
+// Adds such a sum to a census.
+inline void add_sum(double sum, uint32_t first, int64_t* census) {
+    const auto units = static_cast<int64_t>(sum * bit_cast<double>(uint64_t{1023 + 150 - first} << 52));
+    census[first] += units & ((1 << 20) - 1);
+    census[first + 20] += units >> 20;
+}
+
 // values: n of them, then 0 up to kStrip.
 inline void add_window(const float* __restrict values, int n, uint32_t first, int64_t* census) {
     constexpr int kLanes = 16;
@@ -151,19 +192,30 @@ inline void add_window(const float* __restrict values, int n, uint32_t first, in
         for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += static_cast<double>(values[i + lane]);
     double sum = 0;
     for (double lane : lanes) sum += lane;
-    const auto units = static_cast<int64_t>(sum * bit_cast<double>(uint64_t{1023 + 150 - first} << 52));
-    census[first] += units & ((1 << 20) - 1);
-    census[first + 20] += units >> 20;
+    add_sum(sum, first, census);
 }
 
-// Scores from low_first to below low_end to `below`, from end to below high_last to `above`, 0 for all others. rest: 1
-// where one outside of the bracket is in neither; returns whether some is. Masks instead of conditions: else the
-// compiler branches.
-struct Bounds {
-    uint32_t low_first, low_end, end, high_last;
+// The windows of an expert's census, as exponents and as bits of scores: [low_first, low_end) below its bracket, [end,
+// high_last) above it.
+struct Windows {
+    uint32_t low, high, low_first, low_end, end, high_last;
+
+    Windows() = default;
+    explicit Windows(const Expert& e) {
+        const uint32_t lowest = bit_cast<uint32_t>(e.threshold), top_below = lowest >> 23;
+        end = lowest + (e.span ? e.span : 1);
+        low_end = e.span ? lowest : end;
+        low = top_below > kWindow ? top_below - (kWindow - 1) : 1;
+        high = end >> 23 > 1 ? end >> 23 : 1;
+        const bool narrow = high + kWindow < kExponents;
+        low_first = narrow ? low << 23 : 0xffffffffu, high_last = narrow ? (high + kWindow) << 23 : 0;
+        high = high < kExponents - 20 ? high : 1;
+    }
 };
 
-inline int32_t split(const float* __restrict used, const Bounds& x, int n, float* __restrict below,
+// Scores of the windows to `below` and to `above`, 0 for all others. rest: 1 where one outside of the bracket is in
+// neither; returns whether some is. Masks instead of conditions: else the compiler branches.
+inline int32_t split(const float* __restrict used, const Windows& x, int n, float* __restrict below,
                      float* __restrict above, int32_t* __restrict rest) {
     const auto mask = [](bool is) { return -static_cast<uint32_t>(is); };
     const uint32_t low_first = x.low_first, low_end = x.low_end, end = x.end, high_last = x.high_last;
@@ -183,19 +235,15 @@ inline int32_t split(const float* __restrict used, const Bounds& x, int n, float
 
 // Adds scores outside of the expert's bracket to its census: most of them in float64, which vectorises.
 inline void take_census(const float* __restrict used, const Expert& e, int n) {
-    const uint32_t lowest = bit_cast<uint32_t>(e.threshold), end = lowest + (e.span ? e.span : 1);
-    const uint32_t top_below = lowest >> 23, low = top_below > kWindow ? top_below - (kWindow - 1) : 1;
-    const uint32_t high = end >> 23 > 1 ? end >> 23 : 1;
-    const bool narrow = high + kWindow < kExponents;
-    const uint32_t low_first = narrow ? low << 23 : 0xffffffffu, high_last = narrow ? (high + kWindow) << 23 : 0;
-    const uint32_t low_end = e.span ? lowest : end;
+    const Windows x(e);
+    const uint32_t end = x.end;
     alignas(64) int32_t rest[kStrip + kSpare] = {};
     alignas(64) float below[kStrip] = {}, above[kStrip] = {};
-    const int32_t some = split(used, {low_first, low_end, end, high_last}, n, below, above, rest);
+    const int32_t some = split(used, x, n, below, above, rest);
     int32_t n_above = 0;
     for (int i = 0; i < n; ++i) n_above += bit_cast<uint32_t>(used[i]) >= end ? 1 : 0;
-    add_window(below, n, low, e.census);
-    add_window(above, n, high < kExponents - 20 ? high : 1, e.census + kExponents);
+    add_window(below, n, x.low, e.census);
+    add_window(above, n, x.high, e.census + kExponents);
     e.census[2 * kExponents] += n_above;
     if (some) each_one(rest, n, [&](int at) { count_score(bit_cast<uint32_t>(used[at]), e, end); });
 }
