@@ -37,11 +37,12 @@ if TYPE_CHECKING:
     from .found import ModelFound
     from .matrices import Matrix
 
-# Elements: a hundredth of the model, but so many at least and at most (a factor within 3 % needs no more).
+# Elements: a hundredth of the model, but so many at least and at most (a factor within 3 % needs no more);
+# the least where nobody asks, and a report only says what `auto` would be.
 _LEAST, _MOST = 1 << 17, 1 << 20
-# Elements of a model up to which a report says `auto` though nobody asked: a sample touches pages all over
-# the files, and would be a second read of larger ones.
-_UNASKED = 1 << 26
+# Elements of models of which it does not: some tenths of a second would be a tenth of their merge.
+UNASKED_NOT = range(1 << 26, 1 << 30)
+_UNASKED_TENSORS = 1 << 13  # at most: each takes half a millisecond
 # Neighbouring elements of a sample: a cache line or several. Rows are alike: longer runs would say less.
 _RUN = 64
 _FEWEST = 16  # runs of a tensor
@@ -106,21 +107,24 @@ def _six(value: float) -> float:
 
 def decide(decider: Decider, always: bool = False) -> ModelFound:
     """`decide_model`, and the scale where it is asked for; always: also for a report, where a sample is all
-    that it takes and the model is not large."""
+    that it takes and the merge takes much longer or no time."""
     found = decider.decide_model()
     settings = [decider.settings(tensor) for tensor in decider.tensors]
     if not settings or not all(s.has_base and "lambda" in s.shared for s in settings):
         return found
     a_sample_tells = not ((_WHOLE | {"low rank"}) & _statistics(decider) or decider.needs.matrices)
-    small = sum(t.numel for t in decider.tensors) <= _UNASKED
-    if settings[0].scaled or (always and small and a_sample_tells):
+    if settings[0].scaled:
         return replace(found, scale=find(decider, found))
+    costs = _elements(decider) in UNASKED_NOT or len(decider.tensors) > _UNASKED_TENSORS
+    if always and a_sample_tells and not costs:
+        return replace(found, scale=find(decider, found, _LEAST))
     return found
 
 
-def find(decider: Decider, model: ModelFound) -> Scale:
-    """Of a decider's tensors. model: what was found of it."""
-    measured = decider.surveys.measured(lambda: _measured(decider.of_length_one(), model))
+def find(decider: Decider, model: ModelFound, most: int = _MOST) -> Scale:
+    """Of a decider's tensors. model: what was found of it; most: elements of the sample."""
+    size = int(min(max(_elements(decider) / 100, _LEAST), most))
+    measured = decider.surveys.measured(size, lambda: _measured(decider.of_length_one(), model, size))
     if measured is None:
         return NONE
     factors = {tensor.name: decider.settings(tensor).lambda_ for tensor in decider.tensors}
@@ -135,17 +139,23 @@ class _Measured(NamedTuple):
     elements: int
 
 
-def _measured(decider: Decider, model: ModelFound) -> _Measured | None:
-    """Of a decider of edits of length one; None of no elements."""
-    total = sum(t.numel for t in decider.tensors)
+def _elements(decider: Decider) -> int:
+    return sum(t.numel for t in decider.tensors)
+
+
+def _measured(decider: Decider, model: ModelFound, size: int) -> _Measured | None:
+    """Of a decider of edits of length one, by a sample of so many elements; None of no elements."""
+    total = _elements(decider)
     if not total:
         return None
-    share = min(max(total / 100, _LEAST), _MOST) / total
+    share = size / total
     whole = [t for t in decider.tensors if decider.matrices.by_formula(t)]
     ready = (decider.prepare(t) for t in decider.tensors if not decider.matrices.by_formula(t))
-    pieces: list[TensorInputs] = []
-    for tensor in ready:
-        pieces += _pieces(tensor, share, decider.score_terms(tensor), decider.release)
+
+    def sample(tensor: TensorInputs) -> list[TensorInputs]:
+        return list(_pieces(tensor, share, decider.score_terms(tensor), decider.release))
+
+    pieces = list(itertools.chain.from_iterable(decider.pool.run(sample, ready)))
     by_tensors = _WHOLE & _statistics(decider) or decider.needs.matrices
     terms_of = _terms_of_tensors if by_tensors else _terms_of_sample
     times = _times(decider, pieces)

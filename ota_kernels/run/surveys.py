@@ -44,9 +44,9 @@ class Surveys:
             self.found[name] = find()
         return self.found[name]
 
-    def measured(self, measure: Callable[[], Result]) -> Result:
-        """What is measured of the merged edit, whatever its factor."""
-        return _taken(self.edits, self.edit, measure)
+    def measured(self, elements: int, measure: Callable[[], Result]) -> Result:
+        """What a sample of so many elements says of the merged edit, whatever its factor."""
+        return _taken(self.edits, (*self.edit, elements), measure)
 
     def keep(self, decided: dict[int | None, list[float | None]]) -> None:
         """Thresholds that a merge has decided."""
@@ -68,7 +68,7 @@ class Once(Surveys):
     def of(self, name: str | None, find: Callable[[], Result]) -> Result:
         return find()
 
-    def measured(self, measure: Callable[[], Result]) -> Result:
+    def measured(self, elements: int, measure: Callable[[], Result]) -> Result:
         return measure()
 
     def keep(self, decided: dict[int | None, list[float | None]]) -> None:
@@ -137,8 +137,8 @@ class Shared(Surveys):
     def of(self, name: str | None, find: Callable[[], Result]) -> Result:
         return self._found.of((name,), find)
 
-    def measured(self, measure: Callable[[], Result]) -> Result:
-        return self._edits.of((), measure)
+    def measured(self, elements: int, measure: Callable[[], Result]) -> Result:
+        return self._edits.of((elements,), measure)
 
     def sampled(
         self, scope: Key, experts: Sequence[int], take: Callable[[Sequence[int]], list[Array]]

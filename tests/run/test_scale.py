@@ -269,3 +269,12 @@ def test_a_sample_lets_go_of_pages_as_it_goes(models, tmp_path, monkeypatch):
     assert merge(recipe, tmp_path / "parts")["lambda"]["used"] == whole
     assert len(held) > 40
     assert max(held) <= (1 << 14) + 64
+
+
+def test_a_report_that_nobody_asks_says_it_where_that_costs_little(models, tmp_path, monkeypatch):
+    recipe = models.recipe("task_arithmetic", weight=1.0)
+    assert ota_kernels.merge(recipe, tmp_path / "small")["lambda"]["auto"] > 0
+    monkeypatch.setattr(scale, "UNASKED_NOT", range(1 << 26))
+    assert ota_kernels.merge(recipe, tmp_path / "between")["lambda"] is None
+    asked = models.recipe("task_arithmetic", weight=1.0, **{"lambda": "auto"})
+    assert ota_kernels.merge(asked, tmp_path / "asked")["lambda"]["auto"] > 0
