@@ -166,6 +166,7 @@ def figure(path: Path, results: Mapping[str, Results], methods: Sequence[Method]
     import matplotlib
 
     matplotlib.use("svg")
+    matplotlib.rcParams["svg.fonttype"] = "path"  # which the pages of reports may have changed
     from matplotlib import pyplot
 
     name, found = list(results.items())[-1]
