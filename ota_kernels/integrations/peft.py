@@ -26,7 +26,7 @@ from ..recipe.methods import Method, Need
 from ..recipe.settings import Settings
 from ..run.decide import Decider
 from ..run.engine import Engine
-from ..run.pool import Pool
+from ..run.pool import IN_PLACE, Pool
 from ..run.sinks import Inline, MemorySink
 from ..select.pending import Store
 from ..tensors import array as resident
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["accelerated", "merge_adapters"]
 
 _UNLIMITED = 1 << 62
+_TILE = 1 << 20
 _FUNCTIONS = ("task_arithmetic", "magnitude_prune", "ties", "dare_linear", "dare_ties")
 _SVD = "_svd_generalized_task_arithmetic_weighted_adapter"
 
@@ -183,10 +184,17 @@ def _run(row: Method, tensors: list[torch.Tensor]) -> torch.Tensor:
     return array_like(first, _merged(row, inputs, settings, backend), experts[0].dtype, tuple(first.shape))
 
 
+def _pool(device: torch.device | None, numel: int) -> Any:
+    if device is not None:
+        return Inline(device)
+    # Threads take longer to start than one tile to merge.
+    return contextlib.nullcontext(IN_PLACE) if numel <= _TILE else Pool(default_threads())
+
+
 def _merged(row: Method, inputs: TensorInputs, settings: Settings, backend: Backend) -> Any:
     on_device = inputs.is_resident
     device = inputs.experts[0].data.device if on_device else None
-    with Inline(device) if on_device else Pool(default_threads()) as pool:
+    with _pool(device, inputs.numel) as pool:
         sink = MemorySink([inputs])
         decider = Decider(row, [inputs], {inputs.name: settings}, backend, pool)
         engine = Engine(
@@ -194,7 +202,7 @@ def _merged(row: Method, inputs: TensorInputs, settings: Settings, backend: Back
             sink,
             decider=decider,
             found=decider.decide_model(),
-            tile_elements=resident.TILE if on_device else 1 << 20,
+            tile_elements=resident.TILE if on_device else _TILE,
             store=Store(_UNLIMITED),
         )
         for _ in engine.run():

@@ -300,6 +300,18 @@ def test_brackets_and_inputs_that_are_not_finite(backend, name):
     check_brackets(backend, given, terms_of(rng, given, NAMED[name], repair=True))
 
 
+@pytest.mark.parametrize("name", ["ota", "ties", "curvature alone"])
+def test_brackets_and_scores_that_overflow(backend, name):
+    """An infinite score of one expert where another's lies inside of its bracket."""
+    rng = np.random.default_rng(20)
+    given = tile(rng, n=3000, weights=("float32",), experts=5)
+    weights = [decoded(b.data, "float32").copy() for b in given.experts]
+    weights[1][::7], weights[3][5::11] = 3e38, -3e38
+    experts = tuple(encoded(x, "float32") for x in weights)
+    terms = terms_of(rng, replace(given, experts=experts), NAMED[name])
+    check_brackets(backend, replace(given, experts=experts), terms)
+
+
 def test_overflow_with_brackets(backend):
     rng = np.random.default_rng(12)
     given = tile(rng, n=700, weights=("float32",), out="float16")
