@@ -61,11 +61,11 @@ PEERS = (
     Peer(Case("slerp", {"t": 0.4}, experts=1), 0.001, 8),
     Peer(Case("ties", own=_SPARSE, experts=5), 0.1, 40),
     Peer(Case("dare_ties", own=_SPARSE, experts=5, drawn=True), 0.02, 25),
-    Peer(Case("sce", {"select_topk": 0.3}, experts=5), 0.25, 25),
+    Peer(Case("sce", {"select_topk": 0.3}, experts=5), 0.01, 25),
     Peer(Case("breadcrumbs", own=_SPARSE, experts=5), 0.17, 25),
-    Peer(Case("karcher", experts=5, base=""), 0.3, 10),
-    Peer(Case("multislerp", own=_W, experts=5), 0.4, 10),
-    Peer(Case("model_stock", experts=5), 0.15, 10),
+    Peer(Case("karcher", experts=5, base=""), 0.05, 10),
+    Peer(Case("multislerp", own=_W, experts=5), 0.025, 10),
+    Peer(Case("model_stock", experts=5), 0.01, 10),
     Peer(Case("della", own=_SPARSE | {"epsilon": 0.1}, experts=5, drawn=True), 0.02, 10),
 )
 
